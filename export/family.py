@@ -1,0 +1,44 @@
+"""What a TroL family must tell the exporter: one `Family` object per family file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from trol_edge.images import ImageSpec
+from trol_edge.spec import ModelSpec
+from trol_edge.text import PromptSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from: a published tensor, and the order in which its rows are taken."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Tensor | None = None  # int64 [shape[0]]; None: as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One TroL family.
+
+    `model_spec(config, vision_config, shapes)` reads the numbers, `sources(spec)` maps every parameter
+    ("embedding", "decoder.*", "vision.*") to a published tensor, `decoder` and `vision` build the modules,
+    `adapt(parameter, tensor, spec)` brings an older published form of a tensor into its present shape
+    (None where there is none), `unused(name)` tells tensors that are published but play no part.
+    """
+
+    name: str
+    matches: Callable[[Mapping[str, Any]], bool]
+    model_spec: Callable[[dict[str, Any], dict[str, Any] | None, Mapping[str, Sequence[int]]], ModelSpec]
+    sources: Callable[[ModelSpec], dict[str, Source]]
+    decoder: Callable[[ModelSpec], nn.Module]
+    vision: Callable[[ModelSpec], nn.Module]
+    adapt: Callable[[str, tuple[int, ...], ModelSpec], Callable[[Tensor], Tensor] | None]
+    unused: Callable[[str], bool]
+    prompt: Callable[[ModelSpec], PromptSpec]
+    image: Callable[[ModelSpec], ImageSpec]

@@ -1,0 +1,270 @@
+"""Trace the model into ONNX graphs: no weights needed, the traversal loop unrolled, standard opset-23 operators only.
+
+| graph         | inputs                                                       | outputs                 |
+|---------------|--------------------------------------------------------------|-------------------------|
+| vision        | pixel_values [N,3,P,P]                                       | image_features [N,T,D]  |
+| traverse      | inputs_embeds [1,S,D], position_ids [1,S], image_mask [1,S,1], cache | logits [1,V], cache |
+| traverse_text | the same without image_mask: no LoRA in the graph             | logits [1,V], cache    |
+| step          | inputs_embeds [1,1,D], position_ids [1,1], cache              | logits [1,V], cache    |
+
+`cache` is past_key_<i> and past_value_<i> [1,G,C,E] in, present_key_<i> and present_value_<i> out, of every layer i.
+The new keys and values are written with ScatterND, so past and present may be bound to the same memory: then the
+write is in place. Logits are those of the last token. N and S are dynamic, the cache capacity C is fixed.
+
+`traverse` starts at position 0: it attends among its own S tokens. Both passes use the same weights, which stand in
+the graph once.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trol_edge._version import __version__
+from trol_edge.errors import ExportError
+from trol_edge.export.family import Family
+from trol_edge.export.model import Decoder
+from trol_edge.spec import ModelSpec
+
+OPSET = 23
+IR_VERSION = 11
+TRACED = ("vision", "traverse", "step")  # traverse_text is made of traverse
+ROPE = ("rope.cos", "rope.sin")  # float32 [C, E/2] tables, stored beside the weights
+
+
+def cache_names(spec: ModelSpec, prefix: str) -> list[str]:
+    """Names of the cache tensors in graph order; prefix is "past" or "present"."""
+    return [f"{prefix}_{kind}_{i}" for i in range(spec.num_layers) for kind in ("key", "value")]
+
+
+class _CachedAttention:
+    """`Attend` in ONNX operators: RotaryEmbedding, ScatterND into the cache, Attention.
+
+    A traverse looks at its own tokens in causal order; a step looks at the cache up to its own position.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, rope: tuple[Tensor, Tensor], positions: Tensor, past: list[Tensor], step: bool
+    ) -> None:
+        self.spec, self.rope, self.positions, self.step = spec, rope, positions, step
+        self.cache = list(past)
+        heads = torch.arange(spec.num_kv_heads)[:, None].expand(-1, positions.shape[1])  # [G, S]
+        slots = positions.expand(spec.num_kv_heads, -1)
+        # Where the new rows go: (0, key/value head, position).
+        self.rows = torch.stack((torch.zeros_like(heads), heads, slots), dim=-1)[None]  # [1, G, S, 3]
+        capacity = past[0].shape[2]
+        self.visible = torch.arange(capacity)[None, None, None] <= positions[:, None, :, None]  # [1, 1, S, C]
+
+    def __call__(self, qkv: Tensor, layer: int, traversal: int) -> Tensor:
+        h, g, e = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
+        batch, length, _ = qkv.shape
+        parts = qkv.split((h * e, g * e, g * e), dim=-1)
+        q, k, v = (t.view(batch, length, -1, e).transpose(1, 2) for t in parts)  # [1, heads, S, E]
+        q, k = (torch.onnx.ops.rotary_embedding(t, *self.rope, self.positions) for t in (q, k))
+        keys, values = k, v
+        if traversal == 0:
+            keys, values = self._write(2 * layer, k), self._write(2 * layer + 1, v)
+        if self.step:
+            context = torch.onnx.ops.attention(q, keys, values, self.visible)[0]
+        else:
+            context = torch.onnx.ops.attention(q, k, v, is_causal=True)[0]
+        return context.transpose(1, 2).reshape(batch, length, h * e)
+
+    def _write(self, slot: int, new: Tensor) -> Tensor:
+        past = self.cache[slot]
+        self.cache[slot] = torch.onnx.ops.symbolic(
+            "ScatterND", (past, self.rows, new), dtype=past.dtype, shape=past.shape, version=OPSET
+        )
+        return self.cache[slot]
+
+
+class _DecoderGraph(nn.Module):
+    """What is traced as traverse, traverse_text or step."""
+
+    def __init__(self, spec: ModelSpec, decoder: Decoder, capacity: int, name: str) -> None:
+        super().__init__()
+        self.spec, self.decoder, self.name = spec, decoder, name
+        self.rope = nn.ParameterDict(
+            {k: nn.Parameter(torch.empty(capacity, spec.head_dim // 2)) for k in ("cos", "sin")}
+        )
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, past: list[Tensor], image_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        step = self.name == "step"
+        attend = _CachedAttention(self.spec, (self.rope["cos"], self.rope["sin"]), position_ids, past, step)
+        if step:
+            x = self.decoder.step(inputs_embeds, attend)
+        else:
+            x = self.decoder.traverse(inputs_embeds, image_mask, attend)
+        return [self.decoder.logits(x[:, -1:])[:, 0], *attend.cache]
+
+
+class _VisionGraph(nn.Module):
+    def __init__(self, vision: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        return [self.vision(pixel_values)]
+
+
+def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model:
+    """Trace vision, traverse or step with a cache of `capacity` tokens; its weights are initializers without values.
+
+    No parameter is allocated: everything is traced with fake tensors.
+    """
+    with FakeTensorMode(), torch.no_grad():
+        if name == "vision":
+            pixels = torch.empty(2, 3, spec.vision.image_size, spec.vision.image_size)
+            module: nn.Module = _VisionGraph(family.vision(spec))
+            return _export(module, (pixels,), ({0: _dim("images")},), ["pixel_values"], ["image_features"])
+        length = 1 if name == "step" else 8  # any length above one will do for the trace
+        dynamic: dict[int, Any] = {} if name == "step" else {1: _dim("tokens")}
+        past = [torch.empty(1, spec.num_kv_heads, capacity, spec.head_dim) for _ in range(2 * spec.num_layers)]
+        embeds = torch.empty(1, length, spec.hidden_size)
+        args: tuple[Any, ...] = (embeds, torch.zeros(1, length, dtype=torch.int64), past)
+        shapes: tuple[Any, ...] = (dynamic, dynamic, [{} for _ in past])
+        inputs = ["inputs_embeds", "position_ids", *cache_names(spec, "past")]
+        if name == "traverse" and spec.lora_rank:
+            args, shapes, inputs = (*args, torch.empty(1, length, 1)), (*shapes, dynamic), [*inputs, "image_mask"]
+        decoder = family.decoder(spec)
+        assert isinstance(decoder, Decoder)
+        module = _DecoderGraph(spec, decoder, capacity, name)
+        return _export(module, args, shapes, inputs, ["logits", *cache_names(spec, "present")])
+
+
+def _dim(name: str) -> Any:
+    return torch.export.Dim(name, min=1)
+
+
+def _export(
+    module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...], inputs: list[str], outputs: list[str]
+) -> ir.Model:
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            args,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+        )
+        if program is None:
+            raise ExportError("the trace returned nothing; this is a fault of trol-edge, please report it")
+        model = program.model
+        for value in model.graph.initializers.values():
+            if value.name in module.state_dict():
+                value.const_value = None  # fake: nothing below may look at it
+        onnxscript.optimizer.optimize(model)
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "trol-edge", __version__
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter narrates; its remarks about our own, tested trace are noise to a user."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def without_lora(traverse: ir.Model) -> ir.Model:
+    """traverse_text: a copy of the traverse graph for prompts without image tokens.
+
+    Where the image mask is zero everywhere, the low-rank terms (the only users of the mask) add nothing.
+    """
+    model = traverse.clone()
+    mask = next(value for value in model.graph.inputs if value.name == "image_mask")
+    for masked, _ in mask.uses():
+        (widened,) = (node for node, _ in masked.outputs[0].uses())
+        (added,) = (node for node, _ in widened.outputs[0].uses())
+        if (masked.op_type, widened.op_type, added.op_type) != ("Mul", "MatMul", "Add"):
+            raise ExportError(f"unexpected use of image_mask by {masked.name}; this is a fault of trol-edge")
+        base = next(value for value in added.inputs if value is not widened.outputs[0])
+        assert base is not None
+        added.outputs[0].replace_all_uses_with(base)
+    model.graph.inputs.remove(mask)
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def weight_names(model: ir.Model) -> list[str]:
+    """Initializers without a value: the parameters that the graph reads from the weights file."""
+    return [name for name, value in model.graph.initializers.items() if value.const_value is None]
+
+
+def fold_transposes(model: ir.Model) -> set[str]:
+    """Let Linear weights be stored as MatMul reads them, [in, out]; returns the names that are.
+
+    The trace has Transpose(weight) before each MatMul. Left in the graph it would be computed at load time,
+    into a second copy of every weight in every session.
+    """
+    folded = set()
+    for name in weight_names(model):
+        value = model.graph.initializers[name]
+        users = [node for node, _ in value.uses()]
+        if users and all(node.op_type == "Transpose" and len(node.outputs[0].shape or ()) == 2 for node in users):
+            for node in users:
+                node.outputs[0].replace_all_uses_with(value)
+                model.graph.remove(node, safe=True)
+            assert value.shape is not None
+            value.shape = ir.Shape(tuple(reversed(value.shape.dims)))
+            folded.add(name)
+    return folded
+
+
+def weights_as_inputs(model: ir.Model) -> list[str]:
+    """Turn the parameters into float32 graph inputs; returns their names, in input order.
+
+    For ONNX Runtime on a CPU: it shares one buffer of each weight between all sessions only where the weight is an
+    input. Initializers are copied, and packed, once per session.
+    """
+    names = weight_names(model)
+    for name in names:
+        value = model.graph.initializers.pop(name)
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.inputs.append(value)
+    return names
+
+
+def weights_from_file(model: ir.Model, location: str, offsets: dict[str, tuple[ir.DataType, int, int]]) -> None:
+    """Point the parameters into a weights file: name -> (dtype, offset, bytes). The graph computes in float32."""
+    for name in weight_names(model):
+        value = model.graph.initializers[name]
+        dtype, offset, length = offsets[name]
+        assert value.shape is not None
+        stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
+        stored.const_value = ir.ExternalTensor(location, offset, length, dtype, shape=value.shape, name=name)
+        del model.graph.initializers[name]
+        if dtype == ir.DataType.FLOAT:
+            value.replace_all_uses_with(stored)
+        else:
+            cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT})
+            cast.outputs[0].name = f"{name}.float32"
+            cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
+            model.graph.insert_before(model.graph[0], cast)
+            value.replace_all_uses_with(cast.outputs[0])
+        model.graph.register_initializer(stored)

@@ -1,0 +1,214 @@
+"""Checkpoint in, bundle out: trace the graphs, stream the weights, convert the tokenizer, write the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from trol_edge._version import __version__
+from trol_edge.bundle import (
+    EMBEDDING,
+    FORMAT,
+    FORMAT_VERSION,
+    TOKENIZER,
+    WEIGHTS,
+    FileInfo,
+    GraphInfo,
+    Manifest,
+    Port,
+    new_folder,
+    sha256_of,
+    write_manifest,
+)
+from trol_edge.errors import CheckpointError, ExportError
+from trol_edge.export import graphs, tokenizer
+from trol_edge.export.checkpoint import FLOATS, Checkpoint
+from trol_edge.export.model import rope_tables
+from trol_edge.weights import ITEM_BYTES
+
+TARGETS = ("cpu", "onnx")
+DEFAULT_CONTEXT = 2048  # tokens: one picture of 1225, the template, and some 700 for question and answer
+ALIGNMENT = 64  # bytes; where the first tensor starts
+
+Progress = Callable[[str, int, int], None]  # (what, done, total); done and total in bytes or steps
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    bundle: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    target: str = "cpu",
+    context: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Manifest:
+    """Write a bundle from a published checkpoint folder; returns its manifest.
+
+    target "cpu" is what `trol_edge.Runtime` runs; "onnx" writes self-contained graphs whose initializers point into
+    the weights file. context is the capacity of the KV cache in tokens (default 2048, at most the model's
+    max_position_embeddings). Peak memory does not depend on the size of the model.
+
+    Raises CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at `bundle`.
+    """
+    if target not in TARGETS:
+        raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    source = Checkpoint(checkpoint)
+    spec = source.spec
+    limit = spec.max_position_embeddings
+    context = min(DEFAULT_CONTEXT, limit) if context is None else context
+    if not 2 <= context <= limit:
+        raise ExportError(
+            f"context {context}: this model knows positions 0..{limit - 1} (max_position_embeddings), and beyond them "
+            f"its rotary embedding depends on what ran before; choose 2..{limit}"
+        )
+    with new_folder(bundle, overwrite) as folder:
+        traced = {}
+        for i, name in enumerate(graphs.TRACED):
+            progress("trace", i, len(graphs.TRACED))
+            traced[name] = graphs.trace(name, source.family, spec, context)
+        progress("trace", len(graphs.TRACED), len(graphs.TRACED))
+        if spec.lora_rank:
+            traced["traverse_text"] = graphs.without_lora(traced["traverse"])
+        transposed = set().union(*(graphs.fold_transposes(m) for m in traced.values()))
+        offsets = _write_weights(folder / WEIGHTS, source, context, transposed, progress)
+        infos = {name: _write_graph(folder, name, m, target, offsets) for name, m in traced.items()}
+        text = tokenizer.convert(source.folder)
+        if text is not None:
+            (folder / TOKENIZER).write_text(text, encoding="utf-8")
+        files = sorted(folder.iterdir())
+        digests = {}
+        for i, path in enumerate(files):
+            progress("hash", i, len(files))
+            digests[path.name] = FileInfo(path.stat().st_size, sha256_of(path))
+        progress("hash", len(files), len(files))
+        manifest = Manifest(
+            format=FORMAT,
+            format_version=FORMAT_VERSION,
+            model=model or source.folder.resolve().name,
+            created_by=f"trol-edge {__version__}",
+            target=target,
+            context=context,
+            spec=spec,
+            prompt=source.family.prompt(spec),
+            image=source.family.image(spec),
+            graphs=infos,
+            files=digests,
+            checkpoint={"folder": source.folder.resolve().name, "sha256": digests[WEIGHTS].sha256},
+            tools={n: metadata.version(n) for n in ("torch", "onnx-ir", "onnxscript")}
+            | {"python": platform.python_version()},
+            notes=tuple(source.notes),
+        )
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_weights(
+    path: Path, source: Checkpoint, context: int, transposed: set[str], progress: Progress
+) -> dict[str, tuple[ir.DataType, int, int]]:
+    """Stream every parameter into one safetensors file; returns name -> (dtype, offset in the file, bytes)."""
+    rope = dict(zip(graphs.ROPE, rope_tables(source.spec.head_dim, source.spec.rope_theta, context), strict=True))
+    header: dict[str, dict[str, object]] = {}
+    end = 0
+    for name in [*source.names(), *rope]:
+        shape, dtype = (rope[name].shape, "F32") if name in rope else (source.shape(name), source.dtype(name))
+        start, end = end, end + torch.Size(shape).numel() * ITEM_BYTES[dtype]
+        stored = list(reversed(shape)) if name in transposed else list(shape)
+        header[name] = {"dtype": dtype, "shape": stored, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    base = 8 + len(text)
+    _require_space(path, base + end)
+    bad = []
+    with path.open("wb", buffering=0) as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(base + end)
+        done = 0
+        for name in header:
+            start = base + _span(header, name)[0]
+            finite = True
+            for row, block in [(0, rope[name])] if name in rope else source.blocks(name):
+                finite &= bool(block.isfinite().all())
+                _write_block(f.fileno(), start, block, row, _rows(header, name, transposed), name in transposed)
+                done += block.numel() * block.element_size()
+                progress("weights", done, end)
+            if not finite:
+                bad.append(name if name in rope or name not in source.parameters else source.parameters[name][0].name)
+    if bad:
+        raise CheckpointError(
+            f"{source.folder}: NaN or infinite values in {len(bad)} tensor(s): {', '.join(bad)}; download them again"
+        )
+    types = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
+    spans = {name: _span(header, name) for name in header}
+    return {n: (types[str(header[n]["dtype"])], base + a, b - a) for n, (a, b) in spans.items()}
+
+
+def _span(header: dict[str, dict[str, object]], name: str) -> tuple[int, int]:
+    start, end = header[name]["data_offsets"]  # type: ignore[misc]
+    return int(start), int(end)
+
+
+def _rows(header: dict[str, dict[str, object]], name: str, transposed: set[str]) -> int:
+    """Rows of a parameter in the model's order."""
+    shape: list[int] = header[name]["shape"]  # type: ignore[assignment]
+    return shape[-1] if name in transposed else (shape[0] if shape else 1)
+
+
+def _write_block(fd: int, start: int, block: Tensor, row: int, rows: int, transpose: bool) -> None:
+    """Write rows row.. of a tensor of `rows` rows that begins at byte `start`, transposed if asked."""
+    if not transpose:
+        _write_at(fd, block, start + row * block[0:1].numel() * block.element_size() if block.dim() else start)
+        return
+    columns = block.t().contiguous()  # [in, rows of this block]
+    if block.shape[0] == rows:
+        _write_at(fd, columns, start)
+        return
+    for i in range(columns.shape[0]):
+        _write_at(fd, columns[i], start + (i * rows + row) * block.element_size())
+
+
+def _write_at(fd: int, tensor: Tensor, offset: int) -> None:
+    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _require_space(path: Path, size: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise ExportError(f"{path.parent.parent}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; make room")
+
+
+def _write_graph(
+    folder: Path, name: str, model: ir.Model, target: str, offsets: dict[str, tuple[ir.DataType, int, int]]
+) -> GraphInfo:
+    inputs, outputs = (tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs))
+    weights = tuple(graphs.weight_names(model))
+    if target == "cpu":
+        graphs.weights_as_inputs(model)
+    else:
+        graphs.weights_from_file(model, WEIGHTS, offsets)
+    file = f"{name}.onnx"
+    (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
+    return GraphInfo(file, inputs, outputs, weights, dict(Counter(node.op_type for node in model.graph)))
+
+
+def _port(value: ir.Value) -> Port:
+    assert value.name and value.shape is not None and value.dtype is not None
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
+    return Port(value.name, value.dtype.numpy().name, shape)
+
+
+__all__ = ["DEFAULT_CONTEXT", "EMBEDDING", "TARGETS", "Progress", "export"]

@@ -1,0 +1,190 @@
+"""ONNX Runtime on the CPU: the back end that runs everywhere.
+
+Every weight is one float32 buffer that all sessions read: the graphs take weights as inputs, and inputs are bound, not
+copied. The KV cache is bound as past and as present, so ScatterND writes it in place and nothing is copied per token.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.bundle import WEIGHTS, Bundle
+from trol_edge.errors import BackendError, BundleError
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise BackendError(f"onnxruntime is not usable here ({error}); pip install 'trol-edge[cpu]'") from error
+
+Float32 = NDArray[np.float32]
+OLDEST = (1, 23)  # RMSNormalization, RotaryEmbedding and Attention of opset 23
+
+
+class OrtBackend:
+    """The graphs of one bundle, loaded. Thread-safe: its states are not, but any number of them may run at once."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, verify: bool = True) -> None:
+        """threads: of one inference call (default: the physical cores). verify: hash the weights while loading them.
+
+        Raises BackendError (ONNX Runtime too old, not enough memory, graph refused) and BundleError (altered file).
+        """
+        version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+        if version < OLDEST:
+            raise BackendError(f"onnxruntime {ort.__version__} is too old for opset 23; install 1.23.2 or newer")
+        manifest = bundle.manifest
+        if manifest.target != "cpu":
+            raise BundleError(f"{bundle.folder}: made for target {manifest.target!r}; export with --target cpu")
+        self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
+        file = bundle.weights()
+        names = sorted({name for graph in manifest.graphs.values() for name in graph.weights})
+        missing = [name for name in names if name not in file.tensors]
+        if missing:
+            raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
+        self.weight_bytes = sum(4 * int(np.prod(file.tensors[name].shape)) for name in names)
+        self._require_memory()
+        arrays = file.load(names, manifest.files[WEIGHTS].sha256 if verify else None)
+        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        self._options = ort.SessionOptions()
+        self._options.log_severity_level = 3
+        self._options.intra_op_num_threads = threads or 0
+        self._lock = threading.Lock()
+        self._sessions: dict[str, Any] = {}
+        for name in ("traverse", "step"):
+            self.graph(name)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache of one state at full context."""
+        return self.spec.kv_bytes_per_token * self.context
+
+    def _require_memory(self) -> None:
+        needed, free = self.weight_bytes + self.cache_bytes, _available_memory()
+        if free is not None and needed > free:
+            raise BackendError(
+                f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights in float32 {self.weight_bytes / 1e9:.1f}, "
+                f"KV cache {self.cache_bytes / 1e9:.1f}), {free / 1e9:.1f} GB are free; "
+                "free memory, export with a smaller --context, or use a smaller model"
+            )
+
+    def graph(self, name: str) -> Any:
+        """The session of a graph; made on first use (vision and traverse_text may never be)."""
+        with self._lock:
+            if name not in self._sessions:
+                path = self.bundle.path(self.bundle.manifest.graphs[name].file)
+                self._sessions[name] = _call(f"load {path.name}", _open, path, self._options)
+            return self._sessions[name]
+
+    def bind(self, name: str, values: Mapping[str, Any]) -> Any:
+        """An IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
+        binding = self.graph(name).io_binding()
+        for weight in self.bundle.manifest.graphs[name].weights:
+            binding.bind_ortvalue_input(weight, self._weights[weight])
+        for key, value in values.items():
+            binding.bind_ortvalue_input(key, value)
+        return binding
+
+    def run(self, name: str, binding: Any, shrink: bool = False) -> None:
+        """Run a bound graph; shrink gives the scratch memory of a long prompt back afterwards."""
+        options = None
+        if shrink:
+            options = ort.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        _call(f"run {name}", self.graph(name).run_with_iobinding, binding, options)
+
+    def encode_image(self, pixel_values: Float32) -> Float32:
+        """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
+        out = np.empty((len(pixel_values), self.spec.vision.tokens_per_image, self.spec.hidden_size), np.float32)
+        binding = self.bind("vision", {"pixel_values": _value(pixel_values)})
+        binding.bind_ortvalue_output("image_features", _value(out))
+        self.run("vision", binding, shrink=True)
+        return out
+
+    def new_state(self) -> OrtState:
+        """A KV cache of its own, empty."""
+        return OrtState(self)
+
+
+class OrtState:
+    """One KV cache, and the buffers of a step, bound once.
+
+    cache: float32 [1, G, C, E] per layer, keys and values in turn. The buffers keep their addresses for life.
+    """
+
+    def __init__(self, backend: OrtBackend) -> None:
+        self._backend = backend
+        self._partial_lora = "traverse_text" in backend.bundle.manifest.graphs
+        spec, graph = backend.spec, backend.bundle.manifest.graphs["step"]
+        shape = (1, spec.num_kv_heads, backend.context, spec.head_dim)
+        # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
+        self.cache = [np.zeros(shape, np.float32) for _ in range(2 * spec.num_layers)]
+        values = [_value(array) for array in self.cache]
+        self._past = dict(zip((p.name for p in graph.inputs if p.name.startswith("past_")), values, strict=True))
+        self._present = dict(zip((p.name for p in graph.outputs[1:]), values, strict=True))
+        self._embedding = np.zeros((1, 1, spec.hidden_size), np.float32)
+        self._position = np.zeros((1, 1), np.int64)
+        self._logits = np.zeros((1, spec.vocab_size), np.float32)
+        feeds = {"inputs_embeds": _value(self._embedding), "position_ids": _value(self._position)}
+        self._step = self._bind("step", feeds)
+
+    def _bind(self, name: str, feeds: Mapping[str, Any]) -> Any:
+        binding = self._backend.bind(name, {**self._past, **feeds})
+        binding.bind_ortvalue_output("logits", _value(self._logits))
+        for key, value in self._present.items():
+            binding.bind_ortvalue_output(key, value)
+        return binding
+
+    def traverse(self, embeddings: Float32, image_mask: NDArray[np.bool_] | None) -> Float32:
+        """Both passes over a whole prompt. embeddings [S, D], image_mask [S] or None; logits [V] of the last token.
+
+        The returned array is overwritten by the next call.
+        """
+        length = len(embeddings)
+        feeds = {
+            "inputs_embeds": _value(embeddings[None]),
+            "position_ids": _value(np.arange(length, dtype=np.int64)[None]),
+        }
+        name = "traverse"
+        if self._partial_lora and image_mask is None:
+            name = "traverse_text"
+        elif self._partial_lora and image_mask is not None:
+            feeds["image_mask"] = _value(image_mask.astype(np.float32)[None, :, None])
+        self._backend.run(name, self._bind(name, feeds), shrink=True)
+        return self._logits[0]
+
+    def step(self, embedding: Float32, position: int) -> Float32:
+        """One pass over one token. embedding [D] at `position`; logits [V], overwritten by the next call."""
+        self._embedding[0, 0] = embedding
+        self._position[0, 0] = position
+        self._backend.run("step", self._step)
+        return self._logits[0]
+
+
+def _value(array: NDArray[Any]) -> Any:
+    # On a CPU the value refers to the array's memory, so it must be contiguous and must live as long.
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _open(path: Path, options: Any) -> Any:
+    return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+
+def _call(what: str, function: Any, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None

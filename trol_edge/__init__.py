@@ -1,0 +1,17 @@
+"""TroL vision-language models on robots.
+
+>>> import trol_edge
+>>> rt = trol_edge.Runtime("build/trol-nano")
+>>> print(rt.generate("What is left of the red circle?", images="scene.png").text)
+
+Importing this package loads numpy, pillow and tokenizers; inference libraries are loaded when a Runtime is made, and
+torch, transformers and onnx never are.
+"""
+
+from trol_edge._version import __version__
+from trol_edge.errors import TrolEdgeError
+from trol_edge.runtime import Answer, Piece, Runtime, Timings
+from trol_edge.session import Session
+from trol_edge.text import IMAGE
+
+__all__ = ["IMAGE", "Answer", "Piece", "Runtime", "Session", "Timings", "TrolEdgeError", "__version__"]

@@ -1,0 +1,7 @@
+"""`python -m trol_edge`."""
+
+import sys
+
+from trol_edge.cli import main
+
+sys.exit(main())

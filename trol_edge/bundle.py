@@ -1,0 +1,207 @@
+"""The bundle: one folder that is all a robot needs. Never pickles; opened without executing anything.
+
+    bundle.json             this manifest: what the model is, and size and sha256 of every other file
+    vision.onnx ...         graphs; their weights are inputs (target cpu) or point into the weights file
+    weights.safetensors     every tensor of the checkpoint once, in the checkpoint's dtype, Linear weights transposed
+    tokenizer.json          for the `tokenizers` library; absent: token level only
+
+A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trol_edge.errors import BundleError, ExportError
+from trol_edge.images import ImageSpec
+from trol_edge.spec import ModelSpec, from_dict
+from trol_edge.text import PromptSpec
+from trol_edge.weights import WeightsFile
+
+FORMAT = "trol-edge-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+WEIGHTS = "weights.safetensors"
+TOKENIZER = "tokenizer.json"
+EMBEDDING = "embedding"  # looked up by the runtime, in no graph
+
+
+@dataclasses.dataclass(frozen=True)
+class FileInfo:
+    """Size in bytes and sha256 (hex) of a file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input or output of a graph. A str in shape names a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphInfo:
+    """One graph: its file, its inputs and outputs, the weights it reads, its operators (type -> count)."""
+
+    file: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: tuple[str, ...]
+    operators: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `bundle.json` says."""
+
+    format: str
+    format_version: int
+    model: str  # "trol-1.8b", or the checkpoint folder's name
+    created_by: str  # "trol-edge 0.1.0"
+    target: str  # "cpu": weights are float32 graph inputs; "onnx": graphs read the weights file themselves
+    context: int  # tokens, prompt and answer together: the capacity of the KV cache
+    spec: ModelSpec
+    prompt: PromptSpec
+    image: ImageSpec
+    graphs: dict[str, GraphInfo]
+    files: dict[str, FileInfo]
+    checkpoint: dict[str, str]  # where the weights came from: folder, identity
+    tools: dict[str, str]  # versions that made it
+    notes: tuple[str, ...]
+
+
+class Bundle:
+    """An opened bundle folder: the manifest, and the paths of files whose size (and hash) have been checked.
+
+    Raises BundleError where the folder is missing, incomplete, altered or of another version. The weights file is
+    hashed while it is loaded, all other files here.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise BundleError(
+                f"{self.folder}: no {MANIFEST} here, so this is not a (complete) bundle; "
+                "make one with `make engine` or `trol-edge export`"
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path}: not readable as JSON ({error}); copy the bundle again") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise BundleError(f"{path}: not a trol-edge bundle; make one with `trol-edge export`")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise BundleError(
+                f"{path}: bundle format {data.get('format_version')!r}, this trol-edge reads format {FORMAT_VERSION}; "
+                "export the bundle again with this version"
+            )
+        if data.pop("manifest_sha256", None) != _digest(data):
+            raise BundleError(f"{path}: altered since export (its own hash differs); copy or export the bundle again")
+        self.manifest: Manifest = from_dict(Manifest, data, str(path))
+        self._check_files()
+
+    def _check_files(self) -> None:
+        problems = []
+        for name, info in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != info.bytes:
+                problems.append(f"{name} has {path.stat().st_size} bytes instead of {info.bytes}")
+            elif name != WEIGHTS and sha256_of(path) != info.sha256:
+                problems.append(f"{name} was altered (sha256 differs)")
+        if problems:
+            raise BundleError(f"{self.folder}: {'; '.join(problems)}; copy the bundle again")
+
+    def path(self, name: str) -> Path:
+        """Path of a file that the manifest lists; BundleError where it does not."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.folder}: the manifest lists no {name}; export the bundle again")
+        return self.folder / name
+
+    def weights(self) -> WeightsFile:
+        """The weights file, its header read and checked."""
+        return WeightsFile(self.path(WEIGHTS))
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, hex, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write bundle.json, last of all, with its own hash in it."""
+    data = dataclasses.asdict(manifest)
+    data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader sees them
+    data["manifest_sha256"] = _digest(data)
+    (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@contextmanager
+def new_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `target` and rename it to `target` on success; on any failure remove it.
+
+    Ctrl-C and a full disk count as failures. Raises ExportError where target exists (unless overwrite, and then it
+    must hold a bundle, a checkpoint or nothing) or cannot be written.
+    """
+    final = Path(target)
+    if final.exists() and not overwrite:
+        raise ExportError(f"{final}: exists; choose another name or allow overwriting (--force)")
+    if final.exists() and not final.is_dir():
+        raise ExportError(f"{final}: is a file, a folder is to be written there; remove it or choose another name")
+    if final.is_dir() and any(final.iterdir()) and not any((final / n).is_file() for n in (MANIFEST, "config.json")):
+        raise ExportError(f"{final}: holds other files, which would be lost; choose another name")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_overs(final)
+        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.{os.getpid()}.", suffix=".part", dir=final.parent))
+    except OSError as error:
+        raise ExportError(f"{final}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if final.exists():
+            shutil.rmtree(final)
+        folder.rename(final)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(final.parent).free / 1e9
+            raise ExportError(f"{final}: the disk is full ({free:.1f} GB free); make room or choose another") from error
+        raise ExportError(f"{final}: cannot be written ({error}); nothing was left there") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left_overs(final: Path) -> None:
+    """Remove what writers that were killed (so that no `finally` ran) left beside `final`."""
+    for folder in final.parent.glob(f".{final.name}.*.part"):
+        pid = folder.name[len(final.name) + 2 :].split(".")[0]
+        try:
+            os.kill(int(pid), 0)
+        except (ValueError, ProcessLookupError):
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:
+            pass  # alive, and someone else's

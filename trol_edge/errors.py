@@ -1,0 +1,64 @@
+"""Every error that trol_edge raises on purpose, in one tree.
+
+    TrolEdgeError
+    ├── UsageError            an argument is wrong: its value, shape, dtype or combination
+    │   ├── ImageError        a picture that cannot be read or has an unusable shape or dtype
+    │   └── ContextError      prompt plus answer do not fit the context of the bundle
+    ├── CheckpointError       a checkpoint folder that is incomplete, altered or of another family
+    ├── DownloadError         the model hub cannot be reached, or a download is incomplete
+    ├── BundleError           a bundle that is missing, half-copied, altered or of another version
+    ├── ExportError           a graph could not be made, or it disagrees with the reference
+    └── BackendError          the inference library is missing, refuses the graph or lacks memory
+
+A message says what was found, in which file or value, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "ContextError",
+    "DownloadError",
+    "ExportError",
+    "ImageError",
+    "TrolEdgeError",
+    "UsageError",
+]
+
+
+class TrolEdgeError(Exception):
+    """Root of every error that this package raises on purpose."""
+
+
+class UsageError(TrolEdgeError, ValueError):
+    """An argument is wrong: its value, shape, dtype or combination."""
+
+
+class ImageError(UsageError):
+    """A picture that cannot be read, or an array that is not a picture."""
+
+
+class ContextError(UsageError):
+    """Prompt plus answer do not fit the context length of the bundle."""
+
+
+class CheckpointError(TrolEdgeError):
+    """A checkpoint folder that is incomplete, altered or of another family."""
+
+
+class DownloadError(TrolEdgeError):
+    """The model hub cannot be reached, or a download is incomplete."""
+
+
+class BundleError(TrolEdgeError):
+    """A bundle that is missing, half-copied, altered or of another version."""
+
+
+class ExportError(TrolEdgeError):
+    """A graph could not be made, or it disagrees with the reference."""
+
+
+class BackendError(TrolEdgeError):
+    """The inference library is missing, refuses the graph or lacks memory."""

@@ -1,0 +1,127 @@
+"""The next token from a row of logits: greedy, or drawn with the usual filters. NumPy only.
+
+The filters run in the order of Hugging Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trol_edge.errors import BackendError, UsageError
+
+__all__ = ["Sampler", "SamplingParams"]
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are greedy. Raises UsageError that lists every bad value."""
+
+    temperature: float = 0.0  # 0 is greedy: the largest logit, after the repetition penalty
+    top_k: int = 0  # keep the k most likely tokens (and any equal to the last of them); 0 keeps all
+    top_p: float = 1.0  # keep the fewest tokens whose probabilities reach this sum; 1 keeps all
+    min_p: float = 0.0  # drop tokens less likely than this share of the most likely one; 0 keeps all
+    repetition_penalty: float = 1.0  # of tokens already seen: positive logits are divided by it, negative multiplied
+    seed: int | None = None  # the same seed and logits give the same tokens; None draws a fresh one
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("temperature", _is_real(self.temperature) and self.temperature >= 0, "a number >= 0 (0 is greedy)"),
+            ("top_k", _is_integer(self.top_k) and self.top_k >= 0, "an integer >= 0 (0 is off)"),
+            ("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "a number > 0 and <= 1 (1 is off)"),
+            ("min_p", _is_real(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 (off) to 1"),
+            ("repetition_penalty", _is_real(self.repetition_penalty) and self.repetition_penalty > 0,
+             "a number > 0 (1 is off)"),
+            ("seed", self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "None or an integer >= 0"),
+        ]
+        problems = [f"{name} {getattr(self, name)!r} should be {want}" for name, good, want in checks if not good]
+        if problems:
+            raise UsageError(f"sampling: {'; '.join(problems)}")
+
+
+def _is_real(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Integral)
+
+
+class Sampler:
+    """Chooses tokens for one answer; holds the random state of that answer and nothing else."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._random = np.random.default_rng(params.seed)
+
+    def sample(self, logits: F32, seen: Iterable[int] = ()) -> int:
+        """Return the id of the next token.
+
+        `logits` is float32 [V] (not changed; -inf masks a token); `seen` are the ids of prompt and answer so far,
+        read only under a repetition penalty, where ids beyond V (the image token) count for nothing.
+        Raises BackendError when the largest logit is NaN or infinite: such a graph has no next token.
+        """
+        params = self._params
+        best = _best_token(logits)
+        if params.repetition_penalty != 1.0:
+            logits = _penalise(logits, seen, params.repetition_penalty)
+            best = int(np.argmax(logits))
+        if params.temperature == 0:
+            return best
+        ids, shares = _candidates(logits, params)
+        cumulative = np.cumsum(shares)
+        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        return int(ids[min(drawn, len(ids) - 1)])
+
+
+def _best_token(logits: F32) -> int:
+    """Index of the largest logit; argmax returns the first NaN if there is one, so one value tells all."""
+    best = int(np.argmax(logits))
+    value = float(logits[best])
+    if math.isfinite(value):
+        return best
+    if value == -math.inf:
+        raise BackendError("all logits are -inf: every token is masked, so there is no next token")
+    raise BackendError(
+        f"logit {best} of {len(logits)} is {value}: the graph computed no usable numbers; "
+        "run it in a higher precision, or export the bundle again and verify it"
+    )
+
+
+def _penalise(logits: F32, seen: Iterable[int], penalty: float) -> F32:
+    ids = np.fromiter(seen, np.int64)
+    ids = ids[(ids >= 0) & (ids < len(logits))]
+    penalised: F32 = logits.copy()
+    old = logits[ids]  # a repeated id is penalised once: each copy is computed from the old logit
+    penalised[ids] = np.where(old < 0, old * np.float32(penalty), old / np.float32(penalty))
+    return penalised
+
+
+def _candidates(logits: F32, params: SamplingParams) -> tuple[Ids, F64]:
+    """Ids that pass every filter, most likely first, and their likelihood relative to the first one."""
+    ids: Ids = np.flatnonzero(logits > -np.inf).astype(np.int64)
+    if 0 < params.top_k < len(ids):
+        kept = logits[ids]
+        ids = ids[kept >= np.partition(kept, -params.top_k)[-params.top_k]]
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    # relative to the largest logit, in double precision: no temperature can overflow
+    values = logits[ids].astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature gives -inf, whose share is 0
+        shares = np.exp((values - values[0]) / params.temperature)
+    keep = len(ids)
+    if params.top_p < 1:
+        cumulative = np.cumsum(shares)
+        keep = 1 + int(np.searchsorted(cumulative, params.top_p * cumulative[-1], side="left"))
+    if params.min_p > 0:
+        keep = min(keep, int(np.searchsorted(-shares, -params.min_p, side="right")))
+    return ids[:keep], shares[:keep]

@@ -1,0 +1,112 @@
+"""Read `weights.safetensors` on the robot: numpy only, one tensor in flight, nothing mapped but the embedding table.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian length of a JSON header, the header
+{name: {dtype, shape, data_offsets}}, then the bytes of all tensors, without holes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.errors import BundleError
+
+Float32 = NDArray[np.float32]
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+BLOCK_BYTES = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """One tensor: dtype "F32", "F16" or "BF16"; offset in bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class WeightsFile:
+    """The tensors of a weights file by name. Raises BundleError where the file is not what its header says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                if not 2 <= length <= min(size - 8, 100 << 20):
+                    raise ValueError(f"header length {length} in a file of {size} bytes")
+                header: dict[str, Any] = json.loads(f.read(length))
+            self.header_bytes = 8 + length
+            self.tensors = {
+                name: TensorInfo(t["dtype"], tuple(t["shape"]), self.header_bytes + t["data_offsets"][0])
+                for name, t in header.items()
+                if name != "__metadata__"
+            }
+            end = max((t.offset + t.nbytes for t in self.tensors.values()), default=self.header_bytes)
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise BundleError(f"{path}: not readable as safetensors ({error}); copy the bundle again") from error
+        if end != size:
+            raise BundleError(f"{path}: {size} bytes, but its header describes {end}; copy the bundle again")
+
+    def rows(self, name: str) -> NDArray[Any]:
+        """A 2-D tensor mapped read-only; `to_float32` turns rows of it into numbers."""
+        t = self.tensors[name]
+        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[t.dtype]
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=t.offset, shape=t.shape)
+
+    def load(self, names: Collection[str], sha256: str | None = None) -> dict[str, Float32]:
+        """Tensors as float32, converted block by block.
+
+        With sha256 the whole file is read and hashed on the way; BundleError where it differs.
+        """
+        arrays = {n: np.empty(self.tensors[n].shape, np.float32) for n in names}
+        digest = hashlib.sha256()
+        buffer = bytearray(BLOCK_BYTES)
+        with self.path.open("rb", buffering=0) as f:
+            if sha256:
+                digest.update(f.read(self.header_bytes))
+            for name, t in sorted(self.tensors.items(), key=lambda item: item[1].offset):
+                flat = arrays[name].reshape(-1) if name in arrays else None
+                if flat is None and not sha256:
+                    continue
+                f.seek(t.offset)
+                done = 0
+                while done < t.nbytes:
+                    view = memoryview(buffer)[: min(BLOCK_BYTES, t.nbytes - done)]
+                    got = f.readinto(view)
+                    if not got or got % ITEM_BYTES[t.dtype]:
+                        raise BundleError(f"{self.path}: {name} ends early; copy the bundle again")
+                    if sha256:
+                        digest.update(view[:got])
+                    if flat is not None:
+                        first = done // ITEM_BYTES[t.dtype]
+                        block = to_float32(np.frombuffer(view[:got], _STORED[t.dtype]), t.dtype)
+                        flat[first : first + block.size] = block
+                    done += got
+        if sha256 and digest.hexdigest() != sha256:
+            raise BundleError(f"{self.path}: altered since export (sha256 differs); copy the bundle again")
+        return arrays
+
+
+_STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+def to_float32(stored: NDArray[Any], dtype: str) -> Float32:
+    """Stored values ("F32", "F16", or "BF16" as uint16) as float32; the result may share memory with an F32 input."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
