@@ -1,4 +1,6 @@
 """Offline pictures and questions with known answers: what accuracy and ranges are measured on."""
 
 if __name__ != "trol_edge.calibration":
-    raise ImportError("import this folder as trol_edge.calibration; a second copy under another name would not share its classes")
+    raise ImportError(
+        "import this folder as trol_edge.calibration; a second copy under another name would not share its classes"
+    )

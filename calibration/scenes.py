@@ -55,7 +55,16 @@ RELATION_MARGIN = 12.0
 RELATION_SLACK = 4.0
 
 # Table colours: muted, so that every object colour stands out on each of them.
-_TABLES = ((150, 118, 84), (92, 66, 48), (118, 118, 122), (66, 68, 74), (86, 98, 112), (170, 158, 136), (98, 100, 72), (40, 40, 46))
+_TABLES = (
+    (150, 118, 84),
+    (92, 66, 48),
+    (118, 118, 122),
+    (66, 68, 74),
+    (86, 98, 112),
+    (170, 158, 136),
+    (98, 100, 72),
+    (40, 40, 46),
+)
 _SCALE = 3  # objects are drawn this much larger and box-filtered down
 _GRID_Y, _GRID_X = np.mgrid[0:PIXELS, 0:PIXELS].astype(np.float32)
 

@@ -1,4 +1,6 @@
 """Workstation side: checkpoint in, ONNX graphs and a bundle out. Needs `pip install trol-edge[export]`."""
 
 if __name__ != "trol_edge.export":
-    raise ImportError("import this folder as trol_edge.export; a second copy under another name would not share its classes")
+    raise ImportError(
+        "import this folder as trol_edge.export; a second copy under another name would not share its classes"
+    )

@@ -1,12 +1,12 @@
 """Read a published TroL checkpoint folder: every tensor accounted for before any work starts, none held in memory.
 
-    config.json                    sizes (Hugging Face names)
-    model.safetensors              or model-00001-of-0000N.safetensors + model.safetensors.index.json,
-                                   or pytorch_model.bin (older revisions)
-    trol_gating.pt                 the gate, one Linear repeated per layer (or trol_gating.safetensors)
-    clip_vision_config.json        optional; absent: CLIP ViT-L/14-336
-    generation_config.json         optional; its eos_token_id wins, as in the authors' code
-    tokenizer.model, added_tokens.json   optional; without them the bundle serves the token level only
+config.json                    sizes (Hugging Face names)
+model.safetensors              or model-00001-of-0000N.safetensors + model.safetensors.index.json,
+                               or pytorch_model.bin (older revisions)
+trol_gating.pt                 the gate, one Linear repeated per layer (or trol_gating.safetensors)
+clip_vision_config.json        optional; absent: CLIP ViT-L/14-336
+generation_config.json         optional; its eos_token_id wins, as in the authors' code
+tokenizer.model, added_tokens.json   optional; without them the bundle serves the token level only
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ class Checkpoint:
     `notes` holds remarks that a user should see (for example gates that differ between layers).
     """
 
-    def __init__(self, folder: str | Path, family: str | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str], family: str | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: no such folder; give the folder that holds config.json")
@@ -75,7 +76,7 @@ class Checkpoint:
                 f"{self.folder}: config.json lacks or garbles a size ({type(error).__name__}: {error}); "
                 "copy the published files again"
             ) from error
-        self.spec: ModelSpec = dataclasses.replace(spec, **self._token_ids(spec))
+        self.spec: ModelSpec = dataclasses.replace(spec, **self._token_ids(spec))  # type: ignore[arg-type]
         self.parameters = self._match(entries)
 
     def _json(self, name: str, required: bool = True) -> Any:
@@ -190,7 +191,9 @@ class Checkpoint:
             for name, shape in ((f"{i}.weight", (1, d)), (f"{i}.bias", (1,)))
             if name not in tensors or tuple(tensors[name].shape) != shape or not tensors[name].is_floating_point()
         ]
-        extra = [name for name in tensors if name not in {f"{i}.{s}" for i in range(layers) for s in ("weight", "bias")}]
+        extra = [
+            name for name in tensors if name not in {f"{i}.{s}" for i in range(layers) for s in ("weight", "bias")}
+        ]
         if wrong or extra:
             raise CheckpointError(f"{path}: {'; '.join(wrong + [f'extra {name}' for name in extra])}")
         last = {s: tensors[f"{layers - 1}.{s}"] for s in ("weight", "bias")}

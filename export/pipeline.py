@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from trol_edge._version import __version__
 from trol_edge.bundle import (
-    EMBEDDING,
     FORMAT,
     FORMAT_VERSION,
     TOKENIZER,
@@ -33,7 +33,7 @@ from trol_edge.bundle import (
 )
 from trol_edge.errors import CheckpointError, ExportError
 from trol_edge.export import graphs, tokenizer
-from trol_edge.export.checkpoint import FLOATS, Checkpoint
+from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.model import rope_tables
 from trol_edge.weights import ITEM_BYTES
 
@@ -114,18 +114,36 @@ def export(
     return manifest
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """One tensor of the weights file: safetensors dtype, shape as stored, offset in bytes after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    transposed: bool
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
 def _write_weights(
     path: Path, source: Checkpoint, context: int, transposed: set[str], progress: Progress
 ) -> dict[str, tuple[ir.DataType, int, int]]:
     """Stream every parameter into one safetensors file; returns name -> (dtype, offset in the file, bytes)."""
     rope = dict(zip(graphs.ROPE, rope_tables(source.spec.head_dim, source.spec.rope_theta, context), strict=True))
-    header: dict[str, dict[str, object]] = {}
+    layout: dict[str, _Stored] = {}
     end = 0
     for name in [*source.names(), *rope]:
-        shape, dtype = (rope[name].shape, "F32") if name in rope else (source.shape(name), source.dtype(name))
-        start, end = end, end + torch.Size(shape).numel() * ITEM_BYTES[dtype]
-        stored = list(reversed(shape)) if name in transposed else list(shape)
-        header[name] = {"dtype": dtype, "shape": stored, "data_offsets": [start, end]}
+        shape = tuple(rope[name].shape) if name in rope else source.shape(name)
+        dtype = "F32" if name in rope else source.dtype(name)
+        layout[name] = _Stored(dtype, shape[::-1] if name in transposed else shape, end, name in transposed)
+        end += layout[name].nbytes
+    header = {
+        n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.offset, t.offset + t.nbytes]}
+        for n, t in layout.items()
+    }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     base = 8 + len(text)
@@ -135,51 +153,39 @@ def _write_weights(
         f.write(len(text).to_bytes(8, "little") + text)
         f.truncate(base + end)
         done = 0
-        for name in header:
-            start = base + _span(header, name)[0]
+        for name, stored in layout.items():
             finite = True
             for row, block in [(0, rope[name])] if name in rope else source.blocks(name):
                 finite &= bool(block.isfinite().all())
-                _write_block(f.fileno(), start, block, row, _rows(header, name, transposed), name in transposed)
+                _write_block(f.fileno(), base + stored.offset, block, row, stored)
                 done += block.numel() * block.element_size()
                 progress("weights", done, end)
             if not finite:
-                bad.append(name if name in rope or name not in source.parameters else source.parameters[name][0].name)
+                bad.append(source.parameters[name][0].name)
     if bad:
         raise CheckpointError(
             f"{source.folder}: NaN or infinite values in {len(bad)} tensor(s): {', '.join(bad)}; download them again"
         )
     types = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
-    spans = {name: _span(header, name) for name in header}
-    return {n: (types[str(header[n]["dtype"])], base + a, b - a) for n, (a, b) in spans.items()}
+    return {n: (types[t.dtype], base + t.offset, t.nbytes) for n, t in layout.items()}
 
 
-def _span(header: dict[str, dict[str, object]], name: str) -> tuple[int, int]:
-    start, end = header[name]["data_offsets"]  # type: ignore[misc]
-    return int(start), int(end)
-
-
-def _rows(header: dict[str, dict[str, object]], name: str, transposed: set[str]) -> int:
-    """Rows of a parameter in the model's order."""
-    shape: list[int] = header[name]["shape"]  # type: ignore[assignment]
-    return shape[-1] if name in transposed else (shape[0] if shape else 1)
-
-
-def _write_block(fd: int, start: int, block: Tensor, row: int, rows: int, transpose: bool) -> None:
-    """Write rows row.. of a tensor of `rows` rows that begins at byte `start`, transposed if asked."""
-    if not transpose:
-        _write_at(fd, block, start + row * block[0:1].numel() * block.element_size() if block.dim() else start)
+def _write_block(fd: int, start: int, block: Tensor, row: int, stored: _Stored) -> None:
+    """Write rows row.. of a tensor that begins at byte `start`, transposed where it is stored so."""
+    if not stored.transposed:
+        row_bytes = block[0].numel() * block.element_size() if block.dim() else 0
+        _write_at(fd, block, start + row * row_bytes)
         return
     columns = block.t().contiguous()  # [in, rows of this block]
-    if block.shape[0] == rows:
+    if columns.shape == stored.shape:
         _write_at(fd, columns, start)
         return
     for i in range(columns.shape[0]):
-        _write_at(fd, columns[i], start + (i * rows + row) * block.element_size())
+        _write_at(fd, columns[i], start + (i * stored.shape[1] + row) * block.element_size())
 
 
 def _write_at(fd: int, tensor: Tensor, offset: int) -> None:
-    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
@@ -210,5 +216,3 @@ def _port(value: ir.Value) -> Port:
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
     return Port(value.name, value.dtype.numpy().name, shape)
 
-
-__all__ = ["DEFAULT_CONTEXT", "EMBEDDING", "TARGETS", "Progress", "export"]

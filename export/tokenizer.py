@@ -63,6 +63,8 @@ def convert(checkpoint_folder: str | os.PathLike[str], extra_tokens: Sequence[st
 
     Reads tokenizer.model and, where present, added_tokens.json and tokenizer_config.json. `extra_tokens` are those
     that the authors' loader adds at run time: a missing one gets the next free id.
+    One difference to sentencepiece is left: a text of nothing but characters that the model's character map deletes
+    gives no ids, where sentencepiece may give the dummy prefix.
     Raises CheckpointError naming the file for an unreadable or unsupported model, and for ids that clash or have gaps.
     """
     folder = pathlib.Path(checkpoint_folder)
@@ -325,13 +327,35 @@ def _corpus(marks: list[str]) -> list[str]:
     rng = random.Random(0)
     marks = rng.sample(marks, min(10, len(marks)))
     words = [
-        "What is in this picture?", "the quick brown fox", "naïve café", "Ich weiß, daß Öl", "Привет, мир",
-        "你好,世界。", "日本語のテキスト", "안녕하세요", "สวัสดีครับ", "नमस्ते दुनिया", "مرحبا بالعالم", "שלום עולם",
-        "γειά", "việt nam",
-        "a\u0301\u0302 e\u0301 \ufb01 \uff21", "\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \U0001f1f0\U0001f1f7",
-        "x = [1, 2]; // {}", "3.14159 1000000 2024-01-31", "https://a.b/c?d=e&f", "▁▁ ▁", "<0x0A> <0xFF>",
-        "\x00 \x01 \x7f \x85", "\u200b \u200d \ufeff \u2028", "\U0001d4b3\U00010348\U00020bb7", "aaaaaaaaaaaaaaaa",
-        "abababababab", "\ufffd", "\U0010ffff \ue000", "no\u00a0break",
+        "What is in this picture?",
+        "the quick brown fox",
+        "naïve café",
+        "Ich weiß, daß Öl",
+        "Привет, мир",
+        "你好,世界。",
+        "日本語のテキスト",
+        "안녕하세요",
+        "สวัสดีครับ",
+        "नमस्ते दुनिया",
+        "مرحبا بالعالم",
+        "שלום עולם",
+        "γειά",
+        "việt nam",
+        "a\u0301\u0302 e\u0301 \ufb01 \uff21",
+        "\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \U0001f1f0\U0001f1f7",
+        "x = [1, 2]; // {}",
+        "3.14159 1000000 2024-01-31",
+        "https://a.b/c?d=e&f",
+        "▁▁ ▁",
+        "<0x0A> <0xFF>",
+        "\x00 \x01 \x7f \x85",
+        "\u200b \u200d \ufeff \u2028",
+        "\U0001d4b3\U00010348\U00020bb7",
+        "aaaaaaaaaaaaaaaa",
+        "abababababab",
+        "\ufffd",
+        "\U0010ffff \ue000",
+        "no\u00a0break",
     ]
     spaces = ["", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " \n ", "        "]
     corpus = ["", *spaces, *words, *marks]

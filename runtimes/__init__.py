@@ -1,4 +1,6 @@
 """Back ends that execute a bundle's graphs: one file, one inference library."""
 
 if __name__ != "trol_edge.runtimes":
-    raise ImportError("import this folder as trol_edge.runtimes; a second copy under another name would not share its classes")
+    raise ImportError(
+        "import this folder as trol_edge.runtimes; a second copy under another name would not share its classes"
+    )

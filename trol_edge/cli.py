@@ -57,9 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
-@app.command(epilog='Example: trol-edge export trol-1.8b -o build/trol-1.8b   (fetches it first; or give a folder)')
+@app.command(epilog="Example: trol-edge export trol-1.8b -o build/trol-1.8b   (fetches it first; or give a folder)")
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a model name: trol-nano, trol-1.8b, trol-7b.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Checkpoint folder, or a model name: trol-nano, trol-1.8b, trol-7b.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
     model: Annotated[str | None, typer.Option(help="Name of the model in the bundle.")] = None,
     target: Annotated[
@@ -95,11 +97,14 @@ def export(
     for note in manifest.notes:
         err.print(f"note: {note}", markup=False)
     out.print(
-        f"{manifest.model}: {size / 1e6:.1f} MB in {escape(str(output))}, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB"
+        f"{manifest.model}: {size / 1e6:.1f} MB in {escape(str(output))}, {seconds:.0f} s, "
+        f"peak memory {peak / 1e9:.2f} GB"
     )
 
 
-@app.command(epilog='Example: trol-edge run build/trol-nano --image scene.png --prompt "What is left of the red circle?"')
+@app.command(
+    epilog='Example: trol-edge run build/trol-nano --image scene.png --prompt "What is left of the red circle?"'
+)
 def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The question.")],
@@ -178,9 +183,9 @@ def inspect(
     spec = manifest.spec
     out.print(
         f"[b]{escape(manifest.model)}[/b] ({spec.family}), {manifest.created_by}, target {manifest.target}, context "
-        f"{manifest.context} tokens\n{spec.num_layers} layers x 2 passes, hidden {spec.hidden_size}, {spec.num_heads} heads, "
-        f"{spec.num_kv_heads} K/V heads, vocabulary {spec.vocab_size}, {spec.vision.tokens_per_image} tokens per picture of "
-        f"{spec.vision.image_size} x {spec.vision.image_size}\n"
+        f"{manifest.context} tokens\n{spec.num_layers} layers x 2 passes, hidden {spec.hidden_size}, "
+        f"{spec.num_heads} heads, {spec.num_kv_heads} K/V heads, vocabulary {spec.vocab_size}, "
+        f"{spec.vision.tokens_per_image} tokens per picture of {spec.vision.image_size} x {spec.vision.image_size}\n"
         f"{sum(math.prod(t.shape) for t in tensors.values()):,} numbers in {len(tensors)} tensors, each stored once, "
         f"{sum(t.nbytes for t in tensors.values()) / 1e6:.1f} MB; tokenizer: {'tokenizer.json' in manifest.files}"
     )
@@ -190,7 +195,9 @@ def inspect(
         table = Table(title=f"{name} ({graph.file})", title_justify="left", show_header=False, box=None, padding=(0, 1))
         for title, ports in (("inputs", graph.inputs), ("outputs", graph.outputs)):
             table.add_row(title, escape(_ports(ports)))
-        table.add_row("operators", ", ".join(f"{op} {n}" for op, n in sorted(graph.operators.items(), key=lambda x: -x[1])))
+        table.add_row(
+            "operators", ", ".join(f"{op} {n}" for op, n in sorted(graph.operators.items(), key=lambda x: -x[1]))
+        )
         table.add_row(
             "weights",
             f"{len(graph.weights)} tensors ({lora[name]} LoRA), {stored[name] / 1e6:.2f} MB stored, "
@@ -199,8 +206,9 @@ def inspect(
         out.print(table)
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     out.print(
-        f"A step reads {as_float['step'] / 1e6:.2f} MB of weights (float32, each once, {lora['step']} LoRA tensors), one "
-        f"embedding row of {row} bytes, and the KV cache: {kv} bytes per token, {kv * manifest.context / 1e6:.1f} MB in all.\n"
+        f"A step reads {as_float['step'] / 1e6:.2f} MB of weights (float32, each once, {lora['step']} LoRA tensors), "
+        f"one embedding row of {row} bytes, and the KV cache: {kv} bytes per token, "
+        f"{kv * manifest.context / 1e6:.1f} MB in all.\n"
         f"In no graph: {', '.join(sorted(tensors.keys() - used))} (looked up by the runtime)."
     )
 
@@ -227,6 +235,53 @@ def synth(
         f"{model}, random weights: {result['parameters']:,} parameters, {result['bytes'] / 1e9:.2f} GB in "
         f"{escape(str(output))}, {result['seconds']:.0f} s, peak memory {result['peak_bytes'] / 1e9:.2f} GB"
     )
+
+
+@app.command(epilog="Example: trol-edge evaluate build/trol-nano -n 500")
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder of a model trained on the rendered scenes.")],
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="Held-out questions to ask.")] = 2000,
+    report: Annotated[
+        Path | None, typer.Option(help="Markdown file whose section about the bundle to rewrite.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a trol-nano bundle's accuracy on held-out rendered scenes, by kind of question."""
+    from trol_edge.calibration import evaluate as evaluation
+    from trol_edge.runtime import Runtime
+
+    runtime = Runtime(bundle)
+    with _progress(quiet=as_json) as progress:
+        score = evaluation.evaluate(runtime, number, progress)
+    text = evaluation.markdown(score, str(bundle))
+    if report:
+        evaluation.update_report(report, text)
+    if as_json:
+        _print_json(dataclasses.asdict(score) | {"short_percent": score.short})
+    else:
+        print(text)
+
+
+@app.command(epilog="Example: trol-edge demo build/trol-nano")
+def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None:
+    """Ask a bundle about the picture that ships with this project, and say what to type next."""
+    from trol_edge.bundle import TOKENIZER
+    from trol_edge.export.models import shipped_folder
+    from trol_edge.runtime import Runtime
+
+    folder = shipped_folder("trol-nano")
+    question = json.loads((folder / "report.json").read_text(encoding="utf-8"))["demo"]["question"]
+    picture = folder / "scene.png"
+    shown = picture.relative_to(Path.cwd()) if picture.is_relative_to(Path.cwd()) else picture
+    runtime = Runtime(bundle)
+    if TOKENIZER in runtime.bundle.manifest.files:
+        answer = runtime.generate(question, picture)
+        print(f"picture:  {shown}\nquestion: {question}\nanswer:   {answer}\nbundle:   {bundle}\n")
+    else:
+        print(f"bundle:   {bundle} (no tokenizer in its checkpoint, so it serves token ids only)\n")
+    command = f"trol-edge run {bundle} --image {shown} --prompt"
+    print(f"Next, in this environment ({sys.prefix}):\n  {command} 'Describe the scene.'\n  trol-edge inspect {bundle}")
+    print(f"  python -c \"import trol_edge; print(trol_edge.Runtime('{bundle}').generate('{question}', '{shown}'))\"")
 
 
 @app.command("version", epilog="Example: trol-edge version")
@@ -270,7 +325,12 @@ def _progress(quiet: bool) -> Iterator[Any]:
     if quiet:
         yield lambda what, done, total: None
         return
-    columns = (TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
     with Progress(*columns, console=err) as bars:
         tasks: dict[str, TaskID] = {}
 

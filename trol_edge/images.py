@@ -57,21 +57,12 @@ class ImageSpec:
             problems.append(f"kind {self.kind!r} is unknown (known: {', '.join(sorted(_KINDS))})")
         if self.size < 1:
             problems.append(f"size {self.size} is not a number of pixels")
-        for name in ("mean", "std"):
-            values = getattr(self, name)  # a list when it comes from JSON
-            object.__setattr__(self, name, values := tuple(values) if isinstance(values, list) else values)
-            if not _three_numbers(values) or (name == "std" and min(values) <= 0):
-                problems.append(f"{name} {values!r} is not three {'positive ' if name == 'std' else ''}numbers")
+        if len(self.mean) != 3 or not all(map(math.isfinite, self.mean)):
+            problems.append(f"mean {self.mean} is not three numbers")
+        if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
+            problems.append(f"std {self.std} is not three positive numbers")
         if problems:
             raise BundleError(f"picture settings: {'; '.join(problems)}; export the bundle again with this version")
-
-
-def _three_numbers(values: Any) -> bool:
-    return (
-        isinstance(values, tuple)
-        and len(values) == 3
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-    )
 
 
 def load_rgb(image: str | os.PathLike[str] | Image.Image | npt.NDArray[Any]) -> U8:
@@ -134,8 +125,9 @@ def _rgb_from_file(path: str | os.PathLike[str]) -> U8:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a picture, or of a format that Pillow cannot read here; save it as PNG or JPEG"
-                         ) from error
+        raise ImageError(
+            f"{name} is not a picture, or of a format that Pillow cannot read here; save it as PNG or JPEG"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} has more than the {MAX_PIXELS} pixels allowed; make it smaller first") from error
     except Exception as error:  # a damaged header raises whatever Pillow's parser trips on
@@ -153,6 +145,8 @@ def _rgb_from_pillow(picture: Image.Image, name: str) -> U8:
         if upright.mode.startswith("I"):  # "I" and the "I;16" modes: 16-bit grey
             grey = np.clip(np.asarray(upright).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
+        if upright.mode == "P" and "transparency" in upright.info:
+            upright = upright.convert("RGBA")  # the same colours; Pillow warns about the direct way
         return np.array(upright.convert("RGB"), dtype=np.uint8)
     except Exception as error:  # a damaged body raises whatever Pillow's decoder trips on
         raise ImageError(f"{name} cannot be decoded ({_reason(error)}); copy or save it again") from error

@@ -138,7 +138,8 @@ class Runtime:
         stays usable.
         """
         options = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        text, ids, last = "", [], None
+        text, last = "", None
+        ids: list[int] = []
         run = _Run(self, prompt, images, max_new_tokens, stop, options)
         for last in run.pieces():
             text += last.text
@@ -225,7 +226,8 @@ class _Run:
             count = 0
             while reason is None:
                 token = self.sampler.sample(logits, self.ids)
-                text, ids = "", (token,)
+                text = ""
+                ids: tuple[int, ...] = (token,)
                 if token in runtime._ends:
                     reason, ids = "stop", ()
                 else:

@@ -40,8 +40,11 @@ class SamplingParams:
             ("top_k", _is_integer(self.top_k) and self.top_k >= 0, "an integer >= 0 (0 is off)"),
             ("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "a number > 0 and <= 1 (1 is off)"),
             ("min_p", _is_real(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 (off) to 1"),
-            ("repetition_penalty", _is_real(self.repetition_penalty) and self.repetition_penalty > 0,
-             "a number > 0 (1 is off)"),
+            (
+                "repetition_penalty",
+                _is_real(self.repetition_penalty) and self.repetition_penalty > 0,
+                "a number > 0 (1 is off)",
+            ),
             ("seed", self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "None or an integer >= 0"),
         ]
         problems = [f"{name} {getattr(self, name)!r} should be {want}" for name, good, want in checks if not good]

@@ -63,7 +63,7 @@ def from_dict(cls: type[T], data: Any, where: str) -> T:
     value = _convert(cls, data, where, problems)
     if problems:
         raise BundleError(f"{'; '.join(problems)}. Export the bundle again with this version of trol-edge")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:

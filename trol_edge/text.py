@@ -78,10 +78,8 @@ class PromptSpec:
     def __post_init__(self) -> None:
         problems = []
         for name in ("special_tokens", "end_markers"):
-            values = getattr(self, name)  # a list when it comes from JSON
-            object.__setattr__(self, name, values := tuple(values) if isinstance(values, list) else values)
-            if not isinstance(values, tuple) or not values or not all(isinstance(v, str) and v for v in values):
-                problems.append(f"{name} {values!r} is not a list of strings")
+            if not getattr(self, name) or not all(getattr(self, name)):
+                problems.append(f"{name} {getattr(self, name)!r} should be one or more non-empty strings")
         if self.tokens_per_image < 1:
             problems.append(f"tokens_per_image {self.tokens_per_image} is not a count")
         if problems:
@@ -117,7 +115,12 @@ class Tokenizer:
             loaded = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises plain Exception
             raise BundleError(f"{where} cannot be read ({error}); copy or export the bundle again") from error
-        if not isinstance(loaded.model, tokenizers.models.BPE) or loaded.pre_tokenizer is not None:
+        made_here = (
+            isinstance(loaded.model, tokenizers.models.BPE)
+            and isinstance(loaded.normalizer, tokenizers.normalizers.Sequence)
+            and loaded.pre_tokenizer is None
+        )
+        if not made_here:
             raise BundleError(f"{where} was not made by trol_edge.export.tokenizer; export the bundle again")
         self._loaded = loaded
         self._model = loaded.model
@@ -188,7 +191,7 @@ class Tokenizer:
             elif isinstance(part, int):
                 segment.append(part)
             else:
-                segment += self._split_plain(_checked(part))
+                segment.append(_checked(part))
         return ids + self._encode_segment(segment)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -214,7 +217,7 @@ class Tokenizer:
     def _encode_segment(self, segment: Sequence[str | int]) -> list[int]:
         inner = [part for part in segment if isinstance(part, int)]
         text = "".join(part for part in segment if isinstance(part, str))
-        stand_in = next(chr(code) for code in _STAND_INS if chr(code) not in text)
+        stand_in = _stand_in(text)
         whole = "".join(part if isinstance(part, str) else stand_in for part in segment)
         ids: list[int] = []
         for i, between in enumerate(self._normalise(whole).split(stand_in)):
@@ -224,10 +227,7 @@ class Tokenizer:
         return ids
 
     def _split_plain(self, text: str) -> list[str | int]:
-        """Cut at pieces that sentencepiece matches whole but that are ordinary text, such as runs of spaces.
-
-        Needed before and after normalisation: they are exempt from it, and it can produce them.
-        """
+        """Cut at pieces that sentencepiece matches whole but that are ordinary text, such as runs of spaces."""
         if self._plain_pattern is None:
             return [text]
         return [self._plain[p] if i % 2 else p for i, p in enumerate(self._plain_pattern.split(text))]
@@ -244,16 +244,25 @@ class Tokenizer:
         return ids
 
     def _normalise(self, text: str) -> str:
+        exempt: list[str] = []
+        stand_in = _stand_in(text)
+        if self._plain_pattern is not None:
+            exempt = self._plain_pattern.findall(text)
+            text = self._plain_pattern.sub(stand_in, text)
         if self._charsmap is not None:
             text = self._charsmap.normalise(text)
-        normalised: str = self._normalizer.normalize_str(text)
-        return normalised
+        text = self._normalizer.normalize_str(text)
+        return re.sub(stand_in, lambda _: exempt.pop(0), text)
 
 
 def _any_of(contents: Iterable[str]) -> re.Pattern[str] | None:
     """Pattern whose `split` puts the longest match of any of `contents` at the odd indices."""
     longest_first = sorted(contents, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def _stand_in(text: str) -> str:
+    return next(chr(code) for code in _STAND_INS if chr(code) not in text)
 
 
 def _checked(text: str) -> str:

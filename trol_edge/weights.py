@@ -76,7 +76,7 @@ class WeightsFile:
         arrays = {n: np.empty(self.tensors[n].shape, np.float32) for n in names}
         digest = hashlib.sha256()
         buffer = bytearray(BLOCK_BYTES)
-        with self.path.open("rb", buffering=0) as f:
+        with self.path.open("rb") as f:
             if sha256:
                 digest.update(f.read(self.header_bytes))
             for name, t in sorted(self.tensors.items(), key=lambda item: item[1].offset):
@@ -88,13 +88,13 @@ class WeightsFile:
                 while done < t.nbytes:
                     view = memoryview(buffer)[: min(BLOCK_BYTES, t.nbytes - done)]
                     got = f.readinto(view)
-                    if not got or got % ITEM_BYTES[t.dtype]:
+                    if got < len(view):
                         raise BundleError(f"{self.path}: {name} ends early; copy the bundle again")
                     if sha256:
-                        digest.update(view[:got])
+                        digest.update(view)
                     if flat is not None:
                         first = done // ITEM_BYTES[t.dtype]
-                        block = to_float32(np.frombuffer(view[:got], _STORED[t.dtype]), t.dtype)
+                        block = to_float32(np.frombuffer(view, _STORED[t.dtype]), t.dtype)
                         flat[first : first + block.size] = block
                     done += got
         if sha256 and digest.hexdigest() != sha256:
@@ -102,7 +102,7 @@ class WeightsFile:
         return arrays
 
 
-_STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def to_float32(stored: NDArray[Any], dtype: str) -> Float32:
