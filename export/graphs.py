@@ -170,6 +170,8 @@ def _export(
             if value.name in module.state_dict():
                 value.const_value = None  # fake: nothing below may look at it
         onnxscript.optimizer.optimize(model)
+    # Stack traces with this machine's paths: most of the file's bytes, and another file on another machine.
+    common.ClearMetadataAndDocStringPass()(model)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "trol-edge", __version__
     return model

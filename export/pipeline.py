@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -74,6 +74,9 @@ def export(
             f"its rotary embedding depends on what ran before; choose 2..{limit}"
         )
     with new_folder(bundle, overwrite) as folder:
+        # What can be wrong with a checkpoint shows in the first two steps; tracing looks at no value.
+        _write_tokenizer(folder / TOKENIZER, source)
+        offsets = _write_weights(folder / WEIGHTS, source, context, progress)
         traced = {}
         for i, name in enumerate(graphs.TRACED):
             progress("trace", i, len(graphs.TRACED))
@@ -81,18 +84,8 @@ def export(
         progress("trace", len(graphs.TRACED), len(graphs.TRACED))
         if spec.lora_rank:
             traced["traverse_text"] = graphs.without_lora(traced["traverse"])
-        transposed = set().union(*(graphs.fold_transposes(m) for m in traced.values()))
-        offsets = _write_weights(folder / WEIGHTS, source, context, transposed, progress)
         infos = {name: _write_graph(folder, name, m, target, offsets) for name, m in traced.items()}
-        text = tokenizer.convert(source.folder)
-        if text is not None:
-            (folder / TOKENIZER).write_text(text, encoding="utf-8")
-        files = sorted(folder.iterdir())
-        digests = {}
-        for i, path in enumerate(files):
-            progress("hash", i, len(files))
-            digests[path.name] = FileInfo(path.stat().st_size, sha256_of(path))
-        progress("hash", len(files), len(files))
+        digests = _digests(folder, progress)
         manifest = Manifest(
             format=FORMAT,
             format_version=FORMAT_VERSION,
@@ -129,7 +122,7 @@ class _Stored:
 
 
 def _write_weights(
-    path: Path, source: Checkpoint, context: int, transposed: set[str], progress: Progress
+    path: Path, source: Checkpoint, context: int, progress: Progress
 ) -> dict[str, tuple[ir.DataType, int, int]]:
     """Stream every parameter into one safetensors file; returns name -> (dtype, offset in the file, bytes)."""
     rope = dict(zip(graphs.ROPE, rope_tables(source.spec.head_dim, source.spec.rope_theta, context), strict=True))
@@ -138,7 +131,8 @@ def _write_weights(
     for name in [*source.names(), *rope]:
         shape = tuple(rope[name].shape) if name in rope else source.shape(name)
         dtype = "F32" if name in rope else source.dtype(name)
-        layout[name] = _Stored(dtype, shape[::-1] if name in transposed else shape, end, name in transposed)
+        transposed = _is_linear(name, shape)
+        layout[name] = _Stored(dtype, shape[::-1] if transposed else shape, end, transposed)
         end += layout[name].nbytes
     header = {
         n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.offset, t.offset + t.nbytes]}
@@ -170,6 +164,11 @@ def _write_weights(
     return {n: (types[t.dtype], base + t.offset, t.nbytes) for n, t in layout.items()}
 
 
+def _is_linear(name: str, shape: Sequence[object]) -> bool:
+    """Whether a parameter is a Linear weight (or a low-rank part of one), which is stored as MatMul reads it."""
+    return len(shape) == 2 and name.endswith((".weight", ".lora_a", ".lora_b"))
+
+
 def _write_block(fd: int, start: int, block: Tensor, row: int, stored: _Stored) -> None:
     """Write rows row.. of a tensor that begins at byte `start`, transposed where it is stored so."""
     if not stored.transposed:
@@ -191,6 +190,28 @@ def _write_at(fd: int, tensor: Tensor, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+def _write_tokenizer(path: Path, source: Checkpoint) -> None:
+    # Where no file lists the image token, the authors' loader adds it behind all others.
+    image_token = (source.family.prompt(source.spec).image,)
+    text = tokenizer.convert(source.folder, image_token)
+    if text is None:
+        source.notes.append("the checkpoint has no tokenizer: the bundle serves token ids only")
+        return
+    tokenizer.verify(text, source.folder, image_token)
+    path.write_text(text, encoding="utf-8")
+
+
+def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:
+    files = sorted(folder.iterdir())
+    done, total = 0, sum(path.stat().st_size for path in files)
+    digests = {}
+    for path in files:
+        size = path.stat().st_size
+        digests[path.name] = FileInfo(size, sha256_of(path))
+        progress("hash", done := done + size, total)
+    return digests
+
+
 def _require_space(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < size:
@@ -202,6 +223,9 @@ def _write_graph(
 ) -> GraphInfo:
     inputs, outputs = (tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs))
     weights = tuple(graphs.weight_names(model))
+    linear = {w for w in weights if _is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
+    if graphs.fold_transposes(model) != linear:
+        raise ExportError(f"the trace of {name} reads a weight otherwise than it is stored; please report this")
     if target == "cpu":
         graphs.weights_as_inputs(model)
     else:
