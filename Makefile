@@ -38,8 +38,9 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 bench: $(VENV)/engine.stamp  ## prefill, decode and memory beside the torch reference and llama.cpp (if installed)
 	$(BIN)/python -m trol_edge.export.bench $(ARGS)
 
-nano: $(VENV)/engine.stamp  ## train trol-nano again (about 80 minutes on two cores) and measure it through its bundle
-	$(BIN)/python -m trol_edge.export.train_nano --out export/checkpoints/trol-nano $(ARGS)
+nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores) and measure it through its bundle
+	rm -rf build/nano-scratch
+	$(BIN)/python -m trol_edge.export.train_nano --out export/checkpoints/trol-nano --scratch build/nano-scratch $(ARGS)
 	$(BIN)/trol-edge export trol-nano -o build/trol-nano --force
 	$(BIN)/trol-edge evaluate build/trol-nano --report export/checkpoints/trol-nano/REPORT.md
 

@@ -1,0 +1,88 @@
+"""What the tests share: bundles exported once per session, because tracing is the slow part."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trol_edge.runtime import Runtime
+
+NANO = Path(__file__).resolve().parents[1] / "export" / "checkpoints" / "trol-nano"
+CONTEXT = 2560  # tokens: room for the longest golden prompt, two pictures
+# A trace holds no weights, so it does not depend on these numbers of a checkpoint.
+NOT_IN_THE_GRAPH = {
+    "rope_theta": 0.0,
+    "max_position_embeddings": 0,
+    "eos_token_id": 0,
+    "image_token_id": 0,
+    "embedding_rows": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def traces() -> Iterator[dict[Any, Any]]:
+    """Trace each architecture once: checkpoints that differ only in their weights share the (cloned) graphs."""
+    from trol_edge.export import graphs
+
+    trace = graphs.trace
+    memo: dict[Any, Any] = {"untouched": trace}
+
+    def once(name: str, family: Any, spec: Any, capacity: int) -> Any:
+        same = dataclasses.replace(spec, **NOT_IN_THE_GRAPH)
+        key = (name, family.name, same, None if name == "vision" else capacity)
+        if key not in memo:
+            memo[key] = trace(name, family, spec, capacity)
+        return memo[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "trace", once)
+        yield memo
+
+
+@pytest.fixture(scope="session")
+def exported(traces: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Bundle of a checkpoint folder, exported once per session: exported(folder, target="cpu", context=None)."""
+    from trol_edge.export import pipeline
+
+    done: dict[Any, Path] = {}
+
+    def export(checkpoint: Path, target: str = "cpu", context: int | None = None) -> Path:
+        key = (checkpoint, target, context)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("bundle") / checkpoint.name
+            pipeline.export(checkpoint, folder, target=target, context=context)
+            done[key] = folder
+        return done[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(exported: Callable[..., Path]) -> Callable[..., Path]:
+    """Bundle of a golden case: golden_bundle("internlm2-text", target="cpu")."""
+    from tests.golden import GOLDEN
+    from trol_edge.export.checkpoint import Checkpoint
+
+    def bundle(case: str, target: str = "cpu") -> Path:
+        limit = Checkpoint(GOLDEN / case).spec.max_position_embeddings
+        return exported(GOLDEN / case, target, min(CONTEXT, limit))
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def nano_bundle(request: pytest.FixtureRequest) -> Path:
+    """Bundle of the shipped model, as `make engine` makes it; or a given one, where nothing that exports is installed."""
+    given = os.environ.get("TROL_EDGE_NANO_BUNDLE")
+    return Path(given) if given else request.getfixturevalue("exported")(NANO)
+
+
+@pytest.fixture(scope="session")
+def nano(nano_bundle: Path) -> Runtime:
+    """The shipped model, loaded."""
+    return Runtime(nano_bundle)
