@@ -215,7 +215,7 @@ def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:
 def _require_space(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < size:
-        raise ExportError(f"{path.parent.parent}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; make room")
+        raise ExportError(f"{path.parent.parent}: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; make room")
 
 
 def _write_graph(

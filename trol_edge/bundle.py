@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
+BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, "*.onnx")  # patterns of all that export writes
 EMBEDDING = "embedding"  # looked up by the runtime, in no graph
 
 
@@ -161,47 +164,65 @@ def _digest(data: dict[str, Any]) -> str:
 
 
 @contextmanager
-def new_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    target: str | os.PathLike[str], overwrite: bool = False, ours: Collection[str] = BUNDLE_FILES
+) -> Iterator[Path]:
     """Yield a temporary folder beside `target` and rename it to `target` on success; on any failure remove it.
 
-    Ctrl-C and a full disk count as failures. Raises ExportError where target exists (unless overwrite, and then it
-    must hold a bundle, a checkpoint or nothing) or cannot be written.
+    Ctrl-C and a full disk count as failures, and leave what was there before. Raises ExportError where target exists
+    (unless overwrite, and then it must hold nothing but files named as in `ours`, patterns) or cannot be written.
     """
     final = Path(target)
     if final.exists() and not overwrite:
         raise ExportError(f"{final}: exists; choose another name or allow overwriting (--force)")
     if final.exists() and not final.is_dir():
         raise ExportError(f"{final}: is a file, a folder is to be written there; remove it or choose another name")
-    if final.is_dir() and any(final.iterdir()) and not any((final / n).is_file() for n in (MANIFEST, "config.json")):
-        raise ExportError(f"{final}: holds other files, which would be lost; choose another name")
+    if final.is_dir():
+        others = sorted(p.name for p in final.iterdir() if not any(fnmatch.fnmatch(p.name, name) for name in ours))
+        if others:
+            raise ExportError(
+                f"{final}: holds other files ({', '.join(others[:3])}), which would be lost; choose another name"
+            )
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(final)
-        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.{os.getpid()}.", suffix=".part", dir=final.parent))
+        folder = _part(final)
     except OSError as error:
         raise ExportError(f"{final}: cannot be written ({error.strerror}); choose another place") from error
+    old: Path | None = None
     try:
         yield folder
         folder.chmod(0o755)
         if final.exists():
-            shutil.rmtree(final)
+            old = _part(final)
+            final.rename(old)  # onto an empty folder: POSIX allows it
         folder.rename(final)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(final.parent).free / 1e9
-            raise ExportError(f"{final}: the disk is full ({free:.1f} GB free); make room or choose another") from error
+            raise ExportError(f"{final}: the disk is full; make room or choose another place") from error
         raise ExportError(f"{final}: cannot be written ({error}); nothing was left there") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if old is not None and not final.exists():
+            old.rename(final)
+        for part in (folder, old):
+            if part is not None:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+def _part(final: Path) -> Path:
+    """A new folder beside `final`, whose name says which process made it."""
+    return Path(tempfile.mkdtemp(prefix=f".{final.name}.{os.getpid()}.", suffix=".part", dir=final.parent))
 
 
 def _remove_left_overs(final: Path) -> None:
     """Remove what writers that were killed (so that no `finally` ran) left beside `final`."""
-    for folder in final.parent.glob(f".{final.name}.*.part"):
-        pid = folder.name[len(final.name) + 2 :].split(".")[0]
+    name = re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.[^.]+\.part")
+    for folder in final.parent.iterdir():
+        if not (match := name.fullmatch(folder.name)):
+            continue
         try:
-            os.kill(int(pid), 0)
-        except (ValueError, ProcessLookupError):
+            os.kill(int(match[1]), 0)
+        except (ProcessLookupError, OverflowError):
             shutil.rmtree(folder, ignore_errors=True)
         except PermissionError:
             pass  # alive, and someone else's

@@ -24,7 +24,6 @@ from trol_edge.errors import BackendError, TrolEdgeError
 
 app = typer.Typer(
     help="TroL vision-language models on robots: checkpoint -> ONNX graphs -> bundle -> answers.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -38,16 +37,14 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output folder 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0, 1 for an error of ours, 2 for bad usage, 130 after Ctrl-C."""
     try:
-        result = app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        result = app(args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False)
     except TrolEdgeError as error:
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; nothing half-written was left behind")
-        return 130
     except typer.Exit as stop:
-        return stop.exit_code
+        result = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        result = 130
     except BrokenPipeError:
         return 0
     except Exception as error:
@@ -55,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             err.print(f"error: {error.format_message()}\nSee trol-edge --help.", markup=False)
             return int(error.exit_code)
         raise
+    if result == 130:
+        err.print("interrupted; nothing half-written was left behind")
+    return result if isinstance(result, int) else 0
 
 
 @app.command(epilog="Example: trol-edge export trol-1.8b -o build/trol-1.8b   (fetches it first; or give a folder)")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trol_edge.bundle import EMBEDDING, Bundle
-from trol_edge.errors import ContextError, UsageError
+from trol_edge.errors import BundleError, ContextError, UsageError
 from trol_edge.weights import to_float32
 
 Float32 = NDArray[np.float32]
@@ -44,6 +44,8 @@ class Embeddings:
 
     def __init__(self, bundle: Bundle) -> None:
         file = bundle.weights()
+        if EMBEDDING not in file.tensors:
+            raise BundleError(f"{file.path}: lacks {EMBEDDING}; export the bundle again")
         self._dtype = file.tensors[EMBEDDING].dtype
         self._table = file.rows(EMBEDDING)
 
@@ -117,15 +119,15 @@ class Session:
             raise UsageError("step before prefill; call prefill(token_ids) first")
         if self.length >= self.context:
             raise ContextError(f"the context of {self.context} tokens is full; export with a larger --context")
-        if not 0 <= token_id < self._spec.vocab_size:
-            raise UsageError(f"token id {token_id} is not in 0..{self._spec.vocab_size - 1}")
+        if not isinstance(token_id, (int, np.integer)) or not 0 <= token_id < self._spec.vocab_size:
+            raise UsageError(f"token id {token_id!r} is not an int in 0..{self._spec.vocab_size - 1}")
         logits = self._state.step(self._embeddings[token_id], self.length)
         self.length += 1
         return logits
 
     def check_ids(self, token_ids: Sequence[int] | ArrayLike) -> NDArray[np.int64]:
         """token_ids as int64 [S]; UsageError where they are no list of ids of this model."""
-        ids = np.asarray(token_ids)
+        ids = _array(token_ids, "token_ids")
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise UsageError(
                 f"token_ids should be a non-empty list of ints [S], found shape {ids.shape} of {ids.dtype}"
@@ -138,7 +140,7 @@ class Session:
     def check_pixels(self, pixel_values: Float32) -> Float32:
         """pixel_values as contiguous float32 [N, 3, P, P]; UsageError otherwise."""
         size = self._spec.vision.image_size
-        pixels = np.asarray(pixel_values)
+        pixels = _array(pixel_values, "pixel_values")
         if pixels.dtype != np.float32 or pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not len(pixels):
             raise UsageError(
                 f"pixel_values should be float32 [N, 3, {size}, {size}], N >= 1, "
@@ -147,3 +149,10 @@ class Session:
         if not np.isfinite(pixels).all():
             raise UsageError("pixel_values hold NaN or infinite values")
         return np.ascontiguousarray(pixels)
+
+
+def _array(values: Any, name: str) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError) as error:  # rows of different lengths, among others
+        raise UsageError(f"{name} cannot be made an array ({error})") from error

@@ -51,16 +51,20 @@ class WeightsFile:
                     raise ValueError(f"header length {length} in a file of {size} bytes")
                 header: dict[str, Any] = json.loads(f.read(length))
             self.header_bytes = 8 + length
-            self.tensors = {
-                name: TensorInfo(t["dtype"], tuple(t["shape"]), self.header_bytes + t["data_offsets"][0])
-                for name, t in header.items()
-                if name != "__metadata__"
-            }
+            self.tensors = {name: self._info(name, t) for name, t in header.items() if name != "__metadata__"}
             end = max((t.offset + t.nbytes for t in self.tensors.values()), default=self.header_bytes)
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise BundleError(f"{path}: not readable as safetensors ({error}); copy the bundle again") from error
         if end != size:
             raise BundleError(f"{path}: {size} bytes, but its header describes {end}; copy the bundle again")
+
+    def _info(self, name: str, entry: Any) -> TensorInfo:
+        start, stop = entry["data_offsets"]
+        info = TensorInfo(entry["dtype"], tuple(entry["shape"]), self.header_bytes + start)
+        sizes = (start, *info.shape)
+        if not all(isinstance(n, int) and n >= 0 for n in sizes) or stop - start != info.nbytes:
+            raise ValueError(f"{name!r} says {entry!r:.200}")
+        return info
 
     def rows(self, name: str) -> NDArray[Any]:
         """A 2-D tensor mapped read-only; `to_float32` turns rows of it into numbers."""
