@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -71,13 +72,33 @@ class Checkpoint:
                 self._json("clip_vision_config.json", required=False),
                 {name: entry.shape for name, entry in entries.items()},
             )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(
                 f"{self.folder}: config.json lacks or garbles a size ({type(error).__name__}: {error}); "
                 "copy the published files again"
             ) from error
         self.spec: ModelSpec = dataclasses.replace(spec, **self._token_ids(spec))  # type: ignore[arg-type]
+        self._check_sizes()
         self.parameters = self._match(entries)
+
+    def _check_sizes(self) -> None:
+        """What the config files say is used to compute shapes, so it has to be numbers first."""
+        wrong = []
+        for part in (self.spec, self.spec.vision):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                least = 0 if field.name in ("lora_rank", "eos_token_id", "image_token_id") else 1
+                good_int = isinstance(value, int) and not isinstance(value, bool) and value >= least
+                good_float = isinstance(value, float) and 0 < value < math.inf
+                if (field.type == "int" and not good_int) or (field.type == "float" and not good_float):
+                    wrong.append(f"{field.name} {value!r}")
+        if wrong:
+            raise CheckpointError(f"{self.folder}: unusable in its config files: {', '.join(wrong)}; copy them again")
+        if self.spec.image_token_id >= self.spec.embedding_rows:
+            raise CheckpointError(
+                f"{self.folder}: the embedding table has rows 0..{self.spec.embedding_rows - 1}, none for the image "
+                f"token {self.spec.image_token_id}; take model.safetensors from a TroL checkpoint"
+            )
 
     def _json(self, name: str, required: bool = True) -> Any:
         path = self.folder / name
@@ -129,7 +150,7 @@ class Checkpoint:
             index = self.folder / f"{stem}.index.json"
             if index.is_file():
                 weight_map = self._json(index.name).get("weight_map")
-                if not isinstance(weight_map, dict) or not weight_map:
+                if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
                     raise CheckpointError(f"{index}: no weight_map; copy the index again")
                 files = [self.folder / str(name) for name in sorted(set(weight_map.values()))]
                 missing = [f.name for f in files if not f.is_file()]
@@ -189,7 +210,7 @@ class Checkpoint:
             f"{name} should be float {shape}"
             for i in range(layers)
             for name, shape in ((f"{i}.weight", (1, d)), (f"{i}.bias", (1,)))
-            if name not in tensors or tuple(tensors[name].shape) != shape or not tensors[name].is_floating_point()
+            if name not in tensors or tuple(tensors[name].shape) != shape or tensors[name].dtype not in FLOATS.values()
         ]
         extra = [
             name for name in tensors if name not in {f"{i}.{s}" for i in range(layers) for s in ("weight", "bias")}
@@ -312,6 +333,6 @@ def _load_pickle(path: Path, mmap: bool) -> dict[str, Tensor]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or not a PyTorch file ({error}); download it again") from error
-    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
+    if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in data.items()):
         raise CheckpointError(f"{path}: expected a dict of tensors; download it again")
     return data

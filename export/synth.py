@@ -18,6 +18,7 @@ from trol_edge.export.pipeline import Progress
 
 # Random values repeat after this many (a prime, so that rows do not repeat): drawing billions would take minutes.
 POOL = 8_388_593
+FILES = ("config.json", "trol_gating.pt", "model.safetensors")
 
 
 def synth(
@@ -52,7 +53,7 @@ def synth(
     rng = np.random.default_rng(seed)
     pool = rng.standard_normal(POOL, dtype=np.float32)
     pools: dict[tuple[float, float], Any] = {}
-    with new_folder(folder, overwrite) as target:
+    with new_folder(folder, overwrite, FILES) as target:
         (target / "config.json").write_text(json.dumps(known.config, indent=1), encoding="utf-8")
         gate = {"weight": torch.from_numpy(pool[: spec.hidden_size].copy())[None].half(), "bias": torch.zeros(1).half()}
         torch.save(

@@ -524,14 +524,16 @@ def test_odd_but_readable_pictures(nano: Runtime, tmp_path: Path, name: str) -> 
 
 
 def test_step_before_prefill(nano: Runtime) -> None:
-    """There is nothing to go on from; also after a prefill that failed."""
+    """There is nothing to go on from. A prefill that is refused changes nothing."""
     session = nano.session()
     with pytest.raises(UsageError, match="step before prefill"):
         session.step(5)
     session.prefill([5, 6])
     with pytest.raises(UsageError):
         session.prefill([10**6])
-    assert np.array_equal(session.step(7), (fresh := nano.session()).prefill([5, 6]) * 0 + fresh.step(7))
+    after = session.step(7)
+    session.prefill([5, 6])
+    assert np.array_equal(session.step(7), after)
 
 
 @pytest.mark.parametrize("token", [-1, 800, 10**9, 1.5, "5", None, np.array([5])])

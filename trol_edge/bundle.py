@@ -193,7 +193,7 @@ def new_folder(
     try:
         yield folder
         folder.chmod(0o755)
-        if final.exists():
+        if overwrite and final.exists():
             old = _part(final)
             final.rename(old)  # onto an empty folder: POSIX allows it
         folder.rename(final)

@@ -279,9 +279,12 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
         print(f"picture:  {shown}\nquestion: {question}\nanswer:   {answer}\nbundle:   {bundle}\n")
     else:
         print(f"bundle:   {bundle} (no tokenizer in its checkpoint, so it serves token ids only)\n")
-    command = f"trol-edge run {bundle} --image {shown} --prompt"
-    print(f"Next, in this environment ({sys.prefix}):\n  {command} 'Describe the scene.'\n  trol-edge inspect {bundle}")
-    print(f"  python -c \"import trol_edge; print(trol_edge.Runtime('{bundle}').generate('{question}', '{shown}'))\"")
+    here = Path(sys.executable).parent
+    tools = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here
+    print(f"Next:\n  {tools}/trol-edge run {bundle} --image {shown} --prompt 'Describe the scene.'")
+    print(f"  {tools}/trol-edge inspect {bundle}")
+    code = f"import trol_edge; print(trol_edge.Runtime('{bundle}').generate('{question}', '{shown}'))"
+    print(f'  {tools}/python -c "{code}"')
 
 
 @app.command("version", epilog="Example: trol-edge version")
