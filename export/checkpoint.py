@@ -94,11 +94,6 @@ class Checkpoint:
                     wrong.append(f"{field.name} {value!r}")
         if wrong:
             raise CheckpointError(f"{self.folder}: unusable in its config files: {', '.join(wrong)}; copy them again")
-        if self.spec.image_token_id >= self.spec.embedding_rows:
-            raise CheckpointError(
-                f"{self.folder}: the embedding table has rows 0..{self.spec.embedding_rows - 1}, none for the image "
-                f"token {self.spec.image_token_id}; take model.safetensors from a TroL checkpoint"
-            )
 
     def _json(self, name: str, required: bool = True) -> Any:
         path = self.folder / name
@@ -150,7 +145,8 @@ class Checkpoint:
             index = self.folder / f"{stem}.index.json"
             if index.is_file():
                 weight_map = self._json(index.name).get("weight_map")
-                if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+                known = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+                if not known or not weight_map:
                     raise CheckpointError(f"{index}: no weight_map; copy the index again")
                 files = [self.folder / str(name) for name in sorted(set(weight_map.values()))]
                 missing = [f.name for f in files if not f.is_file()]
@@ -179,6 +175,9 @@ class Checkpoint:
                 problems.append(f"wrong dtype: {source.name} is {entry.dtype}, expected one of {', '.join(FLOATS)}")
             else:
                 matched[parameter] = (source, entry)
+        rows, image = self.spec.embedding_rows, self.spec.image_token_id
+        if image >= rows:
+            problems.append(f"wrong shape: {sources['embedding'].name} has {rows} rows, none for image token {image}")
         known = {source.name for source in sources.values()}
         problems += [f"extra: {name}" for name in entries if name not in known and not self.family.unused(name)]
         try:

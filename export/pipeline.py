@@ -175,7 +175,7 @@ def _write_block(fd: int, start: int, block: Tensor, row: int, stored: _Stored) 
         row_bytes = block[0].numel() * block.element_size() if block.dim() else 0
         _write_at(fd, block, start + row * row_bytes)
         return
-    columns = block.t().contiguous()  # [in, rows of this block]
+    columns = block.t().clone(memory_format=torch.contiguous_format)  # [in, rows of this block]
     if columns.shape == stored.shape:
         _write_at(fd, columns, start)
         return
