@@ -17,9 +17,11 @@ from torch import Tensor
 
 from tests.golden import GOLDEN, requires_golden
 from tests.phi3_tokenizer import IMAGE_ID, make
+from trol_edge.errors import CheckpointError, ContextError, UsageError
 from trol_edge.export import graphs, phi3, pipeline
 from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.model import Decoder, EagerAttention, rope_tables
+from trol_edge.export.model import Decoder, EagerAttention, graph_rope_tables, rope_tables
+from trol_edge.export.models import find
 from trol_edge.images import count_tiles, load_rgb, preprocess
 from trol_edge.runtime import Runtime
 
@@ -374,3 +376,143 @@ def test_long_context_takes_the_long_factors_from_the_first_token_on(
     session.long_context = False
     session.prefill(row.ids)
     assert session.rope == "short"
+
+
+def asked(rt: Runtime, tokens: int, tiles: list[int] | None = None) -> str:
+    """A question whose whole prompt has exactly so many tokens."""
+    question = "ka"
+    while (short := tokens - len(rt.tokenize(question, tiles or ()))) > 0:
+        question += "~" * short  # a character that merges with nothing
+    assert short == 0
+    return question
+
+
+ORIGINAL = 400  # so that the template, long in this small vocabulary, fits below the limit
+
+
+@pytest.fixture
+def near_the_limit(runtime: Any) -> Runtime:
+    found = runtime("phi3-su-rope", original_max_position_embeddings=ORIGINAL)
+    assert isinstance(found, Runtime)
+    return found
+
+
+def test_an_answer_ends_where_the_factors_would_change(near_the_limit: Runtime) -> None:
+    rt = near_the_limit
+    question = asked(rt, ORIGINAL - 3)
+    answer = rt.generate(question, max_new_tokens=20)
+    assert (answer.finish_reason, answer.rope, len(answer.token_ids)) == ("context", "short", 4)
+    longer = rt.generate(question, max_new_tokens=20, long_context=True)
+    assert (longer.finish_reason, longer.rope, len(longer.token_ids)) == ("length", "long", 20)
+    over = rt.generate(asked(rt, ORIGINAL + 1), max_new_tokens=5)
+    assert (over.finish_reason, over.rope) == ("length", "long")
+    again = rt.generate(question, max_new_tokens=20)  # on the session that had the long factors
+    assert (again.token_ids, again.rope) == (answer.token_ids, "short")
+    *_, last = rt.stream(question, max_new_tokens=20)
+    assert (last.finish_reason, last.rope) == ("context", "short")
+
+
+def test_a_session_refuses_the_step_that_would_change_the_factors(near_the_limit: Runtime) -> None:
+    session = near_the_limit.session()
+    session.prefill([5] * ORIGINAL)
+    assert (session.rope, session.limit, session.context) == ("short", ORIGINAL, CONTEXT)
+    with pytest.raises(ContextError, match=r"short rope factors serve 400 tokens.*long_context=True"):
+        session.step(5)
+    session.prefill([5] * (ORIGINAL + 1))
+    assert (session.rope, session.limit) == ("long", CONTEXT)
+    session.step(5)
+
+
+def test_a_family_with_one_factor_set_takes_the_same_calls(runtime: Any) -> None:
+    rt = runtime("phi3-text")
+    answer = rt.generate("ka", max_new_tokens=3, long_context=True)
+    assert answer.rope == "plain" and answer.token_ids == rt.generate("ka", max_new_tokens=3).token_ids
+
+
+def test_pictures_of_several_tiles_in_one_prompt(runtime: Any) -> None:
+    """Through the runtime as by hand: tile counts, prompt, features in order."""
+    rt = runtime("phi3-tiles")
+    rng = np.random.default_rng(0)
+    square, wide = (rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((50, 50), (60, 120)))
+    assert rt.count_tiles([square, wide]) == [1, 3] and rt.count_tiles(None) == []
+    with pytest.raises(ContextError, match=r"take \d+ tokens, this bundle holds 1024"):
+        rt.generate("ka", [square, wide])  # 4 tiles fill the context by themselves
+    ids = rt.tokenize("ka", [1, 1])
+    assert sum(i == IMAGE_ID for i in ids) == 512
+    session = rt.session()
+    logits = session.prefill(ids, rt.preprocess([square, square[::-1]]))
+    answer = rt.generate("ka", [square, square[::-1]], max_new_tokens=1)
+    assert answer.token_ids == (int(logits.argmax()),) and answer.prompt_tokens == len(ids)
+    swapped = session.prefill(ids, rt.preprocess([square[::-1], square]))
+    assert np.abs(logits - swapped).max() > 1e-3
+    with pytest.raises(UsageError, match=r"512 image tokens .* but 1 picture"):
+        session.prefill(ids, rt.preprocess(square))
+
+
+@pytest.mark.parametrize(("width", "height", "tiles"), [(20000, 40, 7), (40, 20000, 7), (1, 1, 1), (1, 3, 4)])
+def test_extreme_pictures_are_stretched_never_cropped(runtime: Any, width: int, height: int, tiles: int) -> None:
+    rt = runtime("phi3-tiles")
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[-1, -1] = 255  # seen in the last tile and in the thumbnail
+    assert rt.count_tiles(picture) == [tiles]
+    pixels = rt.preprocess(picture)
+    assert pixels is not None and pixels.shape == (tiles, 3, 448, 448)
+    assert pixels[-1].max() > pixels[-1].min() or width * height == 1
+    if tiles > 1:
+        with pytest.raises(ContextError, match="give fewer pictures"):
+            rt.generate("ka", picture)
+    else:
+        assert rt.generate("ka", picture, max_new_tokens=1).finish_reason in ("length", "stop")
+
+
+def test_token_ids_come_from_the_tokenizer_files(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("phi3-text", eos_token_id=7)
+    assert (Checkpoint(folder).spec.image_token_id, Checkpoint(folder).spec.eos_token_id) == (IMAGE_ID, 7)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    assert Checkpoint(folder).spec.eos_token_id == make()["added_tokens"][3 + 7]["id"]
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    assert Checkpoint(folder).spec.eos_token_id == 480
+    (folder / "tokenizer.json").unlink()
+    (folder / "added_tokens.json").write_text('{"<IMG_CONTEXT>": 500}')
+    with pytest.raises(CheckpointError, match=r"<IMG_CONTEXT> is token 500 .* has rows 0..499"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "needs 8 of each"),
+        ({"sliding_window": 64}, "sliding_window 64"),
+        ({"hidden_size": None}, "lacks or garbles a size"),
+    ],
+)
+def test_a_config_that_no_published_model_has_is_refused(
+    checkpoint: Callable[..., Path], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(checkpoint("phi3-text", **change))
+
+
+@pytest.mark.parametrize(("case", "name"), [("phi3-text", "trol-1.8b"), ("internlm2-text", "trol-3.8b")])
+def test_a_checkpoint_named_as_the_other_family_is_refused(tmp_path: Path, case: str, name: str) -> None:
+    family = case.split("-")[0]
+    with pytest.raises(CheckpointError, match=rf"this is a {family} checkpoint, not .*MODEL="):
+        pipeline.export(GOLDEN / case, tmp_path / "bundle", model=name)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("name", ["trol-1.8b", "trol-3.8b", "trol-7b"])
+def test_synthetic_checkpoints_have_the_published_names_and_shapes(name: str) -> None:
+    lines = (GOLDEN / "real_configs" / "names.tsv").read_text().splitlines()[1:]
+    rows = [line.split("\t") for line in lines]
+    published = {
+        tensor: tuple(json.loads(shape)) for model, file, tensor, shape, _ in rows if (model, file) == (name, "model")
+    }
+    model = find(name)
+    assert model.family.published(model.config) == published
+    config = json.loads((GOLDEN / "real_configs" / f"{name}.json").read_text())
+    ours, theirs = (model.family.model_spec(c, None, published) for c in (model.config, config))
+    assert dataclasses.replace(ours, long_rope=None) == dataclasses.replace(theirs, long_rope=None)
+    # The factors are float32 values, which our table writes shorter than the published file.
+    assert all(map(torch.equal, graph_rope_tables(ours, 5000), graph_rope_tables(theirs, 5000)))

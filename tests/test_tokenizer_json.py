@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from tests.phi3_tokenizer import ADDED, IMAGE_ID, make
@@ -162,3 +164,26 @@ def test_extra_tokens_get_the_next_ids(tmp_path: Path) -> None:
 def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         convert(write(tmp_path, make() | change))
+
+
+def test_a_sentencepiece_model_whose_added_tokens_take_white_space(tmp_path: Path) -> None:
+    """The other way to the same tokenizer: tokenizer.model, and the flags in tokenizer_config.json."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ka tomi ru", "tomi the ka", "what is ru ka"] * 30),
+        model_writer=out,
+        minloglevel=2,
+        num_threads=1,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(out.getvalue())
+    added = {"300": {"content": "<|user|>", "rstrip": True}, "301": {"content": "<left>", "lstrip": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    text = convert(tmp_path) or ""
+    assert verify(text, tmp_path) > 500
+    ours = Tokenizer(text)
+    assert ours.encode([300, "\n ka \n", 301]) == ours.encode([300, "ka", 301]) == [300, *ours.encode("ka"), 301]

@@ -260,7 +260,7 @@ def _cubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 @functools.lru_cache(maxsize=8)
-def _table_of_bytes(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
+def _normalise_table(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
     """Normalised value of each byte per channel, float32 [3, 256]; every step in FP32, as in the authors' code."""
     scale = np.float32(255)
     shift = scale * np.array(mean, np.float32)
@@ -271,8 +271,8 @@ def _table_of_bytes(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
 
 
 @functools.lru_cache(maxsize=8)
-def _table_of_fractions(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
-    """As _table_of_bytes, in the order of torchvision, which scales to 0..1 first: other roundings."""
+def _normalise_table_of_fractions(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
+    """As _normalise_table, in the order of torchvision, which scales to 0..1 first: other roundings."""
     fractions = np.arange(256, dtype=np.float32)[None, :] / np.float32(255)
     table: F32 = (fractions - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
     table.flags.writeable = False
@@ -294,11 +294,11 @@ _KINDS = {
     "stretch": _Kind(
         count=lambda width, height, spec: 1,
         squares=lambda image, spec: [_resize(image, spec.size)],
-        table=_table_of_bytes,
+        table=_normalise_table,
     ),
     "tiles": _Kind(
         count=lambda width, height, spec: tiles.count(width, height, spec.size, spec.max_tiles),
         squares=lambda image, spec: tiles.cut(image, spec.size, spec.max_tiles),
-        table=_table_of_fractions,
+        table=_normalise_table_of_fractions,
     ),
 }
