@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tests.golden import GOLDEN, requires_golden
+from tests.golden import GOLDEN, requires_all_golden
 from tests.phi3_tokenizer import IMAGE_ID, make
 from trol_edge.errors import CheckpointError, ContextError, UsageError
 from trol_edge.export import graphs, phi3, pipeline
@@ -25,7 +25,7 @@ from trol_edge.export.models import find
 from trol_edge.images import count_tiles, load_rgb, preprocess
 from trol_edge.runtime import Runtime
 
-pytestmark = requires_golden
+pytestmark = requires_all_golden
 Array = NDArray[Any]
 
 TOLERANCE = 1e-4  # of the largest magnitude in golden's array

@@ -1,4 +1,4 @@
-"""Tile grids and prompts of the Phi-3 family equal the authors'."""
+"""Tile grids and prompts of the Phi-3 family equal the authors'; test_text.py has the other family's prompts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tokenizers
 
-from tests.golden import GOLDEN, requires_golden
+from tests.golden import GOLDEN, requires_all_golden
 from tests.phi3_tokenizer import make
+from tests.test_text import INTERNLM2_PROMPT
 from trol_edge import tiles
 from trol_edge.errors import BundleError
-from trol_edge.export import phi3
+from trol_edge.export import internlm2, phi3
 from trol_edge.export.models import find
 from trol_edge.export.tokenizer import convert
 from trol_edge.images import ImageSpec, count_tiles, preprocess
@@ -40,7 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(convert(folder) or "")
 
 
-@requires_golden
+@requires_all_golden
 def test_grids_equal_the_authors() -> None:
     rows = json.loads((GOLDEN / "tiling_table.json").read_text())["rows"]
     assert len(rows) == 564
@@ -99,3 +100,7 @@ def test_a_picture_has_tokens_for_each_of_its_tiles(tokenizer: Tokenizer) -> Non
     assert marks == [before, after] * 2 and ids.count(image) == 8 * 256
     assert ids[ids.index(before) : ids.index(after) + 1] == [before, *[image] * 7 * 256, after]
     assert end_ids(tokenizer, PROMPT) == {tokenizer.special_tokens["<|end|>"]}
+
+
+def test_the_other_familys_template_is_the_one_that_test_text_checks() -> None:
+    assert internlm2.FAMILY.prompt(internlm2.model_spec(find("trol-1.8b").config, None, {})) == INTERNLM2_PROMPT
