@@ -6,7 +6,8 @@ model.safetensors              or model-00001-of-0000N.safetensors + model.safet
 trol_gating.pt                 the gate, one Linear repeated per layer (or trol_gating.safetensors)
 clip_vision_config.json        optional; absent: CLIP ViT-L/14-336
 generation_config.json         optional; its eos_token_id wins, as in the authors' code
-tokenizer.model, added_tokens.json   optional; without them the bundle serves the token level only
+tokenizer.json                 or tokenizer.model, added_tokens.json and tokenizer_config.json; optional: without
+                               a tokenizer the bundle serves the token level only
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trol_edge.errors import CheckpointError
-from trol_edge.export import internlm2
+from trol_edge.export import internlm2, phi3, tokenizer
 from trol_edge.export.family import Family, Source
 from trol_edge.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-FAMILIES: tuple[Family, ...] = (internlm2.FAMILY,)
+FAMILIES: tuple[Family, ...] = (internlm2.FAMILY, phi3.FAMILY)
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # Rows are read in blocks of at most this many bytes, so that peak memory does not grow with the largest tensor.
 BLOCK_BYTES = 64 << 20
@@ -111,18 +112,24 @@ class Checkpoint:
 
     def _token_ids(self, spec: ModelSpec) -> dict[str, int]:
         ids: dict[str, int] = {}
+        added = tokenizer.added_ids(self.folder)
         generation = self._json("generation_config.json", required=False) or {}
         eos = generation.get("eos_token_id")
+        if self.family.eos_from_tokenizer:
+            # In old files a token is an object with its flags, else its text.
+            named = (self._json("tokenizer_config.json", required=False) or {}).get("eos_token")
+            eos = added.get(named["content"] if isinstance(named, dict) and "content" in named else str(named))
         if isinstance(eos, list):
             eos = eos[0] if eos else None
         if eos is not None:
             ids["eos_token_id"] = eos
-        image = (self._json("added_tokens.json", required=False) or {}).get("<image>")
+        name = self.family.prompt(spec).image
+        image = added.get(name)
         if image is not None:
-            if not isinstance(image, int) or not 0 <= image < spec.embedding_rows:
+            if not 0 <= image < spec.embedding_rows:
                 raise CheckpointError(
-                    f"{self.folder / 'added_tokens.json'}: <image> is {image!r}, but the embedding table "
-                    f"has rows 0..{spec.embedding_rows - 1}; the tokenizer files belong to another checkpoint"
+                    f"{self.folder}: {name} is token {image} of the tokenizer, but the embedding table has rows "
+                    f"0..{spec.embedding_rows - 1}; the tokenizer files belong to another checkpoint"
                 )
             ids["image_token_id"] = image
         return ids
@@ -293,14 +300,9 @@ def _detect(config: Mapping[str, Any], folder: Path) -> Family:
     for family in FAMILIES:
         if family.matches(config):
             return family
-    if "llm_config" in config and "vision_config" in config:
-        raise CheckpointError(
-            f"{folder}: this is a TroL-3.8B (Phi-3) checkpoint, which this version cannot export yet; "
-            "it can export TroL-1.8B and TroL-7B"
-        )
     raise CheckpointError(
         f"{folder / 'config.json'}: not a TroL checkpoint (architectures {config.get('architectures')!r}); "
-        "use BK-Lee/TroL-1.8B or BK-Lee/TroL-7B"
+        "use BK-Lee/TroL-1.8B, BK-Lee/TroL-3.8B or BK-Lee/TroL-7B"
     )
 
 

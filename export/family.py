@@ -12,6 +12,12 @@ from trol_edge.images import ImageSpec
 from trol_edge.spec import ModelSpec
 from trol_edge.text import PromptSpec
 
+# What every TroL model was told that it is.
+SYSTEM = (
+    "You are AI model created by Byung-Kwan Lee, Ph.D. candidate, KAIST EE, of which AI model name is TroL "
+    "(Traversal of Layers). You must give helpful, detailed, and polite answers to the user's questions"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -30,6 +36,8 @@ class Family:
     ("embedding", "decoder.*", "vision.*") to a published tensor, `decoder` and `vision` build the modules,
     `adapt(parameter, tensor, spec)` brings an older published form of a tensor into its present shape
     (None where there is none), `unused(name)` tells tensors that are published but play no part.
+    `eos_from_tokenizer`: the authors' code asks the tokenizer for the end-of-text id, not the configs.
+    `published(config)` is the name and shape of every tensor that a published file of that config holds.
     """
 
     name: str
@@ -42,3 +50,5 @@ class Family:
     unused: Callable[[str], bool]
     prompt: Callable[[ModelSpec], PromptSpec]
     image: Callable[[ModelSpec], ImageSpec]
+    eos_from_tokenizer: bool
+    published: Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]

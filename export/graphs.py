@@ -7,6 +7,9 @@
 | traverse_text | the same without image_mask: no LoRA in the graph             | logits [1,V], cache    |
 | step          | inputs_embeds [1,1,D], position_ids [1,1], cache              | logits [1,V], cache    |
 
+A family without LoRA has no image_mask, and no traverse_text. A family whose rotary embedding has two factor sets has
+one input more in traverse and step, rope_offset [1] int64: how many rows of the rope tables to skip (see
+`model.graph_rope_tables`), so that one graph serves both sets.
 `cache` is past_key_<i> and past_value_<i> [1,G,C,E] in, present_key_<i> and present_value_<i> out, of every layer i.
 The new keys and values are written with ScatterND, so past and present may be bound to the same memory: then the
 write is in place. Logits are those of the last token. N and S are dynamic, the cache capacity C is fixed.
@@ -39,7 +42,7 @@ from trol_edge.spec import ModelSpec
 OPSET = 23
 IR_VERSION = 11
 TRACED = ("vision", "traverse", "step")  # traverse_text is made of traverse
-ROPE = ("rope.cos", "rope.sin")  # float32 [C, E/2] tables, stored beside the weights
+ROPE = ("rope.cos", "rope.sin")  # float32 [rows, E/2] tables, stored beside the weights
 
 
 def cache_names(spec: ModelSpec, prefix: str) -> list[str]:
@@ -54,9 +57,15 @@ class _CachedAttention:
     """
 
     def __init__(
-        self, spec: ModelSpec, rope: tuple[Tensor, Tensor], positions: Tensor, past: list[Tensor], step: bool
+        self,
+        spec: ModelSpec,
+        rope: tuple[Tensor, Tensor],
+        positions: Tensor,
+        rope_rows: Tensor,
+        past: list[Tensor],
+        step: bool,
     ) -> None:
-        self.spec, self.rope, self.positions, self.step = spec, rope, positions, step
+        self.spec, self.rope, self.rope_rows, self.step = spec, rope, rope_rows, step
         self.cache = list(past)
         heads = torch.arange(spec.num_kv_heads)[:, None].expand(-1, positions.shape[1])  # [G, S]
         slots = positions.expand(spec.num_kv_heads, -1)
@@ -70,7 +79,7 @@ class _CachedAttention:
         batch, length, _ = qkv.shape
         parts = qkv.split((h * e, g * e, g * e), dim=-1)
         q, k, v = (t.view(batch, length, -1, e).transpose(1, 2) for t in parts)  # [1, heads, S, E]
-        q, k = (torch.onnx.ops.rotary_embedding(t, *self.rope, self.positions) for t in (q, k))
+        q, k = (torch.onnx.ops.rotary_embedding(t, *self.rope, self.rope_rows) for t in (q, k))
         keys, values = k, v
         if traversal == 0:
             keys, values = self._write(2 * layer, k), self._write(2 * layer + 1, v)
@@ -94,19 +103,19 @@ class _DecoderGraph(nn.Module):
     def __init__(self, spec: ModelSpec, decoder: Decoder, capacity: int, name: str) -> None:
         super().__init__()
         self.spec, self.decoder, self.name = spec, decoder, name
-        self.rope = nn.ParameterDict(
-            {k: nn.Parameter(torch.empty(capacity, spec.head_dim // 2)) for k in ("cos", "sin")}
-        )
+        rows = capacity + (spec.long_rope.short_rows(capacity) if spec.long_rope else 0)
+        self.rope = nn.ParameterDict({k: nn.Parameter(torch.empty(rows, spec.head_dim // 2)) for k in ("cos", "sin")})
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, past: list[Tensor], image_mask: Tensor | None = None
+        self, inputs_embeds: Tensor, position_ids: Tensor, extra: dict[str, Tensor], past: list[Tensor]
     ) -> list[Tensor]:
         step = self.name == "step"
-        attend = _CachedAttention(self.spec, (self.rope["cos"], self.rope["sin"]), position_ids, past, step)
+        rows = position_ids + extra["rope_offset"] if "rope_offset" in extra else position_ids
+        attend = _CachedAttention(self.spec, (self.rope["cos"], self.rope["sin"]), position_ids, rows, past, step)
         if step:
             x = self.decoder.step(inputs_embeds, attend)
         else:
-            x = self.decoder.traverse(inputs_embeds, image_mask, attend)
+            x = self.decoder.traverse(inputs_embeds, extra.get("image_mask"), attend)
         return [self.decoder.logits(x[:, -1:])[:, 0], *attend.cache]
 
 
@@ -133,11 +142,15 @@ def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model
         dynamic: dict[int, Any] = {} if name == "step" else {1: _dim("tokens")}
         past = [torch.empty(1, spec.num_kv_heads, capacity, spec.head_dim) for _ in range(2 * spec.num_layers)]
         embeds = torch.empty(1, length, spec.hidden_size)
-        args: tuple[Any, ...] = (embeds, torch.zeros(1, length, dtype=torch.int64), past)
-        shapes: tuple[Any, ...] = (dynamic, dynamic, [{} for _ in past])
-        inputs = ["inputs_embeds", "position_ids", *cache_names(spec, "past")]
+        extra: dict[str, Tensor] = {}
+        extra_shapes: dict[str, Any] = {}
+        if spec.long_rope:
+            extra["rope_offset"], extra_shapes["rope_offset"] = torch.zeros(1, dtype=torch.int64), {}
         if name == "traverse" and spec.lora_rank:
-            args, shapes, inputs = (*args, torch.empty(1, length, 1)), (*shapes, dynamic), [*inputs, "image_mask"]
+            extra["image_mask"], extra_shapes["image_mask"] = torch.empty(1, length, 1), dynamic
+        args: tuple[Any, ...] = (embeds, torch.zeros(1, length, dtype=torch.int64), extra, past)
+        shapes: tuple[Any, ...] = (dynamic, dynamic, extra_shapes, [{} for _ in past])
+        inputs = ["inputs_embeds", "position_ids", *extra, *cache_names(spec, "past")]
         decoder = family.decoder(spec)
         assert isinstance(decoder, Decoder)
         module = _DecoderGraph(spec, decoder, capacity, name)

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trol_edge.export.family import Family, Source
+from trol_edge.export.family import SYSTEM, Family, Source
 from trol_edge.export.model import Decoder
 from trol_edge.images import ImageSpec
 from trol_edge.spec import ModelSpec, VisionSpec
-from trol_edge.text import INTERNLM2_PROMPT, PromptSpec
+from trol_edge.text import PromptSpec
 
 # openai/clip-vit-large-patch14-336: the published folders say nothing, the authors' code names this tower.
 CLIP_L_14_336: dict[str, Any] = {
@@ -214,7 +213,27 @@ def _unused(name: str) -> bool:
 
 
 def _prompt(spec: ModelSpec) -> PromptSpec:
-    return dataclasses.replace(INTERNLM2_PROMPT, tokens_per_image=spec.vision.tokens_per_image)
+    return PromptSpec(
+        before_system="<s>[UNUSED_TOKEN_146]system\n",
+        system=SYSTEM,
+        before_question="[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]user\n",
+        after_question="[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n",
+        image="<image>",
+        image_prefix="",
+        image_suffix="",
+        after_image="\n",
+        tokens_per_image=spec.vision.tokens_per_image,
+        special_tokens=("<s>", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<image>"),
+        end_markers=("[UNUSED_TOKEN_145]", "</s>"),
+    )
+
+
+def _published(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    rank, width = 256, config["hidden_size"]
+    spec = model_spec(config, None, {"model.layers.0.attention.wqkv.lora_A.weight": (rank, width)})
+    norm = "vit.vision_tower.vision_model.post_layernorm"
+    unused = {f"{norm}.{s}": (spec.vision.hidden_size,) for s in ("weight", "bias")}
+    return {source.name: source.shape for source in sources(spec).values()} | unused
 
 
 def _image(spec: ModelSpec) -> ImageSpec:
@@ -234,4 +253,6 @@ FAMILY = Family(
     unused=_unused,
     prompt=_prompt,
     image=_image,
+    eos_from_tokenizer=False,
+    published=_published,
 )

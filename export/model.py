@@ -17,7 +17,7 @@ training, reference and traced graphs share everything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -119,11 +119,30 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def rope_tables(head_dim: int, theta: float, length: int) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    head_dim: int, theta: float, length: int, factors: Sequence[float] = (1.0,), amplitude: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """cos and sin, each float32 [length, E/2], of the rotary embedding that rotates halves."""
-    inverse_frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    powers = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    inverse_frequency = 1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)
     angle = torch.arange(length, dtype=torch.float32)[:, None] * inverse_frequency
-    return angle.cos(), angle.sin()
+    return angle.cos() * amplitude, angle.sin() * amplitude
+
+
+def graph_rope_tables(spec: ModelSpec, capacity: int) -> tuple[Tensor, Tensor]:
+    """The tables that the graphs of a cache of `capacity` tokens read, float32 [rows, E/2] each.
+
+    One set: row p serves position p. Two sets: first the short one, then, from `spec.long_rope.short_rows`
+    on, the long one.
+    """
+    rope = spec.long_rope
+    if rope is None:
+        return rope_tables(spec.head_dim, spec.rope_theta, capacity)
+    short, long = (
+        rope_tables(spec.head_dim, spec.rope_theta, rows, factors, rope.amplitude)
+        for rows, factors in ((rope.short_rows(capacity), rope.short_factor), (capacity, rope.long_factor))
+    )
+    return torch.cat((short[0], long[0])), torch.cat((short[1], long[1]))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

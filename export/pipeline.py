@@ -34,11 +34,13 @@ from trol_edge.bundle import (
 from trol_edge.errors import CheckpointError, ExportError
 from trol_edge.export import graphs, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.model import rope_tables
+from trol_edge.export.model import graph_rope_tables
+from trol_edge.export.models import MODELS
 from trol_edge.weights import ITEM_BYTES
 
 TARGETS = ("cpu", "onnx")
-DEFAULT_CONTEXT = 2048  # tokens: one picture of 1225, the template, and some 700 for question and answer
+MIN_DEFAULT_CONTEXT = 2048  # tokens
+ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
 ALIGNMENT = 64  # bytes; where the first tensor starts
 
 Progress = Callable[[str, int, int], None]  # (what, done, total); done and total in bytes or steps
@@ -57,21 +59,24 @@ def export(
     """Write a bundle from a published checkpoint folder; returns its manifest.
 
     target "cpu" is what `trol_edge.Runtime` runs; "onnx" writes self-contained graphs whose initializers point into
-    the weights file. context is the capacity of the KV cache in tokens (default 2048, at most the model's
-    max_position_embeddings). Peak memory does not depend on the size of the model.
+    the weights file. context is the capacity of the KV cache in tokens (default: room for one picture and some
+    700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
+    Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
 
     Raises CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at `bundle`.
     """
     if target not in TARGETS:
         raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
-    source = Checkpoint(checkpoint)
+    source = Checkpoint(checkpoint, family=MODELS[model].family.name if model in MODELS else None)
     spec = source.spec
     limit = spec.max_position_embeddings
-    context = min(DEFAULT_CONTEXT, limit) if context is None else context
+    if context is None:
+        picture = spec.vision.tokens_per_image * source.family.image(spec).most_tiles
+        context = min(max(MIN_DEFAULT_CONTEXT, -(-(picture + ROOM_FOR_TEXT) // 256) * 256), limit)
     if not 2 <= context <= limit:
         raise ExportError(
             f"context {context}: this model knows positions 0..{limit - 1} (max_position_embeddings), and beyond them "
-            f"its rotary embedding depends on what ran before; choose 2..{limit}"
+            f"what its rotary embedding does depends on what ran before; choose 2..{limit}"
         )
     with new_folder(bundle, overwrite) as folder:
         # What can be wrong with a checkpoint shows in the first two steps; tracing looks at no value.
@@ -125,7 +130,7 @@ def _write_weights(
     path: Path, source: Checkpoint, context: int, progress: Progress
 ) -> dict[str, tuple[ir.DataType, int, int]]:
     """Stream every parameter into one safetensors file; returns name -> (dtype, offset in the file, bytes)."""
-    rope = dict(zip(graphs.ROPE, rope_tables(source.spec.head_dim, source.spec.rope_theta, context), strict=True))
+    rope = dict(zip(graphs.ROPE, graph_rope_tables(source.spec, context), strict=True))
     layout: dict[str, _Stored] = {}
     end = 0
     for name in [*source.names(), *rope]:
@@ -239,4 +244,3 @@ def _port(value: ir.Value) -> Port:
     assert value.name and value.shape is not None and value.dtype is not None
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape.dims)
     return Port(value.name, value.dtype.numpy().name, shape)
-

@@ -12,7 +12,6 @@ import torch
 
 from trol_edge.bundle import new_folder
 from trol_edge.errors import UsageError
-from trol_edge.export import internlm2
 from trol_edge.export.models import find
 from trol_edge.export.pipeline import Progress
 
@@ -37,14 +36,8 @@ def synth(
     known = find(model)
     if not known.config:
         raise UsageError(f"{model} ships with its trained weights; synth is for the published sizes")
-    shapes = {
-        "model.layers.0.attention.wqkv.lora_A.weight": (known.lora_rank, known.config["hidden_size"]),
-        "model.tok_embeddings.weight": (known.config["vocab_size"] + 1, known.config["hidden_size"]),
-    }
-    spec = internlm2.model_spec(known.config, None, shapes)
-    tensors = {source.name: source.shape for source in internlm2.sources(spec).values()}
-    width = spec.vision.hidden_size
-    tensors |= {f"vit.vision_tower.vision_model.post_layernorm.{s}": (width,) for s in ("weight", "bias")}
+    tensors = known.family.published(known.config)
+    spec = known.family.model_spec(known.config, None, tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
@@ -77,9 +70,8 @@ def synth(
 
 
 def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and deviation that keep activations of order one: norms near 1, matrices 1/sqrt(inputs)."""
-    if "norm" in name:
-        return (1.0 if name.endswith("weight") else 0.0), 0.02
+    """Mean and deviation that keep activations of order one: norms and scales near 1, matrices 1/sqrt(inputs)."""
     if len(shape) > 1 and "embedding" not in name:
         return 0.0, 1 / math.sqrt(math.prod(shape[1:]))
-    return 0.0, 0.02
+    factor = len(shape) == 1 and not name.endswith((".bias", "_embedding"))
+    return (1.0 if factor else 0.0), 0.02

@@ -1,6 +1,7 @@
-"""Workstation side: tokenizer.json from a checkpoint's sentencepiece model, and the proof that both agree.
+"""Workstation side: the bundle's tokenizer.json from a checkpoint's tokenizer files, and the proof that both agree.
 
-What is special here:
+A published tokenizer.json (TroL-3.8B) is the reference where there is one, and is taken over with its flags. What is
+special about the other source, a sentencepiece model:
 - sentencepiece merges by score, the tokenizers library by rank: every way to split a piece becomes one merge.
 - sentencepiece also merges characters that are no pieces; they get ids from `trol_edge.text.UNLISTED` on.
 - Added tokens say how `trol_edge.text` treats them. `special`: user text cannot produce it. `normalized`: it is found
@@ -29,8 +30,9 @@ from tokenizers import AddedToken, models, normalizers
 from trol_edge.errors import CheckpointError, ExportError
 from trol_edge.text import UNLISTED, Tokenizer
 
-__all__ = ["convert", "verify"]
+__all__ = ["added_ids", "convert", "verify"]
 
+_LIBRARY = "tokenizer.json"
 _MODEL = "tokenizer.model"
 _ADDED = "added_tokens.json"
 _CONFIG = "tokenizer_config.json"
@@ -61,19 +63,22 @@ class _Model:
 def convert(checkpoint_folder: str | os.PathLike[str], extra_tokens: Sequence[str] = ()) -> str | None:
     """Return the text of a tokenizer.json, or None when the folder has no tokenizer.
 
-    Reads tokenizer.model and, where present, added_tokens.json and tokenizer_config.json. `extra_tokens` are those
-    that the authors' loader adds at run time: a missing one gets the next free id.
+    Reads tokenizer.json, or else tokenizer.model and, where present, added_tokens.json and tokenizer_config.json.
+    `extra_tokens` are those that the authors' loader adds at run time: a missing one gets the next free id.
     One difference to sentencepiece is left: a text of nothing but characters that the model's character map deletes
     gives no ids, where sentencepiece may give the dummy prefix.
     Raises CheckpointError naming the file for an unreadable or unsupported model, and for ids that clash or have gaps.
     """
     folder = pathlib.Path(checkpoint_folder)
+    if (folder / _LIBRARY).is_file():
+        return _taken_over(folder / _LIBRARY, extra_tokens)
     if not (folder / _MODEL).is_file():
         if (folder / _ADDED).exists():
             raise CheckpointError(f"{folder} has {_ADDED} but no {_MODEL}; download the checkpoint again")
         return None
     model = _read_model(folder / _MODEL)
     added = _added_tokens(folder, [p.text for p in model.pieces], extra_tokens)
+    strips = _strips(folder / _CONFIG)
     vocab = {p.text: i for i, p in enumerate(model.pieces)} | added
     merges, characters = _merges(model)
     vocab |= {c: UNLISTED + i for i, c in enumerate(c for c in characters if c not in vocab)}
@@ -85,7 +90,75 @@ def convert(checkpoint_folder: str | os.PathLike[str], extra_tokens: Sequence[st
     for text in sorted(kinds | added, key=vocab.__getitem__):  # by id: the library numbers them in this order
         inside = text not in added and kinds[text] == _USER_DEFINED
         special = not (inside and _is_ordinary(text))
-        result.add_tokens([AddedToken(text, special=special, normalized=inside)])
+        left, right = strips.get(text, (False, False))
+        result.add_tokens([AddedToken(text, special=special, normalized=inside, lstrip=left, rstrip=right)])
+    return str(result.to_str())
+
+
+def added_ids(checkpoint_folder: str | os.PathLike[str]) -> dict[str, int]:
+    """Content -> id of the tokens that a folder's tokenizer files add to the vocabulary; empty without such files."""
+    folder = pathlib.Path(checkpoint_folder)
+    added = {content: i for _, content, i in [*_tokens_of_added(folder / _ADDED), *_tokens_of_config(folder / _CONFIG)]}
+    for entry in _added_entries(folder / _LIBRARY, _read_json(folder / _LIBRARY)):
+        added[_checked_content(entry.get("content"), folder / _LIBRARY)] = _checked_id(
+            entry.get("id"), folder / _LIBRARY
+        )
+    return added
+
+
+def _added_entries(path: pathlib.Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    entries = data.get("added_tokens", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{path}: added_tokens is no list of objects; download the checkpoint again")
+    return entries
+
+
+_TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_FROM_SPACE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+_DECODER = [_FROM_SPACE, {"type": "ByteFallback"}, {"type": "Fuse"}]
+_DROP_PREFIX = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
+    """The published tokenizer.json, with what `trol_edge.text` does not carry out refused or written plainly."""
+    data = _read_json(path)
+    model, normalizer, spaces = (data.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer"))
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    decoder = data.get("decoder") or {}
+    prefixed = steps[:1] == [{"type": "Prepend", "prepend": "▁"}] or spaces.get("prepend_scheme") in ("first", "always")
+    entries = _added_entries(path, data)
+    # Both ways in which the Llama family's tokenizers are written down: steps of the normaliser, or (since 2024) a
+    # pre-tokenizer that prefixes the first segment only.
+    legacy = not spaces and steps[-1:] == [_TO_SPACE] and (len(steps) == 1 or (prefixed and len(steps) == 2))
+    recent = not steps and spaces.get("type") == "Metaspace" and not spaces.get("split", True)
+    refusals = [
+        (model.get("type") != "BPE", f"its model is {model.get('type')!r} instead of BPE"),
+        (not model.get("byte_fallback"), "it has no byte fallback"),
+        (any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")), "BPE options"),
+        (not legacy and not (recent and spaces.get("replacement") == "▁"), "its normalizer or pre_tokenizer"),
+        (decoder.get("decoders") != [*_DECODER, *([_DROP_PREFIX] if prefixed else [])], "its decoder"),
+    ]
+    for entry in entries:
+        content = _checked_content(entry.get("content"), path)
+        # A token that normalisation does not touch is found with or without it.
+        entry["normalized"] = bool(entry.get("normalized")) and not recent
+        refusals += [
+            (entry.get("single_word"), f"token {content!r} is found as a word only (single_word)"),
+            (entry["normalized"] and entry.get("special"), f"special token {content!r} is found after normalisation"),
+        ]
+    if found := [why for refused, why in refusals if refused]:
+        raise CheckpointError(
+            f"{path} is not supported: {'; '.join(found)}; TroL-3.8B's tokenizer is Phi-3's (a Llama-style BPE), "
+            "download the checkpoint again"
+        )
+    data |= {"normalizer": {"type": "Sequence", "normalizers": steps}}
+    data |= {"post_processor": None, "truncation": None, "padding": None}
+    try:
+        result = tokenizers.Tokenizer.from_str(json.dumps(data))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path} cannot be read ({error}); download the checkpoint again") from error
+    known = {entry["content"] for entry in entries}
+    result.add_tokens([AddedToken(t, special=True, normalized=False) for t in extra_tokens if t not in known])
     return str(result.to_str())
 
 
@@ -192,12 +265,18 @@ def _tokens_of_config(path: pathlib.Path) -> Iterator[tuple[pathlib.Path, str, i
         raise CheckpointError(f"{path}: added_tokens_decoder is no object of objects; download the checkpoint again")
     for token_id, entry in decoder.items():
         content = _checked_content(entry.get("content"), path)
-        if any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
+        if entry.get("single_word"):
             raise CheckpointError(
-                f"{path}: token {content!r} takes neighbouring text with it (lstrip, rstrip or single_word), which is "
-                "not supported; use a published internlm2 checkpoint"
+                f"{path}: token {content!r} is found as a word only (single_word), which is not supported; "
+                "use a published TroL checkpoint"
             )
         yield path, content, _checked_id(int(token_id) if token_id.isdecimal() else token_id, path)
+
+
+def _strips(path: pathlib.Path) -> dict[str, tuple[bool, bool]]:
+    """Content -> whether a token takes the white space before it (lstrip) and behind it (rstrip)."""
+    entries = _read_json(path).get("added_tokens_decoder", {}).values()
+    return {entry["content"]: (bool(entry.get("lstrip")), bool(entry.get("rstrip"))) for entry in entries}
 
 
 def _checked_content(content: Any, path: pathlib.Path) -> str:
@@ -277,15 +356,19 @@ def _normalizer(model: _Model) -> normalizers.Sequence:
 
 
 def verify(tokenizer_json: str, checkpoint_folder: str | os.PathLike[str], extra_tokens: Sequence[str] = ()) -> int:
-    """Compare a converted tokenizer with sentencepiece itself; return the number of strings compared.
+    """Compare a converted tokenizer with its source: sentencepiece itself, or the tokenizers library on the published
+    tokenizer.json; return the number of strings compared.
 
     Every piece of the vocabulary and a few hundred strings of many scripts, spaces, control characters and special
     tokens must give the same ids and decode to the same text, and no special token may come out of literal text.
     Raises ExportError with the first difference, CheckpointError as `convert` does.
     """
     folder = pathlib.Path(checkpoint_folder)
+    if (folder / _LIBRARY).is_file():
+        return _verify_taken_over(tokenizer_json, folder / _LIBRARY, extra_tokens)
     model = _read_model(folder / _MODEL)
     added = _added_tokens(folder, [p.text for p in model.pieces], extra_tokens)
+    strips = _strips(folder / _CONFIG)
     cuts = {p.text: i for i, p in enumerate(model.pieces) if p.kind in (_UNKNOWN, _CONTROL)} | added
     reference = sentencepiece.SentencePieceProcessor(model_proto=(folder / _MODEL).read_bytes())
     tokenizer = Tokenizer(tokenizer_json)
@@ -294,30 +377,63 @@ def verify(tokenizer_json: str, checkpoint_folder: str | os.PathLike[str], extra
     if any("\x00" in p.text for p in model.pieces):  # releases of sentencepiece disagree on such a piece
         corpus = [text for text in corpus if "\x00" not in text]
     for text in corpus:
-        want = _reference_ids(reference, cuts, text)
-        _compare("ids", text, tokenizer.encode(tokenizer.parse(text)), want)
+        want = _reference_ids(reference, cuts, strips, text)
+        _compare("sentencepiece", "ids", text, tokenizer.encode(tokenizer.parse(text)), want)
         sayable = [i for i in want if i not in cuts.values()]
-        _compare("decoded text", text, tokenizer.decode(sayable), reference.decode(sayable))
-    special = set(tokenizer.special_tokens.values())
-    for text in marks:
-        if found := special.intersection(tokenizer.encode(f"a{text}b")) - {reference.unk_id()}:
-            raise ExportError(f"the special token {text!r} in user text gives the special ids {sorted(found)}")
+        _compare("sentencepiece", "decoded text", text, tokenizer.decode(sayable), reference.decode(sayable))
+    _require_literal(tokenizer, reference.unk_id())
     return len(corpus)
 
 
-def _reference_ids(reference: Any, cuts: Mapping[str, int], text: str) -> list[int]:
+def _verify_taken_over(tokenizer_json: str, path: pathlib.Path, extra_tokens: Sequence[str]) -> int:
+    reference = tokenizers.Tokenizer.from_file(str(path))
+    reference.add_tokens([AddedToken(t, special=True, normalized=False) for t in extra_tokens])
+    tokenizer = Tokenizer(tokenizer_json)
+    corpus = [*_corpus(list(tokenizer.special_tokens)), *(t.replace("▁", " ") for t in reference.get_vocab())]
+    for text in corpus:
+        want = reference.encode(text, add_special_tokens=False).ids
+        _compare("the tokenizers library", "ids", text, tokenizer.encode(tokenizer.parse(text)), want)
+        _compare(
+            "the tokenizers library",
+            "decoded text",
+            text,
+            tokenizer.decode(want),
+            reference.decode(want, skip_special_tokens=True),
+        )
+    _require_literal(tokenizer, reference.token_to_id(reference.model.unk_token or ""))
+    return len(corpus)
+
+
+def _require_literal(tokenizer: Tokenizer, unknown: int | None) -> None:
+    special = set(tokenizer.special_tokens.values())
+    for text in tokenizer.special_tokens:
+        if found := special.intersection(tokenizer.encode(f"a{text}b")) - {unknown}:
+            raise ExportError(f"the special token {text!r} in user text gives the special ids {sorted(found)}")
+
+
+def _reference_ids(
+    reference: Any, cuts: Mapping[str, int], strips: Mapping[str, tuple[bool, bool]], text: str
+) -> list[int]:
     """The authors' ids: cut at control pieces and added tokens, the rest to sentencepiece segment by segment."""
     longest_first = sorted(cuts, key=len, reverse=True)
     ids: list[int] = []
-    for i, part in enumerate(re.split(f"({'|'.join(map(re.escape, longest_first))})", text)):
-        ids += [cuts[part]] if i % 2 else reference.encode(part)
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    for i, part in enumerate(parts):
+        if i % 2:
+            ids.append(cuts[part])
+            continue
+        if i and strips.get(parts[i - 1], (False, False))[1]:
+            part = part.lstrip()
+        if i + 1 < len(parts) and strips.get(parts[i + 1], (False, False))[0]:
+            part = part.rstrip()
+        ids += reference.encode(part)
     return ids
 
 
-def _compare(what: str, text: str, found: Any, want: Any) -> None:
+def _compare(source: str, what: str, text: str, found: Any, want: Any) -> None:
     if found != want:
         raise ExportError(
-            f"the converted tokenizer disagrees with sentencepiece on {text!r}: {what} {found!r}, expected {want!r}; "
+            f"the converted tokenizer disagrees with {source} on {text!r}: {what} {found!r}, expected {want!r}; "
             "report this with the checkpoint's name"
         )
 

@@ -130,21 +130,27 @@ class OrtState:
         self._embedding = np.zeros((1, 1, spec.hidden_size), np.float32)
         self._position = np.zeros((1, 1), np.int64)
         self._logits = np.zeros((1, spec.vocab_size), np.float32)
+        self._rope_offset = np.zeros(1, np.int64)  # rows of the rope tables to skip: 0, or to the long factor set
+        self._long_rope_offset = spec.long_rope.short_rows(backend.context) if spec.long_rope else None
         feeds = {"inputs_embeds": _value(self._embedding), "position_ids": _value(self._position)}
         self._step = self._bind("step", feeds)
 
     def _bind(self, name: str, feeds: Mapping[str, Any]) -> Any:
+        if self._long_rope_offset is not None:
+            feeds = {**feeds, "rope_offset": _value(self._rope_offset)}
         binding = self._backend.bind(name, {**self._past, **feeds})
         binding.bind_ortvalue_output("logits", _value(self._logits))
         for key, value in self._present.items():
             binding.bind_ortvalue_output(key, value)
         return binding
 
-    def traverse(self, embeddings: Float32, image_mask: NDArray[np.bool_] | None) -> Float32:
+    def traverse(self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False) -> Float32:
         """Both passes over a whole prompt. embeddings [S, D], image_mask [S] or None; logits [V] of the last token.
 
-        The returned array is overwritten by the next call.
+        long_rope: with the long factor set, and so all steps that follow. The returned array is overwritten by the
+        next call.
         """
+        self._rope_offset[0] = self._long_rope_offset if long_rope and self._long_rope_offset is not None else 0
         length = len(embeddings)
         feeds = {
             "inputs_embeds": _value(embeddings[None]),

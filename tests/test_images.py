@@ -138,7 +138,7 @@ def test_image_spec_survives_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "tiles"}, r"kind 'tiles' is unknown \(known: stretch\)"),
+        ({"kind": "crop"}, r"kind 'crop' is unknown \(known: stretch, tiles\)"),
         ({"size": 0}, "size 0 is not a number of pixels"),
         ({"mean": (0.5, 0.5)}, "mean .* is not three numbers"),
         ({"mean": (0.5, 0.5, float("nan"))}, "mean .* is not three numbers"),

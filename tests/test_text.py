@@ -15,7 +15,7 @@ from tokenizers import AddedToken, models, normalizers
 from tests.golden import GOLDEN, requires_all_golden, requires_golden
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.spec import from_dict
-from trol_edge.text import IMAGE, INTERNLM2_PROMPT, PromptSpec, TextStream, Tokenizer, build_prompt, end_ids
+from trol_edge.text import IMAGE, PromptSpec, TextStream, Tokenizer, build_prompt, end_ids
 
 SPECIALS = ["<unk>", "<s>", "</s>", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<image>"]
 WORDS = ["What", "Wha", "\nW", "\n\n", "user", "ser", "us", "is", "▁is", "▁it", "▁▁", "日本", "<s", "se", "it", "at"]
@@ -42,6 +42,21 @@ def tokenizer(request):
     return Tokenizer(make_json(dummy_prefix=request.param))
 
 
+# Written out, because export's own (which test_tiles.py compares with this one) needs torch.
+INTERNLM2_PROMPT = PromptSpec(
+    before_system="<s>[UNUSED_TOKEN_146]system\n",
+    system="You are AI model created by Byung-Kwan Lee, Ph.D. candidate, KAIST EE, of which AI model name is TroL "
+    "(Traversal of Layers). You must give helpful, detailed, and polite answers to the user's questions",
+    before_question="[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]user\n",
+    after_question="[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n",
+    image="<image>",
+    image_prefix="",
+    image_suffix="",
+    after_image="\n",
+    tokens_per_image=1225,
+    special_tokens=("<s>", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<image>"),
+    end_markers=("[UNUSED_TOKEN_145]", "</s>"),
+)
 SMALL = dataclasses.replace(INTERNLM2_PROMPT, tokens_per_image=3)
 
 

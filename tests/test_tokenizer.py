@@ -345,7 +345,7 @@ def test_inconsistent_added_tokens_are_refused(tmp_path, added, message):
 @pytest.mark.parametrize(
     ("decoder", "message"),
     [
-        ({"600": {"content": "<image>", "rstrip": True}}, "takes neighbouring text with it"),
+        ({"600": {"content": "<image>", "single_word": True}}, "is found as a word only"),
         ({"601": {"content": "<image>"}}, "tokenizer_config.json: token '<image>' has id 601"),
         ({"x": {"content": "<other>"}}, "found 'x' as an id"),
         ({"601": {}}, "found a token None"),

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @app.command(epilog="Example: trol-edge export trol-1.8b -o build/trol-1.8b   (fetches it first; or give a folder)")
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="Checkpoint folder, or a model name: trol-nano, trol-1.8b, trol-7b.")
+        str, typer.Argument(help="Checkpoint folder, or a model name: trol-nano, trol-1.8b, trol-3.8b, trol-7b.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
     model: Annotated[str | None, typer.Option(help="Name of the model in the bundle.")] = None,
@@ -68,7 +68,10 @@ def export(
         str, typer.Option(help="cpu: for trol_edge.Runtime. onnx: self-contained ONNX files for other tools.")
     ] = "cpu",
     context: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and answer together: KV cache capacity.  [default: 2048]")
+        int | None,
+        typer.Option(
+            help="Tokens of prompt and answer together: KV cache capacity.  [default: 2048, 2560 for trol-3.8b]"
+        ),
     ] = None,
     checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = Path("build/checkpoints"),
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
@@ -80,7 +83,7 @@ def export(
         from trol_edge.export import models, pipeline
     folder = Path(checkpoint)
     if not folder.is_dir():
-        if "/" in checkpoint or checkpoint not in (*models.MODELS, "trol-3.8b"):
+        if "/" in checkpoint or checkpoint not in models.MODELS:
             names = ", ".join(models.MODELS)
             raise typer.BadParameter(f"{checkpoint} is neither a checkpoint folder nor one of {names}")
         folder, model = models.fetch(checkpoint, checkpoints / checkpoint, revision), model or checkpoint
@@ -117,6 +120,9 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
+    long_context: Annotated[
+        bool, typer.Option("--long-context", help="Take the long rope factors from the first token on (trol-3.8b).")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
     as_json: Json = False,
 ) -> None:
@@ -137,6 +143,7 @@ def run(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop or (),
+        long_context=long_context,
     ):
         ids += piece.token_ids
         text += piece.text
@@ -145,12 +152,14 @@ def run(
     assert piece.timings is not None
     if as_json:
         timings = dataclasses.asdict(piece.timings)
-        _print_json({"text": text, "token_ids": ids, "finish_reason": piece.finish_reason, "timings": timings})
+        reason = {"finish_reason": piece.finish_reason, "rope": piece.rope}
+        _print_json({"text": text, "token_ids": ids, **reason, "timings": timings})
         return
     t = piece.timings
+    ended = str(piece.finish_reason) + ("" if piece.rope == "plain" else f", {piece.rope} rope factors")
     print()
     err.print(
-        f"{len(ids)} tokens, {piece.finish_reason}; ms: preprocess {t.preprocess_ms:.1f}, vision {t.vision_ms:.1f}, "
+        f"{len(ids)} tokens, {ended}; ms: preprocess {t.preprocess_ms:.1f}, vision {t.vision_ms:.1f}, "
         f"prefill {t.prefill_ms:.1f}, decode {t.decode_ms:.1f}",
         style="dim",
     )
@@ -181,11 +190,12 @@ def inspect(
         _print_json(data)
         return
     spec = manifest.spec
+    square = "picture" if manifest.image.most_tiles == 1 else f"tile (1 to {manifest.image.most_tiles} a picture)"
     out.print(
         f"[b]{escape(manifest.model)}[/b] ({spec.family}), {manifest.created_by}, target {manifest.target}, context "
         f"{manifest.context} tokens\n{spec.num_layers} layers x 2 passes, hidden {spec.hidden_size}, "
         f"{spec.num_heads} heads, {spec.num_kv_heads} K/V heads, vocabulary {spec.vocab_size}, "
-        f"{spec.vision.tokens_per_image} tokens per picture of {spec.vision.image_size} x {spec.vision.image_size}\n"
+        f"{spec.vision.tokens_per_image} tokens per {square} of {spec.vision.image_size} x {spec.vision.image_size}\n"
         f"{sum(math.prod(t.shape) for t in tensors.values()):,} numbers in {len(tensors)} tensors, each stored once, "
         f"{sum(t.nbytes for t in tensors.values()) / 1e6:.1f} MB; tokenizer: {'tokenizer.json' in manifest.files}"
     )
@@ -215,7 +225,7 @@ def inspect(
 
 @app.command(epilog="Example: trol-edge synth --model trol-7b -o build/checkpoints/trol-7b")
 def synth(
-    model: Annotated[str, typer.Option(help="Whose published shapes: trol-1.8b or trol-7b.")],
+    model: Annotated[str, typer.Option(help="Whose published shapes: trol-1.8b, trol-3.8b or trol-7b.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     force: Force = False,

@@ -1,6 +1,6 @@
 """Pictures to pixel values: load any picture as RGB bytes, resize and normalise it as the authors' code does.
 
-Axes: N pictures, H height, W width, P side of the square model input, all in pixels.
+Axes: N squares (one per picture, or its tiles), H height, W width, P side of the square model input, all in pixels.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from trol_edge import tiles
 from trol_edge.errors import BundleError, ImageError
 
-__all__ = ["MAX_PIXELS", "ImageSpec", "load_rgb", "preprocess"]
+__all__ = ["MAX_PIXELS", "ImageSpec", "count_tiles", "load_rgb", "preprocess"]
 
 U8 = npt.NDArray[np.uint8]
 I32 = npt.NDArray[np.int32]
@@ -46,10 +47,11 @@ class ImageSpec:
     Raises BundleError for an unknown kind, a size below 1, or a mean or std that is not three usable numbers.
     """
 
-    kind: str  # "stretch": resized straight to a square, the aspect ratio is not kept (internlm2)
+    kind: str  # "stretch": resized straight to a square, the aspect ratio is not kept; "tiles": see tiles.py
     size: int  # pixels, P
     mean: tuple[float, ...]  # R, G, B of pictures scaled to 0..1
     std: tuple[float, ...]  # R, G, B, same scale
+    max_tiles: int = 1  # into which a picture is cut at most; the thumbnail comes on top
 
     def __post_init__(self) -> None:
         problems = []
@@ -57,12 +59,19 @@ class ImageSpec:
             problems.append(f"kind {self.kind!r} is unknown (known: {', '.join(sorted(_KINDS))})")
         if self.size < 1:
             problems.append(f"size {self.size} is not a number of pixels")
+        if self.max_tiles < 1 or (self.kind == "stretch" and self.max_tiles != 1):
+            problems.append(f"max_tiles {self.max_tiles} is no count of tiles for kind {self.kind!r}")
         if len(self.mean) != 3 or not all(map(math.isfinite, self.mean)):
             problems.append(f"mean {self.mean} is not three numbers")
         if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
             problems.append(f"std {self.std} is not three positive numbers")
         if problems:
             raise BundleError(f"picture settings: {'; '.join(problems)}; export the bundle again with this version")
+
+    @property
+    def most_tiles(self) -> int:
+        """Squares that one picture becomes at most, the thumbnail included."""
+        return 1 if self.max_tiles == 1 else self.max_tiles + 1
 
 
 def load_rgb(image: str | os.PathLike[str] | Image.Image | npt.NDArray[Any]) -> U8:
@@ -174,23 +183,23 @@ def _reason(error: Exception) -> str:
 def preprocess(images: Sequence[U8], spec: ImageSpec) -> F32:
     """Return the pixel values of `images` (uint8 [H, W, 3] each, as from `load_rgb`), float32 [N, 3, P, P].
 
-    Equal to the authors' FP32 pixels bit for bit. Raises ImageError as `load_rgb` does.
+    N is the sum of `count_tiles`; the tiles of a picture follow each other. Equal to the authors' FP32 pixels bit for
+    bit. Raises ImageError as `load_rgb` does.
     """
-    return _KINDS[spec.kind]([load_rgb(image) for image in images], spec)
-
-
-def _stretch(images: Sequence[U8], spec: ImageSpec) -> F32:
-    table = _normalise_table(spec.mean, spec.std)
-    pixels = np.empty((len(images), 3, spec.size, spec.size), np.float32)
-    for image, out in zip(images, pixels, strict=True):
-        resized = _resize(image, spec.size)
+    kind = _KINDS[spec.kind]
+    table = kind.table(spec.mean, spec.std)
+    images = [load_rgb(image) for image in images]
+    pixels = np.empty((sum(count_tiles(images, spec)), 3, spec.size, spec.size), np.float32)
+    squares = (square for image in images for square in kind.squares(image, spec))
+    for square, out in zip(squares, pixels, strict=True):
         for channel in range(3):
-            np.take(table[channel], resized[:, :, channel], out=out[channel])
+            np.take(table[channel], square[:, :, channel], out=out[channel])
     return pixels
 
 
-# The one place that knows which families exist; dynamic tiles would be a second entry from their own file.
-_KINDS: dict[str, Callable[[Sequence[U8], ImageSpec], F32]] = {"stretch": _stretch}
+def count_tiles(images: Sequence[U8], spec: ImageSpec) -> list[int]:
+    """How many squares of pixel values each picture becomes; the prompt holds `tokens_per_image` tokens for each."""
+    return [_KINDS[spec.kind].count(image.shape[1], image.shape[0], spec) for image in images]
 
 
 def _resize(image: U8, size: int) -> U8:
@@ -259,3 +268,37 @@ def _normalise_table(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
     table: F32 = (np.arange(256, dtype=np.float32)[None, :] - shift[:, None]) / spread[:, None]
     table.flags.writeable = False
     return table
+
+
+@functools.lru_cache(maxsize=8)
+def _normalise_table_of_fractions(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
+    """As _normalise_table, in the order of torchvision, which scales to 0..1 first: other roundings."""
+    fractions = np.arange(256, dtype=np.float32)[None, :] / np.float32(255)
+    table: F32 = (fractions - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+    table.flags.writeable = False
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """One way to prepare pictures. count: squares of a picture, from its width and height in pixels; squares: their
+    bytes, [P, P, 3] each; table: normalised value of each byte from mean and std, float32 [3, 256]."""
+
+    count: Callable[[int, int, ImageSpec], int]
+    squares: Callable[[U8, ImageSpec], Iterable[U8]]
+    table: Callable[[tuple[float, ...], tuple[float, ...]], F32]
+
+
+# The one place of the robot side that knows how families differ in their pictures.
+_KINDS = {
+    "stretch": _Kind(
+        count=lambda width, height, spec: 1,
+        squares=lambda image, spec: [_resize(image, spec.size)],
+        table=_normalise_table,
+    ),
+    "tiles": _Kind(
+        count=lambda width, height, spec: tiles.count(width, height, spec.size, spec.max_tiles),
+        squares=lambda image, spec: tiles.cut(image, spec.size, spec.max_tiles),
+        table=_normalise_table_of_fractions,
+    ),
+}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from trol_edge.bundle import TOKENIZER, Bundle
 from trol_edge.errors import BundleError, ContextError, UsageError
-from trol_edge.images import load_rgb, preprocess
+from trol_edge.images import count_tiles, load_rgb, preprocess
 from trol_edge.sampling import Sampler, SamplingParams
 from trol_edge.session import Backend, Embeddings, Session
 from trol_edge.text import ImageMark, TextStream, Tokenizer, build_prompt, end_ids
@@ -46,6 +46,7 @@ class Piece:
     token_ids: tuple[int, ...]  # ids that arrived with this piece
     finish_reason: str | None = None
     timings: Timings | None = None  # on the last piece
+    rope: str | None = None  # on the last piece, see Answer
 
     def __str__(self) -> str:
         return self.text
@@ -56,7 +57,10 @@ class Answer:
     """A whole answer. `str(answer)` is its text.
 
     finish_reason: "stop" (the model ended it, or a stop string came), "length" (max_new_tokens reached) or
-    "context" (prompt and answer fill the bundle's context).
+    "context" (prompt and answer fill the bundle's context, or reach the length where the model's rotary embedding
+    would have to change its factors: long_context=True goes on there).
+    rope: factors of the rotary embedding that the answer was made with, "short" or "long"; "plain" for models that
+    have one set.
     """
 
     text: str
@@ -64,6 +68,7 @@ class Answer:
     finish_reason: str
     timings: Timings
     prompt_tokens: int
+    rope: str
 
     def __str__(self) -> str:
         return self.text
@@ -102,16 +107,23 @@ class Runtime:
         self._embeddings = Embeddings(self.bundle)
         self._idle: list[Session] = []  # sessions between answers; a KV cache is large, so it is used again
 
-    def session(self) -> Session:
-        """A new token-level session with a KV cache of its own (see trol_edge.Session)."""
-        return Session(self._backend, self._embeddings, self.bundle)
+    def session(self, long_context: bool = False) -> Session:
+        """A new token-level session with a KV cache of its own (see trol_edge.Session; long_context: see generate)."""
+        return Session(self._backend, self._embeddings, self.bundle, long_context)
 
-    def tokenize(self, prompt: Prompt, num_images: int = 0) -> list[int]:
-        """Token ids of a whole prompt, template included. Raises UsageError as generate does."""
-        return build_prompt(self._text(), self.bundle.manifest.prompt, prompt, num_images)
+    def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = ()) -> list[int]:
+        """Token ids of a whole prompt, template included. Raises UsageError as generate does.
+
+        tiles: of each picture, from `count_tiles`; an int is a number of pictures of one tile each.
+        """
+        return build_prompt(self._text(), self.bundle.manifest.prompt, prompt, tiles)
+
+    def count_tiles(self, images: Pictures | None) -> list[int]:
+        """How many squares of `preprocess` each picture becomes: 1, or with TroL-3.8B up to 7. Raises ImageError."""
+        return count_tiles([load_rgb(p) for p in _listed(images)], self.bundle.manifest.image)
 
     def preprocess(self, images: Pictures | None) -> NDArray[np.float32] | None:
-        """pixel_values float32 [N, 3, P, P] of pictures, or None for none. Raises ImageError."""
+        """pixel_values float32 [N, 3, P, P] of pictures, tile by tile, or None for none. Raises ImageError."""
         pictures = _listed(images)
         return preprocess([load_rgb(p) for p in pictures], self.bundle.manifest.image) if pictures else None
 
@@ -128,24 +140,29 @@ class Runtime:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        long_context: bool = False,
     ) -> Answer:
         """Answer a question about pictures, or without any.
 
         prompt: the question, taken literally (special tokens in it are plain characters); or a list of str and
         trol_edge.IMAGE that says where the pictures stand. images: a path, PIL image or uint8 [H, W, 3] RGB array, or
         a list of them. Greedy by default; temperature > 0 samples (see trol_edge.sampling.SamplingParams).
+        long_context: for a model whose rotary embedding has long and short factors (TroL-3.8B: short up to 4096
+        tokens), take the long ones from the first token on, so that the answer may go beyond; otherwise only a prompt
+        that is itself longer takes them. Other models ignore it. The answer's `rope` says which were used.
         Raises UsageError, ImageError or ContextError for bad input, BackendError where inference fails; the Runtime
         stays usable.
         """
         options = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         text, last = "", None
         ids: list[int] = []
-        run = _Run(self, prompt, images, max_new_tokens, stop, options)
+        run = _Run(self, prompt, images, max_new_tokens, stop, options, long_context)
         for last in run.pieces():
             text += last.text
             ids += last.token_ids
         assert last is not None and last.finish_reason is not None and last.timings is not None
-        return Answer(text, tuple(ids), last.finish_reason, last.timings, run.prompt_tokens)
+        assert last.rope is not None
+        return Answer(text, tuple(ids), last.finish_reason, last.timings, run.prompt_tokens, last.rope)
 
     def stream(
         self,
@@ -160,19 +177,20 @@ class Runtime:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
+        long_context: bool = False,
     ) -> Iterator[Piece]:
         """As generate, piece by piece. `print(piece, end="")` prints it; the last piece has a finish_reason.
 
         Arguments are checked, and pictures read, before this returns; the prompt is prefilled at the first piece.
         """
         options = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        return _Run(self, prompt, images, max_new_tokens, stop, options).pieces()
+        return _Run(self, prompt, images, max_new_tokens, stop, options, long_context).pieces()
 
     def _text(self) -> Tokenizer:
         if self._tokenizer is None:
             raise UsageError(
                 f"{self.bundle.folder} has no tokenizer (its checkpoint had none), so it serves token ids only: "
-                "use session(), or export again with tokenizer.model and added_tokens.json in the checkpoint"
+                "use session(), or export again with the tokenizer files in the checkpoint"
             )
         return self._tokenizer
 
@@ -188,15 +206,16 @@ class _Run:
         max_new_tokens: int,
         stop: str | Sequence[str],
         options: SamplingParams,
+        long_context: bool,
     ) -> None:
         start = time.perf_counter()
         if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens should be a whole number above 0, found {max_new_tokens!r}")
-        self.runtime, self.max_new_tokens = runtime, max_new_tokens
+        self.runtime, self.max_new_tokens, self.long_context = runtime, max_new_tokens, long_context
         self.detokenizer = TextStream(runtime._text(), stop)
         self.sampler = Sampler(options)
-        pictures = _listed(images)
-        self.ids = runtime.tokenize(prompt, len(pictures))
+        pictures = [load_rgb(picture) for picture in _listed(images)]
+        self.ids = runtime.tokenize(prompt, runtime.count_tiles(pictures))
         self.prompt_tokens = len(self.ids)
         context = runtime.bundle.manifest.context
         if self.prompt_tokens >= context:
@@ -214,6 +233,7 @@ class _Run:
             session = runtime._idle.pop()
         except IndexError:
             session = runtime.session()
+        session.long_context = self.long_context
         try:
             clock = [time.perf_counter()]
             features = None if self.pixels is None else runtime._backend.encode_image(self.pixels)
@@ -238,7 +258,7 @@ class _Run:
                         reason = "stop"
                     elif count == self.max_new_tokens:
                         reason = "length"
-                    elif session.length == session.context:
+                    elif session.length == session.limit:
                         reason = "context"
                 if reason is None:
                     decode_ms += 1e3 * (time.perf_counter() - resumed)
@@ -248,7 +268,8 @@ class _Run:
                 else:
                     text += self.detokenizer.flush()
                     decode_ms += 1e3 * (time.perf_counter() - resumed)
-                    yield Piece(text, ids, reason, Timings(self.preprocess_ms, vision_ms, prefill_ms, decode_ms))
+                    timings = Timings(self.preprocess_ms, vision_ms, prefill_ms, decode_ms)
+                    yield Piece(text, ids, reason, timings, session.rope)
         finally:
             session.length = 0
             runtime._idle.append(session)

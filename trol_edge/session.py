@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,8 +18,11 @@ Float32 = NDArray[np.float32]
 class State(Protocol):
     """One KV cache on some back end. Logits are float32 [V] and may be overwritten by the next call."""
 
-    def traverse(self, embeddings: Float32, image_mask: NDArray[np.bool_] | None) -> Float32:
-        """Prefill an empty cache: embeddings [S, D], image_mask [S] (None: no image tokens)."""
+    def traverse(self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False) -> Float32:
+        """Prefill an empty cache: embeddings [S, D], image_mask [S] (None: no image tokens).
+
+        long_rope: use the long factor set, here and in the steps that follow (only where spec.long_rope is set).
+        """
         ...
 
     def step(self, embedding: Float32, position: int) -> Float32:
@@ -65,19 +68,35 @@ class Session:
     >>> logits = s.step(int(logits.argmax())) # float32 [V]: one pass, KV cache
     """
 
-    def __init__(self, backend: Backend, embeddings: Embeddings, bundle: Bundle) -> None:
+    def __init__(self, backend: Backend, embeddings: Embeddings, bundle: Bundle, long_context: bool = False) -> None:
         self._backend, self._embeddings = backend, embeddings
         self._spec, self.context = bundle.manifest.spec, bundle.manifest.context
         self._state = backend.new_state()
+        self._long = False
+        # Whether the next prefill takes the long rope factors whatever the prompt's length. Without effect on models
+        # that have one set.
+        self.long_context = long_context
         self.length = 0  # tokens in the cache
+
+    @property
+    def rope(self) -> Literal["plain", "short", "long"]:
+        """Which factors of the rotary embedding the cached keys have; "plain" for models that have one set only."""
+        return "plain" if self._spec.long_rope is None else "long" if self._long else "short"
+
+    @property
+    def limit(self) -> int:
+        """Tokens that the session can hold with these factors: the context, or less with the short ones."""
+        rope = self._spec.long_rope
+        return self.context if rope is None or self._long else rope.short_rows(self.context)
 
     def prefill(self, token_ids: Sequence[int] | ArrayLike, pixel_values: Float32 | None = None) -> Float32:
         """Start over with a prompt; returns the logits, float32 [V], of its last token.
 
-        token_ids: ints [S], S >= 1, with `tokens_per_image` image tokens (`image_token_id`) per picture.
-        pixel_values: float32 [N, 3, P, P] normalised pictures in the order of their tokens, or None.
+        token_ids: ints [S], S >= 1, with `tokens_per_image` image tokens (`image_token_id`) per picture, or per tile.
+        pixel_values: float32 [N, 3, P, P] normalised pictures or tiles in the order of their tokens, or None.
         Raises UsageError for wrong shapes, ids or counts and ContextError for a prompt longer than the context.
-        A prompt of one token is traversed too.
+        A prompt of one token is traversed too. Where the model's rotary embedding has two factor sets, a prompt
+        longer than the short set serves takes the long one (as does every prompt with `long_context`), see `rope`.
         """
         features = None if pixel_values is None else self._backend.encode_image(self.check_pixels(pixel_values))
         return self.prefill_features(token_ids, features)
@@ -91,7 +110,7 @@ class Session:
         if int(mask.sum()) != expected:
             raise UsageError(
                 f"the prompt has {int(mask.sum())} image tokens (id {self._spec.image_token_id}), but {pictures} "
-                f"picture(s) fill {expected}; give {self._spec.vision.tokens_per_image} per picture"
+                f"picture(s) or tile(s) fill {expected}; give {self._spec.vision.tokens_per_image} for each"
             )
         if len(ids) > self.context:
             raise ContextError(
@@ -102,7 +121,9 @@ class Session:
         embeddings = self._embeddings[ids]
         if features is not None:
             embeddings[mask] = features.reshape(-1, embeddings.shape[1])
-        logits = self._state.traverse(embeddings, mask if features is not None else None)
+        rope = self._spec.long_rope
+        self._long = rope is not None and (self.long_context or len(ids) > rope.original_max_position_embeddings)
+        logits = self._state.traverse(embeddings, mask if features is not None else None, self._long)
         self.length = len(ids)
         return logits.copy()
 
@@ -119,6 +140,11 @@ class Session:
             raise UsageError("step before prefill; call prefill(token_ids) first")
         if self.length >= self.context:
             raise ContextError(f"the context of {self.context} tokens is full; export with a larger --context")
+        if self.length >= self.limit:
+            raise ContextError(
+                f"the short rope factors serve {self.limit} tokens, and the cached keys have them; "
+                "prefill again with long_context=True, which takes the long factors from the first token on"
+            )
         if not isinstance(token_id, (int, np.integer)) or not 0 <= token_id < self._spec.vocab_size:
             raise UsageError(f"token id {token_id!r} is not an int in 0..{self._spec.vocab_size - 1}")
         logits = self._state.step(self._embeddings[token_id], self.length)

@@ -24,13 +24,33 @@ class VisionSpec:
     image_size: int  # pixels per side of the square input
     layer_norm_eps: float
     tokens_per_image: int  # image tokens in the prompt per picture (or per tile)
+    rms_norm: bool = False  # RMSNorm before attention and MLP, LayerNorm otherwise (phi3)
+    qk_norm: bool = False  # RMSNorm of queries and keys over the full width (phi3)
+    qkv_bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """ "su" rotary embedding: each frequency is divided by a factor of one of two sets, chosen by length.
+
+    Keys that are cached keep the set with which they were made, so one answer uses one set throughout.
+    """
+
+    short_factor: tuple[float, ...]  # [E/2]
+    long_factor: tuple[float, ...]  # [E/2]
+    original_max_position_embeddings: int  # tokens: the short set serves at most so many
+    amplitude: float  # of cos and sin, in both sets
+
+    def short_rows(self, capacity: int) -> int:
+        """Rows of the short set in the rope tables of a cache of `capacity` tokens; the long set's begin behind."""
+        return min(capacity, self.original_max_position_embeddings)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """Shape of one TroL model. Names follow the published `config.json` where it has them."""
 
-    family: str  # "internlm2" (TroL-1.8B, 7B)
+    family: str  # "internlm2" (TroL-1.8B, 7B) or "phi3" (TroL-3.8B)
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -46,6 +66,7 @@ class ModelSpec:
     eos_token_id: int
     image_token_id: int
     vision: VisionSpec
+    long_rope: LongRope | None = None  # None: plain rotary embedding, one set of frequencies
 
     @property
     def kv_bytes_per_token(self) -> int:

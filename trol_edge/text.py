@@ -28,7 +28,6 @@ from trol_edge.errors import BundleError, UsageError
 
 __all__ = [
     "IMAGE",
-    "INTERNLM2_PROMPT",
     "UNLISTED",
     "ImageMark",
     "PromptSpec",
@@ -42,6 +41,8 @@ __all__ = [
 # such characters from this id on; any that is left after merging becomes its bytes, or <unk>.
 UNLISTED: Final = 1 << 24
 
+# White space that a token with the flag lstrip or rstrip takes with it: Unicode's, which is not quite Python's.
+_SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _STAND_INS = range(0xF0000, 0xFFFFE)  # private use: no normalisation touches these characters
 
@@ -60,7 +61,8 @@ class PromptSpec:
     """The prompt template of a model family; stored in the bundle manifest.
 
     A prompt is before_system + system + before_question + pictures and question + after_question, and a picture is
-    image_prefix + tokens_per_image times image + image_suffix. Raises BundleError for unusable values.
+    image_prefix + tokens_per_image times image for each of its tiles + image_suffix. Raises BundleError for unusable
+    values.
     """
 
     before_system: str
@@ -71,7 +73,7 @@ class PromptSpec:
     image_prefix: str
     image_suffix: str
     after_image: str  # follows each picture that the caller did not place
-    tokens_per_image: int
+    tokens_per_image: int  # per tile, where pictures are cut into tiles
     special_tokens: tuple[str, ...]  # the strings in the template that are tokens, not text
     end_markers: tuple[str, ...]  # special tokens that end an answer
 
@@ -86,26 +88,12 @@ class PromptSpec:
             raise BundleError(f"prompt template: {'; '.join(problems)}; export the bundle again with this version")
 
 
-INTERNLM2_PROMPT: Final = PromptSpec(
-    before_system="<s>[UNUSED_TOKEN_146]system\n",
-    system="You are AI model created by Byung-Kwan Lee, Ph.D. candidate, KAIST EE, of which AI model name is TroL "
-    "(Traversal of Layers). You must give helpful, detailed, and polite answers to the user's questions",
-    before_question="[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]user\n",
-    after_question="[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n",
-    image="<image>",
-    image_prefix="",
-    image_suffix="",
-    after_image="\n",
-    tokens_per_image=1225,
-    special_tokens=("<s>", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<image>"),
-    end_markers=("[UNUSED_TOKEN_145]", "</s>"),
-)
-
-
 class Tokenizer:
     """Ids of a text and text of ids, for a `tokenizer.json` made by `trol_edge.export.tokenizer`.
 
-    Equal to sentencepiece on the same segments. Holds no state between calls, so threads may share it.
+    Made of a sentencepiece model: equal to sentencepiece on the same segments. Made of a published tokenizer.json
+    (it has a decoder): equal to the tokenizers library on that file, but for bytes that are no UTF-8. Holds no state
+    between calls, so threads may share it.
     """
 
     def __init__(self, json_text: str, where: str = "tokenizer.json") -> None:
@@ -118,7 +106,7 @@ class Tokenizer:
         made_here = (
             isinstance(loaded.model, tokenizers.models.BPE)
             and isinstance(loaded.normalizer, tokenizers.normalizers.Sequence)
-            and loaded.pre_tokenizer is None
+            and (loaded.pre_tokenizer is None or isinstance(loaded.pre_tokenizer, tokenizers.pre_tokenizers.Metaspace))
         )
         if not made_here:
             raise BundleError(f"{where} was not made by trol_edge.export.tokenizer; export the bundle again")
@@ -130,13 +118,23 @@ class Tokenizer:
         self._bytes = {i: bytes([byte]) for byte, i in enumerate(self._byte_ids)}
         added = loaded.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
-        self._special = {token.content: i for i, token in added.items() if token.special}
-        # Export's use of the `normalized` flag: set for pieces that sentencepiece itself finds inside a segment,
-        # clear for tokens at which a text is cut into segments. The latter have no text of their own.
-        self._cuts = frozenset(i for i, token in added.items() if not token.normalized)
-        self._plain = {token.content: i for i, token in added.items() if not token.special}
-        self._plain_pattern = _any_of(self._plain)
         self._charsmap, self._normalizer = _split_normalizer(loaded.normalizer)
+        self._prefix = loaded.pre_tokenizer.prepend_scheme if loaded.pre_tokenizer is not None else "never"
+        self._like_library = loaded.decoder is not None
+        # Export's use of the `normalized` flag: set for pieces that sentencepiece itself finds inside a segment,
+        # clear for tokens at which a text is cut into segments.
+        self._cuts = frozenset(i for i, token in added.items() if not token.normalized)
+        self._silent = frozenset(i for i in self._cuts if added[i].special)  # no text of their own
+        self._special = {token.content: i for i, token in added.items() if token.special or i in self._cuts}
+        self._lstrip = frozenset(i for i, token in added.items() if token.lstrip)
+        self._rstrip = frozenset(i for i, token in added.items() if token.rstrip)
+        plain = {token.content: i for i, token in added.items() if token.content not in self._special}
+        if self._like_library:
+            # sentencepiece finds such a piece before normalisation, the library (and shows) its normalised form
+            plain = {self._normalizer.normalize_str(t): i for t, i in plain.items()}
+            self._added |= {i: t for t, i in plain.items()}
+        self._plain = plain
+        self._plain_pattern = _any_of(self._plain)
         # sentencepiece drops leading spaces of decoded text by the same two settings that add and remove them here
         self._drops_every_space = self._normalise("a ").endswith("a")
         self._drops_a_space = self._drops_every_space or self._normalise("a") != "a"
@@ -183,20 +181,22 @@ class Tokenizer:
         """
         ids: list[int] = []
         segment: list[str | int] = []
+        before: int | None = None  # the cut behind which the segment begins
         for part in [parts] if isinstance(parts, str) else parts:
             if isinstance(part, int) and part in self._cuts:
-                ids += self._encode_segment(segment)
+                ids += self._encode_segment(segment, before, part)
                 ids.append(part)
-                segment = []
+                segment, before = [], part
             elif isinstance(part, int):
                 segment.append(part)
             else:
                 segment.append(_checked(part))
-        return ids + self._encode_segment(segment)
+        return ids + self._encode_segment(segment, before, None)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, as sentencepiece does. Tokens without text of their own (<s>, <unk>, <image>) and
-        ids of no token (padded rows of an output layer) give nothing; bytes that are no UTF-8 give U+FFFD each."""
+        ids of no token (padded rows of an output layer) give nothing; bytes that are no UTF-8 give U+FFFD each, and
+        valid characters beside them stay (the tokenizers library loses those)."""
         stream = TextStream(self)
         return "".join([stream.push(i) for i in ids]) + stream.flush()
 
@@ -204,23 +204,29 @@ class Tokenizer:
         """UTF-8 bytes of one token, perhaps a part of a character, and whether they begin with its own space."""
         # the library's own answer for an added token is its normalised form, with the dummy prefix
         token = self._added.get(token_id) or (self._loaded.id_to_token(token_id) if 0 <= token_id < UNLISTED else None)
-        if token is None or token_id in self._cuts:
+        if token is None or token_id in self._silent:
             return b"", False
         if token_id in self._bytes:
-            return self._bytes[token_id], False
+            byte = self._bytes[token_id]
+            return byte, self._like_library and byte == b" "
         return token.replace("▁", " ").encode(), token.startswith("▁")
 
     def dropped_spaces(self) -> Literal["none", "one", "all"]:
         """How many leading spaces of an answer belong to the tokenizer and not to the text."""
         return "all" if self._drops_every_space else "one" if self._drops_a_space else "none"
 
-    def _encode_segment(self, segment: Sequence[str | int]) -> list[int]:
+    def _encode_segment(self, segment: list[str | int], before: int | None, after: int | None) -> list[int]:
+        """Ids of what stands between two cuts (None: the begin or end of the text)."""
+        if before in self._rstrip:
+            _strip(segment, 0)
+        if after in self._lstrip:
+            _strip(segment, -1)
         inner = [part for part in segment if isinstance(part, int)]
         text = "".join(part for part in segment if isinstance(part, str))
         stand_in = _stand_in(text)
         whole = "".join(part if isinstance(part, str) else stand_in for part in segment)
         ids: list[int] = []
-        for i, between in enumerate(self._normalise(whole).split(stand_in)):
+        for i, between in enumerate(self._normalise(whole, first=before is None).split(stand_in)):
             ids += inner[i - 1 : i]  # none before the first
             for part in self._split_plain(between):
                 ids += [part] if isinstance(part, int) else self._encode_piece(part)
@@ -243,7 +249,13 @@ class Tokenizer:
                 ids.append(self._unknown_id)
         return ids
 
-    def _normalise(self, text: str) -> str:
+    def _normalise(self, text: str, first: bool = True) -> str:
+        """Text of a segment as the BPE model reads it; first: it begins the whole text."""
+        if self._like_library:
+            text = self._normalizer.normalize_str(text)
+            text = text.replace(" ", "▁")  # where a pre-tokenizer does it, not the normalizer
+            prefixed = self._prefix == "always" or (self._prefix == "first" and first)
+            return "▁" + text if prefixed and text and not text.startswith("▁") else text
         exempt: list[str] = []
         stand_in = _stand_in(text)
         if self._plain_pattern is not None:
@@ -259,6 +271,16 @@ def _any_of(contents: Iterable[str]) -> re.Pattern[str] | None:
     """Pattern whose `split` puts the longest match of any of `contents` at the odd indices."""
     longest_first = sorted(contents, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def _strip(segment: list[str | int], end: Literal[0, -1]) -> None:
+    """Take white space off the begin (0) or end (-1) of a segment, up to an id."""
+    while segment and isinstance(text := segment[end], str):
+        text = text.rstrip(_SPACES) if end else text.lstrip(_SPACES)
+        if text:
+            segment[end] = text
+            return
+        del segment[end]
 
 
 def _stand_in(text: str) -> str:
@@ -331,20 +353,23 @@ def _trie_offset(unit: int) -> int:
 
 
 def build_prompt(
-    tokenizer: Tokenizer, spec: PromptSpec, prompt: str | Sequence[str | ImageMark], num_images: int = 0
+    tokenizer: Tokenizer, spec: PromptSpec, prompt: str | Sequence[str | ImageMark], tiles: int | Sequence[int] = ()
 ) -> list[int]:
     """Return the ids of a whole prompt.
 
     `prompt` is the question, with the pictures before it, or a sequence of texts and `IMAGE`, once per picture,
-    that is followed to the letter. Raises UsageError for a prompt without text, of another type, with lone
-    surrogates, or whose `IMAGE` count is not `num_images`; BundleError for a tokenizer that does not fit `spec`.
+    that is followed to the letter. `tiles` says how many tiles each picture has (`images.count_tiles`); an int is a
+    number of pictures of one tile each. Raises UsageError for a prompt without text, of another type, with lone
+    surrogates, or whose `IMAGE` count is not the number of pictures; BundleError for a tokenizer that does not fit
+    `spec`.
     """
+    counts = [1] * tiles if isinstance(tiles, int) else list(tiles)
     user: list[str | ImageMark]
     if isinstance(prompt, str):
-        user = [part for _ in range(num_images) for part in (IMAGE, spec.after_image)] + [prompt]
+        user = [part for _ in counts for part in (IMAGE, spec.after_image)] + [prompt]
         text = prompt
     else:
-        user = _checked_parts(prompt, num_images)
+        user = _checked_parts(prompt, len(counts))
         text = "".join(part for part in user if isinstance(part, str))
     if not text.strip():
         raise UsageError("the prompt has no text; pass a question")
@@ -353,23 +378,24 @@ def build_prompt(
         return tokenizer.parse(part, spec.special_tokens)
 
     image_id = tokenizer.special_id(spec.image)
-    picture = [*template(spec.image_prefix), *[image_id] * spec.tokens_per_image, *template(spec.image_suffix)]
+    before, after = template(spec.image_prefix), template(spec.image_suffix)
+    pictures = iter([*before, *[image_id] * (spec.tokens_per_image * count), *after] for count in counts)
     parts = [*template(spec.before_system), spec.system, *template(spec.before_question)]
     for part in user:
-        parts += [part] if isinstance(part, str) else picture
+        parts += [part] if isinstance(part, str) else next(pictures)
     return tokenizer.encode([*parts, *template(spec.after_question)])
 
 
-def _checked_parts(prompt: Sequence[str | ImageMark], num_images: int) -> list[str | ImageMark]:
+def _checked_parts(prompt: Sequence[str | ImageMark], pictures: int) -> list[str | ImageMark]:
     if not isinstance(prompt, (list, tuple)):
         raise UsageError(f"the prompt is a {type(prompt).__name__}; pass a str, or a list of str and IMAGE")
     for i, part in enumerate(prompt):
         if not isinstance(part, (str, ImageMark)):
             raise UsageError(f"item {i} of the prompt is a {type(part).__name__}; pass str and IMAGE only")
     placed = sum(part is IMAGE for part in prompt)
-    if placed != num_images:
+    if placed != pictures:
         raise UsageError(
-            f"the prompt places {placed} pictures but {num_images} were passed; put IMAGE once per picture, "
+            f"the prompt places {placed} pictures but {pictures} were passed; put IMAGE once per picture, "
             "or pass the prompt as one str to have the pictures stand before it"
         )
     return list(prompt)
