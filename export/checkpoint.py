@@ -78,14 +78,15 @@ class Checkpoint:
                 f"{self.folder}: config.json lacks or garbles a size ({type(error).__name__}: {error}); "
                 "copy the published files again"
             ) from error
+        self._check_sizes(spec)
         self.spec: ModelSpec = dataclasses.replace(spec, **self._token_ids(spec))  # type: ignore[arg-type]
-        self._check_sizes()
+        self._check_sizes(self.spec)
         self.parameters = self._match(entries)
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, spec: ModelSpec) -> None:
         """What the config files say is used to compute shapes, so it has to be numbers first."""
         wrong = []
-        for part in (self.spec, self.spec.vision):
+        for part in (spec, spec.vision):
             for field in dataclasses.fields(part):
                 value = getattr(part, field.name)
                 least = 0 if field.name in ("lora_rank", "eos_token_id", "image_token_id") else 1
@@ -193,7 +194,7 @@ class Checkpoint:
             problems.append(str(error))
         else:
             self._gate_tensors = gate
-            problems += [f"NaN or infinite: {name}" for name, t in gate.items() if not t.isfinite().all()]
+            problems += [f"NaN or infinite: {name}" for name, t in gate.items() if not is_finite(t)]
         if problems:
             # The folder is refused anyway, so look at the values too: one error should be enough to mend it.
             problems += [f"NaN or infinite: {name}" for name in self._not_finite(matched)]
@@ -291,9 +292,14 @@ class Checkpoint:
         for source, entry in matched.values():
             rows = entry.shape[0] if entry.shape else 1
             step = max(1, BLOCK_BYTES // (4 * max(1, torch.Size(entry.shape[1:]).numel())))
-            if any(not self._read(entry, i, min(rows, i + step)).isfinite().all() for i in range(0, rows, step)):
+            if any(not is_finite(self._read(entry, i, min(rows, i + step))) for i in range(0, rows, step)):
                 bad.append(source.name)
         return bad
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity among the values; isfinite().all() is ten times slower in half precision."""
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))  # NaN propagates
 
 
 def _detect(config: Mapping[str, Any], folder: Path) -> Family:

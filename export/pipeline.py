@@ -33,7 +33,7 @@ from trol_edge.bundle import (
 )
 from trol_edge.errors import CheckpointError, ExportError
 from trol_edge.export import graphs, tokenizer
-from trol_edge.export.checkpoint import Checkpoint
+from trol_edge.export.checkpoint import Checkpoint, is_finite
 from trol_edge.export.model import graph_rope_tables
 from trol_edge.export.models import MODELS
 from trol_edge.weights import ITEM_BYTES
@@ -155,7 +155,7 @@ def _write_weights(
         for name, stored in layout.items():
             finite = True
             for row, block in [(0, rope[name])] if name in rope else source.blocks(name):
-                finite &= bool(block.isfinite().all())
+                finite &= is_finite(block)
                 _write_block(f.fileno(), base + stored.offset, block, row, stored)
                 done += block.numel() * block.element_size()
                 progress("weights", done, end)
