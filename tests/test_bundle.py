@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -27,8 +26,8 @@ from trol_edge.errors import BackendError, BundleError, ExportError, UsageError
 from trol_edge.export import pipeline
 from trol_edge.images import ImageSpec
 from trol_edge.runtime import Runtime
-from trol_edge.spec import ModelSpec, VisionSpec
-from trol_edge.text import INTERNLM2_PROMPT
+from trol_edge.spec import LongRope, ModelSpec, VisionSpec
+from trol_edge.text import PromptSpec
 from trol_edge.weights import WeightsFile
 
 FILES = ("step.onnx", TOKENIZER, "traverse.onnx", "traverse_text.onnx", "vision.onnx", WEIGHTS)
@@ -86,6 +85,7 @@ def small_manifest() -> Manifest:
         eos_token_id=2,
         image_token_id=10,
         vision=VisionSpec(8, 16, 1, 2, 14, 28, 1e-5, 4),
+        long_rope=LongRope((1.0, 1.5), (2.0, 3.0), 16, 1.25),
     )
     return Manifest(
         format="trol-edge-bundle",
@@ -95,8 +95,20 @@ def small_manifest() -> Manifest:
         target="cpu",
         context=32,
         spec=spec,
-        prompt=dataclasses.replace(INTERNLM2_PROMPT, system="Be brief."),
-        image=ImageSpec("stretch", 28, (0.5, 0.25, 0.125), (1.0, 0.5, 0.25)),
+        prompt=PromptSpec(
+            before_system="<s>system\n",
+            system="Be brief.",
+            before_question="<end>user\n",
+            after_question="<end>assistant\n",
+            image="<image>",
+            image_prefix="",
+            image_suffix="",
+            after_image="\n",
+            tokens_per_image=4,
+            special_tokens=("<s>", "<end>", "<image>"),
+            end_markers=("<end>", "</s>"),
+        ),
+        image=ImageSpec("tiles", 28, (0.5, 0.25, 0.125), (1.0, 0.5, 0.25), 6),
         graphs={
             "step": bundle_module.GraphInfo(
                 "step.onnx", (bundle_module.Port("x", "float32", (1, "S")),), (), ("a.weight",), {"Add": 2}
@@ -141,22 +153,31 @@ SMALL: dict[str, Any] = {
             "image_size": 28,
             "layer_norm_eps": 1e-05,
             "tokens_per_image": 4,
+            "rms_norm": False,
+            "qk_norm": False,
+            "qkv_bias": True,
+        },
+        "long_rope": {
+            "short_factor": [1.0, 1.5],
+            "long_factor": [2.0, 3.0],
+            "original_max_position_embeddings": 16,
+            "amplitude": 1.25,
         },
     },
     "prompt": {
-        "before_system": "<s>[UNUSED_TOKEN_146]system\n",
+        "before_system": "<s>system\n",
         "system": "Be brief.",
-        "before_question": "[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]user\n",
-        "after_question": "[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n",
+        "before_question": "<end>user\n",
+        "after_question": "<end>assistant\n",
         "image": "<image>",
         "image_prefix": "",
         "image_suffix": "",
         "after_image": "\n",
-        "tokens_per_image": 1225,
-        "special_tokens": ["<s>", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<image>"],
-        "end_markers": ["[UNUSED_TOKEN_145]", "</s>"],
+        "tokens_per_image": 4,
+        "special_tokens": ["<s>", "<end>", "<image>"],
+        "end_markers": ["<end>", "</s>"],
     },
-    "image": {"kind": "stretch", "size": 28, "mean": [0.5, 0.25, 0.125], "std": [1.0, 0.5, 0.25]},
+    "image": {"kind": "tiles", "size": 28, "mean": [0.5, 0.25, 0.125], "std": [1.0, 0.5, 0.25], "max_tiles": 6},
     "graphs": {
         "step": {
             "file": "step.onnx",
@@ -171,15 +192,16 @@ SMALL: dict[str, Any] = {
     "tools": {"torch": "2.9"},
     "notes": ["a note"],
 }
-SMALL_SHA256 = "ccf334760d1c3190f904b27405be64711fac811166795063b325407cf5d593aa"
+SMALL_SHA256 = "0f5401f1de5dd7e3b2d622b9ad90cae4d7340398927fcc6b4a8a4306115167d7"
 
 
 def test_manifest_is_this_json(tmp_path: Path) -> None:
     """Key by key, with the hash over everything else; and it reads back as it was."""
     write_manifest(tmp_path, small_manifest())
     data = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
-    assert data.pop("manifest_sha256") == hash_of(SMALL) == SMALL_SHA256
+    own = data.pop("manifest_sha256")
     assert data == SMALL
+    assert own == hash_of(SMALL) == SMALL_SHA256
     (tmp_path / "step.onnx").write_bytes(b"abc")
     assert Bundle(tmp_path).manifest == small_manifest()
 

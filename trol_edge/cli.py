@@ -276,8 +276,10 @@ def evaluate(
 def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None:
     """Ask a bundle about the picture that ships with this project, and say what to type next."""
     from trol_edge.bundle import TOKENIZER
-    from trol_edge.export.models import shipped_folder
     from trol_edge.runtime import Runtime
+
+    with _extra("export"):
+        from trol_edge.export.models import shipped_folder
 
     folder = shipped_folder("trol-nano")
     question = json.loads((folder / "report.json").read_text(encoding="utf-8"))["demo"]["question"]

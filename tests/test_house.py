@@ -1,0 +1,393 @@
+"""The house: what each room may import, what an installation holds, and what no file may say."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trol_edge
+from trol_edge import errors
+from trol_edge.runtime import Answer, Runtime
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("calibration", "export", "runtimes")
+LIBRARIES = {"torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "tensorrt", "cuda", "transformers", "safetensors"}
+OTHER_ROOMS = {f"trol_edge.{room}" for room in ROOMS}
+
+# Prefixes of modules that no file of a room imports, at any depth.
+FORBIDDEN = {
+    "trol_edge": LIBRARIES | {"sentencepiece", "huggingface_hub"},
+    "export": {"trol_edge.runtimes", "trol_edge.calibration", "trol_edge.runtime", "tensorrt", "cuda", "transformers"},
+    "runtimes": (LIBRARIES - {"onnxruntime"}) | {"trol_edge.export", "trol_edge.calibration", "trol_edge.runtime"},
+    "calibration": {"torch", "tensorrt", "cuda", "transformers", "trol_edge.runtimes", "trol_edge.export"},
+}
+# (file, module): doors that stand open on purpose.
+OPEN = {
+    ("export/train_nano.py", "trol_edge.calibration"),  # renders the scenes that it trains on
+    ("export/bench.py", "trol_edge.runtime"),  # measures what a user would call
+}
+# Files of the runtime that may import a room, inside a function only.
+LATE = {"trol_edge/cli.py", "trol_edge/runtime.py"}
+# The one file of the runtime that knows each of these libraries.
+HOME = {
+    "tokenizers": {"trol_edge/text.py"},
+    "typer": {"trol_edge/cli.py"},
+    "rich": {"trol_edge/cli.py"},
+    "PIL": {"trol_edge/images.py", "trol_edge/tiles.py", "trol_edge/runtime.py"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """One import statement, or one call of import_module with a literal."""
+
+    module: str
+    names: tuple[str, ...]
+    line: int
+    late: bool  # inside a function
+
+    def touches(self, prefix: str) -> bool:
+        """Whether it imports a module or anything below it, in either spelling."""
+        full = [self.module, *(f"{self.module}.{name}" for name in self.names)]
+        return any(name == prefix or name.startswith(f"{prefix}.") for name in full)
+
+
+def imports(source: str, package: str) -> Iterator[Import]:
+    """Every import of a source text whose package is `package`; relative ones are made absolute."""
+
+    def visit(node: ast.AST, late: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, (), child.lineno, late) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                parents = package.split(".")[: len(package.split(".")) - child.level + 1] if child.level else []
+                module = ".".join([*parents, *([child.module] if child.module else [])])
+                yield Import(module, tuple(alias.name for alias in child.names), child.lineno, late)
+            elif isinstance(child, ast.Call) and child.args and isinstance(child.args[0], ast.Constant):
+                called = ast.unparse(child.func).split(".")[-1]
+                if called in ("import_module", "__import__", "find_spec"):
+                    yield Import(str(child.args[0].value), (), child.lineno, late)
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from visit(child, late or inside)
+
+    yield from visit(ast.parse(source), False)
+
+
+def breaches(source: str, file: str) -> list[str]:
+    """What a file (path from the root) imports against the rules."""
+    room = file.split("/")[0]
+    found = []
+    for entry in imports(source, "trol_edge" if room == "trol_edge" else f"trol_edge.{room}"):
+        where = f"{file}:{entry.line} imports {entry.module}"
+        for prefix in FORBIDDEN[room]:
+            if entry.touches(prefix) and not any(file == f and entry.touches(m) for f, m in OPEN):
+                found.append(f"{where}: {prefix} is not for {room}")
+        late = file in LATE and entry.late
+        if room == "trol_edge" and not late and any(entry.touches(other) for other in OTHER_ROOMS):
+            found.append(f"{where}: a room, only late and only in {', '.join(sorted(LATE))}")
+        if room == "trol_edge":
+            found += [
+                f"{where}: only {files} may" for m, files in HOME.items() if entry.touches(m) and file not in files
+            ]
+        if any(entry.touches(name) for name in ROOMS):
+            found.append(f"{where}: a second copy of a room; import it as trol_edge.{entry.module}")
+        if entry.touches("tests"):
+            found.append(f"{where}: tests import the package, not the other way round")
+    return found
+
+
+def sources() -> list[Path]:
+    """Every Python file of the runtime and the rooms, once."""
+    return sorted(path for folder in ("trol_edge", *ROOMS) for path in (ROOT / folder).glob("*.py"))
+
+
+def test_rooms_keep_their_doors() -> None:
+    """Every import of every file, by its syntax tree."""
+    files = sources()
+    assert len(files) > 20
+    assert {path.parent.name for path in files} == {"trol_edge", *ROOMS}
+    found = [b for path in files for b in breaches(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))]
+    assert found == []
+
+
+def test_no_file_hides_deeper() -> None:
+    """`sources` looks one folder deep; there is nothing below."""
+    for folder in ("trol_edge", *ROOMS):
+        below = [p for p in (ROOT / folder).rglob("*.py") if p.parent != ROOT / folder]
+        assert [p for p in below if p.relative_to(ROOT / folder).parts[0] not in ROOMS] == []
+
+
+PLANTED = [
+    ("trol_edge/spec.py", "import torch"),
+    ("trol_edge/spec.py", "def f():\n    import onnx.helper"),
+    ("trol_edge/spec.py", "try:\n    from onnxruntime import InferenceSession\nexcept ImportError:\n    pass"),
+    ("trol_edge/spec.py", "if True:\n    import transformers as t"),
+    ("trol_edge/text.py", "import sentencepiece"),
+    ("trol_edge/images.py", "import tokenizers"),
+    ("trol_edge/bundle.py", "def f():\n    from trol_edge.export import graphs"),
+    ("trol_edge/bundle.py", "from .export import graphs"),
+    ("trol_edge/bundle.py", "from . import runtimes"),
+    ("trol_edge/cli.py", "from trol_edge.export import pipeline"),
+    ("trol_edge/cli.py", "class A:\n    from trol_edge import export"),
+    ("trol_edge/cli.py", "def f():\n    import torch"),
+    ("trol_edge/runtime.py", "import importlib\nimportlib.import_module('trol_edge.runtimes.ort')"),
+    ("trol_edge/runtime.py", "import typer"),
+    ("export/graphs.py", "from trol_edge.runtimes import ort"),
+    ("export/graphs.py", "def f():\n    from ..runtimes.ort import OrtBackend"),
+    ("export/graphs.py", "from trol_edge.runtime import Runtime"),
+    ("export/graphs.py", "import trol_edge.calibration.scenes"),
+    ("export/graphs.py", "import runtimes"),
+    ("export/train_nano.py", "from trol_edge.runtime import Runtime"),
+    ("export/bench.py", "from trol_edge.calibration import scenes"),
+    ("runtimes/ort.py", "import torch"),
+    ("runtimes/ort.py", "import onnx"),
+    ("runtimes/ort.py", "from trol_edge.export.model import Decoder"),
+    ("runtimes/ort.py", "from trol_edge.runtime import Runtime"),
+    ("calibration/scenes.py", "import torch.nn"),
+    ("calibration/scenes.py", "from trol_edge.export import internlm2"),
+    ("calibration/scenes.py", "from trol_edge.runtimes import ort"),
+    ("calibration/scenes.py", "from tests.cases import Run"),
+]
+
+
+@pytest.mark.parametrize(("file", "source"), PLANTED)
+def test_planted_breaches_are_seen(file: str, source: str) -> None:
+    """Each rule can fail."""
+    assert len(breaches(source, file)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("trol_edge/cli.py", "def f():\n    from trol_edge.export import pipeline"),
+        ("trol_edge/runtime.py", "def f():\n    import trol_edge.runtimes.ort"),
+        ("trol_edge/text.py", "import tokenizers"),
+        ("export/graphs.py", "import torch\nimport onnx_ir\nfrom trol_edge.export.model import Decoder"),
+        ("export/train_nano.py", "from trol_edge.calibration import scenes"),
+        ("runtimes/ort.py", "import onnxruntime as ort\nfrom trol_edge.bundle import Bundle"),
+        ("calibration/evaluate.py", "from trol_edge.runtime import Runtime\nimport onnx"),
+        ("trol_edge/spec.py", "import torchlike\nimport onnx_something_else"),
+    ],
+)
+def test_open_doors_are_no_breaches(file: str, source: str) -> None:
+    """Nor does a rule forbid what it should not."""
+    assert breaches(source, file) == []
+
+
+# -- what is loaded ----------------------------------------------------------------------------------------------------
+
+
+def python(code: str, **more: Any) -> str:
+    """Standard output of a fresh interpreter in the root folder."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, **more)
+    return done.stdout
+
+
+HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "safetensors", "sentencepiece"}
+HEAVY |= {"huggingface_hub", "typer", "rich"}
+
+
+def test_import_loads_little() -> None:
+    """In a fresh interpreter: numpy, pillow and tokenizers, and none of the rooms."""
+    loaded = json.loads(python("import trol_edge, sys, json; print(json.dumps(sorted(sys.modules)))"))
+    assert set(loaded) & HEAVY == set()
+    assert not [name for name in loaded if name.startswith(tuple(OTHER_ROOMS))]
+    assert {"numpy", "PIL", "tokenizers", "trol_edge.runtime"} <= set(loaded)
+
+
+def test_running_a_bundle_loads_no_torch(nano_bundle: Path) -> None:
+    """From bundle to answer: onnxruntime is the only heavy library, and no room but runtimes."""
+    code = f"""
+import json, sys, trol_edge
+trol_edge.Runtime({str(nano_bundle)!r}).generate("What is this?", max_new_tokens=2)
+print(json.dumps(sorted(sys.modules)))
+"""
+    loaded = json.loads(python(code))
+    assert set(loaded) & HEAVY == {"onnxruntime"}
+    rooms = {name for name in loaded if name.startswith(tuple(OTHER_ROOMS))}
+    assert rooms == {"trol_edge.runtimes", "trol_edge.runtimes.ort"}
+
+
+def test_help_loads_no_room() -> None:
+    """The command line answers --help without the export extra."""
+    code = """
+import json, sys
+from trol_edge.cli import main
+assert main(["--help"]) == 0 and main(["export", "--help"]) == 0
+print("\\n" + json.dumps(sorted(sys.modules)))
+"""
+    loaded = json.loads(python(code).splitlines()[-1])
+    assert set(loaded) & HEAVY <= {"typer", "rich"}
+    assert not [name for name in loaded if name.startswith(tuple(OTHER_ROOMS))]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_are_no_packages_of_their_own(room: str) -> None:
+    """From the root, `import export` would make a second copy of every class; it is refused."""
+    done = subprocess.run([sys.executable, "-c", f"import {room}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"ImportError: import this folder as trol_edge.{room}" in done.stderr
+    python(f"import trol_edge.{room}")
+
+
+# -- what is shipped ---------------------------------------------------------------------------------------------------
+
+
+def test_packages_equal_the_folders() -> None:
+    """pyproject names what ships by hand; the links beside it show every tool the same tree."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    settings = project["tool"]["setuptools"]
+    with_init = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert with_init == {"trol_edge", *ROOMS}
+    expected = {"trol_edge": "trol_edge"} | {f"trol_edge.{room}": room for room in ROOMS}
+    assert sorted(settings["packages"]) == sorted(expected)
+    assert settings["package-dir"] == expected
+    for room in ROOMS:
+        assert (ROOT / "trol_edge" / room).resolve() == ROOT / room
+        assert os.readlink(ROOT / "trol_edge" / room) == f"../{room}"
+    assert settings["package-data"]["trol_edge"] == ["py.typed"]
+    assert (ROOT / "trol_edge" / "py.typed").is_file()
+    names = {re.split(r"[><=~ ;\[]", line)[0] for line in project["project"]["dependencies"]}
+    assert names == {"numpy", "pillow", "tokenizers", "typer", "rich"}
+
+
+def test_runtime_is_python_3_10() -> None:
+    """JetPack 6 has Python 3.10: no newer syntax, nothing of the library that came later."""
+    newer = {"tomllib", "asyncio.TaskGroup", "contextlib.chdir", "datetime.UTC", "enum.StrEnum", "enum.verify",
+             "typing.Self", "typing.override", "typing.assert_never", "typing.LiteralString", "typing.Never",
+             "typing.Required", "typing.NotRequired", "typing.Unpack", "typing.TypeVarTuple", "itertools.batched",
+             "wsgiref.types", "pathlib.UnsupportedOperation", "operator.call", "math.cbrt", "math.exp2"}  # fmt: skip
+    for path in sources():
+        source = path.read_text(encoding="utf-8")
+        ast.parse(source, feature_version=(3, 10))
+        for entry in imports(source, "trol_edge"):
+            assert not {name for name in newer if entry.touches(name)}, path
+    with pytest.raises(SyntaxError):
+        ast.parse("try:\n    pass\nexcept* ValueError:\n    pass", feature_version=(3, 10))
+
+
+def repository_files() -> list[Path]:
+    """Every file that is or would be committed; without git, every file that is not built."""
+    try:
+        done = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+        )
+        names = [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+        paths = [ROOT / name for name in names]
+    except (OSError, subprocess.CalledProcessError):
+        skipped = {"build", "dist", ".git", ".venv", "__pycache__"}
+        paths = [p for p in ROOT.rglob("*") if not skipped & set(p.relative_to(ROOT).parts)]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def test_no_file_knows_this_machine() -> None:
+    """Absolute paths of the machine it was written on: not in sources, documents, data or weights."""
+    marks = [f"/{name}/".encode() for name in ("work", "root", "tmp/pytest-of-root")]
+    files = repository_files()
+    assert len(files) > 50
+    found = [
+        f"{path.relative_to(ROOT)}: {mark.decode()}"
+        for path in files
+        for mark in marks
+        if re.search(rb"(?<![\w.])" + re.escape(mark), path.read_bytes())
+    ]
+    assert found == []
+
+
+def test_files_say_what_they_are_for() -> None:
+    """One responsibility per file, said in its first line."""
+    for path in sources():
+        source = path.read_text(encoding="utf-8")
+        first = ast.get_docstring(ast.parse(source))
+        assert first, f"{path.name} does not say what it is for"
+        assert first.splitlines()[0].endswith((".", ":", "?")), path.name
+
+
+# -- errors and the public door ----------------------------------------------------------------------------------------
+
+
+def drawn_tree() -> dict[str, str | None]:
+    """Class -> parent, as the docstring of trol_edge.errors draws it."""
+    assert errors.__doc__
+    parents: dict[str, str | None] = {}
+    stack: list[tuple[int, str]] = []
+    for line in errors.__doc__.splitlines():
+        if match := re.match(r"^([ │├└─]*)([A-Z]\w+Error)\b", line):
+            depth = len(match[1])
+            while stack and stack[-1][0] >= depth:
+                stack.pop()
+            parents[match[2]] = stack[-1][1] if stack else None
+            stack.append((depth, match[2]))
+    return parents
+
+
+def test_every_error_is_in_the_drawn_tree() -> None:
+    """Each class, under its parent, with the sentence that its docstring says too."""
+    classes = {name: c for name, c in vars(errors).items() if inspect.isclass(c) and issubclass(c, Exception)}
+    assert sorted(classes) == sorted(errors.__all__)
+    tree = drawn_tree()
+    assert set(tree) == set(classes)
+    for name, parent in tree.items():
+        assert classes[name].__bases__[0] is (classes[parent] if parent else Exception)
+        assert classes[name].__doc__
+
+
+def test_errors_that_are_raised_are_ours() -> None:
+    """What leaves the package on purpose is of the family; the exceptions to that are few and internal."""
+    internal = {
+        "ImportError": {"export/__init__.py", "runtimes/__init__.py", "calibration/__init__.py"},
+        "ValueError": {"trol_edge/weights.py", "export/tokenizer.py"},  # caught in the same file
+        "AssertionError": {"export/train_nano.py"},
+        "BadParameter": {"trol_edge/cli.py"},
+        "Exit": {"trol_edge/cli.py", "export/bench.py"},
+    }
+    found = []
+    for path in sources():
+        file = str(path.relative_to(ROOT))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                name = ast.unparse(node.exc.func).split(".")[-1]
+                if name not in errors.__all__ and file not in internal.get(name, ()):
+                    found.append(f"{file}:{node.lineno} raises {name}")
+            if isinstance(node, ast.ExceptHandler) and node.type is None:
+                found.append(f"{file}:{node.lineno} has a bare except")
+    assert found == []
+
+
+def test_public_names_are_documented() -> None:
+    """`__all__` is what there is; the README uses nothing else, and names every field and option it lists."""
+    public = {name for name in vars(trol_edge) if not name.startswith("_")}
+    modules = {name for name in public if inspect.ismodule(getattr(trol_edge, name))}
+    assert public - modules == set(trol_edge.__all__) - {"__version__"}
+    for name in set(trol_edge.__all__) - {"__version__", "IMAGE"}:
+        assert getattr(trol_edge, name).__doc__, name
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    used = set(re.findall(r"\btrol_edge\.([A-Z_a-z]\w*)", readme))
+    assert {"Runtime", "IMAGE", "TrolEdgeError"} <= used <= set(trol_edge.__all__)
+    for field in dataclasses.fields(Answer):
+        assert f"`{field.name}`" in readme, field.name
+    options = inspect.signature(Runtime.generate).parameters
+    assert list(options) == list(inspect.signature(Runtime.stream).parameters)
+    for option in list(options)[3:]:
+        assert re.search(rf"`{option}(=\w*)?`", readme), option
+
+
+def test_versions_agree() -> None:
+    """One version, in one file, and the changelog knows it."""
+    from trol_edge._version import __version__
+
+    assert trol_edge.__version__ == __version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    assert __version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
