@@ -77,7 +77,7 @@ def golden_bundle(exported: Callable[..., Path]) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def nano_bundle(request: pytest.FixtureRequest) -> Path:
-    """Bundle of the shipped model, as `make engine` makes it; or a given one, where nothing that exports is installed."""
+    """Bundle of the shipped model, as `make engine` makes it; or a given one, where export is not installed."""
     given = os.environ.get("TROL_EDGE_NANO_BUNDLE")
     return Path(given) if given else request.getfixturevalue("exported")(NANO)
 

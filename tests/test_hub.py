@@ -36,8 +36,10 @@ except TrolEdgeError as error:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one repository. `head` is its newest commit, `log` what was asked, `cut` a file that breaks off, `down` one
-    that is not served just now."""
+    """Serves one repository.
+
+    `head` is its newest commit, `log` what was asked, `cut` a file that breaks off, `down` one not served just now.
+    """
 
     daemon_threads = True
 
