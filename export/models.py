@@ -200,7 +200,7 @@ def fetch(name: str, into: str | os.PathLike[str], revision: str | None = None) 
             f"{model.repository} could not be fetched ({type(error).__name__}: {first}).\n"
             "Run the command again to resume. Without a network, copy these files of "
             f"https://huggingface.co/{model.repository} into one folder:\n  {', '.join(FILES)}\n"
-            f"and either name it {folder} or pass it: make engine MODEL={name} CHECKPOINT=folder"
+            f"and pass it: make engine MODEL={name} CHECKPOINT=folder"
         ) from error
     return folder
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         if span:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         if name == self.server.down:
-            self.send(503, b"", {})
+            self.send(403, b"", {})
         elif name == self.server.cut and self.command == "GET":
             self.close_connection = True
             self.send(206 if span else 200, data[start:], headers, shown=(len(data) - start) // 2)
@@ -202,13 +203,14 @@ def test_commit_is_pinned_while_a_download_is_incomplete(hub: Hub, tmp_path: Pat
     assert len(hub.downloads("model.safetensors")) == 1
 
 
-@pytest.mark.xfail(
-    reason="recent releases of huggingface_hub delete the file in progress when a process ends; whole files are kept",
-    strict=False,
+@pytest.mark.skipif(
+    tuple(int(n) for n in metadata.version("huggingface_hub").split(".")[:2]) >= (1, 18),
+    reason="from 1.18 on huggingface_hub deletes the file in progress when a process ends; pyproject.toml excludes it",
 )
 def test_a_file_resumes_where_it_broke_off(hub: Hub, tmp_path: Path) -> None:
     """After the process has ended: the bytes that had arrived are not asked for again."""
     folder = tmp_path / "trol-1.8b"
+    hub.files["model.safetensors"] *= 12  # the library writes blocks of 10 MB; half of this is more than one
     hub.cut = "model.safetensors"
     assert fetch(hub, folder).returncode == 1
     hub.cut = ""
