@@ -196,11 +196,12 @@ def fetch(name: str, into: str | os.PathLike[str], revision: str | None = None) 
         (folder / SOURCE_FILE).write_text(json.dumps(source | {"complete": True}), encoding="utf-8")
     except Exception as error:  # the hub library passes on errors of several HTTP libraries without a common base
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        place = "" if _pinned(folder) else f"either name it {folder} or "  # a pinned folder asks the hub again
         raise DownloadError(
             f"{model.repository} could not be fetched ({type(error).__name__}: {first}).\n"
             "Run the command again to resume. Without a network, copy these files of "
             f"https://huggingface.co/{model.repository} into one folder:\n  {', '.join(FILES)}\n"
-            f"and pass it: make engine MODEL={name} CHECKPOINT=folder"
+            f"and {place}pass it: make engine MODEL={name} CHECKPOINT=folder"
         ) from error
     return folder
 
