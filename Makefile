@@ -4,6 +4,7 @@ MODEL ?= trol-nano
 CHECKPOINT ?= $(MODEL)
 BUNDLE ?= build/$(MODEL)
 CONTEXT ?=
+MINUTES ?= 10
 PYTHON ?= python3
 VENV ?= .venv
 # One version, because a looser range fetches the newest build. On Linux PyPI's torch brings CUDA libraries (several
@@ -16,7 +17,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test test-oldest test-wheel lint bench nano wheel clean
+.PHONY: help engine test test-oldest test-wheel lint bench soak nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +38,10 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 
 bench: $(VENV)/engine.stamp  ## prefill, decode and memory beside the torch reference and llama.cpp (if installed)
 	$(BIN)/python -m trol_edge.export.bench $(ARGS)
+
+soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)
+	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
+	@$(BIN)/trol-edge soak $(BUNDLE) --minutes $(MINUTES)
 
 nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores) and measure it through its bundle
 	rm -rf build/nano-scratch

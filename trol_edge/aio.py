@@ -20,18 +20,24 @@ async def pieces(start: Callable[[], AnswerStream]) -> AsyncGenerator[Piece, Non
     streams: list[AnswerStream] = []
     left = threading.Event()
 
+    def deliver(item: Piece | BaseException | None) -> None:
+        try:
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+        except RuntimeError:  # the loop was closed without waiting for us: nobody is there any more
+            left.set()
+
     def work() -> None:
         try:
             with start() as stream:
                 streams.append(stream)
-                if left.is_set():  # set before the stream was in the list
-                    return
                 for piece in stream:
-                    loop.call_soon_threadsafe(arrived.put_nowait, piece)
+                    if left.is_set():  # perhaps before the stream was in the list
+                        break
+                    deliver(piece)
         except BaseException as error:  # whatever it is, it belongs to the task that waits
-            loop.call_soon_threadsafe(arrived.put_nowait, error)
+            deliver(error)
         finally:
-            loop.call_soon_threadsafe(arrived.put_nowait, None)
+            deliver(None)
 
     threading.Thread(target=work, name="trol-edge astream", daemon=True).start()
     item: Piece | BaseException | None = None

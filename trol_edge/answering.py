@@ -70,7 +70,7 @@ class AnswerStream(Iterator[Piece]):
 
 
 class Answering:
-    """One answer: `stream()` or `answer()`, once. (It does not know its generator, so dropping that ends it at once.)"""
+    """One answer: `stream()` or `answer()`, once. It does not know its generator, so that dropping that ends it."""
 
     def __init__(
         self,
