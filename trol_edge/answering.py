@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge import beam
 from trol_edge.answers import Answer, Piece, Timings, TokenLogprob
 from trol_edge.errors import UnfinishedError
 from trol_edge.options import Options
@@ -121,12 +122,53 @@ class Answering:
             None if self._options.logprobs is None else tuple(logprobs),
         )
 
+    def search(self) -> Answer:
+        """The likeliest of `num_beams` answers that are searched in parallel. Other calls wait meanwhile."""
+        runtime, options, call, clock, now = self._runtime, self._options, self._call, self._clock, self._runtime._clock
+        found, cached, rope, over = beam.Hypothesis((), 0.0, False), 0, self._rope, list[str]()
+
+        def on_step() -> bool:
+            try:
+                call.check()
+            except UnfinishedError as error:
+                over.append(error.reason)
+            return bool(over)
+
+        try:
+            session = self._begin()
+            logits = runtime.prefill(session, self._question, options, call, clock)
+            rope, cached, since = session.rope, session.reused, now()
+            found = beam.search(
+                session,
+                logits,
+                num_beams=options.num_beams,
+                max_new_tokens=options.max_new_tokens,
+                end_ids=runtime._ends,
+                on_step=on_step,
+            )
+            clock.decode_ms += 1e3 * (now() - since)
+        except UnfinishedError as error:
+            over.append(error.reason)
+        finally:
+            self._end()
+        ids = found.token_ids
+        reason = "stop" if found.ended else over[0] if over else "length"
+        if reason == "length" and len(ids) < options.max_new_tokens:
+            reason = "context"
+        text = "".join([self._text.push(token) for token in ids]) + self._text.flush()
+        prompt = len(self._question.ids)
+        return Answer(text, ids, reason, clock.timings, prompt, cached, rope, None, found.score)
+
+    @property
+    def _rope(self) -> str:
+        """The rope factors before there is a session."""
+        if self._runtime.bundle.manifest.spec.long_rope is None:
+            return "plain"
+        return "long" if self._options.long_context else "short"
+
     def _run(self) -> Generator[Piece, None, None]:
         runtime, options, call, clock, now = self._runtime, self._options, self._call, self._clock, self._runtime._clock
-        rope = (
-            "plain" if runtime.bundle.manifest.spec.long_rope is None else "long" if options.long_context else "short"
-        )
-        cached = 0
+        cached, rope = 0, self._rope
         try:
             try:
                 session = self._begin()
@@ -183,7 +225,7 @@ class Answering:
         if self._given is not None:
             return self._given
         self._take_turn()
-        self._session = self._runtime.reserve(self._options.session, self._question)
+        self._session = self._runtime.reserve(self._options.session)
         return self._session
 
     def _take_turn(self) -> None:

@@ -7,6 +7,7 @@ Options are walked as a tree of tokens, so that a common beginning is computed o
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -22,14 +23,14 @@ Float32 = NDArray[np.float32]
 def checked_options(options: Sequence[str]) -> list[str]:
     """The options, if a choice between them has a meaning; UsageError otherwise."""
     if isinstance(options, str) or not isinstance(options, (list, tuple)) or len(options) < 2:
-        raise UsageError(f"options should be a list of two or more texts, found {options!r}")
+        raise UsageError(f"options should be a list of two or more texts, found {reprlib.repr(options)}")
     for i, option in enumerate(options):
         if not isinstance(option, str) or not option.strip():
-            raise UsageError(f"option {i} is {option!r}; every option needs text")
+            raise UsageError(f"option {i} is {reprlib.repr(option)}; every option needs text")
         if option != option.strip():
-            raise UsageError(f"option {i} is {option!r}; leave out the white space around it")
+            raise UsageError(f"option {i} is {reprlib.repr(option)}; leave out the white space around it")
         if option in options[:i]:
-            raise UsageError(f"option {option!r} is there twice (items {options.index(option)} and {i})")
+            raise UsageError(f"option {reprlib.repr(option)} is there twice (items {options.index(option)} and {i})")
     return list(options)
 
 

@@ -14,6 +14,11 @@ class Lifetime:
         self._process = os.getpid()
         self.closed = False
 
+    @property
+    def alive(self) -> bool:
+        """Not closed, and in the process that loaded it."""
+        return not self.closed and os.getpid() == self._process
+
     def check(self) -> None:
         """Raise UsageError where the Runtime is closed, or was loaded before this process was forked."""
         if self.closed:

@@ -95,7 +95,7 @@ class Options:
             raise UsageError("; ".join(problems))
         if self.num_beams > 1:
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            others = ("temperature", "repetition_penalty", "response_format", "logprobs", "stop")
+            others = ("temperature", "repetition_penalty", "response_format", "logprobs", "stop", "answer_mode")
             given = [name for name in others if getattr(self, name) != defaults[name]]
             if given:
                 raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import threading
 import time
@@ -68,19 +69,18 @@ class Question:
 
 
 class Pace:
-    """The least time that a kind of work has taken so far: what is sure to be too much before a deadline."""
+    """The least time per unit that a kind of work has taken so far: what is sure to be too much before a deadline."""
 
     def __init__(self) -> None:
-        self._least_s = self._least_s_per_unit = float("inf")
+        self._per_unit_s = math.inf
 
     def saw(self, seconds: float, units: int) -> None:
         """So many units took so long."""
-        self._least_s = min(self._least_s, seconds)
-        self._least_s_per_unit = min(self._least_s_per_unit, seconds / units)
+        self._per_unit_s = min(self._per_unit_s, seconds / units)
 
     def least_s(self, units: int) -> float:
         """Seconds that so many units take at least; 0 before any was seen."""
-        return 0.0 if self._least_s == float("inf") else max(self._least_s, units * self._least_s_per_unit)
+        return 0.0 if self._per_unit_s == math.inf else units * self._per_unit_s
 
 
 class Runtime:
@@ -152,7 +152,8 @@ class Runtime:
         stays usable.
         """
         checked = options_from_keywords(options)
-        return self._start(prompt, images, checked).answer()
+        answering = self._start(prompt, images, checked)
+        return answering.search() if checked.num_beams > 1 else answering.answer()
 
     def stream(self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]) -> AnswerStream:
         """As generate, piece by piece. `print(piece, end="")` prints it; the last piece has a finish_reason.
@@ -190,10 +191,11 @@ class Runtime:
         questions = [self._question(prompt, pictures) for prompt in prompts]
         preprocess_ms = 1e3 * (self._clock() - start)
         answers = []
-        with self._held(call, checked.session, questions[0]) as (session, waited_ms):
+        with self._held(call, checked.session) as (session, waited_ms):
             for question in questions:
                 clock = Clock(preprocess_ms, waited_ms)
-                answers.append(Answering(self, question, checked, call, clock, session).answer())
+                answering = Answering(self, question, checked, call, clock, session)
+                answers.append(answering.search() if checked.num_beams > 1 else answering.answer())
                 preprocess_ms = waited_ms = 0.0  # the first answer bears them
         return answers
 
@@ -292,19 +294,20 @@ class Runtime:
 
         Memory is free once sessions and streams of this Runtime are gone, too.
         """
-        if self._lifetime.closed:
+        if not self._lifetime.alive:  # or this is the fork of the process that it belongs to
             return
-        self._lifetime.check()
-        self._lifetime.closed = True
         self.stop()
         call = Call(None, self._clock)
         self._turns.take(call)
-        self._turns.give(call)
-        for session in self._idle:
-            session.close()
-        self._idle.clear()
-        self._vision_cache.clear()
-        del self._backend, self._embeddings
+        try:
+            self._lifetime.closed = True  # whoever waits for the turn finds it so
+            for session in self._idle:
+                session.close()
+            self._idle.clear()
+            self._vision_cache.clear()
+            del self._backend, self._embeddings
+        finally:
+            self._turns.give(call)
 
     def __enter__(self) -> Runtime:
         self._lifetime.check()
@@ -333,8 +336,9 @@ class Runtime:
         """The vocabulary for response_format; made at the first use. BackendError where its library is missing."""
         return Grammars(self.tokenizer, self._ends, self.bundle.manifest.spec.vocab_size)
 
-    def reserve(self, session: Session | None, question: Question) -> Session:
+    def reserve(self, session: Session | None) -> Session:
         """The given session, or an idle or new one, for the caller alone until `release`. Needs the turn."""
+        self._lifetime.check()
         if session is None:
             try:
                 session = self._idle.pop()
@@ -444,13 +448,13 @@ class Runtime:
         return self._vision_cache.get(picture.key, encode)
 
     @contextmanager
-    def _held(self, call: Call, session: Session | None, question: Question) -> Iterator[tuple[Session, float]]:
+    def _held(self, call: Call, session: Session | None) -> Iterator[tuple[Session, float]]:
         """The turn, a session for as long, and the milliseconds waited."""
         start = self._clock()
         self._turns.take(call)
         try:
             waited_ms = 1e3 * (self._clock() - start)
-            held = self.reserve(session, question)
+            held = self.reserve(session)
             try:
                 yield held, waited_ms
             finally:
@@ -474,7 +478,7 @@ class Runtime:
             )
         ends = self._ends if whole else frozenset[int]()
         clock = Clock(1e3 * (self._clock() - start))
-        with self._held(call, options.session, question) as (session, clock.wait_ms):
+        with self._held(call, options.session) as (session, clock.wait_ms):
             logits = self.prefill(session, question, options, call, clock)
             since = self._clock()
             logprobs = answer_logprobs(session, logits, answers, ends, call.check)
