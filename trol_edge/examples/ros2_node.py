@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import trol_edge
+from trol_edge.errors import ImageError
 
 Frame = NDArray[np.uint8]
 Color = Literal["rgb", "bgr"]
@@ -38,14 +39,14 @@ ENCODINGS: dict[str, tuple[int, Color]] = {  # bytes per pixel, order of the fir
 def array_from_image(height: int, width: int, step: int, encoding: str, data: Any) -> tuple[Frame, Color]:
     """The fields of a sensor_msgs/Image as an array [H, W, 3], a view of `data`, and the order of its channels.
 
-    step: bytes from one row to the next. Raises ValueError for an encoding without 8-bit colours, or too little data.
+    step: bytes from one row to the next. Raises ImageError for an encoding without 8-bit colours, or too little data.
     """
     if encoding not in ENCODINGS:
-        raise ValueError(f"image encoding {encoding!r} is not one of {', '.join(ENCODINGS)}")
+        raise ImageError(f"image encoding {encoding!r} is not one of {', '.join(ENCODINGS)}")
     channels, color = ENCODINGS[encoding]
     flat = np.frombuffer(data, np.uint8)
     if step < width * channels or flat.size < height * step:
-        raise ValueError(f"{flat.size} bytes with a step of {step} are no {width}x{height} image of {encoding}")
+        raise ImageError(f"{flat.size} bytes with a step of {step} are no {width}x{height} image of {encoding}")
     pixels = np.lib.stride_tricks.as_strided(flat, (height, width, channels), (step, channels, 1), writeable=False)
     return (np.broadcast_to(pixels, (height, width, 3)) if channels == 1 else pixels[:, :, :3]), color
 
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def on_image(message: Any) -> None:
             try:
                 frame = array_from_image(message.height, message.width, message.step, message.encoding, message.data)
-            except ValueError as error:
+            except ImageError as error:
                 answerer.reject(error)
             else:
                 answerer.offer(*frame)
