@@ -55,7 +55,8 @@ test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime
 	rm -rf build/venv-oldest && $(PYTHON_OLDEST) -m venv build/venv-oldest
 	build/venv-oldest/bin/python -m pip install --quiet -e '.[cpu]' onnxruntime==$(ORT_OLDEST) 'pytest>=8,<10'
 	TROL_EDGE_NANO_BUNDLE=build/test-oldest-bundle build/venv-oldest/bin/python -m pytest -q \
-		tests/test_runtime.py tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
+		tests/test_runtime.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
+		tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
 
 test-wheel: wheel  ## the wheel in an empty environment: imports, helps, and names the extras it lacks
 	rm -rf build/venv-wheel && $(PYTHON) -m venv build/venv-wheel

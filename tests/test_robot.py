@@ -660,7 +660,7 @@ def test_forms_that_nothing_satisfies(rt: Runtime, form: Any, message: str) -> N
 
 def test_forms_without_their_library(rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the installation that brings it."""
-    vars(rt).pop("grammars", None)
+    vars(rt).pop("_grammars", None)
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(BackendError, match=r"trol-edge\[formats\]"):
         rt.generate(QUESTION, response_format=re.compile("a"))

@@ -86,10 +86,10 @@ class Answering:
         self._runtime, self._question, self._options, self._call, self._clock = runtime, question, options, call, clock
         self._ids = list(question.ids)  # prompt and answer so far
         self._sampler = Sampler(options.sampling)
-        self._text = TextStream(runtime.tokenizer, options.stop)
+        self._text = TextStream(runtime._text(), options.stop)
         self._constraint = None
         if options.response_format is not None:
-            self._constraint = runtime.grammars.start(options.response_format)
+            self._constraint = runtime._grammars.start(options.response_format)
         self._given = session
         self._session: Session | None = None
         self._has_turn = False
@@ -136,7 +136,7 @@ class Answering:
 
         try:
             session = self._begin()
-            logits = runtime.prefill(session, self._question, options, call, clock)
+            logits = runtime._prefill(session, self._question, options, call, clock)
             rope, cached, since = session.rope, session.reused, now()
             found = beam.search(
                 session,
@@ -172,7 +172,7 @@ class Answering:
         try:
             try:
                 session = self._begin()
-                logits = runtime.prefill(session, self._question, options, call, clock)
+                logits = runtime._prefill(session, self._question, options, call, clock)
                 rope, cached = session.rope, session.reused
                 since = now()
                 while True:
@@ -225,7 +225,7 @@ class Answering:
         if self._given is not None:
             return self._given
         self._take_turn()
-        self._session = self._runtime.reserve(self._options.session)
+        self._session = self._runtime._reserve(self._options.session)
         return self._session
 
     def _take_turn(self) -> None:
@@ -243,7 +243,7 @@ class Answering:
     def _end(self) -> None:
         """Give back what the answer holds. Takes no lock between pieces: a garbage collection may call it anywhere."""
         if self._session is not None:
-            self._runtime.release(self._session, keep=self._options.session is None)
+            self._runtime._release(self._session, keep=self._options.session is None)
             self._session = None
         if self._has_turn:
             self._give_turn()

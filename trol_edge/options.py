@@ -61,7 +61,7 @@ class Options:
     )
     logprobs: int | None = None  # for each token its log-probability and so many alternatives, 0..20; None: off
     deadline_ms: float | None = None  # milliseconds of wall time from the call on, waiting for other calls included
-    prefill_chunk: int | None = None  # tokens of the prompt computed at a time; None: all, or 64 with a deadline
+    prefill_chunk: int | None = None  # tokens of the prompt at a time; None: 256, with a deadline 64
     color: Literal["rgb", "bgr"] = "rgb"  # order of the channels in arrays [H, W, 3]
     session: Session | None = None  # answer in this session, whose cache stays as it is afterwards
 

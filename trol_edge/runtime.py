@@ -42,7 +42,9 @@ Color = Literal["rgb", "bgr"]
 
 # Target of a bundle -> (module, class) that runs it; imported when a Runtime is made.
 BACKENDS = {"cpu": ("trol_edge.runtimes.ort", "OrtBackend")}
-DEADLINE_CHUNK = 64  # tokens of a prompt between two looks at the clock, where a call has a deadline
+# Tokens of a prompt that are computed at a time: between two chunks a call can be stopped.
+PREFILL_CHUNK = 256
+DEADLINE_CHUNK = 64  # where it has a deadline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +249,7 @@ class Runtime:
     def stop(self) -> None:
         """End every call that is under way or waits, within one step, from any thread.
 
+        In the prompt that is one chunk (see Options.prefill_chunk), in the vision tower one picture.
         Answers end with the reason "stopped" and the text there is; choose and yes_no raise UnfinishedError.
         """
         with self._calls_lock:
@@ -271,7 +274,7 @@ class Runtime:
         tiles: of each picture, from `count_tiles`; an int is a number of pictures of one tile each. answer: an answer,
         or the beginning of one, that follows.
         """
-        return build_prompt(self.tokenizer, self.bundle.manifest.prompt, prompt, tiles, answer)
+        return build_prompt(self._text(), self.bundle.manifest.prompt, prompt, tiles, answer)
 
     def count_tiles(self, images: Pictures | None) -> list[int]:
         """How many squares of `preprocess` each picture becomes: 1, or with TroL-3.8B up to 7. Raises ImageError."""
@@ -319,10 +322,9 @@ class Runtime:
     def __reduce__(self) -> Any:
         raise UsageError("a Runtime cannot be sent to another process; make one there, from the same bundle folder")
 
-    # -- for answering.py --------------------------------------------------------------------------------------------
+    # -- for the calls ----------------------------------------------------------------------------------------------
 
-    @property
-    def tokenizer(self) -> Tokenizer:
+    def _text(self) -> Tokenizer:
         """The tokenizer; UsageError where the bundle has none."""
         if self._tokenizer is None:
             raise UsageError(
@@ -332,11 +334,11 @@ class Runtime:
         return self._tokenizer
 
     @functools.cached_property
-    def grammars(self) -> Grammars:
+    def _grammars(self) -> Grammars:
         """The vocabulary for response_format; made at the first use. BackendError where its library is missing."""
-        return Grammars(self.tokenizer, self._ends, self.bundle.manifest.spec.vocab_size)
+        return Grammars(self._text(), self._ends, self.bundle.manifest.spec.vocab_size)
 
-    def reserve(self, session: Session | None) -> Session:
+    def _reserve(self, session: Session | None) -> Session:
         """The given session, or an idle or new one, for the caller alone until `release`. Needs the turn."""
         self._lifetime.check()
         if session is None:
@@ -351,13 +353,13 @@ class Runtime:
         self._busy.append(session)
         return session
 
-    def release(self, session: Session, keep: bool) -> None:
+    def _release(self, session: Session, keep: bool) -> None:
         """Give a session back; keep: it is the Runtime's own, and may be reused."""
         self._busy.remove(session)
         if keep and not self._idle and not self._lifetime.closed:
             self._idle.append(session)
 
-    def prefill(self, session: Session, question: Question, options: Options, call: Call, clock: Clock) -> Float32:
+    def _prefill(self, session: Session, question: Question, options: Options, call: Call, clock: Clock) -> Float32:
         """Logits [V] behind the prompt. Raises UnfinishedError at the deadline, or as soon as it cannot be met."""
         start = self._clock()
         features = [self._features(picture, call) for picture in question.pictures]
@@ -365,8 +367,8 @@ class Runtime:
         clock.vision_ms += 1e3 * (began - start)
         done, since = 0, began
         chunk = options.prefill_chunk or session.prefill_chunk
-        if chunk is None and options.deadline_ms is not None and session.prefix_reuse:
-            chunk = DEADLINE_CHUNK
+        if chunk is None and session.prefix_reuse:  # without it a prompt has to be computed in one go
+            chunk = PREFILL_CHUNK if options.deadline_ms is None else DEADLINE_CHUNK
 
         def on_chunk(first: int, total: int) -> None:
             nonlocal done, since
@@ -454,11 +456,11 @@ class Runtime:
         self._turns.take(call)
         try:
             waited_ms = 1e3 * (self._clock() - start)
-            held = self.reserve(session)
+            held = self._reserve(session)
             try:
                 yield held, waited_ms
             finally:
-                self.release(held, keep=session is None)
+                self._release(held, keep=session is None)
         finally:
             self._turns.give(call)
 
@@ -479,7 +481,7 @@ class Runtime:
         ends = self._ends if whole else frozenset[int]()
         clock = Clock(1e3 * (self._clock() - start))
         with self._held(call, options.session) as (session, clock.wait_ms):
-            logits = self.prefill(session, question, options, call, clock)
+            logits = self._prefill(session, question, options, call, clock)
             since = self._clock()
             logprobs = answer_logprobs(session, logits, answers, ends, call.check)
             clock.decode_ms = 1e3 * (self._clock() - since)

@@ -235,12 +235,13 @@ class _Crew:
         with runtime.session() as session:
             logits = session.prefill(runtime.tokenize(question, runtime.count_tiles(frame)), runtime.preprocess(frame))
             split = dice.randrange(len(wanted) + 1)
-            head = [self._step(session, logits, token) for token in wanted[:split]]
+            for token in wanted[:split]:
+                logits = self._step(session, logits, token)
             with session.fork() as twin:
                 for branch in (twin, session):
-                    logits_here = head[-1] if head else logits
+                    behind = logits
                     for token in wanted[split:]:
-                        logits_here = self._step(branch, logits_here, token)
+                        behind = self._step(branch, behind, token)
 
     def _step(self, session: Session, logits: NDArray[np.float32], token: int) -> NDArray[np.float32]:
         if int(logits.argmax()) != token:
