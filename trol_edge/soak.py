@@ -142,7 +142,7 @@ class _Crew:
         self.runtime, self.over = runtime, threading.Event()
         self.wrong: list[str] = []
         self.calls: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock, self._all_here = threading.Lock(), threading.Barrier(THREADS)
         shades = np.random.default_rng(0)
         self._frames = [shades.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
         # The serial run: every answer that will be compared, made alone.
@@ -153,9 +153,25 @@ class _Crew:
         }
         self._chosen = {at: runtime.choose(QUESTIONS[2], OPTIONS, f) for at, f in enumerate(self._frames)}
 
+    def _peak(self, dice: random.Random) -> None:
+        """The most memory that the calls can take together, at the start: allocators keep what they once had."""
+        question, _, frame = self._case(dice)
+        with self.runtime.session() as session, self.runtime.stream(question, frame) as stream:
+            next(stream)
+            logits = session.prefill(self.runtime.tokenize(question))
+            with session.fork() as twin:
+                twin.extend([int(logits.argmax())])
+                session.step(int(logits.argmax()))
+                self._all_here.wait(HANGS_S)
+
     def work(self, seed: int) -> None:
         """Until it is over: one random kind of call after another."""
         dice = random.Random(seed)
+        try:
+            for _ in range(3):
+                self._peak(dice)
+        except Exception as error:
+            self._note(f"peak: {type(error).__name__}: {error}")
         kinds = [
             self._ask,
             self._stream,
