@@ -5,6 +5,7 @@ Every answer is compared with one that was made before, alone: equal, or its beg
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import os
@@ -39,7 +40,7 @@ HANGS_S = 120.0  # a thread that has not ended by then never will
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
-    """Resident memory over the second two thirds of a run; the first third is warm-up (arenas, caches)."""
+    """Resident memory over the second two thirds of a run; the first third is warm-up (caches, buffers)."""
 
     mb_per_minute: float  # least squares
     growth_bytes: float  # slope times the time judged
@@ -116,7 +117,17 @@ def soak(bundle: str | os.PathLike[str], seconds: float, progress: Callable[[flo
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process (the peak so far, where the system does not tell the present)."""
+    """Resident memory of this process (its peak so far, where the system does not tell the present).
+
+    Free pages that the C allocator keeps for itself are given back first (glibc): with threads they come and go by
+    whole arenas, tens of MB that nobody holds, and would hide a leak or look like one.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library
+        pass
+    else:
+        trim(0)
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
