@@ -299,6 +299,45 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
     print(f'  {tools}/python -c "{code}"')
 
 
+@app.command(epilog="Example: trol-edge soak build/trol-nano --minutes 10")
+def soak(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, with a tokenizer.")],
+    minutes: Annotated[float, typer.Option(help="How long.", min=0.01)] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Ask, stop, fork, miss deadlines and feed bad frames from four threads; exit 1 for wrong answers or leaks."""
+    from trol_edge.soak import soak as run_soak
+
+    shown = [-10.0]  # seconds at which a line was last printed
+
+    def progress(seconds: float, resident: int) -> None:
+        if seconds - shown[0] >= 10:
+            shown[0] = seconds
+            err.print(f"{seconds:6.0f} s  {resident / 1e6:8.1f} MB resident", markup=False)
+
+    report = run_soak(bundle, 60 * minutes, progress)
+    if as_json:
+        _print_json({**dataclasses.asdict(report), "passed": report.passed})
+    else:
+        calls = ", ".join(f"{name} {count}" for name, count in sorted(report.calls.items()))
+        out.print(f"{sum(report.calls.values())} calls in {report.seconds:.0f} s: {calls}")
+        out.print(f"vision cache: {report.vision_hits} hits, {report.vision_misses} misses")
+        if report.slope is None:
+            out.print("memory: not judged, the run was shorter than a minute")
+        else:
+            slope = report.slope
+            out.print(
+                f"memory: {slope.mb_per_minute:+.3f} MB/min (least squares, the first third left out), "
+                f"{slope.growth_bytes / 1e6:+.2f} MB in all, allowed {slope.allowed_bytes / 1e6:.2f} MB "
+                f"(1 % of {slope.resident_bytes / 1e6:.0f} MB, at least 4 MiB): {'flat' if slope.flat else 'NOT FLAT'}"
+            )
+        for line in report.wrong:
+            out.print(f"wrong: {line}", markup=False)
+        out.print("passed" if report.passed else "FAILED")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
 @app.command("version", epilog="Example: trol-edge version")
 def version() -> None:
     """Print the version."""

@@ -8,7 +8,8 @@
     ├── DownloadError         the model hub cannot be reached, or a download is incomplete
     ├── BundleError           a bundle that is missing, half-copied, altered or of another version
     ├── ExportError           a graph could not be made, or it disagrees with the reference
-    └── BackendError          the inference library is missing, refuses the graph or lacks memory
+    ├── BackendError          the inference library is missing, refuses the graph or lacks memory
+    └── UnfinishedError       a call met its deadline or was stopped before it had a result
 
 A message says what was found, in which file or value, what was expected, and what to do.
 """
@@ -24,6 +25,7 @@ __all__ = [
     "ExportError",
     "ImageError",
     "TrolEdgeError",
+    "UnfinishedError",
     "UsageError",
 ]
 
@@ -62,3 +64,12 @@ class ExportError(TrolEdgeError):
 
 class BackendError(TrolEdgeError):
     """The inference library is missing, refuses the graph or lacks memory."""
+
+
+class UnfinishedError(TrolEdgeError):
+    """A call met its deadline or was stopped before it had a result. (`generate` and `stream` return what there is.)"""
+
+    def __init__(self, message: str, reason: str) -> None:
+        """reason: "deadline" or "stopped"."""
+        super().__init__(message)
+        self.reason = reason
