@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
 import platform
-import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trol_edge._version import __version__
@@ -32,18 +30,23 @@ from trol_edge.bundle import (
     write_manifest,
 )
 from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export import graphs, tokenizer
+from trol_edge.export import graphs, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint, is_finite
 from trol_edge.export.model import graph_rope_tables
 from trol_edge.export.models import MODELS
-from trol_edge.weights import ITEM_BYTES
+from trol_edge.export.storage import Layout, Progress, Rows
 
 TARGETS = ("cpu", "onnx")
 MIN_DEFAULT_CONTEXT = 2048  # tokens
 ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
-ALIGNMENT = 64  # bytes; where the first tensor starts
-
-Progress = Callable[[str, int, int], None]  # (what, done, total); done and total in bytes or steps
+IR_TYPES = {
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "F32": ir.DataType.FLOAT,
+    "I8": ir.DataType.INT8,
+    "U8": ir.DataType.UINT8,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+}
 
 
 def export(
@@ -81,7 +84,8 @@ def export(
     with new_folder(bundle, overwrite) as folder:
         # What can be wrong with a checkpoint shows in the first two steps; tracing looks at no value.
         _write_tokenizer(folder / TOKENIZER, source)
-        offsets = _write_weights(folder / WEIGHTS, source, context, progress)
+        layouts = plain_layouts(source, context)
+        offsets = _write_weights(folder / WEIGHTS, source, context, layouts, progress)
         traced = {}
         for i, name in enumerate(graphs.TRACED):
             progress("trace", i, len(graphs.TRACED))
@@ -112,87 +116,53 @@ def export(
     return manifest
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """One tensor of the weights file: safetensors dtype, shape as stored, offset in bytes after the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    transposed: bool
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+def plain_layouts(source: Checkpoint, context: int) -> dict[str, Layout]:
+    """Every parameter in the checkpoint's dtype, Linear weights as MatMul reads them, and the rope tables."""
+    rope = graph_rope_tables(source.spec, context)[0].shape
+    layouts = {}
+    for name in source.names():
+        shape, dtype = source.shape(name), source.dtype(name)
+        if is_linear(name, shape):
+            layouts[name] = Layout(name, dtype, shape[::-1], shape[0], lambda rows: rows.values.T, rows_axis=1)
+        else:
+            layouts[name] = Layout(name, dtype, shape, shape[0] if shape else 1, lambda rows: rows.values)
+    return layouts | {name: Layout(name, "F32", tuple(rope), rope[0], lambda rows: rows.values) for name in graphs.ROPE}
 
 
 def _write_weights(
-    path: Path, source: Checkpoint, context: int, progress: Progress
+    path: Path, source: Checkpoint, context: int, layouts: dict[str, Layout], progress: Progress
 ) -> dict[str, tuple[ir.DataType, int, int]]:
-    """Stream every parameter into one safetensors file; returns name -> (dtype, offset in the file, bytes)."""
+    """Stream every layout into one safetensors file; returns name -> (dtype, offset in the file, bytes)."""
     rope = dict(zip(graphs.ROPE, graph_rope_tables(source.spec, context), strict=True))
-    layout: dict[str, _Stored] = {}
-    end = 0
-    for name in [*source.names(), *rope]:
-        shape = tuple(rope[name].shape) if name in rope else source.shape(name)
-        dtype = "F32" if name in rope else source.dtype(name)
-        transposed = _is_linear(name, shape)
-        layout[name] = _Stored(dtype, shape[::-1] if transposed else shape, end, transposed)
-        end += layout[name].nbytes
-    header = {
-        n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.offset, t.offset + t.nbytes]}
-        for n, t in layout.items()
-    }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    base = 8 + len(text)
-    _require_space(path, base + end)
-    bad = []
-    with path.open("wb", buffering=0) as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        f.truncate(base + end)
-        done = 0
-        for name, stored in layout.items():
-            finite = True
-            for row, block in [(0, rope[name])] if name in rope else source.blocks(name):
-                finite &= is_finite(block)
-                _write_block(f.fileno(), base + stored.offset, block, row, stored)
-                done += block.numel() * block.element_size()
-                progress("weights", done, end)
-            if not finite:
-                bad.append(source.parameters[name][0].name)
+    bad: list[str] = []
+
+    def read(name: str) -> Iterator[Rows]:
+        if name in rope:
+            yield Rows(0, rope[name].numpy())
+            return
+        finite = True
+        for first, block in source.blocks(name):
+            finite &= is_finite(block)
+            yield Rows(first, array_from_tensor(block))
+        if not finite:
+            bad.append(source.parameters[name][0].name)
+
+    places = storage.write(path, layouts, read, progress)
     if bad:
         raise CheckpointError(
             f"{source.folder}: NaN or infinite values in {len(bad)} tensor(s): {', '.join(bad)}; download them again"
         )
-    types = {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
-    return {n: (types[t.dtype], base + t.offset, t.nbytes) for n, t in layout.items()}
+    return {name: (IR_TYPES[layouts[name].dtype], *place) for name, place in places.items()}
 
 
-def _is_linear(name: str, shape: Sequence[object]) -> bool:
+def array_from_tensor(tensor: Tensor) -> NDArray[Any]:
+    """The same numbers; BF16, which numpy lacks, as uint16 bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def is_linear(name: str, shape: Sequence[object]) -> bool:
     """Whether a parameter is a Linear weight (or a low-rank part of one), which is stored as MatMul reads it."""
     return len(shape) == 2 and name.endswith((".weight", ".lora_a", ".lora_b"))
-
-
-def _write_block(fd: int, start: int, block: Tensor, row: int, stored: _Stored) -> None:
-    """Write rows row.. of a tensor that begins at byte `start`, transposed where it is stored so."""
-    if not stored.transposed:
-        row_bytes = block[0].numel() * block.element_size() if block.dim() else 0
-        _write_at(fd, block, start + row * row_bytes)
-        return
-    columns = block.t().clone(memory_format=torch.contiguous_format)  # [in, rows of this block]
-    if columns.shape == stored.shape:
-        _write_at(fd, columns, start)
-        return
-    for i in range(columns.shape[0]):
-        _write_at(fd, columns[i], start + (i * stored.shape[1] + row) * block.element_size())
-
-
-def _write_at(fd: int, tensor: Tensor, offset: int) -> None:
-    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _write_tokenizer(path: Path, source: Checkpoint) -> None:
@@ -217,18 +187,12 @@ def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:
     return digests
 
 
-def _require_space(path: Path, size: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise ExportError(f"{path.parent.parent}: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; make room")
-
-
 def _write_graph(
     folder: Path, name: str, model: ir.Model, target: str, offsets: dict[str, tuple[ir.DataType, int, int]]
 ) -> GraphInfo:
     inputs, outputs = (tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs))
     weights = tuple(graphs.weight_names(model))
-    linear = {w for w in weights if _is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
+    linear = {w for w in weights if is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
     if graphs.fold_transposes(model) != linear:
         raise ExportError(f"the trace of {name} reads a weight otherwise than it is stored; please report this")
     if target == "cpu":
