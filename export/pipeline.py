@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from trol_edge._version import __version__
 from trol_edge.bundle import (
+    EMBEDDING,
     FORMAT,
     FORMAT_VERSION,
     TOKENIZER,
@@ -29,24 +27,28 @@ from trol_edge.bundle import (
     sha256_of,
     write_manifest,
 )
-from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export import graphs, storage, tokenizer
-from trol_edge.export.checkpoint import Checkpoint, is_finite
-from trol_edge.export.model import graph_rope_tables
+from trol_edge.errors import ExportError, UsageError
+from trol_edge.export import graphs, qdq, storage, tokenizer
+from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.models import MODELS
-from trol_edge.export.storage import Layout, Progress, Rows
+from trol_edge.export.precision import QUANTIZED, TARGETS, Options, Plan, is_linear, make_plan
+from trol_edge.export.scales import find_scales
+from trol_edge.export.storage import Layout, Progress
+from trol_edge.export.stored import Place, StoredWeights, places
+from trol_edge.precision import CalibrationInfo
 
-TARGETS = ("cpu", "onnx")
+if TYPE_CHECKING:
+    from trol_edge.calibration.statistics import Statistics
+
 MIN_DEFAULT_CONTEXT = 2048  # tokens
 ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
-IR_TYPES = {
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "F32": ir.DataType.FLOAT,
-    "I8": ir.DataType.INT8,
-    "U8": ir.DataType.UINT8,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-}
+MIN_DEFAULT_CONTEXT = 2048  # tokens
+ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
+
+# What a target does to its graphs, in place, once they are quantized: (name of the graph, model, plan) -> layouts of
+# tensors that its initializers then name. What no graph reads any more is not written.
+Lowering = Callable[[str, ir.Model, Plan], dict[str, Layout]]
+LOWERINGS: dict[str, Lowering] = {}
 
 
 def export(
@@ -56,6 +58,8 @@ def export(
     model: str | None = None,
     target: str = "cpu",
     context: int | None = None,
+    options: Options | None = None,
+    statistics: Statistics | None = None,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
@@ -64,9 +68,12 @@ def export(
     target "cpu" is what `trol_edge.Runtime` runs; "onnx" writes self-contained graphs whose initializers point into
     the weights file. context is the capacity of the KV cache in tokens (default: room for one picture and some
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
-    Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
+    options choose the precision (default: the recipe fp32); all but fp32, and fp16 on a CPU, need the statistics of a
+    calibration of this checkpoint. Peak memory does not depend on the size of the model. A model name that is known
+    must fit the checkpoint's family.
 
-    Raises CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at `bundle`.
+    Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
+    `bundle`.
     """
     if target not in TARGETS:
         raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
@@ -81,19 +88,32 @@ def export(
             f"context {context}: this model knows positions 0..{limit - 1} (max_position_embeddings), and beyond them "
             f"what its rotary embedding does depends on what ran before; choose 2..{limit}"
         )
+    options = options or Options()
+    plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
+    needs_statistics = plan.quantized or plan.compute == "fp16"
+    if needs_statistics and statistics is None:
+        raise UsageError(f"precision {plan.recipe} for target {target} needs calibration statistics; give a cache")
     with new_folder(bundle, overwrite) as folder:
-        # What can be wrong with a checkpoint shows in the first two steps; tracing looks at no value.
         _write_tokenizer(folder / TOKENIZER, source)
-        layouts = plain_layouts(source, context)
-        offsets = _write_weights(folder / WEIGHTS, source, context, layouts, progress)
-        traced = {}
-        for i, name in enumerate(graphs.TRACED):
-            progress("trace", i, len(graphs.TRACED))
-            traced[name] = graphs.trace(name, source.family, spec, context)
-        progress("trace", len(graphs.TRACED), len(graphs.TRACED))
-        if spec.lora_rank:
-            traced["traverse_text"] = graphs.without_lora(traced["traverse"])
-        infos = {name: _write_graph(folder, name, m, target, offsets) for name, m in traced.items()}
+        scales = None
+        if plan.quantized and statistics is not None:
+            scales = find_scales(source, plan, statistics, options.sensitive, progress)
+            plan = scales.plan
+        stored = StoredWeights(source, context, plan, scales)
+        models = _trace(source, context, progress)
+        layouts = dict(stored.layouts)
+        for name, traced in models.items():
+            _fold_transposes(name, traced)
+            if scales is not None:
+                qdq.insert(traced, plan, scales.inputs)
+            if target in LOWERINGS:
+                layouts |= LOWERINGS[target](name, traced, plan)
+        used = {weight for traced in models.values() for weight in graphs.weight_names(traced)} | {EMBEDDING}
+        layouts = {name: layout for name, layout in layouts.items() if name in used}
+        written = storage.write(folder / WEIGHTS, layouts, stored.read, progress)
+        stored.require_finite()
+        found = places(layouts, written, plan)
+        infos = {name: _write_graph(folder, name, traced, target, plan, found) for name, traced in models.items()}
         digests = _digests(folder, progress)
         manifest = Manifest(
             format=FORMAT,
@@ -111,58 +131,13 @@ def export(
             tools={n: metadata.version(n) for n in ("torch", "onnx-ir", "onnxscript")}
             | {"python": platform.python_version()},
             notes=tuple(source.notes),
+            plan=plan,
+            calibration=CalibrationInfo(statistics.samples, statistics.checkpoint)
+            if statistics and needs_statistics
+            else None,
         )
         write_manifest(folder, manifest)
     return manifest
-
-
-def plain_layouts(source: Checkpoint, context: int) -> dict[str, Layout]:
-    """Every parameter in the checkpoint's dtype, Linear weights as MatMul reads them, and the rope tables."""
-    rope = graph_rope_tables(source.spec, context)[0].shape
-    layouts = {}
-    for name in source.names():
-        shape, dtype = source.shape(name), source.dtype(name)
-        if is_linear(name, shape):
-            layouts[name] = Layout(name, dtype, shape[::-1], shape[0], lambda rows: rows.values.T, rows_axis=1)
-        else:
-            layouts[name] = Layout(name, dtype, shape, shape[0] if shape else 1, lambda rows: rows.values)
-    return layouts | {name: Layout(name, "F32", tuple(rope), rope[0], lambda rows: rows.values) for name in graphs.ROPE}
-
-
-def _write_weights(
-    path: Path, source: Checkpoint, context: int, layouts: dict[str, Layout], progress: Progress
-) -> dict[str, tuple[ir.DataType, int, int]]:
-    """Stream every layout into one safetensors file; returns name -> (dtype, offset in the file, bytes)."""
-    rope = dict(zip(graphs.ROPE, graph_rope_tables(source.spec, context), strict=True))
-    bad: list[str] = []
-
-    def read(name: str) -> Iterator[Rows]:
-        if name in rope:
-            yield Rows(0, rope[name].numpy())
-            return
-        finite = True
-        for first, block in source.blocks(name):
-            finite &= is_finite(block)
-            yield Rows(first, array_from_tensor(block))
-        if not finite:
-            bad.append(source.parameters[name][0].name)
-
-    places = storage.write(path, layouts, read, progress)
-    if bad:
-        raise CheckpointError(
-            f"{source.folder}: NaN or infinite values in {len(bad)} tensor(s): {', '.join(bad)}; download them again"
-        )
-    return {name: (IR_TYPES[layouts[name].dtype], *place) for name, place in places.items()}
-
-
-def array_from_tensor(tensor: Tensor) -> NDArray[Any]:
-    """The same numbers; BF16, which numpy lacks, as uint16 bits."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def is_linear(name: str, shape: Sequence[object]) -> bool:
-    """Whether a parameter is a Linear weight (or a low-rank part of one), which is stored as MatMul reads it."""
-    return len(shape) == 2 and name.endswith((".weight", ".lora_a", ".lora_b"))
 
 
 def _write_tokenizer(path: Path, source: Checkpoint) -> None:
@@ -187,21 +162,43 @@ def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:
     return digests
 
 
+def _trace(source: Checkpoint, context: int, progress: Progress) -> dict[str, ir.Model]:
+    models = {}
+    for i, name in enumerate(graphs.TRACED):
+        progress("trace", i, len(graphs.TRACED))
+        models[name] = graphs.trace(name, source.family, source.spec, context)
+    progress("trace", len(graphs.TRACED), len(graphs.TRACED))
+    if source.spec.lora_rank:
+        models["traverse_text"] = graphs.without_lora(models["traverse"])
+    return models
+
+
+def _fold_transposes(name: str, model: ir.Model) -> None:
+    linear = {w for w in graphs.weight_names(model) if is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
+    if graphs.fold_transposes(model) != linear:
+        raise ExportError(f"the trace of {name} reads a weight otherwise than it is stored; please report this")
+
+
 def _write_graph(
-    folder: Path, name: str, model: ir.Model, target: str, offsets: dict[str, tuple[ir.DataType, int, int]]
+    folder: Path, name: str, model: ir.Model, target: str, plan: Plan, found: dict[str, Place]
 ) -> GraphInfo:
     inputs, outputs = (tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs))
     weights = tuple(graphs.weight_names(model))
-    linear = {w for w in weights if is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
-    if graphs.fold_transposes(model) != linear:
-        raise ExportError(f"the trace of {name} reads a weight otherwise than it is stored; please report this")
+    as_inputs: list[str] = []
     if target == "cpu":
-        graphs.weights_as_inputs(model)
-    else:
-        graphs.weights_from_file(model, WEIGHTS, offsets)
+        as_inputs = graphs.weights_as_inputs(model, {w for w in weights if _is_plain(w, plan)})
+    graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()})
     file = f"{name}.onnx"
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
-    return GraphInfo(file, inputs, outputs, weights, dict(Counter(node.op_type for node in model.graph)))
+    operators = dict(Counter(node.op_type for node in model.graph))
+    constants = tuple(w for w in weights if w not in as_inputs)
+    return GraphInfo(file, inputs, outputs, weights, constants, operators)
+
+
+def _is_plain(name: str, plan: Plan) -> bool:
+    """Whether a tensor is a parameter in floating point: no quantized one, and no scale of one."""
+    linear = plan.linears.get(name.removesuffix(".scale"))
+    return linear is None or linear.precision not in QUANTIZED
 
 
 def _port(value: ir.Value) -> Port:
