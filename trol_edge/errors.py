@@ -7,7 +7,7 @@
     ├── CheckpointError       a checkpoint folder that is incomplete, altered or of another family
     ├── DownloadError         the model hub cannot be reached, or a download is incomplete
     ├── BundleError           a bundle that is missing, half-copied, altered or of another version
-    ├── CalibrationError      samples or statistics that cannot be used: empty, of another checkpoint, not finite
+    ├── CalibrationError      statistics that cannot be gathered, or that belong to another checkpoint or other samples
     ├── ExportError           a graph could not be made, or it disagrees with the reference
     └── BackendError          the inference library is missing, refuses the graph or lacks memory
 
@@ -59,7 +59,7 @@ class BundleError(TrolEdgeError):
 
 
 class CalibrationError(TrolEdgeError):
-    """Samples or statistics that cannot be used: empty, of another checkpoint, not finite."""
+    """Statistics that cannot be gathered, or that belong to another checkpoint or other samples."""
 
 
 class ExportError(TrolEdgeError):
