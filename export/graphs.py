@@ -274,7 +274,7 @@ def fold_transposes(model: ir.Model) -> set[str]:
 
 
 def weights_as_inputs(model: ir.Model, which: Collection[str]) -> list[str]:
-    """Turn these parameters into float32 graph inputs; returns their names, in input order.
+    """Turn these parameters into graph inputs, int8 as they are or float32; returns their names, in input order.
 
     For ONNX Runtime on a CPU: it shares one buffer of each weight between all sessions only where the weight is an
     input. Initializers are copied, and packed, once per session.
@@ -282,7 +282,8 @@ def weights_as_inputs(model: ir.Model, which: Collection[str]) -> list[str]:
     names = [name for name in weight_names(model) if name in which]
     for name in names:
         value = model.graph.initializers.pop(name)
-        value.type = ir.TensorType(ir.DataType.FLOAT)
+        if value.dtype != ir.DataType.INT8:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
         model.graph.inputs.append(value)
     return names
 

@@ -1,11 +1,11 @@
 """Graph passes for the CPU target: from standard ONNX with Q/DQ to what is fast in ONNX Runtime's CPU provider.
 
-| canonical                                                | becomes, in traverse and vision        | in step               |
-|----------------------------------------------------------|----------------------------------------|-----------------------|
-| RotaryEmbedding, ScatterND into the cache, Attention     | GroupQueryAttention                    | GroupQueryAttention   |
-| W8A8: MatMul of two DequantizeLinear                     | MatMulIntegerToFloat, u8 x s8          | MatMulInteger, u8 x s8|
-| W8:   MatMul of a DequantizeLinear, 8 bits               | the same, input rounded token by token | the same              |
-| W4:   MatMul of a DequantizeLinear, 4 bits               | the same; weights made 8 bits on load  | MatMulNBits, packed   |
+| canonical                                          | in traverse and vision               | in step                |
+|----------------------------------------------------|--------------------------------------|------------------------|
+| RotaryEmbedding, ScatterND into cache, Attention   | GroupQueryAttention                  | GroupQueryAttention    |
+| W8A8: MatMul of two DequantizeLinear               | MatMulIntegerToFloat, u8 x s8        | MatMulInteger, u8 x s8 |
+| W8: MatMul of a DequantizeLinear, 8 bits           | the same, input rounded by token     | the same               |
+| W4: MatMul of a DequantizeLinear, 4 bits in blocks | the same, weights made 8-bit on load | MatMulNBits, packed    |
 
 What is special about it (figures in CONTRIBUTING.md):
 - 8-bit weights stay as they are stored, [K, N] int8, as graph inputs: one copy serves both passes and all graphs, and
@@ -42,8 +42,9 @@ EPSILON = 1e-30  # the least step of a rounded token: a token of zeros stays zer
 def lower(name: str, model: ir.Model) -> dict[str, Layout]:
     """Lower one graph ("vision", "traverse", "traverse_text" or "step") in place.
 
-    Returns the layouts of initializers that it now names and that are no parameters; these stay initializers. Raises
-    ExportError where the graph is not as expected, before or after.
+    Returns the layouts of tensors to be written beside the parameters. Where the graph reads one of them it stays an
+    initializer; parameters, and 8-bit weights derived from 4-bit ones on load, are to become inputs. Raises ExportError
+    where the graph is not as expected, before or after.
     """
     ports = _ports(model)
     layouts: dict[str, Layout] = {}
@@ -52,10 +53,12 @@ def lower(name: str, model: ir.Model) -> dict[str, Layout]:
         nbits_matmul(model, layouts)
         one_token_matmul(model, layouts)
     else:
-        integer_matmul(model)
+        integer_matmul(model, layouts)
     common.RemoveUnusedNodesPass()(model)
     if _ports(model) != ports:
-        raise ExportError(f"lowering changed inputs or outputs of {name}; this is a fault of trol-edge, please report it")
+        raise ExportError(
+            f"lowering changed inputs or outputs of {name}; this is a fault of trol-edge, please report it"
+        )
     left = [node.name for node in model.graph if node.op_type == "DequantizeLinear"]
     if left:
         raise ExportError(f"{name}: {left[0]} was not lowered; this is a fault of trol-edge, please report it")
@@ -75,7 +78,7 @@ def group_query_attention(model: ir.Model) -> bool:
     Heads whose size is no multiple of 16 stay as they are.
     """
     attentions = [node for node in model.graph if node.op_type == "Attention" and len(_inputs(node)) == 4]
-    found = [_match_attention(node) for node in attentions]
+    found = [_Attention(node) for node in attentions]
     if not found or any(match.head_size % ROTARY_MULTIPLE for match in found):
         return False
     shared = _shared_inputs(model, attentions[0])
@@ -134,23 +137,21 @@ class _Attention:
         self.heads = int(width[2]) // self.head_size - 2 * self.kv_heads
 
 
-def _match_attention(node: ir.Node) -> _Attention:
-    return _Attention(node)
-
-
 def _shared_inputs(model: ir.Model, attention: ir.Node) -> list[ir.Value]:
     """What every GroupQueryAttention of a graph reads: tokens in the cache less one, tokens, cos and sin by position."""
-    graph, rotary = model.graph, _match_attention(attention).rotary
+    graph, rotary = model.graph, _Attention(attention).rotary
     _, cos, sin, rows = _inputs(rotary)
     ports = {value.name: value for value in graph.inputs}
     new = _Builder(model, graph[0])
+    flat = new.constant("lowered.flat", np.array([1], np.int64))
     one = new.constant("lowered.one", np.array([1], np.int32))
     if "slots" in ports:
-        total = new.op("Cast", [new.op("Shape", [ports["slots"]], "lowered.slots")], "lowered.tokens", to=ir.DataType.INT32)
+        slots = new.op("Shape", [ports["slots"]], "lowered.slots")
+        total = new.op("Cast", [slots], "lowered.tokens", to=ir.DataType.INT32)
         last = new.op("Sub", [total, one], "lowered.last")
     else:
-        flat = new.op("Reshape", [ports["position_ids"], new.constant("lowered.flat", np.array([1], np.int64))], "lowered.position")
-        last = new.op("Cast", [flat], "lowered.last", to=ir.DataType.INT32)
+        position = new.op("Reshape", [ports["position_ids"], flat], "lowered.position")
+        last = new.op("Cast", [position], "lowered.last", to=ir.DataType.INT32)
         total = new.op("Add", [last, one], "lowered.tokens")
     if "rope_offset" in ports:  # one of two factor sets: skip the rows of the other
         end = new.constant("lowered.end", np.array([np.iinfo(np.int64).max]))
@@ -164,7 +165,7 @@ def _shared_inputs(model: ir.Model, attention: ir.Node) -> list[ir.Value]:
 # -- 8 bits ----------------------------------------------------------------------------------------------------
 
 
-def integer_matmul(model: ir.Model) -> bool:
+def integer_matmul(model: ir.Model, layouts: dict[str, Layout]) -> bool:
     """MatMul of a quantized weight -> MatMulIntegerToFloat on uint8 x int8; returns whether there was any.
 
     4-bit weights are replaced by 8-bit ones that are derived from them on load.
@@ -179,6 +180,7 @@ def integer_matmul(model: ir.Model) -> bool:
         x, x_scale, row_scale = rounded[match.x]
         weight, scale = match.weight, match.scale
         if match.bits == 4:
+            layouts |= nbits_layouts(str(weight.name), *_dims(weight), match.block)
             weight, scale = _derived(model, weight)
         name = match.node.outputs[0].name
         assert name
@@ -199,7 +201,7 @@ def one_token_matmul(model: ir.Model, layouts: dict[str, Layout]) -> bool:
         new = _Builder(model, match.node)
         name, parameter, like = match.node.outputs[0].name, match.weight.name, match.node.outputs[0]
         assert name and parameter
-        k, n = _dims(match.weight)
+        _, n = _dims(match.weight)
         if match.x not in rounded:
             if match.input_scale is not None:
                 rounded[match.x] = (new.by_tensor(match)[0],)
@@ -357,7 +359,14 @@ class _Builder:
         self.model, self.before = model, before
 
     def op(
-        self, kind: str, inputs: Sequence[ir.Value], output: str, *, domain: str = "", like: Any = None, **attributes: Any
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value],
+        output: str,
+        *,
+        domain: str = "",
+        like: Any = None,
+        **attributes: Any,
     ) -> ir.Value:
         return self._add(kind, inputs, [output], domain, like, attributes)[0]
 
@@ -365,7 +374,13 @@ class _Builder:
         return self._add(kind, inputs, [f"{output}.{i}" for i in range(count)], "", None, {})
 
     def _add(
-        self, kind: str, inputs: Sequence[ir.Value], names: list[str], domain: str, like: Any, attributes: dict[str, Any]
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value],
+        names: list[str],
+        domain: str,
+        like: Any,
+        attributes: dict[str, Any],
     ) -> tuple[ir.Value, ...]:
         outputs = [ir.Value(name=name) for name in names]
         if like is not None:
@@ -387,7 +402,11 @@ class _Builder:
         """x rounded to uint8 with one constant scale; that scale; no scale per row."""
         assert match.input_scale is not None
         zero = self.constant("lowered.128", np.array(128, np.uint8))
-        return self.op("QuantizeLinear", [match.x, match.input_scale, zero], f"{match.x.name}.uint8"), match.input_scale, None
+        return (
+            self.op("QuantizeLinear", [match.x, match.input_scale, zero], f"{match.x.name}.uint8"),
+            match.input_scale,
+            None,
+        )
 
     def by_token(self, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """x [1, S, K] rounded to uint8 with a scale per token; 1, which that leaves; the scales [1, S, 1]."""
@@ -433,7 +452,9 @@ def _producer(value: ir.Value, *kinds: str) -> ir.Node:
 def _users(value: ir.Value, kind: str) -> list[ir.Node]:
     users = [node for node, _ in value.uses()]
     if [node.op_type for node in users] != [kind]:
-        raise ExportError(f"{value.name} is read by {[node.op_type for node in users]}, not by one {kind}; please report this")
+        raise ExportError(
+            f"{value.name} is read by {[node.op_type for node in users]}, not by one {kind}; please report this"
+        )
     return users
 
 

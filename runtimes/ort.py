@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.bundle import WEIGHTS, Bundle
+from trol_edge.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.errors import BackendError, BundleError
+from trol_edge.weights import TensorInfo, loaded_dtype
 
 try:
     import onnxruntime as ort
@@ -50,14 +52,19 @@ class OrtBackend:
         file = bundle.weights()
         used = {name for graph in manifest.graphs.values() for name in graph.weights}
         constants = {name for graph in manifest.graphs.values() for name in graph.constants}
-        names = sorted(used - constants)  # graph inputs; ONNX Runtime finds the others in the file itself
-        missing = [name for name in sorted(used) if name not in file.tensors]
+        inputs = used - constants  # ONNX Runtime finds the constants in the file itself
+        derived = derived_parameters(inputs - set(file.tensors))
+        sources = {parameter + suffix for parameter in derived for suffix in (NBITS, NBITS_SCALE)}
+        kept = {name for name in inputs if not name.endswith((INT8, INT8_SCALE))}
+        missing = [name for name in sorted(kept | sources | constants) if name not in file.tensors]
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
-        self.weight_bytes = sum(4 * int(np.prod(file.tensors[name].shape)) for name in names)
+        self.weight_bytes = sum(_loaded_bytes(file.tensors[name]) for name in kept)
         self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
+        self.weight_bytes += sum(2 * file.tensors[parameter + NBITS].nbytes for parameter in derived)
         self._require_memory()
-        arrays = file.load(names, manifest.files[WEIGHTS].sha256 if verify else None)
+        arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None)
+        derive_int8(arrays, derived, keep=kept)
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
@@ -77,7 +84,7 @@ class OrtBackend:
         needed, free = self.weight_bytes + self.cache_bytes, _available_memory()
         if free is not None and needed > free:
             raise BackendError(
-                f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights in float32 {self.weight_bytes / 1e9:.1f}, "
+                f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights {self.weight_bytes / 1e9:.1f}, "
                 f"KV cache {self.cache_bytes / 1e9:.1f}), {free / 1e9:.1f} GB are free; "
                 "free memory, export with a smaller --context, use a smaller model"
                 + (", or open it with prefix_reuse=False" if self.prefix_reuse else "")
@@ -225,6 +232,10 @@ def _call(what: str, function: Any, *args: Any) -> Any:
         return function(*args)
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
+
+
+def _loaded_bytes(tensor: TensorInfo) -> int:
+    return int(np.prod(tensor.shape)) * loaded_dtype(tensor.dtype).itemsize
 
 
 def _available_memory() -> int | None:

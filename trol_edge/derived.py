@@ -5,6 +5,10 @@ A bundle stores 4-bit weights once, as ONNX Runtime's MatMulNBits reads them; a 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +18,27 @@ NBITS_SCALE = ".nbits_scale"  # float32 [N*K/block]
 INT8 = ".int8"  # int8 [K, N], derived
 INT8_SCALE = ".int8_scale"  # float32 [N], derived
 ROWS = 512  # output channels converted at a time
+WORKERS = 2  # tensors converted at a time; numpy lets them run side by side
+
+
+def derived_parameters(names: Iterable[str]) -> list[str]:
+    """The parameters of which 8-bit weights are asked for, sorted."""
+    return sorted(name.removesuffix(INT8) for name in names if name.endswith(INT8))
+
+
+def derive_int8(arrays: dict[str, NDArray[Any]], parameters: Iterable[str], keep: Collection[str] = ()) -> None:
+    """Add <parameter>.int8 and .int8_scale to `arrays`, and take the 4-bit forms out as they are used up."""
+
+    def convert(parameter: str) -> None:
+        packed, scales = (arrays[parameter + suffix] for suffix in (NBITS, NBITS_SCALE))
+        made = int8_from_nbits(packed, scales)
+        for suffix in (NBITS, NBITS_SCALE):
+            if parameter + suffix not in keep:
+                del arrays[parameter + suffix]
+        arrays[parameter + INT8], arrays[parameter + INT8_SCALE] = made
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(convert, parameters))
 
 
 def int8_from_nbits(
@@ -26,7 +51,6 @@ def int8_from_nbits(
     n, blocks, half = packed.shape
     scales = scales.reshape(n, blocks)
     out = np.empty((blocks * half * 2, n), np.int8)
-    # The largest magnitude of a block is one of 16 steps, so the range of a channel follows without its weights.
     step = np.empty(n, np.float32)
     for first in range(0, n, ROWS):
         part, scale = packed[first : first + ROWS], scales[first : first + ROWS]
