@@ -286,6 +286,38 @@ def calibrate(
     )
 
 
+@app.command(epilog="Example: trol-edge outliers export/checkpoints/trol-nano -o build/checkpoints/trol-nano-outliers")
+def outliers(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
+    factor: Annotated[float, typer.Option(help="Scale by this; the nearest power of two is taken.")] = 50.0,
+    channels: Annotated[int, typer.Option(help="How many of each norm.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the choice of channels.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make outlier channels that change no answer in float32, to see what quantization makes of them."""
+    with _extra("export"):
+        from trol_edge.calibration.outliers import make_outliers
+    with _progress(quiet=as_json) as progress:
+        result = make_outliers(
+            checkpoint,
+            output,
+            factor=factor,
+            channels=channels,
+            seed=seed,
+            overwrite=force,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result | {"checkpoint": str(output), "peak_bytes": _peak_bytes()})
+        return
+    out.print(
+        f"{channels} channels of {result['norms']} norms x {result['factor']:g} in {escape(str(output))}, "
+        f"{result['bytes'] / 1e6:.1f} MB ({len(result['widened'])} tensors stored as float32 to stay exact)"
+    )
+
+
 @app.command(epilog="Example: trol-edge evaluate build/trol-nano -n 500")
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder of a model trained on the rendered scenes.")],
