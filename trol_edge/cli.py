@@ -343,6 +343,45 @@ def evaluate(
         print(text)
 
 
+@app.command(epilog="Example: trol-edge compare build/trol-nano build/trol-nano-int8 --scenes 2000 -o build/compare")
+def compare(
+    reference: Annotated[Path, typer.Argument(help="Bundle folder to compare with.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders of the same checkpoint.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="For layers and logits: at most so many.")] = 16,
+    scenes: Annotated[int, typer.Option(min=0, help="Held-out rendered scenes to ask for the accuracy.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for compare.json and the plot, compare.svg.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what bundles lost against a reference: per layer, in logits, in answers; and where it begins."""
+    with _extra("export"):
+        from trol_edge.calibration import compare as comparing
+        from trol_edge.calibration import samples as sampling
+    with _progress(quiet=as_json) as progress:
+        chosen = sampling.load(data, samples, progress)
+        found = comparing.compare(reference, bundles, chosen, scenes=scenes, progress=progress)
+    if output:
+        comparing.save(output, found)
+    if as_json:
+        _print_json([dataclasses.asdict(c) for c in found])
+        return
+    for skipped in chosen.skipped:
+        err.print(f"skipped: {skipped}", markup=False)
+    layers = Table("signal to noise, dB", *(escape(c.bundle) for c in found), box=None, padding=(0, 2))
+    for i, place in enumerate(found[0].places):
+        layers.add_row(place.name, *(f"{c.places[i].mean_db:.1f}" for c in found))
+    out.print(layers)
+    summary = Table("against " + escape(str(reference)), *(escape(c.bundle) for c in found), box=None, padding=(0, 2))
+    for title, cells in comparing.summary(found):
+        summary.add_row(title, *cells)
+    out.print(summary)
+
+
 @app.command(epilog="Example: trol-edge demo build/trol-nano")
 def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None:
     """Ask a bundle about the picture that ships with this project, and say what to type next."""
