@@ -71,7 +71,7 @@ def test_the_damaged_layer_is_named(
     nano_bundle: Path, samples: sampling.SampleSet, tmp_path: Path, parameter: str, before: str, wrong: str
 ) -> None:
     """Large noise in one Linear: everything before it is equal, it is the first that goes wrong."""
-    bad = damage(nano_bundle, tmp_path / "bad", parameter, 3.0)
+    bad = damage(nano_bundle, tmp_path / "bad", parameter, 30.0)
     (found,) = compare(nano_bundle, [bad], samples)
     assert found.wrong == wrong
     assert places(found)[before] == comparing.MOST_DB and places(found)[wrong] < 20
