@@ -43,11 +43,14 @@ class OrtBackend:
             raise BundleError(f"{bundle.folder}: made for target {manifest.target!r}; export with --target cpu")
         self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
         file = bundle.weights()
-        names = sorted({name for graph in manifest.graphs.values() for name in graph.weights})
-        missing = [name for name in names if name not in file.tensors]
+        used = {name for graph in manifest.graphs.values() for name in graph.weights}
+        constants = {name for graph in manifest.graphs.values() for name in graph.constants}
+        names = sorted(used - constants)  # graph inputs; ONNX Runtime finds the others in the file itself
+        missing = [name for name in sorted(used) if name not in file.tensors]
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
         self.weight_bytes = sum(4 * int(np.prod(file.tensors[name].shape)) for name in names)
+        self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
         self._require_memory()
         arrays = file.load(names, manifest.files[WEIGHTS].sha256 if verify else None)
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
@@ -87,7 +90,10 @@ class OrtBackend:
     def bind(self, name: str, values: Mapping[str, Any]) -> Any:
         """An IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
         binding = self.graph(name).io_binding()
-        for weight in self.bundle.manifest.graphs[name].weights:
+        graph = self.bundle.manifest.graphs[name]
+        for weight in graph.weights:
+            if weight in graph.constants:
+                continue
             binding.bind_ortvalue_input(weight, self._weights[weight])
         for key, value in values.items():
             binding.bind_ortvalue_input(key, value)

@@ -73,6 +73,22 @@ def export(
             help="Tokens of prompt and answer together: KV cache capacity.  [default: 2048, 2560 for trol-3.8b]"
         ),
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8, int4, fp8, or a JSON file that says it per layer (CONTRIBUTING.md).")
+    ] = "fp32",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `trol-edge calibrate`.  [default: calibration-<checkpoint> beside the bundle]"),
+    ] = None,
+    block: Annotated[int | None, typer.Option(help="int4: inputs that share a scale, 32, 64 or 128.")] = None,
+    observer: Annotated[
+        str | None, typer.Option(help="How activation scales are found: minmax, percentile, entropy or mse.")
+    ] = None,
+    lm_head: Annotated[str | None, typer.Option(help="Precision of the output layer.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Precision of vision tower and projector.")] = None,
+    scaling: Annotated[
+        bool | None, typer.Option("--scaling/--no-scaling", help="Rescale channels (SmoothQuant, AWQ).")
+    ] = None,
     checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = Path("build/checkpoints"),
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     force: Force = False,
@@ -80,7 +96,10 @@ def export(
 ) -> None:
     """Trace a checkpoint into ONNX graphs and write a bundle."""
     with _extra("export"):
+        from trol_edge.calibration.statistics import Statistics
         from trol_edge.export import models, pipeline
+        from trol_edge.export.precision import read_options
+    options = read_options(precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling)
     folder = Path(checkpoint)
     if not folder.is_dir():
         if "/" in checkpoint or checkpoint not in models.MODELS:
@@ -89,8 +108,24 @@ def export(
         folder, model = models.fetch(checkpoint, checkpoints / checkpoint, revision), model or checkpoint
     start = time.perf_counter()
     with _progress(quiet=as_json) as progress:
+
+        def statistics(source: Any) -> Any:
+            if calibration is not None:
+                return Statistics.load(calibration, source.identity())
+            from trol_edge.calibration.run import calibrate as gather
+
+            return gather(folder, None, output.parent / f"calibration-{folder.name}", progress=progress)
+
         manifest = pipeline.export(
-            folder, output, model=model, target=target, context=context, overwrite=force, progress=progress
+            folder,
+            output,
+            model=model,
+            target=target,
+            context=context,
+            options=options,
+            calibration=statistics,
+            overwrite=force,
+            progress=progress,
         )
     size = sum(info.bytes for info in manifest.files.values())
     seconds, peak = time.perf_counter() - start, _peak_bytes()
