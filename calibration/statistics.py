@@ -212,9 +212,9 @@ def read_point(path: Path, name: str) -> PointStatistics:
         with np.load(path, allow_pickle=False) as file:
             point = PointStatistics(**{a: file[f"{name}/{a}"] for a in _ARRAYS}, **numbers)
     except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+        raise CalibrationError(_damaged(path, error)) from error
     if not _finite(point):
-        raise _damaged(path, f"{name} holds NaN or infinite values")
+        raise CalibrationError(_damaged(path, f"{name} holds NaN or infinite values"))
     return point
 
 
@@ -224,11 +224,11 @@ def _read_meta(path: Path) -> dict[str, Any]:
             meta = json.loads(str(file["meta"]))
         return {"points": dict(meta["points"]), "peaks": {k: float(v) for k, v in meta["peaks"].items()}}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+        raise CalibrationError(_damaged(path, error)) from error
 
 
-def _damaged(path: Path, why: object) -> CalibrationError:
-    return CalibrationError(f"{path}: damaged ({why}); remove the folder and calibrate again")
+def _damaged(path: Path, why: object) -> str:
+    return f"{path}: damaged ({why}); remove the folder and calibrate again"
 
 
 def _finite(point: PointStatistics) -> bool:

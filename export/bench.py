@@ -225,14 +225,12 @@ def _exported(model: str, name: str, checkpoint: Path, folder: Path, report: Rep
 
 def prepare_bundle() -> None:
     """As a process: [checkpoint, bundle, model, recipe] as JSON on standard input."""
-    from trol_edge.export.checkpoint import Checkpoint
     from trol_edge.export.pipeline import export
     from trol_edge.export.precision import Options
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
     options = Options(recipe=recipe, block=BLOCK, scaling=False, clipping=False, sensitive=None)
-    given = None if recipe == "fp32" else made_up_statistics(Checkpoint(checkpoint))
-    export(checkpoint, bundle, model=model, options=options, statistics=given, overwrite=True)
+    export(checkpoint, bundle, model=model, options=options, calibration=made_up_statistics, overwrite=True)
 
 
 def made_up_statistics(source: Any) -> Any:

@@ -279,6 +279,11 @@ class Checkpoint:
             whole = adapt(whole) if adapt else whole
             yield 0, whole if source.rows is None else whole[source.rows]
             return
+        yield from self.published_blocks(parameter)
+
+    def published_blocks(self, parameter: str) -> Iterator[tuple[int, Tensor]]:
+        """As blocks, but of the tensor as it was published: its own order of rows, its own shape (not the gate)."""
+        entry = self.parameters[parameter][1]
         rows = max(1, entry.shape[0]) if entry.shape else 1
         row_bytes = 4 * max(1, torch.Size(entry.shape[1:]).numel())
         step = max(2, BLOCK_BYTES // row_bytes // 2 * 2)  # even: two INT4 output channels share a byte

@@ -138,7 +138,7 @@ class _Attention:
 
 
 def _shared_inputs(model: ir.Model, attention: ir.Node) -> list[ir.Value]:
-    """What every GroupQueryAttention of a graph reads: tokens in the cache less one, tokens, cos and sin by position."""
+    """What every GroupQueryAttention reads: tokens in the cache less one, tokens, cos and sin by position."""
     graph, rotary = model.graph, _Attention(attention).rotary
     _, cos, sin, rows = _inputs(rotary)
     ports = {value.name: value for value in graph.inputs}

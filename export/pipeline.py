@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from collections import Counter
@@ -27,14 +28,14 @@ from trol_edge.bundle import (
     sha256_of,
     write_manifest,
 )
-from trol_edge.errors import ExportError, UsageError
-from trol_edge.export import graphs, lower_ort, qdq, storage, tokenizer
+from trol_edge.errors import CalibrationError, ExportError, UsageError
+from trol_edge.export import graphs, half, lower_ort, qdq, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.models import MODELS
 from trol_edge.export.precision import TARGETS, Options, is_linear, make_plan
 from trol_edge.export.scales import find_scales
 from trol_edge.export.storage import Layout, Progress
-from trol_edge.export.stored import Place, StoredWeights, places
+from trol_edge.export.stored import IR_TYPES, Place, StoredWeights, places
 from trol_edge.precision import CalibrationInfo
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def export(
     target: str = "cpu",
     context: int | None = None,
     options: Options | None = None,
-    statistics: Statistics | None = None,
+    calibration: Callable[[Checkpoint], Statistics] | None = None,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
@@ -66,9 +67,9 @@ def export(
     target "cpu" is what `trol_edge.Runtime` runs; "onnx" writes self-contained graphs whose initializers point into
     the weights file. context is the capacity of the KV cache in tokens (default: room for one picture and some
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
-    options choose the precision (default: the recipe fp32); all but fp32, and fp16 on a CPU, need the statistics of a
-    calibration of this checkpoint. Peak memory does not depend on the size of the model. A model name that is known
-    must fit the checkpoint's family.
+    options choose the precision (default: the recipe fp32). All but fp32, and fp16 on a CPU, need statistics of this
+    checkpoint's activations: calibration(checkpoint) loads or gathers them, after all that can be refused has been.
+    Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
 
     Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
     `bundle`.
@@ -88,15 +89,23 @@ def export(
         )
     options = options or Options()
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
-    needs_statistics = plan.quantized or plan.compute == "fp16"
-    if needs_statistics and statistics is None:
-        raise UsageError(f"precision {plan.recipe} for target {target} needs calibration statistics; give a cache")
+    needed = plan.quantized or plan.compute == "fp16"
+    if needed and calibration is None:
+        raise UsageError(f"precision {plan.recipe} for target {target} needs the statistics of a calibration")
     with new_folder(bundle, overwrite) as folder:
         _write_tokenizer(folder / TOKENIZER, source)
+        statistics = calibration(source) if calibration and needed else None
+        if statistics is not None and statistics.checkpoint != source.identity():
+            raise CalibrationError(
+                f"the statistics belong to another checkpoint ({statistics.checkpoint[:12]}, this one is "
+                f"{source.identity()[:12]}); calibrate this one into another folder"
+            )
         scales = None
         if plan.quantized and statistics is not None:
             scales = find_scales(source, plan, statistics, options.sensitive, progress)
             plan = scales.plan
+        if plan.compute == "fp16" and statistics is not None:
+            plan = dataclasses.replace(plan, kept_fp32=half.find_overflows(statistics))
         stored = StoredWeights(source, context, plan, scales)
         models = _trace(source, context, progress)
         layouts, lowered = dict(stored.layouts), dict[str, Layout]()
@@ -104,6 +113,8 @@ def export(
             _fold_transposes(name, traced)
             if scales is not None:
                 qdq.insert(traced, plan, scales.inputs)
+            if plan.compute == "fp16":
+                half.convert(traced, plan.kept_fp32, {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()})
             if target in LOWERINGS:
                 lowered |= LOWERINGS[target](name, traced)
         used = {weight for traced in models.values() for weight in graphs.weight_names(traced)} | {EMBEDDING, *lowered}
@@ -131,9 +142,7 @@ def export(
             | {"python": platform.python_version()},
             notes=tuple(source.notes),
             plan=plan,
-            calibration=CalibrationInfo(statistics.samples, statistics.checkpoint)
-            if statistics and needs_statistics
-            else None,
+            calibration=CalibrationInfo(statistics.samples, statistics.checkpoint) if statistics else None,
         )
         write_manifest(folder, manifest)
     return manifest

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,9 @@ class OrtBackend:
         self._options.intra_op_num_threads = threads or 0
         self._lock = threading.Lock()
         self._sessions: dict[str, Any] = {}
+        # For measurements: outputs of a graph beyond those that the manifest lists, and who gets their values.
+        self.watched: dict[str, tuple[str, ...]] = {}
+        self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
         for name in ("traverse", "step"):
             self.graph(name)
 
@@ -115,11 +118,17 @@ class OrtBackend:
 
     def run(self, name: str, binding: Any, shrink: bool = False) -> None:
         """Run a bound graph; shrink gives the scratch memory of a long prompt back afterwards."""
+        watched = self.watched.get(name, ())
+        for output in watched:
+            binding.bind_output(output)
         options = None
         if shrink:
             options = ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         _call(f"run {name}", self.graph(name).run_with_iobinding, binding, options)
+        if watched:
+            values = binding.get_outputs()[-len(watched) :]
+            self.watcher(name, {key: value.numpy() for key, value in zip(watched, values, strict=True)})
 
     def encode_image(self, pixel_values: Float32) -> Float32:
         """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
