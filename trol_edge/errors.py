@@ -7,8 +7,10 @@
     ├── CheckpointError       a checkpoint folder that is incomplete, altered or of another family
     ├── DownloadError         the model hub cannot be reached, or a download is incomplete
     ├── BundleError           a bundle that is missing, half-copied, altered or of another version
+    ├── CalibrationError      statistics that cannot be gathered, or that belong to another checkpoint or other samples
     ├── ExportError           a graph could not be made, or it disagrees with the reference
-    └── BackendError          the inference library is missing, refuses the graph or lacks memory
+    ├── BackendError          the inference library is missing, refuses the graph or lacks memory
+    └── UnfinishedError       a call met its deadline or was stopped before it had a result
 
 A message says what was found, in which file or value, what was expected, and what to do.
 """
@@ -18,12 +20,14 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BundleError",
+    "CalibrationError",
     "CheckpointError",
     "ContextError",
     "DownloadError",
     "ExportError",
     "ImageError",
     "TrolEdgeError",
+    "UnfinishedError",
     "UsageError",
 ]
 
@@ -56,9 +60,22 @@ class BundleError(TrolEdgeError):
     """A bundle that is missing, half-copied, altered or of another version."""
 
 
+class CalibrationError(TrolEdgeError):
+    """Statistics that cannot be gathered, or that belong to another checkpoint or other samples."""
+
+
 class ExportError(TrolEdgeError):
     """A graph could not be made, or it disagrees with the reference."""
 
 
 class BackendError(TrolEdgeError):
     """The inference library is missing, refuses the graph or lacks memory."""
+
+
+class UnfinishedError(TrolEdgeError):
+    """A call met its deadline or was stopped before it had a result. (`generate` and `stream` return what there is.)"""
+
+    def __init__(self, message: str, reason: str) -> None:
+        """reason: "deadline" or "stopped"."""
+        super().__init__(message)
+        self.reason = reason

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from trol_edge.bundle import EMBEDDING, Bundle
 from trol_edge.cache import Backend, Cache, State
 from trol_edge.errors import BundleError, ContextError, UsageError
+from trol_edge.lifetime import Lifetime
 from trol_edge.weights import to_float32
 
 __all__ = ["Backend", "Embeddings", "OnChunk", "Session", "State"]
@@ -66,7 +67,9 @@ class Session:
         bundle: Bundle,
         long_context: bool = False,
         prefill_chunk: int | None = None,
+        lifetime: Lifetime | None = None,
     ) -> None:
+        self._lifetime = lifetime
         self._backend, self._embeddings = backend, embeddings
         self._spec, self.context = bundle.manifest.spec, bundle.manifest.context
         self._cache: Cache | None = Cache(backend)
@@ -387,6 +390,8 @@ class Session:
         return self._open().state  # what tests look into
 
     def _open(self) -> Cache:
+        if self._lifetime is not None:
+            self._lifetime.check()
         if self._cache is None:
             raise UsageError("this session is closed; make another with Runtime.session()")
         return self._cache
