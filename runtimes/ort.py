@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.bundle import WEIGHTS, Bundle
+from trol_edge.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.errors import BackendError, BundleError
+from trol_edge.weights import TensorInfo, loaded_dtype
 
 try:
     import onnxruntime as ort
@@ -48,19 +50,30 @@ class OrtBackend:
         self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
         self.prefix_reuse = prefix_reuse
         file = bundle.weights()
-        names = sorted({name for graph in manifest.graphs.values() for name in graph.weights})
-        missing = [name for name in names if name not in file.tensors]
+        used = {name for graph in manifest.graphs.values() for name in graph.weights}
+        constants = {name for graph in manifest.graphs.values() for name in graph.constants}
+        inputs = used - constants  # ONNX Runtime finds the constants in the file itself
+        derived = derived_parameters(inputs - set(file.tensors))
+        sources = {parameter + suffix for parameter in derived for suffix in (NBITS, NBITS_SCALE)}
+        kept = {name for name in inputs if not name.endswith((INT8, INT8_SCALE))}
+        missing = [name for name in sorted(kept | sources | constants) if name not in file.tensors]
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
-        self.weight_bytes = sum(4 * int(np.prod(file.tensors[name].shape)) for name in names)
+        self.weight_bytes = sum(_loaded_bytes(file.tensors[name]) for name in kept)
+        self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
+        self.weight_bytes += sum(2 * file.tensors[parameter + NBITS].nbytes for parameter in derived)
         self._require_memory()
-        arrays = file.load(names, manifest.files[WEIGHTS].sha256 if verify else None)
+        arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None)
+        derive_int8(arrays, derived, keep=kept)
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
         self._options.intra_op_num_threads = threads or 0
         self._lock = threading.Lock()
         self._sessions: dict[str, Any] = {}
+        # For measurements: outputs of a graph beyond those that the manifest lists, and who gets their values.
+        self.watched: dict[str, tuple[str, ...]] = {}
+        self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
         for name in ("traverse", "step"):
             self.graph(name)
 
@@ -74,7 +87,7 @@ class OrtBackend:
         needed, free = self.weight_bytes + self.cache_bytes, _available_memory()
         if free is not None and needed > free:
             raise BackendError(
-                f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights in float32 {self.weight_bytes / 1e9:.1f}, "
+                f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights {self.weight_bytes / 1e9:.1f}, "
                 f"KV cache {self.cache_bytes / 1e9:.1f}), {free / 1e9:.1f} GB are free; "
                 "free memory, export with a smaller --context, use a smaller model"
                 + (", or open it with prefix_reuse=False" if self.prefix_reuse else "")
@@ -94,7 +107,10 @@ class OrtBackend:
     def bind(self, name: str, values: Mapping[str, Any]) -> Any:
         """An IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
         binding = self.graph(name).io_binding()
-        for weight in self.bundle.manifest.graphs[name].weights:
+        graph = self.bundle.manifest.graphs[name]
+        for weight in graph.weights:
+            if weight in graph.constants:
+                continue
             binding.bind_ortvalue_input(weight, self._weights[weight])
         for key, value in values.items():
             binding.bind_ortvalue_input(key, value)
@@ -102,11 +118,17 @@ class OrtBackend:
 
     def run(self, name: str, binding: Any, shrink: bool = False) -> None:
         """Run a bound graph; shrink gives the scratch memory of a long prompt back afterwards."""
+        watched = self.watched.get(name, ())
+        for output in watched:
+            binding.bind_output(output)
         options = None
         if shrink:
             options = ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         _call(f"run {name}", self.graph(name).run_with_iobinding, binding, options)
+        if watched:
+            values = binding.get_outputs()[-len(watched) :]
+            self.watcher(name, {key: value.numpy() for key, value in zip(watched, values, strict=True)})
 
     def encode_image(self, pixel_values: Float32) -> Float32:
         """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
@@ -219,6 +241,10 @@ def _call(what: str, function: Any, *args: Any) -> Any:
         return function(*args)
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
+
+
+def _loaded_bytes(tensor: TensorInfo) -> int:
+    return int(np.prod(tensor.shape)) * loaded_dtype(tensor.dtype).itemsize
 
 
 def _available_memory() -> int | None:
