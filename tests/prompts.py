@@ -65,7 +65,8 @@ class Prompts:
     def runtime(self, case: str) -> Runtime:
         """The Runtime of a golden case or shipped model."""
         if case not in self._runtimes:
-            self._runtimes[case] = Runtime(self.bundle(case))
+            # One thread: of models as small as these a second one waits more than it helps.
+            self._runtimes[case] = Runtime(self.bundle(case), threads=1)
         return self._runtimes[case]
 
     def bundle(self, case: str) -> Path:

@@ -193,7 +193,7 @@ def keys(name: str) -> set[str]:
 def test_golden_beams(name: str, reuse: bool, load: Prompts) -> None:
     """The authors' benchmark setting, five beams; with one K/V set too. The session holds the prompt again after it."""
     prompt = load(name)
-    runtime = prompt.runtime if reuse else Runtime(load.bundle(name.split("/")[0]), prefix_reuse=False)
+    runtime = prompt.runtime if reuse else Runtime(load.bundle(name.split("/")[0]), threads=1, prefix_reuse=False)
     session = runtime.session()
     logits = session.prefill(prompt.ids, prompt.pixels)
     ends = {runtime.bundle.manifest.spec.eos_token_id}

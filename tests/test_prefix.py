@@ -300,7 +300,7 @@ def test_rope_change_with_pictures(
 def test_without_prefix_reuse(case: str, load: Prompts) -> None:
     """Half the memory, the same answers; what needs the second set is refused by name."""
     prompt = load({"internlm2-gqa-image": IMAGE, "trol-nano": NANO}[case])
-    runtime = Runtime(load.bundle(case), prefix_reuse=False)
+    runtime = Runtime(load.bundle(case), threads=1, prefix_reuse=False)
     session, both = runtime.session(), prompt.runtime.session()
     logits = session.prefill(prompt.ids, prompt.pixels)
     want = both.prefill(prompt.ids, prompt.pixels)
@@ -432,7 +432,7 @@ class Believed:
 def test_sessions_never_see_each_other(seed: int, reuse: bool, load: Prompts) -> None:
     """Random prefills, extensions, steps, rewinds, forks, takeovers and ends: each session equals one that is alone."""
     case = "internlm2-text"
-    runtime = load.runtime(case) if reuse else Runtime(load.bundle(case), prefix_reuse=False)
+    runtime = load.runtime(case) if reuse else Runtime(load.bundle(case), threads=1, prefix_reuse=False)
     random_ = random.Random(seed)
     alone = load.runtime(case).session()
 

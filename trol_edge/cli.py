@@ -221,7 +221,7 @@ def inspect(
         data = dataclasses.asdict(manifest)
         data["weights"] = {n: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes} for n, t in tensors.items()}
         data["weight_bytes"], data["weight_bytes_float32"] = stored, as_float
-        data["kv_bytes_per_token"] = kv
+        data["kv_bytes_per_token"] = kv  # of one set; prefix reuse keeps two
         _print_json(data)
         return
     spec = manifest.spec
@@ -252,8 +252,9 @@ def inspect(
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     out.print(
         f"A step reads {as_float['step'] / 1e6:.2f} MB of weights (float32, each once, {lora['step']} LoRA tensors), "
-        f"one embedding row of {row} bytes, and the KV cache: {kv} bytes per token, "
-        f"{kv * manifest.context / 1e6:.1f} MB in all.\n"
+        f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
+        f"K/V cache, per session: {kv} bytes per token and set, {kv * manifest.context / 1e6:.1f} MB a set; two sets, "
+        f"{2 * kv * manifest.context / 1e6:.1f} MB, with prefix reuse (the default), one without.\n"
         f"In no graph: {', '.join(sorted(tensors.keys() - used))} (looked up by the runtime)."
     )
 
