@@ -5,7 +5,7 @@
 | fp32 | the checkpoint's dtype, multiplied in FP32 | same | same | same | FP32 |
 | fp16 | FP16 | FP16 | FP16 | FP16 | FP16, but FP32 where calibration saw values that FP16 cannot hold |
 | int8 | W8A8 | A: W8A8, B: W8 | W8A8 | W8A8 | floating point |
-| int4 | W4 in blocks; W8 where that costs too much | the same | W8 | W8A8 | floating point |
+| int4 | W4 in blocks; W8 where that costs too much | as int8 | W8 | W8A8 | floating point |
 | fp8  | W8A8 in E4M3 | A: the same, B: FP16 | the same | the same | floating point |
 
 W8A8: 8-bit weights with a scale per output channel, inputs rounded to 8 bits with one static scale per tensor.
@@ -156,9 +156,9 @@ def _recipe(name: str, shape: tuple[int, ...], options: Options) -> LinearPlan:
         rounded = precision in ("int8", "fp8") and options.recipe == precision
         return LinearPlan(precision, options.block if precision == "int4" else None, rounded)
     if name.endswith((".lora_a", ".lora_b")):
-        precision = options.lora or precision
+        precision = options.lora or {"int4": "int8"}.get(precision, precision)
         if precision == "fp8" and name.endswith(".lora_b"):
             precision = "fp16"  # its input is not calibrated, and FP8 weights alone have no kernels
-        rounded = name.endswith(".lora_a") and precision in ("int8", "fp8") and options.recipe == precision
+        rounded = name.endswith(".lora_a") and precision in ("int8", "fp8")
         return LinearPlan(precision, options.block if precision == "int4" else None, rounded)
     return LinearPlan(precision, options.block if precision == "int4" else None, precision in ("int8", "fp8"))
