@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from trol_edge import targets
 from trol_edge._version import __version__
 from trol_edge.bundle import (
     FORMAT,
@@ -32,13 +33,14 @@ from trol_edge.bundle import (
     write_manifest,
 )
 from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export import graphs, tokenizer
+from trol_edge.export import graphs, lower_trt, tokenizer
 from trol_edge.export.checkpoint import Checkpoint, is_finite
 from trol_edge.export.model import graph_rope_tables
 from trol_edge.export.models import MODELS
 from trol_edge.weights import ITEM_BYTES
 
-TARGETS = ("cpu", "onnx")
+GPU_TARGETS = {name: entry for name, entry in targets.TARGETS.items() if entry.gpu}
+TARGETS = ("cpu", "onnx", *GPU_TARGETS)
 MIN_DEFAULT_CONTEXT = 2048  # tokens
 ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
 ALIGNMENT = 64  # bytes; where the first tensor starts
@@ -235,6 +237,8 @@ def _write_graph(
         graphs.weights_as_inputs(model)
     else:
         graphs.weights_from_file(model, WEIGHTS, offsets)
+    if target in GPU_TARGETS:
+        model = lower_trt.lower(model, GPU_TARGETS[target])
     file = f"{name}.onnx"
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
     return GraphInfo(file, inputs, outputs, weights, dict(Counter(node.op_type for node in model.graph)))
