@@ -31,7 +31,7 @@ from trol_edge.text import PromptSpec
 from trol_edge.weights import WeightsFile
 
 FORMAT = "trol-edge-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: traverse goes on from a prefix (slots, and a cache of the second pass)
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
