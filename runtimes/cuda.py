@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib
+import threading
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -41,6 +42,10 @@ class Cuda(Protocol):
 
     def free(self, pointer: int) -> None:
         """Give device memory back."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of device memory that are free, and that there are."""
         ...
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -98,7 +103,7 @@ class CudaPython:
         status, *results = getattr(self._rt, name)(*arguments)
         if status != self._rt.cudaError_t.cudaSuccess:
             fail(name, getattr(status, "name", str(status)))
-        return results[0] if results else None
+        return results[0] if len(results) == 1 else tuple(results)
 
     def allocate(self, size: int) -> int:
         """See Cuda."""
@@ -111,6 +116,11 @@ class CudaPython:
         """See Cuda."""
         self._device.discard(pointer)
         self._call("cudaFree", pointer)
+
+    def memory(self) -> tuple[int, int]:
+        """See Cuda."""
+        free, total = self._call("cudaMemGetInfo")
+        return int(free), int(total)
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See Cuda."""
@@ -183,7 +193,7 @@ class PyCuda:
         self._call("init")
         # The primary context, because TensorRT's CUDA runtime uses that one.
         self._context = self._do(lambda: driver.Device(0).retain_primary_context())
-        self._do(self._context.push)
+        self._here = threading.local()  # a context is current per thread
         self._stream = self._call("Stream")
         self.stream = int(self._stream.handle)
 
@@ -192,6 +202,9 @@ class PyCuda:
 
     def _do(self, function: Any, name: str = "retain_primary_context") -> Any:
         try:
+            if self._context is not None and not hasattr(self._here, "current"):
+                self._context.push()
+                self._here.current = True
             return function()
         except self._drv.Error as error:
             fail(name, str(error), error)
@@ -207,6 +220,11 @@ class PyCuda:
     def free(self, pointer: int) -> None:
         """See Cuda."""
         self._do(self._memory.pop(pointer).free, "free")
+
+    def memory(self) -> tuple[int, int]:
+        """See Cuda."""
+        free, total = self._call("mem_get_info")
+        return int(free), int(total)
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See Cuda."""
@@ -247,6 +265,7 @@ class PyCuda:
         for pointer in list(self._memory):
             self.free(pointer)
         self._do(self._context.pop, "pop")
+        del self._here.current
 
 
 def fail(call: str, status: str, cause: BaseException | None = None) -> NoReturn:

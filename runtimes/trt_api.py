@@ -188,6 +188,7 @@ class Network:
         for index in range(self._definition.num_layers):
             layer = self._definition.get_layer(index)
             if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+                layer.__class__ = trt.IAttentionOutputLayer  # the bindings' own way down from ILayer
                 assert isinstance(layer, trt.IAttentionOutputLayer)
                 layer.attention.decomposable = True
                 count += 1

@@ -109,7 +109,8 @@ def check(source: str, pyi: str, folder: Path) -> Checked:
                 uses.add(("", node.name))
             continue
         if isinstance(node.expr, nodes.MemberExpr) and isinstance(node.expr.node, nodes.TypeInfo):
-            continue  # a class inside a class; its members are looked at
+            uses.add((node.expr.name, node.name))  # a member of a class, or a class inside it
+            continue
         owner = types.get_proper_type(result.types.get(node.expr))
         if isinstance(owner, types.CallableType):  # a class: its constructor, or its members
             owner = types.get_proper_type(owner.ret_type)

@@ -96,7 +96,7 @@ def differences(bundle: Bundle, engines: EngineSet, key: Key) -> list[str]:
     for field in ("library", "gpu", "capability", "driver"):
         built, here = getattr(engines.key, field), getattr(key, field)
         if built != here and built:  # empty: any
-            found.append(f"built with {field} {built!r}, here is {here or 'none'!r}")
+            found.append(f"built with {field} {built!r}, here is {here or 'nothing'!r}")
     for name, engine in engines.engines.items():
         graph = bundle.manifest.graphs.get(name)
         if graph is None or bundle.manifest.files[graph.file].sha256 != engine.graph_sha256:

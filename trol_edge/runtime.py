@@ -18,6 +18,7 @@ from trol_edge.errors import BundleError, ContextError, UsageError
 from trol_edge.images import count_tiles, load_rgb, preprocess
 from trol_edge.sampling import Sampler, SamplingParams
 from trol_edge.session import Backend, Embeddings, Session
+from trol_edge.targets import TARGETS
 from trol_edge.text import ImageMark, TextStream, Tokenizer, build_prompt, end_ids
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
@@ -26,6 +27,7 @@ Prompt = str | Sequence[str | ImageMark]
 
 # Target of a bundle -> (module, class) that runs it; imported when a Runtime is made.
 BACKENDS = {"cpu": ("trol_edge.runtimes.ort", "OrtBackend")}
+BACKENDS |= {name: ("trol_edge.runtimes.trt", "TrtBackend") for name, entry in TARGETS.items() if entry.gpu}
 
 
 @dataclasses.dataclass(frozen=True)
