@@ -417,7 +417,7 @@ def test_the_stand_ins_signatures_are_the_real_ones(version: str) -> None:
     assert {"device_memory_size_v2", "num_io_tensors", "num_optimization_profiles"} <= set(
         classes["ICudaEngine"]["properties"]
     )
-    assert seen >= 15
+    assert seen >= 12
 
 
 def test_the_stand_ins_cuda_is_cuda_pythons() -> None:
