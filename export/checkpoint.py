@@ -13,6 +13,7 @@ tokenizer.json                 or tokenizer.model, added_tokens.json and tokeniz
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from trol_edge.bundle import sha256_of
 from trol_edge.errors import CheckpointError
 from trol_edge.export import internlm2, phi3, tokenizer
 from trol_edge.export.family import Family, Source
@@ -233,6 +235,18 @@ class Checkpoint:
             log.warning(self.notes[-1])
         return {f"decoder.gate.{s}": t for s, t in last.items()}
 
+    def identity(self) -> str:
+        """sha256 (hex) over the bytes of config.json, the gate and every weights file, whatever their names.
+
+        What was measured on one checkpoint (calibration) is checked against it. Reads all weights once: seconds per
+        gigabyte.
+        """
+        digest = hashlib.sha256()
+        gates = (self.folder / f"trol_gating{suffix}" for suffix in (".pt", ".safetensors"))
+        for path in (self.folder / "config.json", next(p for p in gates if p.is_file()), *self._weight_files()):
+            digest.update(bytes.fromhex(sha256_of(path)))
+        return digest.hexdigest()
+
     # -- their values -----------------------------------------------------------------------------------------
 
     def shape(self, parameter: str) -> tuple[int, ...]:
@@ -265,9 +279,14 @@ class Checkpoint:
             whole = adapt(whole) if adapt else whole
             yield 0, whole if source.rows is None else whole[source.rows]
             return
+        yield from self.published_blocks(parameter)
+
+    def published_blocks(self, parameter: str) -> Iterator[tuple[int, Tensor]]:
+        """As blocks, but of the tensor as it was published: its own order of rows, its own shape (not the gate)."""
+        entry = self.parameters[parameter][1]
         rows = max(1, entry.shape[0]) if entry.shape else 1
         row_bytes = 4 * max(1, torch.Size(entry.shape[1:]).numel())
-        step = max(1, BLOCK_BYTES // row_bytes)
+        step = max(2, BLOCK_BYTES // row_bytes // 2 * 2)  # even: two INT4 output channels share a byte
         for start in range(0, rows, step):
             yield start, self._read(entry, start, min(rows, start + step))
 

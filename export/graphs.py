@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -273,13 +273,13 @@ def fold_transposes(model: ir.Model) -> set[str]:
     return folded
 
 
-def weights_as_inputs(model: ir.Model) -> list[str]:
-    """Turn the parameters into float32 graph inputs; returns their names, in input order.
+def weights_as_inputs(model: ir.Model, which: Collection[str]) -> list[str]:
+    """Turn these parameters into float32 graph inputs; returns their names, in input order.
 
     For ONNX Runtime on a CPU: it shares one buffer of each weight between all sessions only where the weight is an
     input. Initializers are copied, and packed, once per session.
     """
-    names = weight_names(model)
+    names = [name for name in weight_names(model) if name in which]
     for name in names:
         value = model.graph.initializers.pop(name)
         value.type = ir.TensorType(ir.DataType.FLOAT)
@@ -288,7 +288,10 @@ def weights_as_inputs(model: ir.Model) -> list[str]:
 
 
 def weights_from_file(model: ir.Model, location: str, offsets: dict[str, tuple[ir.DataType, int, int]]) -> None:
-    """Point the parameters into a weights file: name -> (dtype, offset, bytes). The graph computes in float32."""
+    """Point the parameters into a weights file: name -> (dtype, offset, bytes).
+
+    Where the graph reads a parameter as float32 and the file has it in fewer bits, a Cast goes between.
+    """
     for name in weight_names(model):
         value = model.graph.initializers[name]
         dtype, offset, length = offsets[name]
@@ -296,7 +299,7 @@ def weights_from_file(model: ir.Model, location: str, offsets: dict[str, tuple[i
         stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
         stored.const_value = ir.ExternalTensor(location, offset, length, dtype, shape=value.shape, name=name)
         del model.graph.initializers[name]
-        if dtype == ir.DataType.FLOAT:
+        if dtype == value.dtype:
             value.replace_all_uses_with(stored)
         else:
             cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT})

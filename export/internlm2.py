@@ -71,11 +71,15 @@ class Vision(nn.Module):
         self.proj1 = nn.Linear(v.hidden_size, spec.hidden_size)
         self.proj2 = nn.Linear(spec.hidden_size, spec.hidden_size)
 
-    def encode(self, pixels: Tensor) -> list[Tensor]:
-        """Hidden states [N, 1+tokens, d] after the embeddings and after each layer, class token first."""
+    def embed(self, pixels: Tensor) -> Tensor:
+        """What the first layer reads: [N, 1+tokens, d], class token first."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, tokens, d]
         x = torch.cat((self.class_token.expand(x.shape[0], 1, -1), x), dim=1) + self.positions
-        states = [self.pre_norm(x)]
+        return self.pre_norm(x)
+
+    def encode(self, pixels: Tensor) -> list[Tensor]:
+        """Hidden states [N, 1+tokens, d] after the embeddings and after each layer, class token first."""
+        states = [self.embed(pixels)]
         for layer in self.layers:
             states.append(layer(states[-1]))
         return states
@@ -84,8 +88,12 @@ class Vision(nn.Module):
         """[N, tokens, d] -> [N, tokens, D]."""
         return self.proj2(F.gelu(self.proj1(features)))
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """Image features of the last hidden state: [N, 1+tokens, d] -> [N, tokens, D]."""
+        return self.project(hidden[:, 1:])
+
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.project(self.encode(pixels)[-1][:, 1:])
+        return self.features(self.encode(pixels)[-1])
 
 
 def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapping[str, Sequence[int]]) -> ModelSpec:

@@ -82,10 +82,14 @@ class Vision(nn.Module):
         self.proj1 = nn.Linear(4 * v.hidden_size, spec.hidden_size)
         self.proj2 = nn.Linear(spec.hidden_size, spec.hidden_size)
 
+    def embed(self, pixels: Tensor) -> Tensor:
+        """What the first layer reads: [N, 1+T, d], class token first; T patches."""
+        x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, T, d]
+        return torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1) + self.positions
+
     def encode(self, pixels: Tensor) -> list[Tensor]:
         """Hidden states [N, 1+T, d] after the embeddings and after each layer, class token first; T patches."""
-        x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, T, d]
-        states = [torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1) + self.positions]
+        states = [self.embed(pixels)]
         for layer in self.layers:
             states.append(layer(states[-1]))
         return states
@@ -94,8 +98,12 @@ class Vision(nn.Module):
         """Shuffled features [N, tokens, 4d] -> [N, tokens, D]."""
         return self.proj2(F.gelu(self.proj1(self.proj_norm(features))))
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """Image features of the last hidden state: [N, 1+T, d] -> [N, tokens, D]."""
+        return self.project(pixel_shuffle(hidden[:, 1:]))
+
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.project(pixel_shuffle(self.encode(pixels)[-1][:, 1:]))
+        return self.features(self.encode(pixels)[-1])
 
 
 class FusedGatedMlp(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from trol_edge.bundle import new_folder
 from trol_edge.errors import UsageError
 from trol_edge.export.models import find
-from trol_edge.export.pipeline import Progress
+from trol_edge.export.storage import Progress
 
 # Random values repeat after this many (a prime, so that rows do not repeat): drawing billions would take minutes.
 POOL = 8_388_593

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,14 @@ class OrtBackend:
         self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
         self.prefix_reuse = prefix_reuse
         file = bundle.weights()
-        names = sorted({name for graph in manifest.graphs.values() for name in graph.weights})
-        missing = [name for name in names if name not in file.tensors]
+        used = {name for graph in manifest.graphs.values() for name in graph.weights}
+        constants = {name for graph in manifest.graphs.values() for name in graph.constants}
+        names = sorted(used - constants)  # graph inputs; ONNX Runtime finds the others in the file itself
+        missing = [name for name in sorted(used) if name not in file.tensors]
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
         self.weight_bytes = sum(4 * int(np.prod(file.tensors[name].shape)) for name in names)
+        self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
         self._require_memory()
         arrays = file.load(names, manifest.files[WEIGHTS].sha256 if verify else None)
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
@@ -61,6 +64,9 @@ class OrtBackend:
         self._options.intra_op_num_threads = threads or 0
         self._lock = threading.Lock()
         self._sessions: dict[str, Any] = {}
+        # For measurements: outputs of a graph beyond those that the manifest lists, and who gets their values.
+        self.watched: dict[str, tuple[str, ...]] = {}
+        self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
         for name in ("traverse", "step"):
             self.graph(name)
 
@@ -94,7 +100,10 @@ class OrtBackend:
     def bind(self, name: str, values: Mapping[str, Any]) -> Any:
         """An IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
         binding = self.graph(name).io_binding()
-        for weight in self.bundle.manifest.graphs[name].weights:
+        graph = self.bundle.manifest.graphs[name]
+        for weight in graph.weights:
+            if weight in graph.constants:
+                continue
             binding.bind_ortvalue_input(weight, self._weights[weight])
         for key, value in values.items():
             binding.bind_ortvalue_input(key, value)
@@ -102,11 +111,17 @@ class OrtBackend:
 
     def run(self, name: str, binding: Any, shrink: bool = False) -> None:
         """Run a bound graph; shrink gives the scratch memory of a long prompt back afterwards."""
+        watched = self.watched.get(name, ())
+        for output in watched:
+            binding.bind_output(output)
         options = None
         if shrink:
             options = ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         _call(f"run {name}", self.graph(name).run_with_iobinding, binding, options)
+        if watched:
+            values = binding.get_outputs()[-len(watched) :]
+            self.watcher(name, {key: value.numpy() for key, value in zip(watched, values, strict=True)})
 
     def encode_image(self, pixel_values: Float32) -> Float32:
         """pixel_values [N, 3, P, P] -> image features [N, T, D]."""

@@ -131,15 +131,13 @@ def why(bundle: Bundle, key: Key) -> str | None:
 
 
 def precision_of(bundle: Bundle) -> str:
-    """The precision that a bundle asks for: its recipe, or the type that its graphs compute in."""
-    plan = getattr(bundle.manifest, "plan", None)
-    recipe = getattr(plan, "recipe", None)
-    return str(recipe) if recipe else {"float16": "fp16"}.get(compute_type(bundle.manifest.graphs["step"]), "fp32")
+    """The recipe that a bundle was exported with: fp32, fp16, int8, int4, fp8 or the name of a mixed one."""
+    return bundle.manifest.plan.recipe
 
 
-def compute_type(graph: GraphInfo) -> str:
-    """float32 or float16: the type of a graph's first input."""
-    return graph.inputs[0].dtype
+def compute_type(bundle: Bundle) -> str:
+    """float32 or float16: the type that a bundle's graphs compute in."""
+    return {"fp16": "float16", "fp32": "float32"}[bundle.manifest.plan.compute]
 
 
 def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
@@ -193,7 +191,7 @@ def _build_one(
             "wrong; please report this"
         )
     layers = count_layers(network)
-    require_precision(graph, precision_of(bundle), layers)
+    require_precision(bundle, graph, layers)
     ranges = profiles(bundle, graph)
     file = f"{name}.engine"
     network.build(
@@ -220,15 +218,16 @@ def count_layers(network: Network) -> dict[str, int]:
     return dict(sorted(kinds.items()))
 
 
-def require_precision(graph: GraphInfo, precision: str, layers: Mapping[str, int]) -> None:
+def require_precision(bundle: Bundle, graph: GraphInfo, layers: Mapping[str, int]) -> None:
     """Raise BackendError where the network does not compute in the precision asked for.
 
-    Every quantized weight or activation must have become a DEQUANTIZE layer of its type, and MATRIX_MULTIPLY layers
-    must be of the graph's own type.
+    MATRIX_MULTIPLY layers must be of the type that the bundle computes in (others only where its plan keeps some in
+    FP32), and every DequantizeLinear of the graph must have become a layer.
     """
-    asked = compute_type(graph)
+    asked, precision = compute_type(bundle), precision_of(bundle)
     products = {kind.split()[1]: n for kind, n in layers.items() if kind.startswith("MATRIX_MULTIPLY")}
-    if not products.get(asked) or (asked == "float32" and set(products) != {asked}):
+    allowed = {asked, "float32"} if bundle.manifest.plan.kept_fp32 else {asked}
+    if not products.get(asked) or not set(products) <= allowed:
         raise BackendError(f"{graph.file}: {precision} asks for products in {asked}, the network has {products}")
     wanted = graph.operators.get("DequantizeLinear", 0)
     found = {kind.split()[1]: n for kind, n in layers.items() if kind.startswith("DEQUANTIZE")}
@@ -239,7 +238,7 @@ def require_precision(graph: GraphInfo, precision: str, layers: Mapping[str, int
 def weight_bytes(bundle: Bundle, graph: GraphInfo) -> int:
     """Bytes of a graph's weights, each once, in the type that the engine computes with."""
     tensors = bundle.weights().tensors
-    widen = 2 if compute_type(graph) == "float32" else 1
+    widen = 2 if compute_type(bundle) == "float32" else 1
     return sum(tensors[w].nbytes * (widen if tensors[w].dtype in ("F16", "BF16") else 1) for w in graph.weights)
 
 

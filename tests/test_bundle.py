@@ -240,12 +240,14 @@ def test_weights_file_is_safetensors(nano_bundle: Path) -> None:
 
 
 def test_weights_file_by_hand(tmp_path: Path) -> None:
-    """Literal bytes of the three dtypes, in any order, with metadata."""
+    """Literal bytes of all dtypes, in any order, with metadata."""
     header = (
         b'{"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[2],"data_offsets":[8,12]},'
-        b'"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},"c":{"dtype":"F16","shape":[],"data_offsets":[12,14]}}'
+        b'"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},"c":{"dtype":"F16","shape":[],"data_offsets":[12,14]},'
+        b'"d":{"dtype":"I8","shape":[2],"data_offsets":[14,16]},"e":{"dtype":"U8","shape":[1,2],"data_offsets":[16,18]},'
+        b'"f":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[18,19]}}'
     )
-    data = b"\x00\x00\x80\x3f\x00\x00\x00\xc0" + b"\x80\x3f\x00\xc0" + b"\x00\x3c"
+    data = b"\x00\x00\x80\x3f\x00\x00\x00\xc0" + b"\x80\x3f\x00\xc0" + b"\x00\x3c" + b"\xff\x80" + b"\x21\xf8" + b"\x38"
     path = tmp_path / "w.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
     file = WeightsFile(path)
@@ -258,6 +260,8 @@ def test_weights_file_by_hand(tmp_path: Path) -> None:
     }
     assert {array.dtype for array in loaded.values()} == {np.dtype(np.float32)}
     assert file.load(["b"])["b"].tolist() == [1.0, -2.0]
+    stored = file.load(["d", "e", "f"], digest)
+    assert {name: array.tolist() for name, array in stored.items()} == {"d": [-1, -128], "e": [[0x21, 0xF8]], "f": [56]}
     with pytest.raises(BundleError, match="altered since export"):
         file.load(["a"], "0" * 64)
 
@@ -267,7 +271,7 @@ BAD_HEADERS = {
     "no JSON": b"{broken",
     "no UTF-8": b"\xff\xfe{}",
     "entry is no object": b'{"a":5}',
-    "unknown dtype": b'{"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]}}',
+    "unknown dtype": b'{"a":{"dtype":"I4","shape":[4],"data_offsets":[0,4]}}',
     "no shape": b'{"a":{"dtype":"F32","data_offsets":[0,4]}}',
     "fractional shape": b'{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}',
     "negative shape": b'{"a":{"dtype":"F32","shape":[-1,-1],"data_offsets":[0,4]}}',

@@ -2,7 +2,8 @@
 
     bundle.json             this manifest: what the model is, and size and sha256 of every other file
     vision.onnx ...         graphs; their weights are inputs (target cpu) or point into the weights file
-    weights.safetensors     every tensor of the checkpoint once, in the checkpoint's dtype, Linear weights transposed
+    weights.safetensors     every tensor of the checkpoint once, Linear weights transposed: in the checkpoint's dtype,
+                            or quantized as the manifest's plan says, with their scales beside them
     tokenizer.json          for the `tokenizers` library; absent: token level only
 
 A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
@@ -26,6 +27,7 @@ from typing import Any
 
 from trol_edge.errors import BundleError, ExportError
 from trol_edge.images import ImageSpec
+from trol_edge.precision import CalibrationInfo, Plan
 from trol_edge.spec import ModelSpec, from_dict
 from trol_edge.text import PromptSpec
 from trol_edge.weights import WeightsFile
@@ -58,12 +60,16 @@ class Port:
 
 @dataclasses.dataclass(frozen=True)
 class GraphInfo:
-    """One graph: its file, its inputs and outputs, the weights it reads, its operators (type -> count)."""
+    """One graph: its file, its inputs and outputs, the weights it reads, its operators (type -> count).
+
+    `constants` are those of `weights` that the graph file itself points into the weights file; the others are inputs.
+    """
 
     file: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     weights: tuple[str, ...]
+    constants: tuple[str, ...]
     operators: dict[str, int]
 
 
@@ -75,7 +81,9 @@ class Manifest:
     format_version: int
     model: str  # "trol-1.8b", or the checkpoint folder's name
     created_by: str  # "trol-edge 0.1.0"
-    target: str  # "cpu": weights are float32 graph inputs; "onnx": graphs read the weights file themselves
+    target: (
+        str  # "cpu": floating point weights are float32 graph inputs; "onnx": graphs read the weights file themselves
+    )
     context: int  # tokens, prompt and answer together: the capacity of the KV cache
     spec: ModelSpec
     prompt: PromptSpec
@@ -85,6 +93,8 @@ class Manifest:
     checkpoint: dict[str, str]  # where the weights came from: folder, identity
     tools: dict[str, str]  # versions that made it
     notes: tuple[str, ...]
+    plan: Plan  # how each Linear is stored and computed
+    calibration: CalibrationInfo | None  # what the scales were made of; None: nothing was calibrated
 
 
 class Bundle:

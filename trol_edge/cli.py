@@ -85,6 +85,22 @@ def export(
             help="Tokens of prompt and answer together: KV cache capacity.  [default: 2048, 2560 for trol-3.8b]"
         ),
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8, int4, fp8, or a JSON file that says it per layer (CONTRIBUTING.md).")
+    ] = "fp32",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `trol-edge calibrate`.  [default: calibration-<checkpoint> beside the bundle]"),
+    ] = None,
+    block: Annotated[int | None, typer.Option(help="int4: inputs that share a scale, 32, 64 or 128.")] = None,
+    observer: Annotated[
+        str | None, typer.Option(help="How activation scales are found: minmax, percentile, entropy or mse.")
+    ] = None,
+    lm_head: Annotated[str | None, typer.Option(help="Precision of the output layer.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Precision of vision tower and projector.")] = None,
+    scaling: Annotated[
+        bool | None, typer.Option("--scaling/--no-scaling", help="Rescale channels (SmoothQuant, AWQ).")
+    ] = None,
     checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = Path("build/checkpoints"),
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     force: Force = False,
@@ -92,7 +108,10 @@ def export(
 ) -> None:
     """Trace a checkpoint into ONNX graphs and write a bundle."""
     with _extra("export"):
+        from trol_edge.calibration.statistics import Statistics
         from trol_edge.export import models, pipeline
+        from trol_edge.export.precision import read_options
+    options = read_options(precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling)
     folder = Path(checkpoint)
     if not folder.is_dir():
         if "/" in checkpoint or checkpoint not in models.MODELS:
@@ -101,8 +120,24 @@ def export(
         folder, model = models.fetch(checkpoint, checkpoints / checkpoint, revision), model or checkpoint
     start = time.perf_counter()
     with _progress(quiet=as_json) as progress:
+
+        def statistics(source: Any) -> Any:
+            if calibration is not None:
+                return Statistics.load(calibration, source.identity())
+            from trol_edge.calibration.run import calibrate as gather
+
+            return gather(folder, None, output.parent / f"calibration-{folder.name}", progress=progress)
+
         manifest = pipeline.export(
-            folder, output, model=model, target=target, context=context, overwrite=force, progress=progress
+            folder,
+            output,
+            model=model,
+            target=target,
+            context=context,
+            options=options,
+            calibration=statistics,
+            overwrite=force,
+            progress=progress,
         )
     size = sum(info.bytes for info in manifest.files.values())
     seconds, peak = time.perf_counter() - start, _peak_bytes()
@@ -259,6 +294,77 @@ def synth(
     )
 
 
+@app.command(epilog="Example: trol-edge calibrate trol-1.8b --data pictures -o build/calibration/trol-1.8b")
+def calibrate(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a model name as for export.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the statistics; continued if unfinished.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Use at most so many.")] = 32,
+    compute: Annotated[
+        str, typer.Option(help="float32, or bfloat16: up to 3 times faster on a CPU with AVX512-BF16.")
+    ] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Replace statistics of something else.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a checkpoint's activations on pictures and prompts, one layer in memory at a time."""
+    with _extra("export"):
+        from trol_edge.calibration.run import calibrate as measure
+        from trol_edge.export.models import fetch
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        folder = fetch(checkpoint, Path("build/checkpoints") / checkpoint)
+    start = time.perf_counter()
+    with _progress(quiet=as_json) as progress:
+        found = measure(folder, data, output, count=samples, compute=compute, overwrite=force, progress=progress)
+    seconds, peak = time.perf_counter() - start, _peak_bytes()
+    if as_json:
+        result = {"statistics": str(output), "samples": found.samples, "skipped": found.state.skipped}
+        result |= {"points": len(found.points), "checkpoint": found.checkpoint, "peaks": dict(found.peaks)}
+        _print_json(result | {"seconds": seconds, "peak_bytes": peak})
+        return
+    for skipped in found.state.skipped:
+        err.print(f"skipped: {skipped}", markup=False)
+    out.print(
+        f"{len(found.points)} points over {found.samples} samples ({len(found.state.skipped)} skipped) in "
+        f"{escape(str(output))}, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB"
+    )
+
+
+@app.command(epilog="Example: trol-edge outliers export/checkpoints/trol-nano -o build/checkpoints/trol-nano-outliers")
+def outliers(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
+    factor: Annotated[float, typer.Option(help="Scale by this; the nearest power of two is taken.")] = 50.0,
+    channels: Annotated[int, typer.Option(help="How many of each norm.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the choice of channels.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make outlier channels that change no answer in float32, to see what quantization makes of them."""
+    with _extra("export"):
+        from trol_edge.calibration.outliers import make_outliers
+    with _progress(quiet=as_json) as progress:
+        result = make_outliers(
+            checkpoint,
+            output,
+            factor=factor,
+            channels=channels,
+            seed=seed,
+            overwrite=force,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result | {"checkpoint": str(output), "peak_bytes": _peak_bytes()})
+        return
+    out.print(
+        f"{channels} channels of {result['norms']} norms x {result['factor']:g} in {escape(str(output))}, "
+        f"{result['bytes'] / 1e6:.1f} MB ({len(result['widened'])} tensors stored as float32 to stay exact)"
+    )
+
+
 @app.command(epilog="Example: trol-edge evaluate build/trol-nano -n 500")
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder of a model trained on the rendered scenes.")],
@@ -282,6 +388,45 @@ def evaluate(
         _print_json(dataclasses.asdict(score) | {"short_percent": score.short})
     else:
         print(text)
+
+
+@app.command(epilog="Example: trol-edge compare build/trol-nano build/trol-nano-int8 --scenes 2000 -o build/compare")
+def compare(
+    reference: Annotated[Path, typer.Argument(help="Bundle folder to compare with.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders of the same checkpoint.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="For layers and logits: at most so many.")] = 16,
+    scenes: Annotated[int, typer.Option(min=0, help="Held-out rendered scenes to ask for the accuracy.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for compare.json and the plot, compare.svg.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what bundles lost against a reference: per layer, in logits, in answers; and where it begins."""
+    with _extra("export"):
+        from trol_edge.calibration import compare as comparing
+        from trol_edge.calibration import samples as sampling
+    with _progress(quiet=as_json) as progress:
+        chosen = sampling.load(data, samples, progress)
+        found = comparing.compare(reference, bundles, chosen, scenes=scenes, progress=progress)
+    if output:
+        comparing.save(output, found)
+    if as_json:
+        _print_json([dataclasses.asdict(c) for c in found])
+        return
+    for skipped in chosen.skipped:
+        err.print(f"skipped: {skipped}", markup=False)
+    layers = Table("signal to noise, dB", *(escape(c.bundle) for c in found), box=None, padding=(0, 2))
+    for i, place in enumerate(found[0].places):
+        layers.add_row(place.name, *(f"{c.places[i].mean_db:.1f}" for c in found))
+    out.print(layers)
+    summary = Table("against " + escape(str(reference)), *(escape(c.bundle) for c in found), box=None, padding=(0, 2))
+    for title, cells in comparing.summary(found):
+        summary.add_row(title, *cells)
+    out.print(summary)
 
 
 @app.command(epilog="Example: trol-edge demo build/trol-nano")

@@ -7,6 +7,7 @@
     ├── CheckpointError       a checkpoint folder that is incomplete, altered or of another family
     ├── DownloadError         the model hub cannot be reached, or a download is incomplete
     ├── BundleError           a bundle that is missing, half-copied, altered or of another version
+    ├── CalibrationError      statistics that cannot be gathered, or that belong to another checkpoint or other samples
     ├── ExportError           a graph could not be made, or it disagrees with the reference
     └── BackendError          the inference library is missing, refuses the graph or lacks memory
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BundleError",
+    "CalibrationError",
     "CheckpointError",
     "ContextError",
     "DownloadError",
@@ -54,6 +56,10 @@ class DownloadError(TrolEdgeError):
 
 class BundleError(TrolEdgeError):
     """A bundle that is missing, half-copied, altered or of another version."""
+
+
+class CalibrationError(TrolEdgeError):
+    """Statistics that cannot be gathered, or that belong to another checkpoint or other samples."""
 
 
 class ExportError(TrolEdgeError):

@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from trol_edge.errors import BundleError
+from trol_edge.errors import BundleError, TrolEdgeError
 
 T = TypeVar("T")
 
@@ -74,16 +74,22 @@ class ModelSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
 
 
-def from_dict(cls: type[T], data: Any, where: str) -> T:
+def from_dict(
+    cls: type[T],
+    data: Any,
+    where: str,
+    error: type[TrolEdgeError] = BundleError,
+    advice: str = "Export the bundle again with this version of trol-edge",
+) -> T:
     """Build the dataclass `cls` (nested ones included) from parsed JSON.
 
-    Unknown, missing and wrongly typed keys raise BundleError in one message that lists them all: a field that is
-    silently dropped is a silently wrong answer later.
+    Unknown, missing and wrongly typed keys raise `error` in one message that lists them all and ends in `advice`: a
+    field that is silently dropped is a silently wrong answer later.
     """
     problems: list[str] = []
     value = _convert(cls, data, where, problems)
     if problems:
-        raise BundleError(f"{'; '.join(problems)}. Export the bundle again with this version of trol-edge")
+        raise error(f"{'; '.join(problems)}. {advice}")
     return value
 
 

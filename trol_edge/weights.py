@@ -20,13 +20,17 @@ from numpy.typing import NDArray
 from trol_edge.errors import BundleError
 
 Float32 = NDArray[np.float32]
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
+FLOATS = ("F32", "F16", "BF16")
 BLOCK_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: dtype "F32", "F16" or "BF16"; offset in bytes from the start of the file."""
+    """One tensor: dtype as in ITEM_BYTES; offset in bytes from the start of the file.
+
+    Two INT4 values share a byte of a "U8" tensor, the first of them in the low half.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -72,12 +76,12 @@ class WeightsFile:
         dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[t.dtype]
         return np.memmap(self.path, dtype=dtype, mode="r", offset=t.offset, shape=t.shape)
 
-    def load(self, names: Collection[str], sha256: str | None = None) -> dict[str, Float32]:
-        """Tensors as float32, converted block by block.
+    def load(self, names: Collection[str], sha256: str | None = None) -> dict[str, NDArray[Any]]:
+        """Floating point tensors as float32, converted block by block; quantized ones (I8, U8, F8_E4M3) as stored.
 
         With sha256 the whole file is read and hashed on the way; BundleError where it differs.
         """
-        arrays = {n: np.empty(self.tensors[n].shape, np.float32) for n in names}
+        arrays = {n: np.empty(self.tensors[n].shape, loaded_dtype(self.tensors[n].dtype)) for n in names}
         digest = hashlib.sha256()
         buffer = bytearray(BLOCK_BYTES)
         with self.path.open("rb") as f:
@@ -98,7 +102,8 @@ class WeightsFile:
                         digest.update(view)
                     if flat is not None:
                         first = done // ITEM_BYTES[t.dtype]
-                        block = to_float32(np.frombuffer(view, _STORED[t.dtype]), t.dtype)
+                        block = np.frombuffer(view, _STORED[t.dtype])
+                        block = to_float32(block, t.dtype) if t.dtype in FLOATS else block
                         flat[first : first + block.size] = block
                     done += got
         if sha256 and digest.hexdigest() != sha256:
@@ -106,7 +111,19 @@ class WeightsFile:
         return arrays
 
 
-_STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_STORED: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),  # its bits
+}
+
+
+def loaded_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype in which `WeightsFile.load` returns a tensor."""
+    return np.dtype(np.float32) if dtype in FLOATS else _STORED[dtype]
 
 
 def to_float32(stored: NDArray[Any], dtype: str) -> Float32:

@@ -1,0 +1,278 @@
+"""What a bundle lost against another one of the same checkpoint: layer by layer, in logits, in answers.
+
+Per layer: the signal-to-noise ratio of the residual stream behind it, and of the image features,
+10 log10(|reference|^2 / |reference - other|^2) in dB for every token, averaged over the tokens (a sum over tokens would
+hear only the few whose activations are huge). Equal values count as 150 dB.
+
+Logits: both bundles are led along the reference's greedy answer, token by token (teacher forcing); Kullback-Leibler
+divergence of the other from the reference in nats, and how often the most probable token is the same.
+
+The first layer that goes wrong is the first whose ratio is below WRONG_DB, or which lost DROP_DB against the place
+before it and is below DROP_BELOW_DB: a loss that starts there. Lower ratios behind it follow from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.calibration import scenes as rendered
+from trol_edge.calibration.probes import probed
+from trol_edge.calibration.samples import Progress, SampleSet
+from trol_edge.errors import BundleError, UsageError
+from trol_edge.runtime import Runtime
+
+MOST_DB = 150.0
+WRONG_DB = 10.0  # the error is a third of the signal
+DROP_DB, DROP_BELOW_DB = 10.0, 20.0
+FORCED_TOKENS = 64  # of an answer, at most
+FEATURES = "vision.features"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One place in the network. mean_db, worst_db: over tokens; worst is the 1st percentile."""
+
+    name: str  # "vision.layers.0", ..., "vision.features", "decoder.layers.0", ...
+    mean_db: float
+    worst_db: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One bundle against the reference. Accuracies in percent of the short questions, None where none was asked."""
+
+    reference: str
+    bundle: str
+    samples: int
+    places: tuple[Place, ...]  # in the order of computation
+    wrong: str | None  # the first layer that goes wrong
+    kl_nats: float  # mean over the positions of the answers
+    top1_percent: float  # positions with the same most probable token
+    forced_tokens: int
+    same_answers_percent: float  # of samples and scenes
+    answers: int
+    scenes: int
+    accuracy_percent: float | None
+    reference_accuracy_percent: float | None
+    lost_points: float | None  # accuracy of the reference minus accuracy of the bundle
+
+
+def compare(
+    reference: str | os.PathLike[str],
+    others: Sequence[str | os.PathLike[str]],
+    samples: SampleSet,
+    *,
+    scenes: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Comparison]:
+    """Compare bundles of one checkpoint with a reference bundle of it, on samples and on held-out rendered scenes.
+
+    Reference and one other are in memory at a time. Raises UsageError for bundles of different models, BundleError for
+    a bundle that cannot be read or run.
+    """
+    if not others:
+        raise UsageError("nothing to compare with the reference; give two bundles or more")
+    return [_compare(Path(reference), Path(other), samples, scenes, progress) for other in others]
+
+
+def _compare(reference: Path, other: Path, samples: SampleSet, scenes: int, progress: Progress) -> Comparison:
+    values: list[dict[str, NDArray[np.float32]]] = [{}, {}]
+
+    def keep(which: int) -> Any:
+        return lambda place, array: values[which].__setitem__(place, np.asarray(array, np.float32))
+
+    with probed(reference, keep(0)) as a, probed(other, keep(1)) as b:
+        _require_same_model(reference, a, other, b)
+        ratios: dict[str, list[NDArray[np.float64]]] = {}
+        divergences: list[float] = []
+        top: list[bool] = []
+        same: list[bool] = []
+        for done, sample in enumerate(samples.samples, 1):
+            pictures = list(sample.pictures)
+            ids = a.tokenize(sample.prompt, a.count_tiles(pictures))
+            pixels = a.preprocess(pictures)
+            sessions = (a.session(), b.session())
+            for runtime, own in zip((a, b), values, strict=True):
+                own.clear()
+                if pixels is not None:
+                    own[FEATURES] = runtime._backend.encode_image(pixels)
+            logits = [s.prefill_features(ids, v.get(FEATURES)) for s, v in zip(sessions, values, strict=True)]
+            for place, array in values[0].items():
+                ratios.setdefault(place, []).append(ratio_db(array, values[1][place]))
+            budget = min(FORCED_TOKENS, sessions[0].limit - len(ids))
+            agreed = True
+            for _ in range(budget):
+                divergences.append(divergence(logits[0], logits[1]))
+                token, others_token = (int(x.argmax()) for x in logits)
+                top.append(token == others_token)
+                agreed &= top[-1]
+                if token in a._ends:
+                    break
+                logits = [s.step(token) for s in sessions]
+            same.append(agreed)
+            progress(f"layers {other.name}", done, len(samples.samples))
+        right = {"a": 0, "b": 0}
+        short = 0
+        for done, (image, kind, question, wanted) in enumerate(rendered.held_out(scenes), 1):
+            given = [r.generate(question, image, max_new_tokens=96).text for r in (a, b)]
+            same.append(given[0] == given[1])
+            if kind in rendered.SHORT_KINDS:
+                short += 1
+                right["a"] += given[0] == wanted
+                right["b"] += given[1] == wanted
+            progress(f"scenes {other.name}", done, scenes)
+    places = tuple(_place(name, np.concatenate(ratios[name])) for name in sorted(ratios, key=_order))
+    accuracy = {key: 100 * count / short for key, count in right.items()} if short else None
+    return Comparison(
+        reference=str(reference),
+        bundle=str(other),
+        samples=len(samples.samples),
+        places=places,
+        wrong=first_wrong(places),
+        kl_nats=float(np.mean(divergences)),
+        top1_percent=100 * float(np.mean(top)),
+        forced_tokens=len(top),
+        same_answers_percent=100 * float(np.mean(same)),
+        answers=len(same),
+        scenes=scenes,
+        accuracy_percent=accuracy["b"] if accuracy else None,
+        reference_accuracy_percent=accuracy["a"] if accuracy else None,
+        lost_points=accuracy["a"] - accuracy["b"] if accuracy else None,
+    )
+
+
+def ratio_db(reference: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
+    """Signal-to-noise ratio of every token in dB: [..., tokens, D] -> [tokens in all]. NaN in `other` gives -150."""
+    x = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
+    noise = np.square(x - other.reshape(x.shape)).sum(-1)
+    signal = np.square(x).sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        db = 10 * np.log10(signal / noise)
+    db[(noise == 0)] = MOST_DB
+    return np.clip(np.nan_to_num(db, nan=-MOST_DB), -MOST_DB, MOST_DB)
+
+
+def divergence(reference: NDArray[Any], other: NDArray[Any]) -> float:
+    """Kullback-Leibler divergence of softmax(other) from softmax(reference), in nats; infinite for NaN logits."""
+    p, q = (_log_softmax(x.astype(np.float64)) for x in (reference, other))
+    found = float(np.exp(p) @ (p - q))
+    return found if math.isfinite(found) else math.inf
+
+
+def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    x = x - x.max()
+    return x - np.log(np.exp(x).sum())
+
+
+def first_wrong(places: Sequence[Place]) -> str | None:
+    """The first layer that goes wrong, see above."""
+    before = MOST_DB
+    for place in places:
+        dropped = before - place.mean_db > DROP_DB and place.mean_db < DROP_BELOW_DB
+        if place.mean_db < WRONG_DB or dropped:
+            return place.name
+        before = place.mean_db
+    return None
+
+
+def summary(comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
+    """Rows of a table: what is shown, and a cell per bundle."""
+    first = comparisons[0]
+    rows = [
+        ("first layer that goes wrong", [c.wrong or "none" for c in comparisons]),
+        ("KL divergence of logits, nats", [f"{c.kl_nats:.2e}" for c in comparisons]),
+        (f"same top token, % of {first.forced_tokens}", [f"{c.top1_percent:.2f}" for c in comparisons]),
+        (f"same greedy answer, % of {first.answers}", [f"{c.same_answers_percent:.2f}" for c in comparisons]),
+    ]
+    if first.reference_accuracy_percent is not None:
+        reference = f"{first.reference_accuracy_percent:.2f}"
+        cells = [f"{c.accuracy_percent:.2f} (lost {c.lost_points:+.2f})" for c in comparisons]
+        rows.append((f"right answers, % (reference {reference})", cells))
+    return rows
+
+
+def save(folder: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> None:
+    """Write compare.json and compare.svg into a folder, which is made if need be."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        data = [dataclasses.asdict(c) for c in comparisons]
+        (path / "compare.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (path / "compare.svg").write_text(svg(comparisons), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def svg(comparisons: Sequence[Comparison]) -> str:
+    """The ratios along the network, one line per bundle, as a self-contained picture."""
+    names = [place.name for place in comparisons[0].places]
+    width, height, left, top, bottom = 60 + max(24 * len(names), 360), 300, 46, 16, 96
+    finite = [p.mean_db for c in comparisons for p in c.places if p.mean_db < MOST_DB]
+    high = 10 * math.ceil(max([*finite, 30.0]) / 10)
+    low = min(0, 10 * math.floor(min([*finite, 0.0]) / 10))
+
+    def x(i: int) -> float:
+        return left + 12 + i * (width - left - 24) / max(1, len(names) - 1)
+
+    def y(db: float) -> float:
+        return top + (high - min(max(db, low), high)) * (height - top) / (high - low)
+
+    colours = ("#1f5fbf", "#c8501e", "#2f8f4e", "#8a3fa0", "#a08000")
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + bottom + 18 * len(comparisons)}" '
+        'font-family="sans-serif" font-size="10">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for db in range(low, high + 1, 10):
+        parts.append(f'<path d="M{left} {y(db):.1f}H{width}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{y(db) + 3:.1f}" text-anchor="end">{db} dB</text>')
+    for i, name in enumerate(names):
+        parts.append(
+            f'<text transform="translate({x(i) + 3:.1f} {height + 10}) rotate(-60)" text-anchor="end">'
+            f"{name.replace('.layers.', ' ').replace('.', ' ')}</text>"
+        )
+    for k, c in enumerate(comparisons):
+        colour = colours[k % len(colours)]
+        line = " ".join(f"{x(i):.1f},{y(p.mean_db):.1f}" for i, p in enumerate(c.places))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        for i, p in enumerate(c.places):
+            radius = 5 if p.name == c.wrong else 2
+            parts.append(f'<circle cx="{x(i):.1f}" cy="{y(p.mean_db):.1f}" r="{radius}" fill="{colour}"/>')
+        label = f"{_escape(c.bundle)} against {_escape(c.reference)}"
+        label += f": goes wrong at {c.wrong}" if c.wrong else ""
+        parts.append(f'<text x="{left}" y="{height + bottom + 18 * k}" font-size="12" fill="{colour}">{label}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _place(name: str, db: NDArray[np.float64]) -> Place:
+    return Place(name, float(db.mean()), float(np.percentile(db, 1)))
+
+
+def _order(name: str) -> tuple[int, int]:
+    """Vision layers, image features, decoder layers."""
+    last = name.rsplit(".", 1)[1]
+    return (0 if name.startswith("vision.layers") else 1 if name == FEATURES else 2, int(last) if last.isdigit() else 0)
+
+
+def _require_same_model(reference: Path, a: Runtime, other: Path, b: Runtime) -> None:
+    one, two = a.bundle.manifest, b.bundle.manifest
+    if one.spec != two.spec or one.prompt != two.prompt or one.image != two.image:
+        raise UsageError(
+            f"{reference} is {one.model} and {other} is {two.model}, of other sizes; compare bundles of one checkpoint"
+        )
+    for path, runtime in ((reference, a), (other, b)):
+        if runtime._tokenizer is None:
+            raise BundleError(f"{path}: has no tokenizer, so it cannot be asked; export with the tokenizer files")

@@ -1,0 +1,132 @@
+"""A bundle whose graphs also give the residual stream behind every layer: a temporary copy, for measurements.
+
+The places are found by structure, so canonical, quantized and lowered graphs of one model give the same list:
+- decoder: behind each gate's Tanh, the Add that mixes the first and the second pass;
+- vision: what the first norm of each layer reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from trol_edge.bundle import MANIFEST, Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.errors import BundleError
+from trol_edge.runtime import Runtime
+
+NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+PASSED = ("Cast", "DequantizeLinear", "Identity")  # between a norm and the parameter that names it
+
+
+@contextlib.contextmanager
+def probed(folder: str | os.PathLike[str], seen: Callable[[str, Any], None]) -> Iterator[Runtime]:
+    """Yield a Runtime of a bundle that calls seen(place, values) for every layer that ran.
+
+    place: "vision.layers.<i>" (values [N, tokens, d]) or "decoder.layers.<i>" ([1, S, D]), behind that layer. Only the
+    traverse of a prompt is reported, no step. Raises BundleError for a bundle in which the places are not found.
+    """
+    bundle = Bundle(folder)
+    with _copy(bundle) as copy:
+        places: dict[str, dict[str, str]] = {}
+        manifest = bundle.manifest
+        files = dict(manifest.files)
+        for name, graph in manifest.graphs.items():
+            if name == "step":
+                continue
+            path = copy / graph.file
+            model = ir.load(path)
+            found = _vision_places(model) if name == "vision" else _decoder_places(model)
+            layers = manifest.spec.vision.num_layers - 1 if name == "vision" else manifest.spec.num_layers
+            if len(found) != layers:
+                raise BundleError(
+                    f"{bundle.folder}: {graph.file} shows {len(found)} of {layers} layers; compare reads graphs that "
+                    "this version of trol-edge exported, for --target cpu"
+                )
+            places[name] = {str(value.name): place for place, value in found.items()}
+            outputs = {value.name for value in model.graph.outputs}
+            for value in found.values():
+                value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+                if value.name not in outputs:
+                    model.graph.outputs.append(value)
+            path.unlink()  # a link to the bundle's own file
+            path.write_bytes(ir.to_proto(model).SerializeToString())
+            files[graph.file] = FileInfo(path.stat().st_size, sha256_of(path))
+        write_manifest(copy, dataclasses.replace(manifest, files=files))
+        runtime = Runtime(copy, verify=False)
+        backend: Any = runtime._backend
+        backend.watched = {name: tuple(values) for name, values in places.items()}
+
+        def watcher(graph: str, values: dict[str, Any]) -> None:
+            for key, array in values.items():
+                seen(places[graph][key], array)
+
+        backend.watcher = watcher
+        yield runtime
+
+
+@contextlib.contextmanager
+def _copy(bundle: Bundle) -> Iterator[Path]:
+    """A folder with the files of a bundle, but for its manifest: hard links where the file system has them."""
+    with contextlib.ExitStack() as stack:
+        try:
+            parent = tempfile.TemporaryDirectory(prefix=".compare.", dir=bundle.folder.parent)
+        except OSError:  # read-only
+            parent = tempfile.TemporaryDirectory()
+        copy = Path(stack.enter_context(parent))
+        for name in bundle.manifest.files:
+            try:
+                os.link(bundle.path(name), copy / name)
+            except OSError:  # another file system
+                shutil.copyfile(bundle.path(name), copy / name)
+        assert not (copy / MANIFEST).exists()
+        yield copy
+
+
+def _decoder_places(model: ir.Model) -> dict[str, ir.Value]:
+    """The mixture behind every gate, in the order of the graph."""
+    found: dict[str, ir.Value] = {}
+    for node in model.graph:
+        if node.op_type == "Tanh":
+            mixture = _mixture(node.outputs[0])
+            if mixture is not None:
+                found[f"decoder.layers.{len(found)}"] = mixture
+    return found
+
+
+def _mixture(value: ir.Value) -> ir.Value | None:
+    """The first Add of two Muls behind the gate's tanh."""
+    front, seen = [value], 0
+    while front and seen < 20:  # the gate is six nodes
+        seen += 1
+        for user, _ in front.pop(0).uses():
+            producers = [v.producer() for v in user.inputs if v is not None]
+            if user.op_type == "Add" and all(p is not None and p.op_type == "Mul" for p in producers):
+                return user.outputs[0]
+            front.append(user.outputs[0])
+    return None
+
+
+def _vision_places(model: ir.Model) -> dict[str, ir.Value]:
+    """What the first norm of layer i + 1 reads is what layer i gave."""
+    found: dict[str, ir.Value] = {}
+    for node in model.graph:
+        if node.op_type in NORMS and node.inputs[0] is not None and node.inputs[1] is not None:
+            match = re.match(r"vision\.layers\.(\d+)\.norm1\.weight", _parameter(node.inputs[1]))
+            if match and int(match[1]):
+                found[f"vision.layers.{int(match[1]) - 1}"] = node.inputs[0]
+    return found
+
+
+def _parameter(value: ir.Value) -> str:
+    while (producer := value.producer()) is not None and producer.op_type in PASSED and producer.inputs[0] is not None:
+        value = producer.inputs[0]
+    return str(value.name)

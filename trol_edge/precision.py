@@ -1,0 +1,70 @@
+"""What a bundle's weights are stored and computed in: pure data, written by export, read by everyone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8")
+QUANTIZED = ("int8", "int4", "fp8")
+BLOCKS = (32, 64, 128)
+BITS = {"int8": 8, "int4": 4, "fp8": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPlan:
+    """How one Linear weight is treated.
+
+    "fp32" and "fp16" multiply in floating point. "int8" and "fp8" have one scale per output channel, "int4" one per
+    `block` inputs of an output channel. With `activations` the input is rounded too, with one scale found by
+    calibration.
+    """
+
+    precision: str  # of PRECISIONS
+    block: int | None = None  # inputs that share a scale: int4 only, of BLOCKS
+    activations: bool = False  # int8 and fp8 only
+
+    def problems(self) -> list[str]:
+        """What is wrong with it, in words; empty where nothing is."""
+        found = []
+        if self.precision not in PRECISIONS:
+            found.append(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.precision == "int4" and self.block not in BLOCKS:
+            found.append(f"block {self.block} of int4 is not one of {', '.join(map(str, BLOCKS))}")
+        if self.precision != "int4" and self.block is not None:
+            found.append(f"{self.precision} has no blocks, found block {self.block}")
+        if self.activations and self.precision not in ("int8", "fp8"):
+            found.append(f"{self.precision} rounds no activations")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How every Linear of a bundle is treated, and what everything else is computed in."""
+
+    recipe: str  # "fp32", "fp16", "int8", "int4", "fp8", or "mixed"
+    compute: str  # "fp32" or "fp16": all that is not a quantized Linear (norms, attention, residual stream)
+    linears: dict[str, LinearPlan]  # parameter -> treatment; "decoder.layers.0.qkv.weight", "....qkv.lora_a", ...
+    observer: str | None = None  # how activation scales were found; None: no activation is rounded
+    scaling: bool = False  # channels were rescaled between Linears and the norms or Linears before them
+    clipping: bool = False  # weight scales minimise the error instead of covering the largest weight
+    kept_fp32: tuple[str, ...] = ()  # with compute "fp16": what overflows and stays in float32
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any Linear is."""
+        return any(linear.precision in QUANTIZED for linear in self.linears.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationInfo:
+    """Where the activation statistics came from."""
+
+    samples: int
+    checkpoint: str  # identity of the checkpoint they were made of
+
+
+def scale_bits(linear: LinearPlan, inputs: int, bits: int) -> float:
+    """Bits of scales per weight; `bits` is what one scale has, `inputs` the width of the Linear's input."""
+    if linear.precision not in QUANTIZED:
+        return 0.0
+    return bits / (linear.block or inputs)
