@@ -17,7 +17,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test test-oldest test-wheel lint bench soak accuracy nano wheel clean
+.PHONY: help engine test bindings test-oldest test-wheel lint bench soak accuracy nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores
 	$(BIN)/python -m trol_edge.export.train_nano --out export/checkpoints/trol-nano --scratch build/nano-scratch $(ARGS)
 	$(BIN)/trol-edge export trol-nano -o build/trol-nano --force
 	$(BIN)/trol-edge evaluate build/trol-nano --report export/checkpoints/trol-nano/REPORT.md
+
+bindings: $(VENV)/test.stamp  ## fetch TensorRT's Python bindings (4 MB, no libraries), to which the tests hold our calls
+	$(BIN)/python -m tests.bindings
 
 # The robot side alone, on the oldest Python and ONNX Runtime we promise: no torch, no onnx in that environment.
 test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime 1.23.2
