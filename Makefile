@@ -17,7 +17,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test test-oldest test-wheel lint bench soak nano wheel clean
+.PHONY: help engine test bindings test-oldest test-wheel lint bench soak accuracy nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,11 +43,18 @@ soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtim
 	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
 	@$(BIN)/trol-edge soak $(BUNDLE) --minutes $(MINUTES)
 
+accuracy: $(VENV)/engine.stamp  ## what fp16, int8 and int4 lose against fp32 on 2000 held-out questions (MODEL=, CHECKPOINT=)
+	for p in fp32 fp16 int8 int4; do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
+	$(BIN)/trol-edge compare $(foreach p,fp32 fp16 int8 int4,build/accuracy/$(MODEL)-$(p)) --scenes 2000 -o build/accuracy/$(MODEL)
+
 nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores) and measure it through its bundle
 	rm -rf build/nano-scratch
 	$(BIN)/python -m trol_edge.export.train_nano --out export/checkpoints/trol-nano --scratch build/nano-scratch $(ARGS)
 	$(BIN)/trol-edge export trol-nano -o build/trol-nano --force
 	$(BIN)/trol-edge evaluate build/trol-nano --report export/checkpoints/trol-nano/REPORT.md
+
+bindings: $(VENV)/test.stamp  ## fetch TensorRT's Python bindings (4 MB, no libraries), to which the tests hold our calls
+	$(BIN)/python -m tests.bindings
 
 # The robot side alone, on the oldest Python and ONNX Runtime we promise: no torch, no onnx in that environment.
 test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime 1.23.2

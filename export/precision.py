@@ -5,7 +5,7 @@
 | fp32 | the checkpoint's dtype, multiplied in FP32 | same | same | same | FP32 |
 | fp16 | FP16 | FP16 | FP16 | FP16 | FP16, but FP32 where calibration saw values that FP16 cannot hold |
 | int8 | W8A8 | A: W8A8, B: W8 | W8A8 | W8A8 | floating point |
-| int4 | W4 in blocks; W8 where that costs too much | the same | W8 | W8A8 | floating point |
+| int4 | W4 in blocks; W8 where that costs too much | as int8 | W8 | W8A8 | floating point |
 | fp8  | W8A8 in E4M3 | A: the same, B: FP16 | the same | the same | floating point |
 
 W8A8: 8-bit weights with a scale per output channel, inputs rounded to 8 bits with one static scale per tensor.
@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trol_edge import targets
 from trol_edge.errors import UsageError
 from trol_edge.precision import BLOCKS, PRECISIONS, QUANTIZED, LinearPlan, Plan
 from trol_edge.spec import from_dict
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 OBSERVERS = ("minmax", "percentile", "entropy", "mse")
-TARGETS = ("cpu", "onnx")
+TARGETS = ("cpu", "onnx", *(name for name, entry in targets.TARGETS.items() if entry.gpu))
 GATE = "decoder.gate.weight"  # one column, shared by all layers: nothing to gain
 
 
@@ -129,6 +130,13 @@ def make_plan(options: Options, shapes: Mapping[str, tuple[int, ...]], target: s
             # The low-rank parts of a small model; a block may not end outside its row.
             linears[name] = LinearPlan("int8")
     used = {linear.precision for linear in linears.values()}
+    if (
+        target in targets.TARGETS
+        and "fp8" in used
+        and target != "cpu"
+        and "fp8" not in targets.target(target).precisions
+    ):
+        raise UsageError(f"precision fp8: target {target} has no FP8 units on its GPUs; choose int8 or int4")
     if target == "cpu" and "fp8" in used:
         raise UsageError(
             "precision fp8: ONNX Runtime has no FP8 kernels on a CPU; choose int8, or --target onnx for a GPU that "
@@ -156,9 +164,9 @@ def _recipe(name: str, shape: tuple[int, ...], options: Options) -> LinearPlan:
         rounded = precision in ("int8", "fp8") and options.recipe == precision
         return LinearPlan(precision, options.block if precision == "int4" else None, rounded)
     if name.endswith((".lora_a", ".lora_b")):
-        precision = options.lora or precision
+        precision = options.lora or {"int4": "int8"}.get(precision, precision)
         if precision == "fp8" and name.endswith(".lora_b"):
             precision = "fp16"  # its input is not calibrated, and FP8 weights alone have no kernels
-        rounded = name.endswith(".lora_a") and precision in ("int8", "fp8") and options.recipe == precision
+        rounded = name.endswith(".lora_a") and precision in ("int8", "fp8")
         return LinearPlan(precision, options.block if precision == "int4" else None, rounded)
     return LinearPlan(precision, options.block if precision == "int4" else None, precision in ("int8", "fp8"))

@@ -67,6 +67,55 @@ def insert(model: ir.Model, plan: Plan, input_scales: Mapping[str, float]) -> bo
     return bool(uses)
 
 
+def separate_int4_readers(model: ir.Model) -> bool:
+    """Let int4 Linears with one input between them read it in different shapes; returns whether there were any.
+
+    TensorRT for RTX 1.7 merges gate and up into one product, and fails ("vector::_M_range_check") where the weights
+    of such a pair are used twice, as both passes of a traversal do. Weights standing there twice would build, at twice
+    the memory. In different shapes, [1, S, K] and [S, K], they are not merged.
+    """
+    changed = False
+    readers: dict[ir.Value, list[ir.Node]] = {}
+    for node in model.graph:
+        weight = _stored_weight(node)
+        if weight is not None and weight.dtype == ir.DataType.INT4 and len(list(weight.uses())) > 1:
+            assert node.inputs[0] is not None
+            readers.setdefault(node.inputs[0], []).append(node)
+    for x, nodes in readers.items():
+        for node in nodes[1:]:
+            axis, y = _axis(model), node.outputs[0]
+            assert x.shape is not None and y.shape is not None and x.shape[0] == 1 and x.dtype is not None
+            name, uses = y.name, list(y.uses())
+            flat = _node("Squeeze", [x, axis], f"{name}.input", {}, ir.Shape(x.shape.dims[1:]), x.dtype)
+            y.name = f"{name}.flat"
+            back = _node("Unsqueeze", [y, axis], str(name), {}, y.shape, x.dtype)
+            y.shape = ir.Shape(y.shape.dims[1:])
+            for user, index in uses:
+                user.replace_input_with(index, back.outputs[0])
+            node.replace_input_with(0, flat.outputs[0])
+            model.graph.insert_before(node, flat)
+            model.graph.insert_after(node, back)
+            changed = True
+    return changed
+
+
+def _axis(model: ir.Model) -> ir.Value:
+    name = "axis.0"
+    if name not in model.graph.initializers:
+        tensor = ir.tensor(np.zeros(1, np.int64), name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape((1,)), const_value=tensor)
+        model.graph.register_initializer(value)
+    return model.graph.initializers[name]
+
+
+def _stored_weight(node: ir.Node) -> ir.Value | None:
+    """The quantized initializer that a MatMul multiplies by, None where there is none."""
+    if node.op_type != "MatMul" or node.inputs[1] is None:
+        return None
+    producer = node.inputs[1].producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
+
+
 def _rounded(model: ir.Model, before: ir.Node, x: ir.Value, point: str, scale: float, precision: str) -> ir.Value:
     if not (np.isfinite(scale) and scale > 0):
         raise ExportError(f"{point}: input scale {scale}; this is a fault of trol-edge, please report it")

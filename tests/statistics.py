@@ -1,4 +1,4 @@
-"""Activation statistics in memory: the reference model on seeded random embeddings and pixels, hooks on every Linear."""
+"""Activation statistics in memory: the reference on seeded random embeddings and pixels, hooks on every Linear."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def statistics() -> Statistics:
 
 
 def test_the_search_lowers_the_error(statistics: Statistics) -> None:
-    """Outliers in one channel of a norm: scaled, the output of its readers is many times nearer to what it should be."""
+    """Outliers in one channel of a norm: scaled, the output of its readers is many times nearer."""
     source = Checkpoint(NANO)
     shapes = {name: source.shape(name) for name in source.names()}
     name = "decoder.layers.1.qkv"

@@ -28,6 +28,7 @@ from trol_edge.images import Picture, count_tiles, load_rgb, preprocess
 from trol_edge.lifetime import Lifetime
 from trol_edge.options import AnswerOptions, Options, options_from_keywords
 from trol_edge.session import Backend, Embeddings, Session
+from trol_edge.targets import TARGETS
 from trol_edge.text import ImageMark, Tokenizer, build_prompt, end_ids
 from trol_edge.turns import Call, Turns
 from trol_edge.vision_cache import VisionCache, VisionCacheInfo, content_key
@@ -42,6 +43,7 @@ Color = Literal["rgb", "bgr"]
 
 # Target of a bundle -> (module, class) that runs it; imported when a Runtime is made.
 BACKENDS = {"cpu": ("trol_edge.runtimes.ort", "OrtBackend")}
+BACKENDS |= {name: ("trol_edge.runtimes.trt", "TrtBackend") for name, entry in TARGETS.items() if entry.gpu}
 # Tokens of a prompt that are computed at a time: between two chunks a call can be stopped.
 PREFILL_CHUNK = 256
 DEADLINE_CHUNK = 64  # where it has a deadline
