@@ -533,7 +533,7 @@ def soak(
         else:
             slope = report.slope
             out.print(
-                f"memory: {slope.mb_per_minute:+.3f} MB/min (least squares, the first third left out), "
+                f"memory less free pages: {slope.mb_per_minute:+.3f} MB/min (least squares, first third left out), "
                 f"{slope.growth_bytes / 1e6:+.2f} MB in all, allowed {slope.allowed_bytes / 1e6:.2f} MB "
                 f"(1 % of {slope.resident_bytes / 1e6:.0f} MB, at least 4 MiB): {'flat' if slope.flat else 'NOT FLAT'}"
             )
