@@ -16,7 +16,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test test-oldest test-wheel lint bench nano wheel clean
+.PHONY: help engine test test-oldest test-wheel lint bench accuracy nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +37,10 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 
 bench: $(VENV)/engine.stamp  ## prefill, decode and memory beside the torch reference and llama.cpp (if installed)
 	$(BIN)/python -m trol_edge.export.bench $(ARGS)
+
+accuracy: $(VENV)/engine.stamp  ## what fp16, int8 and int4 lose against fp32 on 2000 held-out questions (MODEL=, CHECKPOINT=)
+	for p in fp32 fp16 int8 int4; do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
+	$(BIN)/trol-edge compare $(foreach p,fp32 fp16 int8 int4,build/accuracy/$(MODEL)-$(p)) --scenes 2000 -o build/accuracy/$(MODEL)
 
 nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores) and measure it through its bundle
 	rm -rf build/nano-scratch

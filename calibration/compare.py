@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,29 @@ def compare(
     """
     if not others:
         raise UsageError("nothing to compare with the reference; give two bundles or more")
-    return [_compare(Path(reference), Path(other), samples, scenes, progress) for other in others]
+    exam = list(_answers(Path(reference), scenes, progress)) if scenes else []
+    return [_compare(Path(reference), Path(other), samples, exam, progress) for other in others]
 
 
-def _compare(reference: Path, other: Path, samples: SampleSet, scenes: int, progress: Progress) -> Comparison:
+@dataclasses.dataclass(frozen=True)
+class _Answered:
+    """A held-out question and the reference's answer."""
+
+    kind: str
+    wanted: str
+    given: str
+
+
+def _answers(bundle: Path, count: int, progress: Progress) -> Iterator[_Answered]:
+    runtime = Runtime(bundle)
+    for done, (image, kind, question, wanted) in enumerate(rendered.held_out(count), 1):
+        yield _Answered(kind, wanted, runtime.generate(question, image, max_new_tokens=96).text)
+        progress(f"scenes {bundle.name}", done, count)
+
+
+def _compare(
+    reference: Path, other: Path, samples: SampleSet, exam: Sequence[_Answered], progress: Progress
+) -> Comparison:
     values: list[dict[str, NDArray[np.float32]]] = [{}, {}]
 
     def keep(which: int) -> Any:
@@ -120,18 +139,15 @@ def _compare(reference: Path, other: Path, samples: SampleSet, scenes: int, prog
                 logits = [s.step(token) for s in sessions]
             same.append(agreed)
             progress(f"layers {other.name}", done, len(samples.samples))
-        right = {"a": 0, "b": 0}
-        short = 0
-        for done, (image, kind, question, wanted) in enumerate(rendered.held_out(scenes), 1):
-            given = [r.generate(question, image, max_new_tokens=96).text for r in (a, b)]
-            same.append(given[0] == given[1])
-            if kind in rendered.SHORT_KINDS:
-                short += 1
-                right["a"] += given[0] == wanted
-                right["b"] += given[1] == wanted
-            progress(f"scenes {other.name}", done, scenes)
+    right, reference_right, short = 0, 0, 0
+    for before, after in zip(exam, _answers(other, len(exam), progress) if exam else (), strict=True):
+        same.append(before.given == after.given)
+        if before.kind in rendered.SHORT_KINDS:
+            short += 1
+            reference_right += before.given == before.wanted
+            right += after.given == after.wanted
+    accuracy, reference_accuracy = (100 * n / short if short else None for n in (right, reference_right))
     places = tuple(_place(name, np.concatenate(ratios[name])) for name in sorted(ratios, key=_order))
-    accuracy = {key: 100 * count / short for key, count in right.items()} if short else None
     return Comparison(
         reference=str(reference),
         bundle=str(other),
@@ -143,10 +159,10 @@ def _compare(reference: Path, other: Path, samples: SampleSet, scenes: int, prog
         forced_tokens=len(top),
         same_answers_percent=100 * float(np.mean(same)),
         answers=len(same),
-        scenes=scenes,
-        accuracy_percent=accuracy["b"] if accuracy else None,
-        reference_accuracy_percent=accuracy["a"] if accuracy else None,
-        lost_points=accuracy["a"] - accuracy["b"] if accuracy else None,
+        scenes=len(exam),
+        accuracy_percent=accuracy,
+        reference_accuracy_percent=reference_accuracy,
+        lost_points=None if accuracy is None or reference_accuracy is None else reference_accuracy - accuracy,
     )
 
 

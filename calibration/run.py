@@ -79,7 +79,7 @@ def calibrate(
         raise UsageError(f"compute {compute!r} is not one of {', '.join(COMPUTE)}")
     source = Checkpoint(checkpoint)
     chosen = samples if isinstance(samples, SampleSet) else sampling.load(samples, count, progress)
-    prompts, skipped = _prepare(source, chosen)
+    prompts, skipped = model_prompts(source, chosen)
     spec = source.spec
     run = _Run(source, prompts, Path(cache), COMPUTE[compute], progress)
     state = State(
@@ -98,16 +98,17 @@ def calibrate(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prompt:
+class Prompt:
     """One sample as the model reads it."""
 
     name: str
     sample: sampling.Sample
     ids: NDArray[np.int64]  # [S]
     squares: int  # pictures or tiles
+    question: int  # tokens before the answer
 
 
-def _prepare(source: Checkpoint, chosen: SampleSet) -> tuple[list[_Prompt], list[str]]:
+def model_prompts(source: Checkpoint, chosen: SampleSet) -> tuple[list[Prompt], list[str]]:
     """Token ids of every sample; those that are longer than the model's positions are skipped, with the reason."""
     spec, family = source.spec, source.family
     template, image = family.prompt(spec), family.image(spec)
@@ -121,11 +122,12 @@ def _prepare(source: Checkpoint, chosen: SampleSet) -> tuple[list[_Prompt], list
     for sample in chosen.samples:
         tiles = count_tiles(sample.load(), image)
         ids = build_prompt(words, template, sample.prompt, tiles)
+        question = len(ids)
         ids = words.encode([*ids, sample.answer]) if sample.answer else ids
         if len(ids) > spec.max_position_embeddings:
             skipped.append(f"{sample.name}: {len(ids)} tokens, the model knows {spec.max_position_embeddings}")
         else:
-            prompts.append(_Prompt(sample.name, sample, np.asarray(ids, np.int64), sum(tiles)))
+            prompts.append(Prompt(sample.name, sample, np.asarray(ids, np.int64), sum(tiles), question))
     if not prompts:
         raise CalibrationError(f"none of {len(skipped)} samples is usable; the first: {skipped[0]}")
     if not any(p.squares for p in prompts):
@@ -134,6 +136,15 @@ def _prepare(source: Checkpoint, chosen: SampleSet) -> tuple[list[_Prompt], list
             "give at least one with a picture"
         )
     return prompts, skipped
+
+
+def rope_of(spec: ModelSpec, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, [length, E/2] each, with the factors that a prompt of this length takes."""
+    rope = spec.long_rope
+    if rope is None:
+        return rope_tables(spec.head_dim, spec.rope_theta, length)
+    factors = rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor
+    return rope_tables(spec.head_dim, spec.rope_theta, length, factors, rope.amplitude)
 
 
 def _open_cache(folder: Path, state: State, overwrite: bool) -> None:
@@ -160,7 +171,7 @@ class _Run:
     """All stages over all samples."""
 
     def __init__(
-        self, source: Checkpoint, prompts: list[_Prompt], folder: Path, compute: torch.dtype, progress: Progress
+        self, source: Checkpoint, prompts: list[Prompt], folder: Path, compute: torch.dtype, progress: Progress
     ) -> None:
         self.source, self.prompts, self.folder, self.compute, self.progress = source, prompts, folder, compute, progress
         self.spec: ModelSpec = source.spec
@@ -338,7 +349,7 @@ class _Run:
                     mask = torch.from_numpy(prompt.ids == self.spec.image_token_id).float()[None, :, None]
                     lora = mask if prompt.squares and self.spec.lora_rank else None
                     with collector.sample(prompt.name):
-                        attend = EagerAttention(self.spec, *self._rope(len(prompt.ids)))
+                        attend = EagerAttention(self.spec, *rope_of(self.spec, len(prompt.ids)))
                         attend.positions = torch.arange(len(prompt.ids))
                         o1 = layer(x[None], lora, 0, 0, attend)
                         o2 = layer(o1, lora, 0, 1, attend)
@@ -349,13 +360,6 @@ class _Run:
                         write(x)
 
         return stage
-
-    def _rope(self, length: int) -> tuple[Tensor, Tensor]:
-        rope = self.spec.long_rope
-        if rope is None:
-            return rope_tables(self.spec.head_dim, self.spec.rope_theta, length)
-        factors = rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor
-        return rope_tables(self.spec.head_dim, self.spec.rope_theta, length, factors, rope.amplitude)
 
     def _lm_head(self, collector: _Collector) -> None:
         """Of the tokens behind the last picture: the only ones whose logits are ever asked for."""

@@ -63,7 +63,7 @@ class Plain:
             for name, child in module.named_modules():
                 if isinstance(child, (nn.Linear, LoraLinear)):
                     child.register_forward_hook(self.hook(f"{prefix}.{name}"))
-        prompts, _ = run._prepare(checkpoint, sampling.load(None, COUNT))
+        prompts, _ = run.model_prompts(checkpoint, sampling.load(None, COUNT))
         for prompt in prompts:
             features = vision(torch.from_numpy(preprocess(prompt.sample.load(), family.image(self.spec))))
             ids = torch.from_numpy(prompt.ids)

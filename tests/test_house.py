@@ -38,6 +38,8 @@ OPEN = {
     ("export/bench.py", "trol_edge.runtime"),  # measures what a user would call
     ("calibration/run.py", "torch"),  # runs the reference, layer by layer
     ("calibration/run.py", "trol_edge.export"),
+    ("calibration/sensitivity.py", "torch"),  # rounds one Linear of the reference at a time
+    ("calibration/sensitivity.py", "trol_edge.export"),
     ("calibration/outliers.py", "torch"),  # rewrites a checkpoint
     ("calibration/outliers.py", "trol_edge.export"),
 }

@@ -321,6 +321,54 @@ def calibrate(
     )
 
 
+@app.command(epilog="Example: trol-edge plan trol-nano --precision int4 --max-loss 0.01 -o build/mixed.json")
+def plan(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a model name as for export.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write, for export --precision.")],
+    max_loss: Annotated[
+        float, typer.Option(help="KL divergence of the logits that may be lost, nats (see `trol-edge compare`).")
+    ],
+    precision: Annotated[str, typer.Option(help="Recipe, or JSON file, to start from.")] = "int4",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of `trol-edge calibrate`.  [default: beside the output]")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="To measure on: at most so many.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Find which Linears need more bits: measure what each costs, raise as few as keep the loss within --max-loss."""
+    with _extra("export"):
+        from trol_edge.calibration import run as running
+        from trol_edge.calibration import samples as sampling
+        from trol_edge.calibration.sensitivity import find_plan
+        from trol_edge.export.models import fetch
+        from trol_edge.export.precision import read_options
+    options = read_options(precision)
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        folder = fetch(checkpoint, Path("build/checkpoints") / checkpoint)
+    with _progress(quiet=as_json) as progress:
+        cache = calibration or output.parent / f"calibration-{folder.resolve().name}"
+        statistics = running.calibrate(folder, data, cache, progress=progress)
+        found = find_plan(folder, statistics, sampling.load(data, samples), options, max_loss, progress)
+    found.save(output)
+    if as_json:
+        result = dataclasses.asdict(found) | {"reached": found.reached, "plan": str(output)}
+        _print_json(result)
+        return
+    for name, nats in sorted(found.sensitivity.items(), key=lambda item: -item[1])[:10]:
+        raised = f" -> {found.linears[name].precision}" if name in found.linears else ""
+        out.print(f"{nats:.2e} nats  {name}{raised}", markup=False)
+    out.print(
+        f"{options.recipe} as it is: {found.recipe_nats:.2e} nats; with {len(found.linears)} of "
+        f"{len(found.sensitivity)} Linears raised: {found.nats:.2e}, {'within' if found.reached else 'NOT within'} "
+        f"{max_loss:g}\nNext: trol-edge export {checkpoint} --precision {output} --calibration {cache} -o ..."
+    )
+
+
 @app.command(epilog="Example: trol-edge outliers export/checkpoints/trol-nano -o build/checkpoints/trol-nano-outliers")
 def outliers(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
