@@ -1,28 +1,33 @@
 """Trace the model into ONNX graphs: no weights needed, the traversal loop unrolled, standard opset-23 operators only.
 
-| graph         | inputs                                                       | outputs                 |
-|---------------|--------------------------------------------------------------|-------------------------|
-| vision        | pixel_values [N,3,P,P]                                       | image_features [N,T,D]  |
-| traverse      | inputs_embeds [1,S,D], position_ids [1,S], image_mask [1,S,1], cache | logits [1,V], cache |
-| traverse_text | the same without image_mask: no LoRA in the graph             | logits [1,V], cache    |
-| step          | inputs_embeds [1,1,D], position_ids [1,1], cache              | logits [1,V], cache    |
+| graph         | inputs                                                           | outputs                   |
+|---------------|------------------------------------------------------------------|---------------------------|
+| vision        | pixel_values [N,3,P,P]                                           | image_features [N,I,D]    |
+| traverse      | inputs_embeds [1,S,D], position_ids [1,S], slots [T],            | logits [1,V], both caches |
+|               | image_mask [1,S,1], both caches                                  |                           |
+| traverse_text | the same without image_mask: no LoRA in the graph                | logits [1,V], both caches |
+| step          | inputs_embeds [1,1,D], position_ids [1,1], first cache           | logits [1,V], first cache |
 
 A family without LoRA has no image_mask, and no traverse_text. A family whose rotary embedding has two factor sets has
 one input more in traverse and step, rope_offset [1] int64: how many rows of the rope tables to skip (see
 `model.graph_rope_tables`), so that one graph serves both sets.
-`cache` is past_key_<i> and past_value_<i> [1,G,C,E] in, present_key_<i> and present_value_<i> out, of every layer i.
-The new keys and values are written with ScatterND, so past and present may be bound to the same memory: then the
-write is in place. Logits are those of the last token. N and S are dynamic, the cache capacity C is fixed.
+The first cache is past_key_<i> and past_value_<i> [1,G,C,E] in, present_key_<i> and present_value_<i> out, of every
+layer i: keys and values of the first pass. The second, of the second pass, is past_second_key_<i> and so on. New rows
+are written with ScatterND, so past and present may be bound to the same memory: then the write is in place. Logits are
+those of the last token. N, S and T are dynamic, the capacity C is fixed.
 
-`traverse` starts at position 0: it attends among its own S tokens. Both passes use the same weights, which stand in
-the graph once.
+`traverse` extends a prefix of any length: tokens at positions P..P+S-1 attend, pass by pass, to the rows that the
+caches hold for 0..P-1 and to each other. `slots` is 0..T-1 with T = P+S: its length says how much of the caches to read
+(a Slice, so a prompt without a prefix costs its own length and not C), and its values make the causal mask.
+Without a prefix the second cache is scratch, used by one layer at a time: all layers may then be bound to one pair of
+buffers. Both passes use the same weights, which stand in the graph once.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,14 +51,14 @@ ROPE = ("rope.cos", "rope.sin")  # float32 [rows, E/2] tables, stored beside the
 
 
 def cache_names(spec: ModelSpec, prefix: str) -> list[str]:
-    """Names of the cache tensors in graph order; prefix is "past" or "present"."""
+    """Names of the cache tensors in graph order; prefix is "past" or "present", or "past_second" ... for pass two."""
     return [f"{prefix}_{kind}_{i}" for i in range(spec.num_layers) for kind in ("key", "value")]
 
 
 class _CachedAttention:
     """`Attend` in ONNX operators: RotaryEmbedding, ScatterND into the cache, Attention.
 
-    A traverse looks at its own tokens in causal order; a step looks at the cache up to its own position.
+    A traverse looks at the first T rows of its pass's cache; a step at the whole first cache, up to its own position.
     """
 
     def __init__(
@@ -63,16 +68,18 @@ class _CachedAttention:
         positions: Tensor,
         rope_rows: Tensor,
         past: list[Tensor],
-        step: bool,
+        slots: Tensor | None,
     ) -> None:
-        self.spec, self.rope, self.rope_rows, self.step = spec, rope, rope_rows, step
+        self.spec, self.rope, self.rope_rows, self.slots = spec, rope, rope_rows, slots
         self.cache = list(past)
         heads = torch.arange(spec.num_kv_heads)[:, None].expand(-1, positions.shape[1])  # [G, S]
-        slots = positions.expand(spec.num_kv_heads, -1)
+        rows = positions.expand(spec.num_kv_heads, -1)
         # Where the new rows go: (0, key/value head, position).
-        self.rows = torch.stack((torch.zeros_like(heads), heads, slots), dim=-1)[None]  # [1, G, S, 3]
-        capacity = past[0].shape[2]
-        self.visible = torch.arange(capacity)[None, None, None] <= positions[:, None, :, None]  # [1, 1, S, C]
+        self.rows = torch.stack((torch.zeros_like(heads), heads, rows), dim=-1)[None]  # [1, G, S, 3]
+        seen = torch.arange(past[0].shape[2]) if slots is None else slots
+        self.visible = seen[None, None, None] <= positions[:, None, :, None]  # [1, 1, S, T]; step: [1, 1, 1, C]
+        if slots is not None:
+            self.slice = [_ints(0), _operator("Shape", (slots,), torch.int64, (1,)), _ints(2)]  # start, end, axis
 
     def __call__(self, qkv: Tensor, layer: int, traversal: int) -> Tensor:
         h, g, e = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
@@ -80,21 +87,31 @@ class _CachedAttention:
         parts = qkv.split((h * e, g * e, g * e), dim=-1)
         q, k, v = (t.view(batch, length, -1, e).transpose(1, 2) for t in parts)  # [1, heads, S, E]
         q, k = (torch.onnx.ops.rotary_embedding(t, *self.rope, self.rope_rows) for t in (q, k))
-        keys, values = k, v
-        if traversal == 0:
-            keys, values = self._write(2 * layer, k), self._write(2 * layer + 1, v)
-        if self.step:
-            context = torch.onnx.ops.attention(q, keys, values, self.visible)[0]
-        else:
-            context = torch.onnx.ops.attention(q, k, v, is_causal=True)[0]
+        first = 2 * (traversal * self.spec.num_layers + layer)
+        keys, values = self._write(first, k), self._write(first + 1, v)
+        context = torch.onnx.ops.attention(q, keys, values, self.visible)[0]
         return context.transpose(1, 2).reshape(batch, length, h * e)
 
-    def _write(self, slot: int, new: Tensor) -> Tensor:
-        past = self.cache[slot]
-        self.cache[slot] = torch.onnx.ops.symbolic(
-            "ScatterND", (past, self.rows, new), dtype=past.dtype, shape=past.shape, version=OPSET
-        )
-        return self.cache[slot]
+    def _write(self, index: int, new: Tensor) -> Tensor:
+        """Put the new rows [1, G, S, E] into a cache; returns what is attended to: its first T rows, or all."""
+        past = self.cache[index]
+        self.cache[index] = _operator("ScatterND", (past, self.rows, new), past.dtype, past.shape)
+        if self.slots is None:
+            return self.cache[index]
+        batch, heads, _, size = past.shape
+        operands = (self.cache[index], *self.slice)
+        return _operator("Slice", operands, past.dtype, (batch, heads, self.slots.shape[0], size))
+
+
+def _operator(
+    name: str, operands: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[Any], attributes: Any = None
+) -> Tensor:
+    return torch.onnx.ops.symbolic(name, operands, attributes or {}, dtype=dtype, shape=shape, version=OPSET)
+
+
+def _ints(*values: int) -> Tensor:
+    # Not torch.tensor: a real tensor among fake ones stops the optimizer.
+    return _operator("Constant", (), torch.int64, (len(values),), {"value_ints": list(values)})
 
 
 class _DecoderGraph(nn.Module):
@@ -109,10 +126,10 @@ class _DecoderGraph(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, extra: dict[str, Tensor], past: list[Tensor]
     ) -> list[Tensor]:
-        step = self.name == "step"
         rows = position_ids + extra["rope_offset"] if "rope_offset" in extra else position_ids
-        attend = _CachedAttention(self.spec, (self.rope["cos"], self.rope["sin"]), position_ids, rows, past, step)
-        if step:
+        rope = self.rope["cos"], self.rope["sin"]
+        attend = _CachedAttention(self.spec, rope, position_ids, rows, past, extra.get("slots"))
+        if self.name == "step":
             x = self.decoder.step(inputs_embeds, attend)
         else:
             x = self.decoder.traverse(inputs_embeds, extra.get("image_mask"), attend)
@@ -140,21 +157,26 @@ def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model
             return _export(module, (pixels,), ({0: _dim("images")},), ["pixel_values"], ["image_features"])
         length = 1 if name == "step" else 8  # any length above one will do for the trace
         dynamic: dict[int, Any] = {} if name == "step" else {1: _dim("tokens")}
-        past = [torch.empty(1, spec.num_kv_heads, capacity, spec.head_dim) for _ in range(2 * spec.num_layers)]
+        sets = ("",) if name == "step" else ("", "_second")
+        past_names = [n for s in sets for n in cache_names(spec, f"past{s}")]
+        past = [torch.empty(1, spec.num_kv_heads, capacity, spec.head_dim) for _ in past_names]
         embeds = torch.empty(1, length, spec.hidden_size)
         extra: dict[str, Tensor] = {}
         extra_shapes: dict[str, Any] = {}
+        if name == "traverse":
+            extra["slots"], extra_shapes["slots"] = torch.zeros(length + 3, dtype=torch.int64), {0: _dim("slots")}
         if spec.long_rope:
             extra["rope_offset"], extra_shapes["rope_offset"] = torch.zeros(1, dtype=torch.int64), {}
         if name == "traverse" and spec.lora_rank:
             extra["image_mask"], extra_shapes["image_mask"] = torch.empty(1, length, 1), dynamic
         args: tuple[Any, ...] = (embeds, torch.zeros(1, length, dtype=torch.int64), extra, past)
         shapes: tuple[Any, ...] = (dynamic, dynamic, extra_shapes, [{} for _ in past])
-        inputs = ["inputs_embeds", "position_ids", *extra, *cache_names(spec, "past")]
+        inputs = ["inputs_embeds", "position_ids", *extra, *past_names]
+        outputs = ["logits", *(n for s in sets for n in cache_names(spec, f"present{s}"))]
         decoder = family.decoder(spec)
         assert isinstance(decoder, Decoder)
         module = _DecoderGraph(spec, decoder, capacity, name)
-        return _export(module, args, shapes, inputs, ["logits", *cache_names(spec, "present")])
+        return _export(module, args, shapes, inputs, outputs)
 
 
 def _dim(name: str) -> Any:
@@ -252,7 +274,7 @@ def fold_transposes(model: ir.Model) -> set[str]:
 
 
 def weights_as_inputs(model: ir.Model, which: Collection[str]) -> list[str]:
-    """Turn these parameters into float32 graph inputs; returns their names, in input order.
+    """Turn these parameters into graph inputs, int8 as they are or float32; returns their names, in input order.
 
     For ONNX Runtime on a CPU: it shares one buffer of each weight between all sessions only where the weight is an
     input. Initializers are copied, and packed, once per session.
@@ -260,7 +282,8 @@ def weights_as_inputs(model: ir.Model, which: Collection[str]) -> list[str]:
     names = [name for name in weight_names(model) if name in which]
     for name in names:
         value = model.graph.initializers.pop(name)
-        value.type = ir.TensorType(ir.DataType.FLOAT)
+        if value.dtype != ir.DataType.INT8:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
         model.graph.inputs.append(value)
     return names
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,10 +29,10 @@ from trol_edge.bundle import (
     write_manifest,
 )
 from trol_edge.errors import CalibrationError, ExportError, UsageError
-from trol_edge.export import graphs, half, qdq, storage, tokenizer
+from trol_edge.export import graphs, half, lower_ort, qdq, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.models import MODELS
-from trol_edge.export.precision import QUANTIZED, TARGETS, Options, Plan, is_linear, make_plan
+from trol_edge.export.precision import TARGETS, Options, is_linear, make_plan
 from trol_edge.export.scales import find_scales
 from trol_edge.export.storage import Layout, Progress
 from trol_edge.export.stored import IR_TYPES, Place, StoredWeights, places
@@ -43,13 +43,11 @@ if TYPE_CHECKING:
 
 MIN_DEFAULT_CONTEXT = 2048  # tokens
 ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
-MIN_DEFAULT_CONTEXT = 2048  # tokens
-ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
 
-# What a target does to its graphs, in place, once they are quantized: (name of the graph, model, plan) -> layouts of
-# tensors that its initializers then name. What no graph reads any more is not written.
-Lowering = Callable[[str, ir.Model, Plan], dict[str, Layout]]
-LOWERINGS: dict[str, Lowering] = {}
+# What a target does to its graphs, in place, once they are quantized: (name of the graph, model) -> layouts of tensors
+# that are written beside the parameters. Those that initializers then name stay initializers.
+Lowering = Callable[[str, ir.Model], dict[str, Layout]]
+LOWERINGS: dict[str, Lowering] = {"cpu": lower_ort.lower}
 
 
 def export(
@@ -110,7 +108,7 @@ def export(
             plan = dataclasses.replace(plan, kept_fp32=half.find_overflows(statistics))
         stored = StoredWeights(source, context, plan, scales)
         models = _trace(source, context, progress)
-        layouts = dict(stored.layouts)
+        layouts, lowered = dict(stored.layouts), dict[str, Layout]()
         for name, traced in models.items():
             _fold_transposes(name, traced)
             if scales is not None:
@@ -120,13 +118,14 @@ def export(
             if plan.compute == "fp16":
                 half.convert(traced, plan.kept_fp32, {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()})
             if target in LOWERINGS:
-                layouts |= LOWERINGS[target](name, traced, plan)
-        used = {weight for traced in models.values() for weight in graphs.weight_names(traced)} | {EMBEDDING}
+                lowered |= LOWERINGS[target](name, traced)
+        used = {weight for traced in models.values() for weight in graphs.weight_names(traced)} | {EMBEDDING, *lowered}
+        layouts |= lowered
         layouts = {name: layout for name, layout in layouts.items() if name in used}
         written = storage.write(folder / WEIGHTS, layouts, stored.read, progress)
         stored.require_finite()
         found = places(layouts, written, plan)
-        infos = {name: _write_graph(folder, name, traced, target, plan, found) for name, traced in models.items()}
+        infos = {name: _write_graph(folder, name, traced, target, lowered, found) for name, traced in models.items()}
         digests = _digests(folder, progress)
         manifest = Manifest(
             format=FORMAT,
@@ -191,25 +190,19 @@ def _fold_transposes(name: str, model: ir.Model) -> None:
 
 
 def _write_graph(
-    folder: Path, name: str, model: ir.Model, target: str, plan: Plan, found: dict[str, Place]
+    folder: Path, name: str, model: ir.Model, target: str, lowered: Collection[str], found: dict[str, Place]
 ) -> GraphInfo:
     inputs, outputs = (tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs))
     weights = tuple(graphs.weight_names(model))
     as_inputs: list[str] = []
     if target == "cpu":
-        as_inputs = graphs.weights_as_inputs(model, {w for w in weights if _is_plain(w, plan)})
+        as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
     graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()})
     file = f"{name}.onnx"
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
     operators = dict(Counter(node.op_type for node in model.graph))
     constants = tuple(w for w in weights if w not in as_inputs)
     return GraphInfo(file, inputs, outputs, weights, constants, operators)
-
-
-def _is_plain(name: str, plan: Plan) -> bool:
-    """Whether a tensor is a parameter in floating point: no quantized one, and no scale of one."""
-    linear = plan.linears.get(name.removesuffix(".scale"))
-    return linear is None or linear.precision not in QUANTIZED
 
 
 def _port(value: ir.Value) -> Port:

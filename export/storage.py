@@ -49,7 +49,7 @@ class Layout:
     """
 
     source: str  # parameter
-    dtype: str  # of the weights file: "F32", "F16", "BF16", "I8", "U8", "F8_E4M3"
+    dtype: str  # of the weights file: "F32", "F16", "BF16", "I32", "I8", "U8", "F8_E4M3"
     shape: tuple[int, ...]
     rows: int
     convert: Callable[[Rows], NDArray[Any]]

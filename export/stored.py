@@ -25,6 +25,7 @@ IR_TYPES = {
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
     "F32": ir.DataType.FLOAT,
+    "I32": ir.DataType.INT32,
     "I8": ir.DataType.INT8,
     "U8": ir.DataType.UINT8,
     "F8_E4M3": ir.DataType.FLOAT8E4M3FN,

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.bundle import WEIGHTS, Bundle
+from trol_edge.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.errors import BackendError, BundleError
+from trol_edge.weights import TensorInfo, loaded_dtype
 
 try:
     import onnxruntime as ort
@@ -30,8 +32,12 @@ OLDEST = (1, 23)  # RMSNormalization, RotaryEmbedding and Attention of opset 23
 class OrtBackend:
     """The graphs of one bundle, loaded. Thread-safe: its states are not, but any number of them may run at once."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, verify: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, verify: bool = True, prefix_reuse: bool = True
+    ) -> None:
         """threads: of one inference call (default: the physical cores). verify: hash the weights while loading them.
+
+        prefix_reuse: whether states keep the second pass's keys and values.
 
         Raises BackendError (ONNX Runtime too old, not enough memory, graph refused) and BundleError (altered file).
         """
@@ -42,17 +48,23 @@ class OrtBackend:
         if manifest.target != "cpu":
             raise BundleError(f"{bundle.folder}: made for target {manifest.target!r}; export with --target cpu")
         self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
+        self.prefix_reuse = prefix_reuse
         file = bundle.weights()
         used = {name for graph in manifest.graphs.values() for name in graph.weights}
         constants = {name for graph in manifest.graphs.values() for name in graph.constants}
-        names = sorted(used - constants)  # graph inputs; ONNX Runtime finds the others in the file itself
-        missing = [name for name in sorted(used) if name not in file.tensors]
+        inputs = used - constants  # ONNX Runtime finds the constants in the file itself
+        derived = derived_parameters(inputs - set(file.tensors))
+        sources = {parameter + suffix for parameter in derived for suffix in (NBITS, NBITS_SCALE)}
+        kept = {name for name in inputs if not name.endswith((INT8, INT8_SCALE))}
+        missing = [name for name in sorted(kept | sources | constants) if name not in file.tensors]
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
-        self.weight_bytes = sum(4 * int(np.prod(file.tensors[name].shape)) for name in names)
+        self.weight_bytes = sum(_loaded_bytes(file.tensors[name]) for name in kept)
         self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
+        self.weight_bytes += sum(2 * file.tensors[parameter + NBITS].nbytes for parameter in derived)
         self._require_memory()
-        arrays = file.load(names, manifest.files[WEIGHTS].sha256 if verify else None)
+        arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None)
+        derive_int8(arrays, derived, keep=kept)
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
@@ -67,16 +79,18 @@ class OrtBackend:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache of one state at full context."""
-        return self.spec.kv_bytes_per_token * self.context
+        """Bytes of the KV cache of one state at full context: both sets, or one and a layer's scratch."""
+        one_set = self.spec.kv_bytes_per_token * self.context
+        return 2 * one_set if self.prefix_reuse else one_set + one_set // self.spec.num_layers
 
     def _require_memory(self) -> None:
         needed, free = self.weight_bytes + self.cache_bytes, _available_memory()
         if free is not None and needed > free:
             raise BackendError(
-                f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights in float32 {self.weight_bytes / 1e9:.1f}, "
+                f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights {self.weight_bytes / 1e9:.1f}, "
                 f"KV cache {self.cache_bytes / 1e9:.1f}), {free / 1e9:.1f} GB are free; "
-                "free memory, export with a smaller --context, or use a smaller model"
+                "free memory, export with a smaller --context, use a smaller model"
+                + (", or open it with prefix_reuse=False" if self.prefix_reuse else "")
             )
 
     def graph(self, name: str) -> Any:
@@ -84,6 +98,9 @@ class OrtBackend:
         with self._lock:
             if name not in self._sessions:
                 path = self.bundle.path(self.bundle.manifest.graphs[name].file)
+                # ONNX Runtime plans memory once per combination of input shapes and never forgets a plan: with any
+                # prefix before any chunk that is a leak.
+                self._options.enable_mem_pattern = name == "step"
                 self._sessions[name] = _call(f"load {path.name}", _open, path, self._options)
             return self._sessions[name]
 
@@ -129,55 +146,78 @@ class OrtBackend:
 class OrtState:
     """One KV cache, and the buffers of a step, bound once.
 
-    cache: float32 [1, G, C, E] per layer, keys and values in turn. The buffers keep their addresses for life.
+    cache: float32 [1, G, C, E] per layer, keys and values in turn, of the first pass; second: the same of the second
+    pass, where the back end keeps it. The buffers keep their addresses for life.
     """
 
     def __init__(self, backend: OrtBackend) -> None:
         self._backend = backend
         self._partial_lora = "traverse_text" in backend.bundle.manifest.graphs
-        spec, graph = backend.spec, backend.bundle.manifest.graphs["step"]
+        spec, graphs = backend.spec, backend.bundle.manifest.graphs
         shape = (1, spec.num_kv_heads, backend.context, spec.head_dim)
         # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
         self.cache = [np.zeros(shape, np.float32) for _ in range(2 * spec.num_layers)]
-        values = [_value(array) for array in self.cache]
-        self._past = dict(zip((p.name for p in graph.inputs if p.name.startswith("past_")), values, strict=True))
-        self._present = dict(zip((p.name for p in graph.outputs[1:]), values, strict=True))
+        # Without reuse each layer of a traverse writes its second pass into the same scratch, and reads it at once.
+        own = 2 * spec.num_layers if backend.prefix_reuse else 2
+        self.second = [np.zeros(shape, np.float32) for _ in range(own)]
+        values = [_value(array) for array in (*self.cache, *self.second)]
+        values += values[-2:] * (spec.num_layers - own // 2)
+        past = [p.name for p in graphs["traverse"].inputs if p.name.startswith("past_")]
+        present = [p.name for p in graphs["traverse"].outputs if p.name.startswith("present_")]
+        self._past, self._present = (dict(zip(names, values, strict=True)) for names in (past, present))
         self._embedding = np.zeros((1, 1, spec.hidden_size), np.float32)
         self._position = np.zeros((1, 1), np.int64)
+        self._slots = np.arange(backend.context, dtype=np.int64)
         self._logits = np.zeros((1, spec.vocab_size), np.float32)
         self._rope_offset = np.zeros(1, np.int64)  # rows of the rope tables to skip: 0, or to the long factor set
         self._long_rope_offset = spec.long_rope.short_rows(backend.context) if spec.long_rope else None
-        feeds = {"inputs_embeds": _value(self._embedding), "position_ids": _value(self._position)}
-        self._step = self._bind("step", feeds)
+        self._one = {"inputs_embeds": _value(self._embedding), "position_ids": _value(self._position)}
+        self._step = self._bind("step", self._one)
+        self._traverse_one: Any = None  # bound at first use
 
     def _bind(self, name: str, feeds: Mapping[str, Any]) -> Any:
-        if self._long_rope_offset is not None:
-            feeds = {**feeds, "rope_offset": _value(self._rope_offset)}
-        binding = self._backend.bind(name, {**self._past, **feeds})
+        graph = self._backend.bundle.manifest.graphs[name]
+        given = {**self._past, **feeds, "rope_offset": _value(self._rope_offset)}
+        binding = self._backend.bind(name, {p.name: given[p.name] for p in graph.inputs if p.name in given})
         binding.bind_ortvalue_output("logits", _value(self._logits))
-        for key, value in self._present.items():
-            binding.bind_ortvalue_output(key, value)
+        for port in graph.outputs[1:]:
+            binding.bind_ortvalue_output(port.name, self._present[port.name])
         return binding
 
-    def traverse(self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False) -> Float32:
-        """Both passes over a whole prompt. embeddings [S, D], image_mask [S] or None; logits [V] of the last token.
+    def traverse(
+        self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False, start: int = 0
+    ) -> Float32:
+        """Both passes over embeddings [S, D] behind `start` cached tokens; image_mask [S] or None; logits [V].
 
         long_rope: with the long factor set, and so all steps that follow. The returned array is overwritten by the
         next call.
         """
         self._rope_offset[0] = self._long_rope_offset if long_rope and self._long_rope_offset is not None else 0
-        length = len(embeddings)
+        stop = start + len(embeddings)
+        name = "traverse_text" if self._partial_lora and image_mask is None else "traverse"
+        if len(embeddings) == 1 and image_mask is None:  # decoding with both passes: only the length to read is new
+            self._embedding[0], self._position[0, 0] = embeddings, start
+            self._traverse_one = self._traverse_one or self._bind(name, self._one)
+            self._traverse_one.bind_ortvalue_input("slots", _value(self._slots[:stop]))
+            self._backend.run(name, self._traverse_one)
+            return self._logits[0]
         feeds = {
             "inputs_embeds": _value(embeddings[None]),
-            "position_ids": _value(np.arange(length, dtype=np.int64)[None]),
+            "position_ids": _value(self._slots[None, start:stop]),
+            "slots": _value(self._slots[:stop]),
         }
-        name = "traverse"
-        if self._partial_lora and image_mask is None:
-            name = "traverse_text"
-        elif self._partial_lora and image_mask is not None:
+        if image_mask is not None:
             feeds["image_mask"] = _value(image_mask.astype(np.float32)[None, :, None])
         self._backend.run(name, self._bind(name, feeds), shrink=True)
         return self._logits[0]
+
+    def copy_rows(self, source: OrtState, start: int, stop: int, which: int) -> None:
+        """Copy rows start..stop-1 of the first (which 0) or second set; with the first also the choice of factors."""
+        mine, theirs = (self.second, source.second) if which else (self.cache, source.cache)
+        for to, of in zip(mine, theirs, strict=True):
+            to[:, :, start:stop] = of[:, :, start:stop]
+        if not which:
+            self._rope_offset[:] = source._rope_offset
 
     def step(self, embedding: Float32, position: int) -> Float32:
         """One pass over one token. embedding [D] at `position`; logits [V], overwritten by the next call."""
@@ -201,6 +241,10 @@ def _call(what: str, function: Any, *args: Any) -> Any:
         return function(*args)
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
+
+
+def _loaded_bytes(tensor: TensorInfo) -> int:
+    return int(np.prod(tensor.shape)) * loaded_dtype(tensor.dtype).itemsize
 
 
 def _available_memory() -> int | None:

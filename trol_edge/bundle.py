@@ -33,6 +33,7 @@ from trol_edge.text import PromptSpec
 from trol_edge.weights import WeightsFile
 
 FORMAT = "trol-edge-bundle"
+# 2: traverse goes on from a prefix (slots, and a cache of the second pass); a plan of precisions
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"

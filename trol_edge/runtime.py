@@ -77,11 +77,20 @@ class Answer:
 class Runtime:
     """A loaded bundle. Calls from several threads are safe: each has a KV cache of its own while it runs."""
 
-    def __init__(self, bundle: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        prefix_reuse: bool = True,
+    ) -> None:
         """Load a bundle folder.
 
         threads: of one inference call (default: the physical cores). verify: check the sha256 of the weights while
-        they are read (the other files are always checked); False saves that time on a disk you trust.
+        they are read (the other files are always checked); False saves that time on a disk you trust. prefix_reuse:
+        keep the keys and values of both passes, so that sessions can go on from a prefix (see trol_edge.Session); False
+        halves the K/V memory, and what needs the second set is refused.
         Raises BundleError (missing, half-copied, altered, other version) and BackendError (library, memory).
         """
         self.bundle = Bundle(bundle)
@@ -103,13 +112,16 @@ class Runtime:
                 )
         module, name = BACKENDS[manifest.target]
         backend_class = getattr(importlib.import_module(module), name)
-        self._backend: Backend = backend_class(self.bundle, threads=threads, verify=verify)
+        self._backend: Backend = backend_class(self.bundle, threads=threads, verify=verify, prefix_reuse=prefix_reuse)
         self._embeddings = Embeddings(self.bundle)
         self._idle: list[Session] = []  # sessions between answers; a KV cache is large, so it is used again
 
-    def session(self, long_context: bool = False) -> Session:
-        """A new token-level session with a KV cache of its own (see trol_edge.Session; long_context: see generate)."""
-        return Session(self._backend, self._embeddings, self.bundle, long_context)
+    def session(self, long_context: bool = False, prefill_chunk: int | None = None) -> Session:
+        """A new token-level session with a KV cache of its own (see trol_edge.Session).
+
+        long_context: see generate. prefill_chunk: tokens per traverse of a prompt (None: all at once).
+        """
+        return Session(self._backend, self._embeddings, self.bundle, long_context, prefill_chunk)
 
     def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = ()) -> list[int]:
         """Token ids of a whole prompt, template included. Raises UsageError as generate does.
@@ -271,7 +283,7 @@ class _Run:
                     timings = Timings(self.preprocess_ms, vision_ms, prefill_ms, decode_ms)
                     yield Piece(text, ids, reason, timings, session.rope)
         finally:
-            session.length = 0
+            session.truncate(0)
             runtime._idle.append(session)
 
 

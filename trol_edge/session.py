@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trol_edge.bundle import EMBEDDING, Bundle
+from trol_edge.cache import Backend, Cache, State
 from trol_edge.errors import BundleError, ContextError, UsageError
 from trol_edge.weights import to_float32
 
+__all__ = ["Backend", "Embeddings", "OnChunk", "Session", "State"]
+
 Float32 = NDArray[np.float32]
-
-
-class State(Protocol):
-    """One KV cache on some back end. Logits are float32 [V] and may be overwritten by the next call."""
-
-    def traverse(self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False) -> Float32:
-        """Prefill an empty cache: embeddings [S, D], image_mask [S] (None: no image tokens).
-
-        long_rope: use the long factor set, here and in the steps that follow (only where spec.long_rope is set).
-        """
-        ...
-
-    def step(self, embedding: Float32, position: int) -> Float32:
-        """Decode one token: embedding [D] at a position."""
-        ...
-
-
-class Backend(Protocol):
-    """The graphs of one bundle on some inference library; the one seam between runtime and accelerators."""
-
-    def encode_image(self, pixel_values: Float32) -> Float32:
-        """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
-        ...
-
-    def new_state(self) -> State:
-        """A new, empty KV cache."""
-        ...
 
 
 class Embeddings:
@@ -60,23 +38,62 @@ class Embeddings:
         return to_float32(self._table[ids], self._dtype)
 
 
+# Called before each chunk with the tokens that are in the cache and the tokens that there will be.
+OnChunk = Callable[[int, int], None]
+
+
 class Session:
     """Token-level access to one conversation state. Not thread-safe; make one per thread.
 
     >>> s = rt.session()
-    >>> logits = s.prefill(ids)               # float32 [V]: both traversal passes (paper section 3), any length
-    >>> logits = s.step(int(logits.argmax())) # float32 [V]: one pass, KV cache
+    >>> logits = s.prefill(ids, pixels)       # float32 [V]: both traversal passes (paper section 3), any length
+    >>> logits = s.step(int(logits.argmax())) # float32 [V]: one pass, first K/V set
+    >>> logits = s.extend(next_turn)          # float32 [V]: as a prefill of everything so far and the new tokens
+    >>> twin = s.fork()                       # shares what is cached; copied when one of the two writes over it
+
+    `extend` and `prefill(reuse=True)` are exact: both passes' keys and values of the prefix are kept, and the new
+    tokens attend to them pass by pass. A Runtime opened with prefix_reuse=False keeps one set, and refuses them.
     """
 
-    def __init__(self, backend: Backend, embeddings: Embeddings, bundle: Bundle, long_context: bool = False) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        embeddings: Embeddings,
+        bundle: Bundle,
+        long_context: bool = False,
+        prefill_chunk: int | None = None,
+    ) -> None:
         self._backend, self._embeddings = backend, embeddings
         self._spec, self.context = bundle.manifest.spec, bundle.manifest.context
-        self._state = backend.new_state()
+        self._cache: Cache | None = Cache(backend)
+        self._ids = np.zeros(self.context, np.int64)  # what is cached, token by token
+        self._filled = np.zeros(self.context, bool)  # where a picture's features stand, not a token's embedding
+        self._pictures: list[_Picture] = []
+        self._length = 0
+        self._traversed = 0  # leading tokens that went through both passes; behind them stand stepped ones
         self._long = False
+        self._interrupted = False
         # Whether the next prefill takes the long rope factors whatever the prompt's length. Without effect on models
         # that have one set.
         self.long_context = long_context
-        self.length = 0  # tokens in the cache
+        self.prefill_chunk = prefill_chunk  # tokens per traverse, None: all at once; bounds scratch memory and waiting
+        self.reused = 0  # tokens that the last prefill or extend found in the cache
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    @property
+    def traversed(self) -> int:
+        """Leading tokens in the cache that went through both passes: the prompt, without the stepped answer."""
+        return self._traversed
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens in the cache."""
+        found: list[int] = self._ids[: self._length].tolist()
+        return found
 
     @property
     def rope(self) -> Literal["plain", "short", "long"]:
@@ -85,47 +102,111 @@ class Session:
 
     @property
     def limit(self) -> int:
-        """Tokens that the session can hold with these factors: the context, or less with the short ones."""
+        """Tokens up to which `step` goes with these factors: the context, or less with the short ones."""
         rope = self._spec.long_rope
         return self.context if rope is None or self._long else rope.short_rows(self.context)
 
-    def prefill(self, token_ids: Sequence[int] | ArrayLike, pixel_values: Float32 | None = None) -> Float32:
-        """Start over with a prompt; returns the logits, float32 [V], of its last token.
+    @property
+    def prefix_reuse(self) -> bool:
+        """Whether both K/V sets are kept, so that `extend` and `prefill(reuse=True)` work."""
+        return self._backend.prefix_reuse
+
+    def prefill(
+        self,
+        token_ids: Sequence[int] | ArrayLike,
+        pixel_values: Float32 | None = None,
+        *,
+        reuse: bool = False,
+        on_chunk: OnChunk | None = None,
+    ) -> Float32:
+        """Make a prompt the content of the session; returns the logits, float32 [V], of its last token.
 
         token_ids: ints [S], S >= 1, with `tokens_per_image` image tokens (`image_token_id`) per picture, or per tile.
         pixel_values: float32 [N, 3, P, P] normalised pictures or tiles in the order of their tokens, or None.
+        reuse: keep the longest prefix that is cached of the same tokens and the same pictures (by their features), and
+        traverse only what follows, at least the last token; the result is that of a fresh prefill. `reused` says how
+        many tokens were kept.
+        on_chunk: called before each chunk (see prefill_chunk). What it raises goes through; the session then holds
+        the chunks that are done, for `prefill(reuse=True)` to go on from, and refuses to step.
         Raises UsageError for wrong shapes, ids or counts and ContextError for a prompt longer than the context.
         A prompt of one token is traversed too. Where the model's rotary embedding has two factor sets, a prompt
-        longer than the short set serves takes the long one (as does every prompt with `long_context`), see `rope`.
+        longer than the short set serves takes the long one (as does every prompt with `long_context`), see `rope`;
+        a prefix with the other set is not reused.
         """
         features = None if pixel_values is None else self._backend.encode_image(self.check_pixels(pixel_values))
-        return self.prefill_features(token_ids, features)
+        return self.prefill_features(token_ids, features, reuse=reuse, on_chunk=on_chunk)
 
-    def prefill_features(self, token_ids: Sequence[int] | ArrayLike, features: Float32 | None) -> Float32:
-        """As prefill, with image features [N, T, D] (from the vision graph) instead of pixels."""
+    def prefill_features(
+        self,
+        token_ids: Sequence[int] | ArrayLike,
+        features: Float32 | None,
+        identities: Sequence[bytes] | None = None,
+        *,
+        reuse: bool = False,
+        on_chunk: OnChunk | None = None,
+    ) -> Float32:
+        """As prefill, with image features [N, T, D] (from the vision graph) instead of pixels.
+
+        identities: one key per picture or tile, equal only where the features are equal, so that they need not be
+        hashed again (10 MB each for TroL-1.8B); None: a hash of the features.
+        """
+        cache = self._open()
         ids = self.check_ids(token_ids)
         mask = ids == self._spec.image_token_id
-        pictures = 0 if features is None else len(features)
-        expected = pictures * self._spec.vision.tokens_per_image
-        if int(mask.sum()) != expected:
-            raise UsageError(
-                f"the prompt has {int(mask.sum())} image tokens (id {self._spec.image_token_id}), but {pictures} "
-                f"picture(s) or tile(s) fill {expected}; give {self._spec.vision.tokens_per_image} for each"
-            )
-        if len(ids) > self.context:
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens, this bundle holds {self.context}; "
-                "shorten it, give fewer pictures, or export with a larger --context"
-            )
-        self.length = 0  # should the traverse fail, the session is empty, not half-filled
-        embeddings = self._embeddings[ids]
-        if features is not None:
-            embeddings[mask] = features.reshape(-1, embeddings.shape[1])
-        rope = self._spec.long_rope
-        self._long = rope is not None and (self.long_context or len(ids) > rope.original_max_position_embeddings)
-        logits = self._state.traverse(embeddings, mask if features is not None else None, self._long)
-        self.length = len(ids)
-        return logits.copy()
+        pictures = self._identify(features, identities)
+        self._check_count(mask, len(pictures))
+        self._check_room(len(ids))
+        if reuse:
+            self._require_both("reuse=True")
+        long_rope = self._takes_long(len(ids))
+        start = self._common(ids, mask, pictures) if reuse and long_rope == self._long else 0
+        rows = [p.features for p in pictures]
+        return self._traverse(cache, start, ids, mask, rows, pictures, long_rope, on_chunk)
+
+    def extend(
+        self,
+        token_ids: Sequence[int] | ArrayLike,
+        pixel_values: Float32 | None = None,
+        *,
+        on_chunk: OnChunk | None = None,
+    ) -> Float32:
+        """Traverse more tokens behind what is cached; returns the logits, float32 [V], of the last.
+
+        Exactly as `prefill` of all tokens so far and these would be, at the cost of these. Tokens that were stepped
+        (an answer) are traversed on the way, because that is what a prompt that contains them does. One token at a
+        time this is decoding with both passes, the authors' `use_cache=False`. Arguments and errors as for prefill;
+        token_ids need image tokens for these pictures only.
+        Where the total length changes the rope factors (TroL-3.8B), everything is traversed again.
+        """
+        features = None if pixel_values is None else self._backend.encode_image(self.check_pixels(pixel_values))
+        return self.extend_features(token_ids, features, on_chunk=on_chunk)
+
+    def extend_features(
+        self,
+        token_ids: Sequence[int] | ArrayLike,
+        features: Float32 | None,
+        identities: Sequence[bytes] | None = None,
+        *,
+        on_chunk: OnChunk | None = None,
+    ) -> Float32:
+        """As extend, with image features instead of pixels (see prefill_features)."""
+        cache = self._open()
+        self._require_both("extend")
+        self._require_whole("extend")
+        new = self.check_ids(token_ids)
+        new_mask = new == self._spec.image_token_id
+        pictures = self._identify(features, identities)
+        self._check_count(new_mask, len(pictures))
+        held = self._length
+        total = held + len(new)
+        self._check_room(total)
+        if int(self._filled[:held].sum()) % self._spec.vision.tokens_per_image:
+            raise UsageError(f"the {held} cached tokens end inside a picture; prefill the whole prompt with reuse=True")
+        long_rope = self._takes_long(total)
+        start = self._traversed if long_rope == self._long else 0
+        ids, mask = np.concatenate((self._ids[:held], new)), np.concatenate((self._filled[:held], new_mask))
+        pictures = [*self._pictures, *pictures]
+        return self._traverse(cache, start, ids, mask, [p.features for p in pictures], pictures, long_rope, on_chunk)
 
     def step(self, token_id: int) -> Float32:
         """Append one token in one pass (no gate, no LoRA); returns the logits, float32 [V], of what follows it.
@@ -136,20 +217,202 @@ class Session:
 
     def step_view(self, token_id: int) -> Float32:
         """As step, but the array returned is overwritten by the next call (no allocation)."""
-        if not self.length:
+        cache, length = self._open(), self._length
+        if not length:
             raise UsageError("step before prefill; call prefill(token_ids) first")
-        if self.length >= self.context:
+        if self._interrupted:
+            self._require_whole("step")
+        if length >= self.context:
             raise ContextError(f"the context of {self.context} tokens is full; export with a larger --context")
-        if self.length >= self.limit:
+        if length >= self.limit:
             raise ContextError(
                 f"the short rope factors serve {self.limit} tokens, and the cached keys have them; "
                 "prefill again with long_context=True, which takes the long factors from the first token on"
             )
         if not isinstance(token_id, (int, np.integer)) or not 0 <= token_id < self._spec.vocab_size:
             raise UsageError(f"token id {token_id!r} is not an int in 0..{self._spec.vocab_size - 1}")
-        logits = self._state.step(self._embeddings[token_id], self.length)
-        self.length += 1
+        logits = cache.step(self._embeddings[token_id], length, self._traversed)
+        self._ids[length], self._filled[length] = token_id, False
+        self._length = length + 1
         return logits
+
+    def truncate(self, length: int) -> None:
+        """Go back to the first `length` tokens (0: empty), from where step or extend go on. Nothing is copied.
+
+        Raises UsageError where the session holds fewer.
+        """
+        self._open()
+        if not isinstance(length, (int, np.integer)) or isinstance(length, bool) or not 0 <= length <= self._length:
+            raise UsageError(f"truncate({length!r}): the session holds {self._length} tokens; give 0..{self._length}")
+        self._length, self._traversed = int(length), min(self._traversed, int(length))
+        kept = -(-int(self._filled[:length].sum()) // self._spec.vision.tokens_per_image)
+        del self._pictures[kept:]
+        self._interrupted = False
+
+    def fork(self) -> Session:
+        """A session that goes on from here by itself: what-if questions about one prompt.
+
+        It shares the cached rows and copies them when it first writes: the first K/V set at its first step, the second
+        set only if it traverses (extend). The session that it came from copies nothing as long as it goes on behind
+        the rows that are shared. Forks may be used in other threads.
+        """
+        cache = self._open()
+        twin = Session.__new__(Session)
+        twin.__dict__.update(self.__dict__)
+        twin._cache = cache.fork(self._length, self._traversed)
+        twin._ids, twin._filled, twin._pictures = self._ids.copy(), self._filled.copy(), list(self._pictures)
+        return twin
+
+    def become(self, other: Session) -> None:
+        """Hold what another session of the same Runtime holds, by copying only the rows that differ.
+
+        For beam search: the beams share their prompt, so a beam that goes on from another copies that one's answer.
+        Raises UsageError for a session of another Runtime.
+        """
+        mine, theirs = self._open(), other._open()
+        if other._backend is not self._backend:
+            raise UsageError("become() takes a session of the same Runtime; this one belongs to another")
+        if other is self:
+            return
+        start = 0
+        if self._long == other._long:
+            n = min(self._traversed, other._traversed)
+            start = self._agree(other._ids[:n], other._filled[:n], other._pictures, n)
+            m = min(self._length, other._length)
+            if start == n and self._traversed == other._traversed:  # stepped tokens after the same prompt
+                start += _same(self._ids[n:m] == other._ids[n:m])
+        mine.copy_rows(theirs, start, other._length, other._traversed)
+        length = other._length
+        self._ids[:length], self._filled[:length] = other._ids[:length], other._filled[:length]
+        self._pictures = list(other._pictures)
+        self._length, self._traversed, self._long = length, other._traversed, other._long
+        self._interrupted = other._interrupted
+
+    def close(self) -> None:
+        """Give the K/V buffers back (rows that forks rely on stay as long as they do). Closing twice is fine."""
+        self._cache = None
+
+    def __enter__(self) -> Session:
+        self._open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _traverse(
+        self,
+        cache: Cache,
+        start: int,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.bool_],
+        rows: list[Float32 | None],
+        pictures: list[_Picture],
+        long_rope: bool,
+        on_chunk: OnChunk | None,
+    ) -> Float32:
+        """Make the session hold `ids` [S], of which the first `start` are cached; logits of the last.
+
+        rows: features [T, D] of each picture; those of pictures that are cached whole are not looked at.
+        """
+        size = self.prefill_chunk or len(ids)
+        if self.prefill_chunk is not None:
+            self._check_chunk(self.prefill_chunk, len(ids) - start)
+        per_picture = self._spec.vision.tokens_per_image
+        order = np.cumsum(mask) - 1  # of the image tokens: which row of all pictures' features
+        self._length = self._traversed = self.reused = start
+        self._pictures, self._long = [p if self._spec.long_rope else _Picture(p.identity) for p in pictures], long_rope
+        self._interrupted = True  # until the last chunk is through
+        logits: Float32 | None = None
+        while self._length < len(ids):
+            first, last = self._length, min(self._length + size, len(ids))
+            if on_chunk is not None:
+                on_chunk(first, len(ids))
+            part = slice(first, last)
+            embeddings = self._embeddings[ids[part]]
+            for i in np.unique(order[part][mask[part]] // per_picture):
+                at = mask[part] & (order[part] // per_picture == i)
+                features = rows[i]
+                assert features is not None
+                embeddings[at] = features[order[part][at] % per_picture]
+            pictured = mask[part] if mask[part].any() else None
+            logits = cache.traverse(embeddings, pictured, long_rope, first)
+            self._ids[part], self._filled[part] = ids[part], mask[part]
+            self._length = self._traversed = last
+        self._interrupted = False
+        assert logits is not None
+        return logits.copy()
+
+    def _takes_long(self, total: int) -> bool:
+        """Whether a prompt of so many tokens takes the long rope factors."""
+        rope = self._spec.long_rope
+        return rope is not None and (self.long_context or total > rope.original_max_position_embeddings)
+
+    def _identify(self, features: Float32 | None, identities: Sequence[bytes] | None) -> list[_Picture]:
+        if features is None:
+            return []
+        shape = (self._spec.vision.tokens_per_image, self._spec.hidden_size)
+        if features.ndim != 3 or features.shape[1:] != shape or features.dtype != np.float32:
+            raise UsageError(
+                f"features should be float32 [N, {shape[0]}, {shape[1]}], found {features.dtype} {list(features.shape)}"
+            )
+        if identities is None:
+            reuse = self._backend.prefix_reuse  # otherwise nobody will ask
+            identities = [hashlib.sha256(f.tobytes()).digest() if reuse else b"" for f in features]
+        if len(identities) != len(features):
+            raise UsageError(f"{len(identities)} identities for {len(features)} picture(s) or tile(s); one is for each")
+        return [_Picture(key, f) for key, f in zip(identities, features, strict=True)]
+
+    def _common(self, ids: NDArray[np.int64], mask: NDArray[np.bool_], pictures: list[_Picture]) -> int:
+        """Tokens of a new prompt that are cached as traversed ones; at least the last is left to traverse."""
+        return self._agree(ids, mask, pictures, min(self._traversed, len(ids) - 1))
+
+    def _agree(self, ids: NDArray[np.int64], mask: NDArray[np.bool_], pictures: list[_Picture], n: int) -> int:
+        """How many of the first n tokens are the same here: same ids, and in the same places the same pictures."""
+        same = _same((self._ids[:n] == ids[:n]) & (self._filled[:n] == mask[:n]))
+        for i, at in enumerate(np.flatnonzero(mask[:same])[:: self._spec.vision.tokens_per_image]):
+            if self._pictures[i].identity != pictures[i].identity:
+                return int(at)
+        return same
+
+    def _open(self) -> Cache:
+        if self._cache is None:
+            raise UsageError("this session is closed; make another with Runtime.session()")
+        return self._cache
+
+    def _require_both(self, what: str) -> None:
+        if not self._backend.prefix_reuse:
+            raise UsageError(
+                f"{what} needs the keys and values of both passes, and this Runtime keeps the first pass's only; "
+                "open it with prefix_reuse=True (it costs as much K/V memory again)"
+            )
+
+    def _require_whole(self, what: str) -> None:
+        if self._interrupted:
+            raise UsageError(
+                f"{what}: the last prefill or extend did not finish, {self._length} tokens are done; "
+                "prefill the whole prompt (with reuse=True it goes on from there), or truncate"
+            )
+
+    def _check_chunk(self, size: int, tokens: int) -> None:
+        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
+            raise UsageError(f"prefill_chunk should be a whole number above 0, or None, found {size!r}")
+        if tokens > size:
+            self._require_both("prefill_chunk")
+
+    def _check_count(self, mask: NDArray[np.bool_], pictures: int) -> None:
+        expected = pictures * self._spec.vision.tokens_per_image
+        if int(mask.sum()) != expected:
+            raise UsageError(
+                f"the prompt has {int(mask.sum())} image tokens (id {self._spec.image_token_id}), but {pictures} "
+                f"picture(s) or tile(s) fill {expected}; give {self._spec.vision.tokens_per_image} for each"
+            )
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens > self.context:
+            raise ContextError(
+                f"the prompt has {tokens} tokens, this bundle holds {self.context}; "
+                "shorten it, give fewer pictures, or export with a larger --context"
+            )
 
     def check_ids(self, token_ids: Sequence[int] | ArrayLike) -> NDArray[np.int64]:
         """token_ids as int64 [S]; UsageError where they are no list of ids of this model."""
@@ -175,6 +438,19 @@ class Session:
         if not np.isfinite(pixels).all():
             raise UsageError("pixel_values hold NaN or infinite values")
         return np.ascontiguousarray(pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    """A picture or tile of the prompt: what tells it from others, and its features [T, D] while they are needed."""
+
+    identity: bytes
+    features: Float32 | None = None
+
+
+def _same(equal: NDArray[np.bool_]) -> int:
+    """How many leading entries are True."""
+    return len(equal) if equal.all() else int(equal.argmin())
 
 
 def _array(values: Any, name: str) -> NDArray[Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from trol_edge.errors import BundleError
 
 Float32 = NDArray[np.float32]
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
 FLOATS = ("F32", "F16", "BF16")
 BLOCK_BYTES = 16 << 20
 
@@ -115,6 +115,7 @@ _STORED: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
     "F8_E4M3": np.dtype("u1"),  # its bits

@@ -1,0 +1,171 @@
+"""Copy-on-write over K/V caches: a fork shares its parent's rows until one of the two would write over them.
+
+A back end's `State` is plain buffers. A `Cache` is a State that may borrow the first rows of another: they are copied,
+one set (first pass, second pass) at a time, when the borrower first writes that set. The owner goes on writing behind
+what is borrowed, in place; only where it would overwrite borrowed rows does it move to buffers of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+FIRST, SECOND = 0, 1  # the K/V sets: of the first and of the second pass
+
+
+class State(Protocol):
+    """The K/V buffers of one sequence on some back end. Logits are float32 [V] and may be overwritten by the next call.
+
+    Rows are positions. There are two sets of buffers: the first pass's, and the second pass's, which a back end without
+    prefix reuse does not keep.
+    """
+
+    def traverse(
+        self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False, start: int = 0
+    ) -> Float32:
+        """Both passes over tokens at positions start..start+S-1, S >= 1, behind rows 0..start-1 of both sets.
+
+        embeddings [S, D], image_mask [S] (None: no image tokens). Writes rows start..start+S-1 of both sets; logits of
+        the last token. start > 0 only where the back end keeps the second set. long_rope: use the long factor set,
+        here and in the steps that follow (only where spec.long_rope is set).
+        """
+        ...
+
+    def step(self, embedding: Float32, position: int) -> Float32:
+        """One pass over one token, embedding [D], at `position`: reads and writes the first set only."""
+        ...
+
+    def copy_rows(self, source: State, start: int, stop: int, which: int) -> None:
+        """Copy rows start..stop-1 of one set (FIRST or SECOND) of another state of the same back end.
+
+        With FIRST also what steps need to know besides (the rope factors).
+        """
+        ...
+
+
+class Backend(Protocol):
+    """The graphs of one bundle on some inference library; the one seam between runtime and accelerators."""
+
+    # Whether states keep both K/V sets, so that a traverse may start behind a prefix.
+    prefix_reuse: bool
+
+    def encode_image(self, pixel_values: Float32) -> Float32:
+        """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
+        ...
+
+    def new_state(self) -> State:
+        """New, empty K/V buffers."""
+        ...
+
+
+class _Body:
+    """A State, the Cache that may write it, and the caches that rely on its first rows."""
+
+    def __init__(self, state: State, owner: Cache) -> None:
+        self.state = state
+        self.owner: Any = weakref.ref(owner)
+        self.readers: list[tuple[Any, int, int]] = []  # (weak reference to a Cache, which set, rows)
+
+    def relied_on(self, which: int) -> int:
+        """Rows of a set that other caches still read."""
+        self.readers = [entry for entry in self.readers if entry[0]() is not None]
+        return max((rows for _, kind, rows in self.readers if kind == which), default=0)
+
+    def drop(self, cache: Cache, which: int) -> None:
+        """Forget that a cache reads a set."""
+        self.readers = [entry for entry in self.readers if entry[0]() is not cache or entry[1] != which]
+
+
+_lock = threading.Lock()  # forks may live in several threads; held for bookkeeping only, never while rows are copied
+
+
+class Cache:
+    """The K/V rows of one sequence. Not thread-safe, but forks of one cache may be used in threads of their own."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._body: _Body | None = _Body(backend.new_state(), self)
+        self._borrowed: dict[int, tuple[_Body, int]] = {}  # set -> (where its first rows still are, how many)
+
+    @property
+    def state(self) -> State | None:
+        """The State that this cache writes; None while a fork has written nothing."""
+        return None if self._body is None else self._body.state
+
+    def fork(self, first: int, second: int) -> Cache:
+        """A cache that shares rows 0..first-1 of the first set and 0..second-1 of the second; copies nothing."""
+        twin = Cache.__new__(Cache)
+        twin._backend, twin._body, twin._borrowed = self._backend, None, {}
+        with _lock:
+            for which, rows in ((FIRST, first), (SECOND, second if self._backend.prefix_reuse else 0)):
+                lender = self._borrowed[which][0] if which in self._borrowed else self._body
+                if rows and lender is not None:
+                    twin._borrow(lender, which, rows)
+        return twin
+
+    def traverse(
+        self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool, start: int
+    ) -> Float32:
+        """See State; rows 0..start-1 of both sets must be there."""
+        state = self._writable(start, start, both=True)
+        return state.traverse(embeddings, image_mask, long_rope, start)
+
+    def step(self, embedding: Float32, position: int, traversed: int) -> Float32:
+        """See State; rows 0..position-1 of the first set must be there. traversed: valid rows of the second."""
+        body = self._body
+        if body is not None and not body.readers and FIRST not in self._borrowed:  # nobody shares: the usual case
+            return body.state.step(embedding, position)
+        return self._writable(position, traversed, both=False).step(embedding, position)
+
+    def copy_rows(self, source: Cache, start: int, stop: int, traversed: int) -> None:
+        """Take rows start..stop-1 of the first set, and start..traversed-1 of the second, from another cache."""
+        both = self._backend.prefix_reuse and traversed > start
+        state = self._writable(start, min(start, traversed), both)
+        for which, end in ((FIRST, stop), (SECOND, traversed)) if both else ((FIRST, stop),):
+            body = source._borrowed[which][0] if which in source._borrowed else source._body
+            if body is not None and end > start:
+                state.copy_rows(body.state, start, end, which)
+
+    def _writable(self, start: int, traversed: int, both: bool) -> State:
+        """The State whose rows from `start` on may be written, after copying what is still borrowed below them."""
+        sets = (FIRST, SECOND) if both else (FIRST,)
+        with _lock:
+            self._adopt()
+            body = self._body
+            if body is not None and any(start < body.relied_on(which) for which in sets):
+                # Leave these rows to those who read them, and become one of the readers.
+                self._body, body.owner = None, lambda: None
+                for which, rows in ((FIRST, start), (SECOND, min(start, traversed))):
+                    if rows and which not in self._borrowed and (which == FIRST or self._backend.prefix_reuse):
+                        self._borrow(body, which, rows)
+        if self._body is None:
+            self._body = _Body(self._backend.new_state(), self)
+        state = self._body.state
+        for which in sets:
+            if which in self._borrowed:
+                lender, rows = self._borrowed[which]
+                if min(rows, start):
+                    state.copy_rows(lender.state, 0, min(rows, start), which)
+                with _lock:
+                    del self._borrowed[which]
+                    lender.drop(self, which)
+        return state
+
+    def _adopt(self) -> None:
+        """Where the owner of the borrowed rows is gone and nobody else reads them, they are ours: no copy."""
+        lenders = {id(body): body for body, _ in self._borrowed.values()}
+        if self._body is not None or len(lenders) != 1:
+            return
+        (body,) = lenders.values()
+        if body.owner() is None and all(reader() in (None, self) for reader, _, _ in body.readers):
+            body.readers, body.owner = [], weakref.ref(self)
+            self._body, self._borrowed = body, {}
+
+    def _borrow(self, body: _Body, which: int, rows: int) -> None:
+        self._borrowed[which] = (body, rows)
+        body.readers.append((weakref.ref(self), which, rows))
