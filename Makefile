@@ -4,6 +4,7 @@ MODEL ?= trol-nano
 CHECKPOINT ?= $(MODEL)
 BUNDLE ?= build/$(MODEL)
 CONTEXT ?=
+MINUTES ?= 10
 PYTHON ?= python3
 VENV ?= .venv
 # One version, because a looser range fetches the newest build. On Linux PyPI's torch brings CUDA libraries (several
@@ -16,7 +17,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test test-oldest test-wheel lint bench accuracy nano wheel clean
+.PHONY: help engine test bindings test-oldest test-wheel lint bench soak accuracy nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +39,10 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 bench: $(VENV)/engine.stamp  ## prefill, decode and memory beside the torch reference and llama.cpp (if installed)
 	$(BIN)/python -m trol_edge.export.bench $(ARGS)
 
+soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)
+	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
+	@$(BIN)/trol-edge soak $(BUNDLE) --minutes $(MINUTES)
+
 accuracy: $(VENV)/engine.stamp  ## what fp16, int8 and int4 lose against fp32 on 2000 held-out questions (MODEL=, CHECKPOINT=)
 	for p in fp32 fp16 int8 int4; do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
 	$(BIN)/trol-edge compare $(foreach p,fp32 fp16 int8 int4,build/accuracy/$(MODEL)-$(p)) --scenes 2000 -o build/accuracy/$(MODEL)
@@ -48,13 +53,17 @@ nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores
 	$(BIN)/trol-edge export trol-nano -o build/trol-nano --force
 	$(BIN)/trol-edge evaluate build/trol-nano --report export/checkpoints/trol-nano/REPORT.md
 
+bindings: $(VENV)/test.stamp  ## fetch TensorRT's Python bindings (4 MB, no libraries), to which the tests hold our calls
+	$(BIN)/python -m tests.bindings
+
 # The robot side alone, on the oldest Python and ONNX Runtime we promise: no torch, no onnx in that environment.
 test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime 1.23.2
 	$(BIN)/trol-edge export trol-nano -o build/test-oldest-bundle --force
 	rm -rf build/venv-oldest && $(PYTHON_OLDEST) -m venv build/venv-oldest
 	build/venv-oldest/bin/python -m pip install --quiet -e '.[cpu]' onnxruntime==$(ORT_OLDEST) 'pytest>=8,<10'
 	TROL_EDGE_NANO_BUNDLE=build/test-oldest-bundle build/venv-oldest/bin/python -m pytest -q \
-		tests/test_runtime.py tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
+		tests/test_runtime.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
+		tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
 
 test-wheel: wheel  ## the wheel in an empty environment: imports, helps, and names the extras it lacks
 	rm -rf build/venv-wheel && $(PYTHON) -m venv build/venv-wheel

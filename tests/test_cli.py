@@ -242,7 +242,7 @@ def test_run_json(cli: Callable[..., Result], nano: Runtime, nano_bundle: Path) 
     assert data["text"] == answer.text
     assert tuple(data["token_ids"]) == answer.token_ids
     assert data["finish_reason"] == "stop"
-    assert set(data["timings"]) == {"preprocess_ms", "vision_ms", "prefill_ms", "decode_ms"}
+    assert set(data["timings"]) == {"preprocess_ms", "wait_ms", "vision_ms", "prefill_ms", "decode_ms"}
 
 
 def test_run_options(cli: Callable[..., Result], nano: Runtime, nano_bundle: Path) -> None:

@@ -16,7 +16,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from trol_edge._version import __version__
@@ -65,7 +73,11 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
     model: Annotated[str | None, typer.Option(help="Name of the model in the bundle.")] = None,
     target: Annotated[
-        str, typer.Option(help="cpu: for trol_edge.Runtime. onnx: self-contained ONNX files for other tools.")
+        str,
+        typer.Option(
+            help="cpu: for ONNX Runtime. rtx, tensorrt, jetson-jp6 ..: for TensorRT (trol-edge targets, then trol-edge "
+            "build). onnx: self-contained files for other tools."
+        ),
     ] = "cpu",
     context: Annotated[
         int | None,
@@ -221,7 +233,7 @@ def inspect(
         data = dataclasses.asdict(manifest)
         data["weights"] = {n: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes} for n, t in tensors.items()}
         data["weight_bytes"], data["weight_bytes_float32"] = stored, as_float
-        data["kv_bytes_per_token"] = kv
+        data["kv_bytes_per_token"] = kv  # of one set; prefix reuse keeps two
         _print_json(data)
         return
     spec = manifest.spec
@@ -252,8 +264,9 @@ def inspect(
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     out.print(
         f"A step reads {as_float['step'] / 1e6:.2f} MB of weights (float32, each once, {lora['step']} LoRA tensors), "
-        f"one embedding row of {row} bytes, and the KV cache: {kv} bytes per token, "
-        f"{kv * manifest.context / 1e6:.1f} MB in all.\n"
+        f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
+        f"K/V cache, per session: {kv} bytes per token and set, {kv * manifest.context / 1e6:.1f} MB a set; two sets, "
+        f"{2 * kv * manifest.context / 1e6:.1f} MB, with prefix reuse (the default), one without.\n"
         f"In no graph: {', '.join(sorted(tensors.keys() - used))} (looked up by the runtime)."
     )
 
@@ -494,6 +507,156 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
     print(f'  {tools}/python -c "{code}"')
 
 
+@app.command(epilog="Example: trol-edge soak build/trol-nano --minutes 10")
+def soak(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, with a tokenizer.")],
+    minutes: Annotated[float, typer.Option(help="How long.", min=0.01)] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Ask, stop, fork, miss deadlines and feed bad frames from four threads; exit 1 for wrong answers or leaks."""
+    from trol_edge.soak import soak as run_soak
+
+    shown = [-10.0]  # seconds at which a line was last printed
+
+    def progress(seconds: float, resident: int) -> None:
+        if seconds - shown[0] >= 10:
+            shown[0] = seconds
+            err.print(f"{seconds:6.0f} s  {resident / 1e6:8.1f} MB resident", markup=False)
+
+    report = run_soak(bundle, 60 * minutes, progress)
+    if as_json:
+        _print_json({**dataclasses.asdict(report), "passed": report.passed})
+    else:
+        calls = ", ".join(f"{name} {count}" for name, count in sorted(report.calls.items()))
+        out.print(f"{sum(report.calls.values())} calls in {report.seconds:.0f} s: {calls}")
+        out.print(f"vision cache: {report.vision_hits} hits, {report.vision_misses} misses")
+        if report.slope is None:
+            out.print("memory: not judged, the run was shorter than a minute")
+        else:
+            slope = report.slope
+            out.print(
+                f"memory: {slope.mb_per_minute:+.3f} MB/min (least squares, the first third left out), "
+                f"{slope.growth_bytes / 1e6:+.2f} MB in all, allowed {slope.allowed_bytes / 1e6:.2f} MB "
+                f"(1 % of {slope.resident_bytes / 1e6:.0f} MB, at least 4 MiB): {'flat' if slope.flat else 'NOT FLAT'}"
+            )
+        for line in report.wrong:
+            out.print(f"wrong: {line}", markup=False)
+        out.print("passed" if report.passed else "FAILED")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: trol-edge targets --json")
+def targets(
+    best: Annotated[bool, typer.Option("--best", help="Print the target to take on this machine, and why.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the targets, and which of them this machine can build and run now, and why not."""
+    from trol_edge.runtimes import doctor as room
+    from trol_edge.targets import NOT_YET, TARGETS
+
+    if best:
+        name, why = room.best()
+        if as_json:
+            _print_json({"target": name, "why": why})
+            return
+        print(name)
+        err.print(f"target {name}: {why}", markup=False, soft_wrap=True)
+        return
+    found = {status.target: status for status in room.statuses()}
+    if as_json:
+        _print_json({n: dataclasses.asdict(t) | dataclasses.asdict(found[n]) for n, t in TARGETS.items()})
+        return
+    table = Table(box=None, padding=(0, 1))
+    for column in ("target", "machine", "library", "precisions", "builds", "runs"):
+        table.add_column(column, no_wrap=column in ("target", "builds", "runs"))
+    reasons: dict[str, list[str]] = {}
+    for name, target in TARGETS.items():
+        status = found[name]
+        builds = "-" if not target.gpu else "yes" if status.builds else "no"
+        runs = ("yes" if not target.gpu else "yes*") if status.runs else "no"
+        row = (name, target.machine, status.found or target.library, " ".join(target.precisions), builds, runs)
+        table.add_row(*(escape(text) for text in row))
+        for why, what in ((status.why_no_build, "build"), (status.why_no_run, "run")):
+            if why and not (what == "run" and why == status.why_no_build):
+                reasons.setdefault(why, []).append(f"{name} ({what})" if status.builds else name)
+    out.print(table)
+    for why, names in reasons.items():
+        out.print(f"no {', '.join(names)}: {why}", markup=False, soft_wrap=True)
+    if any(status.runs and TARGETS[name].gpu for name, status in found.items()):
+        out.print(f"* {NOT_YET}")
+    out.print("What is missing, and why:")
+    for name, target in TARGETS.items():
+        out.print(f"  {name}: {'; '.join(target.missing)}", markup=False, style="dim", soft_wrap=True)
+
+
+@app.command(epilog="Example: trol-edge build build/trol-nano-rtx")
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, exported with a GPU target.")],
+    target: Annotated[str | None, typer.Option(help="See trol-edge targets.  [default: the bundle's own]")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GB of the device's memory, which engines and K/V cache must fit.")
+    ] = None,
+    workspace: Annotated[float | None, typer.Option(help="GB of scratch memory that one layer may ask for.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build although the engines that are there serve.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build a bundle's TensorRT engines: on the GPU that runs them, or anywhere with TensorRT for RTX."""
+    from trol_edge.bundle import Bundle
+    from trol_edge.runtimes import trt_build
+
+    start = time.perf_counter()
+    with _phases(quiet=as_json) as progress:
+        done = trt_build.build(
+            Bundle(bundle),
+            target,
+            memory_bytes=None if memory is None else int(memory * 1e9),
+            workspace_bytes=None if workspace is None else int(workspace * 1e9),
+            force=force,
+            progress=progress,
+        )
+    seconds, peak = time.perf_counter() - start, _peak_bytes()
+    if as_json:
+        data = dataclasses.asdict(done.engines) | {"built": done.built, "reason": done.reason}
+        _print_json(data | {"folder": str(done.folder), "seconds": seconds, "peak_bytes": peak})
+        return
+    if not done.built:
+        out.print(f"{escape(str(done.folder))}: up to date; --force builds again")
+        return
+    out.print(f"built, because: {done.reason}", markup=False, soft_wrap=True)
+    for name, engine in done.engines.engines.items():
+        ratio = engine.bytes / engine.weight_bytes
+        out.print(
+            f"{name:8} {engine.bytes / 1e6:9.1f} MB ({ratio:.3f} x its weights), {engine.seconds:5.1f} s, "
+            f"{len(engine.profiles)} profile(s); {', '.join(f'{n} {kind}' for kind, n in engine.layers.items())}",
+            markup=False,
+            soft_wrap=True,
+        )
+    out.print(
+        f"{done.engines.key.library}, {done.engines.precision}: {escape(str(done.folder))}, {seconds:.0f} s, "
+        f"peak memory {peak / 1e9:.2f} GB"
+    )
+
+
+@app.command(epilog="Example: trol-edge doctor build/trol-nano-rtx")
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder whose engines to look at, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that driver, GPU, TensorRT, engines and bundle fit together; exit code 1 where the bundle does not run."""
+    from trol_edge.bundle import Bundle
+    from trol_edge.runtimes import doctor as room
+
+    checks = room.examine(None if bundle is None else Bundle(bundle))
+    if as_json:
+        _print_json([dataclasses.asdict(check) for check in checks])
+    else:
+        for check in checks:
+            out.print(f"{'ok' if check.good else '--':2} {check.what}: {check.text}", markup=False, soft_wrap=True)
+    if not all(check.good for check in checks if check.what in ("engines", "fit")):
+        raise typer.Exit(1)
+
+
 @app.command("version", epilog="Example: trol-edge version")
 def version() -> None:
     """Print the version."""
@@ -527,6 +690,21 @@ def _extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise BackendError(f"{error.name} is not installed; pip install 'trol-edge[{name}]'") from error
+
+
+@contextmanager
+def _phases(quiet: bool) -> Iterator[Any]:
+    """A callback (phase, done, steps) that shows the phase at work and the time since the start, on one line."""
+    if quiet:
+        yield lambda what, done, total: None
+        return
+    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bars.update(task, description=f"{what} {done}/{total}" if total > 1 else what)
+
+        yield report
 
 
 @contextmanager
