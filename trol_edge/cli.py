@@ -452,6 +452,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for compare.json and the plot, compare.svg.")
     ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what bundles lost against a reference: per layer, in logits, in answers; and where it begins."""
@@ -460,7 +461,7 @@ def compare(
         from trol_edge.calibration import samples as sampling
     with _progress(quiet=as_json) as progress:
         chosen = sampling.load(data, samples, progress)
-        found = comparing.compare(reference, bundles, chosen, scenes=scenes, progress=progress)
+        found = comparing.compare(reference, bundles, chosen, scenes=scenes, threads=threads, progress=progress)
     if output:
         comparing.save(output, found)
     if as_json:
@@ -468,11 +469,12 @@ def compare(
         return
     for skipped in chosen.skipped:
         err.print(f"skipped: {skipped}", markup=False)
-    layers = Table("signal to noise, dB", *(escape(c.bundle) for c in found), box=None, padding=(0, 2))
+    names = [escape(name) for name in comparing.names(found)]
+    layers = Table("signal to noise, dB", *names, box=None, padding=(0, 2))
     for i, place in enumerate(found[0].places):
         layers.add_row(place.name, *(f"{c.places[i].mean_db:.1f}" for c in found))
     out.print(layers)
-    summary = Table("against " + escape(str(reference)), *(escape(c.bundle) for c in found), box=None, padding=(0, 2))
+    summary = Table(f"against {escape(reference.name)}", *names, box=None, padding=(0, 2))
     for title, cells in comparing.summary(found):
         summary.add_row(title, *cells)
     out.print(summary)
