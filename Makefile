@@ -36,7 +36,7 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/engine.stamp  ## prefill, decode and memory beside the torch reference and llama.cpp (if installed)
+bench: $(VENV)/engine.stamp  ## prefill, decode, memory: our precisions beside torch, llama.cpp and OpenVINO (if installed; see ARGS=--help)
 	$(BIN)/python -m trol_edge.export.bench $(ARGS)
 
 soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)

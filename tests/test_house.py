@@ -51,10 +51,11 @@ FORBIDDEN = {
 # (file, module): doors that stand open on purpose.
 OPEN = {
     ("export/train_nano.py", "trol_edge.calibration"),  # renders the scenes that it trains on
-    ("export/bench.py", "trol_edge.runtime"),  # measures what a user would call
     ("runtimes/trt_api.py", "tensorrt"),  # for type checkers; imported by name when a Library is made
     ("runtimes/cuda.py", "cuda"),  # each in a function, when a GPU is opened
     ("runtimes/cuda.py", "pycuda"),
+    ("export/contenders.py", "trol_edge.runtime"),  # measures what a user would call
+    ("export/contenders.py", "transformers"),  # makes a model for OpenVINO
     ("calibration/run.py", "torch"),  # runs the reference, layer by layer
     ("calibration/run.py", "trol_edge.export"),
     ("calibration/sensitivity.py", "torch"),  # rounds one Linear of the reference at a time
