@@ -5,6 +5,9 @@ CHECKPOINT ?= $(MODEL)
 BUNDLE ?= build/$(MODEL)
 CONTEXT ?=
 MINUTES ?= 10
+# Empty: the best that runs on this machine (`trol-edge targets --best`), in the recipe fp32.
+TARGET ?=
+PRECISION ?=
 PYTHON ?= python3
 VENV ?= .venv
 # One version, because a looser range fetches the newest build. On Linux PyPI's torch brings CUDA libraries (several
@@ -17,16 +20,23 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test bindings test-oldest test-wheel lint bench soak accuracy nano wheel clean
+.PHONY: help engine test bindings test-rtx test-gpu test-oldest test-wheel lint bench soak accuracy nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo "  e.g. make engine MODEL=trol-1.8b            (fetches the published checkpoint)"
 	@echo "       make engine MODEL=trol-7b CHECKPOINT=folder CONTEXT=4096"
+	@echo "       make engine TARGET=rtx PRECISION=fp16       (needs pip install tensorrt-rtx; trol-edge targets lists more)"
 
-engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, then ask it about a picture (MODEL=, CHECKPOINT=, CONTEXT=)
-	@$(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL) $(if $(CONTEXT),--context $(CONTEXT)) --force
-	@$(BIN)/trol-edge demo $(BUNDLE)
+engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, then ask it (MODEL=, TARGET=, PRECISION=, CHECKPOINT=, CONTEXT=)
+	@target="$(TARGET)"; test -n "$$target" || target=$$($(BIN)/trol-edge targets --best) || exit 1; \
+	$(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL) --target $$target --force \
+		$(if $(PRECISION),--precision $(PRECISION)) $(if $(CONTEXT),--context $(CONTEXT)) || exit 1; \
+	case $$target in \
+		cpu) $(BIN)/trol-edge demo $(BUNDLE);; \
+		onnx) ;; \
+		*) $(BIN)/trol-edge build $(BUNDLE) && $(BIN)/trol-edge doctor $(BUNDLE);; \
+	esac
 
 test: $(VENV)/test.stamp lint  ## lint, types and the test suite
 	$(BIN)/python -m pytest -q
@@ -55,6 +65,15 @@ nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores
 
 bindings: $(VENV)/test.stamp  ## fetch TensorRT's Python bindings (4 MB, no libraries), to which the tests hold our calls
 	$(BIN)/python -m tests.bindings
+
+test-rtx: $(VENV)/test.stamp  ## real engine builds by TensorRT for RTX (1.7, about 500 MB to fetch; needs no GPU)
+	@$(PIP) -e '.[rtx]'
+	$(BIN)/python -m pytest -q tests/test_trt_build.py tests/test_trt_api.py tests/test_targets.py tests/test_trt.py
+
+test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built here (not yet run by us)
+	$(BIN)/trol-edge export trol-nano -o build/test-gpu --target $$($(BIN)/trol-edge targets --best) --force
+	$(BIN)/trol-edge build build/test-gpu && $(BIN)/trol-edge doctor build/test-gpu
+	TROL_EDGE_GPU_BUNDLE=build/test-gpu $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
 
 # The robot side alone, on the oldest Python and ONNX Runtime we promise: no torch, no onnx in that environment.
 test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime 1.23.2
