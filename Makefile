@@ -38,18 +38,22 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 bench: $(VENV)/engine.stamp  ## prefill, decode and memory beside the torch reference and llama.cpp (if installed)
 	$(BIN)/python -m trol_edge.export.bench $(ARGS)
 
-nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores) and measure it through its bundle
-	rm -rf build/nano-scratch
-	$(BIN)/python -m trol_edge.export.train_nano --out export/checkpoints/trol-nano --scratch build/nano-scratch $(ARGS)
-	$(BIN)/trol-edge export trol-nano -o build/trol-nano --force
-	$(BIN)/trol-edge evaluate build/trol-nano --report export/checkpoints/trol-nano/REPORT.md
+# --scale 2: larger pictures of the same scenes, which trol-nano-phi3 cuts into tiles.
+nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle
+	rm -rf build/$(MODEL)-scratch
+	$(BIN)/python -m trol_edge.export.train_nano $(MODEL) --out export/checkpoints/$(MODEL) \
+		--scratch build/$(MODEL)-scratch $(ARGS)
+	$(BIN)/trol-edge export $(MODEL) -o $(BUNDLE) --force
+	$(BIN)/trol-edge evaluate $(BUNDLE) --report export/checkpoints/$(MODEL)/REPORT.md
+	$(BIN)/trol-edge evaluate $(BUNDLE) --scale 2 --report export/checkpoints/$(MODEL)/REPORT.md
 
 # The robot side alone, on the oldest Python and ONNX Runtime we promise: no torch, no onnx in that environment.
 test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime 1.23.2
-	$(BIN)/trol-edge export trol-nano -o build/test-oldest-bundle --force
+	$(BIN)/trol-edge export trol-nano -o build/test-oldest-bundles/trol-nano --force
+	$(BIN)/trol-edge export trol-nano-phi3 -o build/test-oldest-bundles/trol-nano-phi3 --force
 	rm -rf build/venv-oldest && $(PYTHON_OLDEST) -m venv build/venv-oldest
 	build/venv-oldest/bin/python -m pip install --quiet -e '.[cpu]' onnxruntime==$(ORT_OLDEST) 'pytest>=8,<10'
-	TROL_EDGE_NANO_BUNDLE=build/test-oldest-bundle build/venv-oldest/bin/python -m pytest -q \
+	TROL_EDGE_NANO_BUNDLES=build/test-oldest-bundles build/venv-oldest/bin/python -m pytest -q \
 		tests/test_runtime.py tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
 
 test-wheel: wheel  ## the wheel in an empty environment: imports, helps, and names the extras it lacks
@@ -63,7 +67,7 @@ wheel: $(VENV)/test.stamp  ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove what was built (not downloaded checkpoints)
-	rm -rf dist build/lib build/venv-* build/trol-nano .mypy_cache .ruff_cache .pytest_cache
+	rm -rf dist build/lib build/venv-* build/trol-nano* .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/engine.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 needed: make PYTHON=python3.12 ...")'
