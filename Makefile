@@ -57,11 +57,14 @@ accuracy: $(VENV)/engine.stamp  ## what fp16, int8 and int4 lose against fp32 on
 	for p in fp32 fp16 int8 int4; do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
 	$(BIN)/trol-edge compare $(foreach p,fp32 fp16 int8 int4,build/accuracy/$(MODEL)-$(p)) --scenes 2000 -o build/accuracy/$(MODEL)
 
-nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores) and measure it through its bundle
-	rm -rf build/nano-scratch
-	$(BIN)/python -m trol_edge.export.train_nano --out export/checkpoints/trol-nano --scratch build/nano-scratch $(ARGS)
-	$(BIN)/trol-edge export trol-nano -o build/trol-nano --force
-	$(BIN)/trol-edge evaluate build/trol-nano --report export/checkpoints/trol-nano/REPORT.md
+# --scale 2: larger pictures of the same scenes, which trol-nano-phi3 cuts into tiles.
+nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle
+	rm -rf build/$(MODEL)-scratch
+	$(BIN)/python -m trol_edge.export.train_nano $(MODEL) --out export/checkpoints/$(MODEL) \
+		--scratch build/$(MODEL)-scratch $(ARGS)
+	$(BIN)/trol-edge export $(MODEL) -o $(BUNDLE) --force
+	$(BIN)/trol-edge evaluate $(BUNDLE) --report export/checkpoints/$(MODEL)/REPORT.md
+	$(BIN)/trol-edge evaluate $(BUNDLE) --scale 2 --report export/checkpoints/$(MODEL)/REPORT.md
 
 bindings: $(VENV)/test.stamp  ## fetch TensorRT's Python bindings (4 MB, no libraries), to which the tests hold our calls
 	$(BIN)/python -m tests.bindings
@@ -77,10 +80,11 @@ test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built her
 
 # The robot side alone, on the oldest Python and ONNX Runtime we promise: no torch, no onnx in that environment.
 test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime 1.23.2
-	$(BIN)/trol-edge export trol-nano -o build/test-oldest-bundle --force
+	$(BIN)/trol-edge export trol-nano -o build/test-oldest-bundles/trol-nano --force
+	$(BIN)/trol-edge export trol-nano-phi3 -o build/test-oldest-bundles/trol-nano-phi3 --force
 	rm -rf build/venv-oldest && $(PYTHON_OLDEST) -m venv build/venv-oldest
 	build/venv-oldest/bin/python -m pip install --quiet -e '.[cpu]' onnxruntime==$(ORT_OLDEST) 'pytest>=8,<10'
-	TROL_EDGE_NANO_BUNDLE=build/test-oldest-bundle build/venv-oldest/bin/python -m pytest -q \
+	TROL_EDGE_NANO_BUNDLES=build/test-oldest-bundles build/venv-oldest/bin/python -m pytest -q \
 		tests/test_runtime.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
 		tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
 
@@ -95,7 +99,7 @@ wheel: $(VENV)/test.stamp  ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove what was built (not downloaded checkpoints)
-	rm -rf dist build/lib build/venv-* build/trol-nano .mypy_cache .ruff_cache .pytest_cache
+	rm -rf dist build/lib build/venv-* build/trol-nano* .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/engine.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 needed: make PYTHON=python3.12 ...")'
