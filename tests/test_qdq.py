@@ -111,7 +111,7 @@ def operators(model: ir.Model) -> list[str]:
 @pytest.mark.parametrize("linear", [W8A8, W8, W4])
 @pytest.mark.parametrize("optimize", [True, False])
 def test_quantized_graph_computes_what_it_says(linear: LinearPlan, optimize: bool) -> None:
-    """ONNX Runtime against numpy on the stored numbers: weights restored, and the input rounded where the plan has it."""
+    """ONNX Runtime against numpy on the stored numbers, the input rounded where the plan has it."""
     weights = {n: RANDOM.normal(size=(N, K)).astype(np.float32) for n in ("a.weight", "c.weight")}
     x = RANDOM.normal(size=(1, S, K)).astype(np.float32)
     scale = float(np.abs(x).max() * 0.8 / 127)  # some of it is clipped
