@@ -16,6 +16,7 @@ What is special about it (figures in CONTRIBUTING.md):
 - MatMulNBits is slow unless packed, and packing needs constants: 4-bit weights of a step are initializers, laid out in
   the weights file as the operator reads them. A traverse is compute-bound: there 4-bit weights are made into 8-bit ones
   when the bundle is loaded (`trol_edge.derived`), which costs memory and wins a factor of two.
+- QuantizeLinear is com.microsoft's: onnxruntime 1.23.2 has no kernel of the standard one at opset 23.
 - GroupQueryAttention writes the cache in place where past and present are bound to one buffer, and reads no more of it
   than there are tokens.
 """
@@ -403,7 +404,7 @@ class _Builder:
         assert match.input_scale is not None
         zero = self.constant("lowered.128", np.array(128, np.uint8))
         return (
-            self.op("QuantizeLinear", [match.x, match.input_scale, zero], f"{match.x.name}.uint8"),
+            self.op("QuantizeLinear", [match.x, match.input_scale, zero], f"{match.x.name}.uint8", domain=MICROSOFT),
             match.input_scale,
             None,
         )
@@ -416,9 +417,9 @@ class _Builder:
         step = self.op("Mul", [largest, self.constant("lowered.127th", np.array(1 / 127, np.float32))], f"{name}.step")
         scale = self.op("Max", [step, self.constant("lowered.epsilon", np.array(EPSILON, np.float32))], f"{name}.scale")
         flat = self.op("Reshape", [scale, self.constant("lowered.column", np.array([-1], np.int64))], f"{name}.rows")
-        fill = ir.tensor(np.array([128], np.uint8))
-        zeros = self.op("ConstantOfShape", [self.op("Shape", [flat], f"{name}.count")], f"{name}.zeros", value=fill)
-        rounded = self.op("QuantizeLinear", [x, flat, zeros], f"{name}.uint8", axis=1)
+        zero = self.constant("lowered.128", np.array(128, np.uint8))
+        zeros = self.op("Expand", [zero, self.op("Shape", [flat], f"{name}.count")], f"{name}.zeros")
+        rounded = self.op("QuantizeLinear", [x, flat, zeros], f"{name}.uint8", domain=MICROSOFT, axis=1)
         return rounded, self.constant("lowered.unit", np.array(1, np.float32)), scale
 
 

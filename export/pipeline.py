@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from trol_edge import targets
 from trol_edge._version import __version__
 from trol_edge.bundle import (
     EMBEDDING,
@@ -29,7 +30,7 @@ from trol_edge.bundle import (
     write_manifest,
 )
 from trol_edge.errors import CalibrationError, ExportError, UsageError
-from trol_edge.export import graphs, half, lower_ort, qdq, storage, tokenizer
+from trol_edge.export import graphs, half, lower_ort, lower_trt, qdq, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.models import MODELS
 from trol_edge.export.precision import TARGETS, Options, is_linear, make_plan
@@ -41,6 +42,7 @@ from trol_edge.precision import CalibrationInfo
 if TYPE_CHECKING:
     from trol_edge.calibration.statistics import Statistics
 
+GPU_TARGETS = {name: entry for name, entry in targets.TARGETS.items() if entry.gpu}
 MIN_DEFAULT_CONTEXT = 2048  # tokens
 ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
 
@@ -198,6 +200,8 @@ def _write_graph(
     if target == "cpu":
         as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
     graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()})
+    if target in GPU_TARGETS:
+        model = lower_trt.lower(model, GPU_TARGETS[target])
     file = f"{name}.onnx"
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
     operators = dict(Counter(node.op_type for node in model.graph))

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trol_edge import targets
 from trol_edge.errors import UsageError
 from trol_edge.precision import BLOCKS, PRECISIONS, QUANTIZED, LinearPlan, Plan
 from trol_edge.spec import from_dict
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 OBSERVERS = ("minmax", "percentile", "entropy", "mse")
-TARGETS = ("cpu", "onnx")
+TARGETS = ("cpu", "onnx", *(name for name, entry in targets.TARGETS.items() if entry.gpu))
 GATE = "decoder.gate.weight"  # one column, shared by all layers: nothing to gain
 
 
@@ -129,6 +130,13 @@ def make_plan(options: Options, shapes: Mapping[str, tuple[int, ...]], target: s
             # The low-rank parts of a small model; a block may not end outside its row.
             linears[name] = LinearPlan("int8")
     used = {linear.precision for linear in linears.values()}
+    if (
+        target in targets.TARGETS
+        and "fp8" in used
+        and target != "cpu"
+        and "fp8" not in targets.target(target).precisions
+    ):
+        raise UsageError(f"precision fp8: target {target} has no FP8 units on its GPUs; choose int8 or int4")
     if target == "cpu" and "fp8" in used:
         raise UsageError(
             "precision fp8: ONNX Runtime has no FP8 kernels on a CPU; choose int8, or --target onnx for a GPU that "

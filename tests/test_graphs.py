@@ -132,13 +132,18 @@ def test_self_contained_graphs_run_without_us(golden_bundle: Callable[..., Path]
     mask = row.ids == run.info["image_token_index"]
     embeds = table[row.ids]
     embeds[mask] = features.reshape(-1, embeds.shape[1])
-    past = [port for port in sessions["step"].get_inputs() if port.name.startswith("past_")]
-    cache = [np.zeros(port.shape, np.float32) for port in past]
+    past = [port for port in sessions["traverse"].get_inputs() if port.name.startswith("past_")]
+    cache = [np.zeros(port.shape, np.float32) for port in past]  # the first pass's, then the second's
 
     def call(name: str, x: Array, positions: Array, **more: Array) -> Array:
         feeds = {"inputs_embeds": x[None], "position_ids": positions[None], **more}
-        feeds |= {port.name: array for port, array in zip(past, cache, strict=True)}
-        logits, cache[:] = (found := sessions[name].run(None, feeds))[0], found[1:]
+        count = len(past)
+        if name == "step":
+            count //= 2
+        else:
+            feeds["slots"] = np.arange(positions[-1] + 1)
+        feeds |= {port.name: array for port, array in zip(past[:count], cache, strict=False)}
+        logits, cache[:count] = (found := sessions[name].run(None, feeds))[0], found[1:]
         return logits[0]
 
     logits = [call("traverse", embeds, np.arange(len(row.ids)), image_mask=mask[None, :, None].astype(np.float32))]
@@ -153,6 +158,8 @@ def test_self_contained_graphs_run_without_us(golden_bundle: Callable[..., Path]
         ours[f"{name}_decode"] = array[:, len(row.ids) : len(row.ids) + STEPS - 1]
     assert compare(run, [ours], only=SERVED) == []
 
+    rest = call("traverse_text", embeds[1290:], np.arange(1290, len(row.ids)))  # behind a prefix, text alone
+    assert difference(rest, logits[0]) <= 1e-5
     with_mask = call("traverse", embeds[:20], np.arange(20), image_mask=np.zeros((1, 20, 1), np.float32))
     assert difference(call("traverse_text", embeds[:20], np.arange(20)), with_mask) <= 1e-6
 
@@ -164,7 +171,7 @@ def test_self_contained_bundle_is_refused_by_the_runtime(golden_bundle: Callable
 
 
 def test_nano_bundle_equals_reference(nano: Runtime) -> None:
-    """The shipped model, with its picture, its tokenizer and its default context."""
+    """trol-nano, with its picture, its tokenizer and its default context."""
     ref = Reference(NANO)
     pixels = nano.preprocess(NANO / "scene.png")
     assert pixels is not None
@@ -249,11 +256,14 @@ def test_graphs_are_standard_onnx(bundle: Bundle) -> None:
 
 
 def test_traversal_is_unrolled(bundle: Bundle) -> None:
-    """Every layer stands twice in a traverse, once in a step; first-pass keys and values are the only ones cached."""
+    """Every layer stands twice in a traverse, once in a step; each pass writes keys and values, and reads them."""
     layers, graphs = bundle.manifest.spec.num_layers, bundle.manifest.graphs
     for name, passes in (("traverse", 2), ("traverse_text", 2), ("step", 1)):
         assert graphs[name].operators["Attention"] == passes * layers
-        assert graphs[name].operators["ScatterND"] == 2 * layers
+        assert graphs[name].operators["ScatterND"] == 2 * passes * layers
+        cached = [p.name for p in graphs[name].inputs if p.name.startswith("past_")]
+        assert len(cached) == 2 * passes * layers
+        assert sum("_second_" in name for name in cached) == 2 * (passes - 1) * layers
         assert not {"Loop", "If", "Scan"} & set(graphs[name].operators)
         gates = [w for w in graphs[name].weights if w.startswith("decoder.gate")]
         assert len(gates) == (0 if name == "step" else 2)
@@ -346,8 +356,8 @@ def test_cache_is_written_in_place(runtime: Callable[[str], Runtime]) -> None:
     session = runtime(TEXT).session()
     state: Any = session._state
     addresses = [array.ctypes.data for array in buffers(session)]
-    assert [value.data_ptr() for value in state._past.values()] == addresses
-    assert [value.data_ptr() for value in state._present.values()] == addresses
+    assert [value.data_ptr() for value in state._past.values()][: len(addresses)] == addresses
+    assert [value.data_ptr() for value in state._present.values()][: len(addresses)] == addresses
     token = int(session.prefill(np.arange(3, 20)).argmax())
     for _ in range(10):
         before = [array.copy() for array in buffers(session)]

@@ -239,11 +239,41 @@ def test_a_pillow_picture_is_not_changed_or_closed(tmp_path):
     "view",
     [lambda a: a[::2, ::-1], lambda a: a[:, :, ::-1], np.asfortranarray, lambda a: a[:, :, :3].transpose(1, 0, 2)],
 )
-def test_array_views_load_as_contiguous_bytes(view):
-    array = view(picture(8, 6))
+def test_array_views_load_without_a_copy(view):
+    whole = picture(8, 6)
+    array = view(whole)
     loaded = load_rgb(array)
     np.testing.assert_array_equal(loaded, array)
-    assert loaded.flags.c_contiguous
+    assert np.shares_memory(loaded, array)
+    np.testing.assert_array_equal(preprocess([loaded], SPEC), preprocess([np.ascontiguousarray(array)], SPEC))
+
+
+def test_bgr_arrays_are_turned_without_a_copy():
+    rgb = picture(8, 6)
+    bgr = np.ascontiguousarray(rgb[:, :, ::-1])
+    np.testing.assert_array_equal(load_rgb(bgr, "bgr"), rgb)
+    assert np.shares_memory(load_rgb(bgr, "bgr"), bgr)
+    np.testing.assert_array_equal(load_rgb(Image.fromarray(rgb), "bgr"), rgb)  # knows its own order
+
+
+@pytest.mark.parametrize("color", ["RGB", "grb", "", None, 3, ["rgb"]])
+def test_other_orders_of_channels_are_refused(color):
+    with pytest.raises(ImageError, match=r"color .* should be 'rgb' or 'bgr'"):
+        load_rgb(picture(), color)
+
+
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
+def test_bytes_of_a_file_load_as_the_file_does(tmp_path, wrap):
+    path = save(tmp_path / "a.png", picture())
+    np.testing.assert_array_equal(load_rgb(wrap(path.read_bytes())), picture())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"", "0 bytes is empty"), (b"bytes", "5 bytes is not a picture"), (b"\x89PNG", "not a pict")]
+)
+def test_bytes_of_no_picture_are_refused(data, message):
+    with pytest.raises(ImageError, match=message):
+        load_rgb(data)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +300,7 @@ def test_unusable_arrays_are_refused(array, message):
         load_rgb(array)
 
 
-@pytest.mark.parametrize("thing", [None, 3, b"bytes", [[1, 2, 3]], io.BytesIO(b""), [picture()]], ids=str)
+@pytest.mark.parametrize("thing", [None, 3, [[1, 2, 3]], io.BytesIO(b""), [picture()]], ids=str)
 def test_other_types_are_refused(thing):
     with pytest.raises(ImageError, match=f"of type {type(thing).__name__}; pass a file path"):
         load_rgb(thing)

@@ -9,9 +9,28 @@ torch, transformers and onnx never are.
 """
 
 from trol_edge._version import __version__
+from trol_edge.answering import AnswerStream
+from trol_edge.answers import Answer, Choice, Option, Piece, Timings, TokenLogprob, YesNo
 from trol_edge.errors import TrolEdgeError
-from trol_edge.runtime import Answer, Piece, Runtime, Timings
+from trol_edge.latest import LatestCounts, LatestOnly
+from trol_edge.runtime import Runtime
 from trol_edge.session import Session
 from trol_edge.text import IMAGE
 
-__all__ = ["IMAGE", "Answer", "Piece", "Runtime", "Session", "Timings", "TrolEdgeError", "__version__"]
+__all__ = [
+    "IMAGE",
+    "Answer",
+    "AnswerStream",
+    "Choice",
+    "LatestCounts",
+    "LatestOnly",
+    "Option",
+    "Piece",
+    "Runtime",
+    "Session",
+    "Timings",
+    "TokenLogprob",
+    "TrolEdgeError",
+    "YesNo",
+    "__version__",
+]

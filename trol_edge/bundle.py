@@ -38,7 +38,7 @@ FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
-BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, "*.onnx")  # patterns of all that export writes
+BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, "*.onnx", "engines")  # patterns of all that export writes
 EMBEDDING = "embedding"  # looked up by the runtime, in no graph
 
 

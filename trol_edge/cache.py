@@ -157,14 +157,15 @@ class Cache:
         return state
 
     def _adopt(self) -> None:
-        """Where the owner of the borrowed rows is gone and nobody else reads them, they are ours: no copy."""
+        """Become the owner of the borrowed rows where theirs is gone: no copy, if we go on behind all other readers."""
         lenders = {id(body): body for body, _ in self._borrowed.values()}
         if self._body is not None or len(lenders) != 1:
             return
         (body,) = lenders.values()
-        if body.owner() is None and all(reader() in (None, self) for reader, _, _ in body.readers):
-            body.readers, body.owner = [], weakref.ref(self)
-            self._body, self._borrowed = body, {}
+        if body.owner() is None:
+            for which in tuple(self._borrowed):
+                body.drop(self, which)
+            self._body, body.owner, self._borrowed = body, weakref.ref(self), {}
 
     def _borrow(self, body: _Body, which: int, rows: int) -> None:
         self._borrowed[which] = (body, rows)

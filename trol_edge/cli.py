@@ -16,7 +16,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from trol_edge._version import __version__
@@ -60,12 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @app.command(epilog="Example: trol-edge export trol-1.8b -o build/trol-1.8b   (fetches it first; or give a folder)")
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="Checkpoint folder, or a model name: trol-nano, trol-1.8b, trol-3.8b, trol-7b.")
+        str, typer.Argument(help="Checkpoint folder, or a model name: trol-nano, trol-nano-phi3, trol-1.8b, ...")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
     model: Annotated[str | None, typer.Option(help="Name of the model in the bundle.")] = None,
     target: Annotated[
-        str, typer.Option(help="cpu: for trol_edge.Runtime. onnx: self-contained ONNX files for other tools.")
+        str,
+        typer.Option(
+            help="cpu: for ONNX Runtime. rtx, tensorrt, jetson-jp6 ..: for TensorRT (trol-edge targets, then trol-edge "
+            "build). onnx: self-contained files for other tools."
+        ),
     ] = "cpu",
     context: Annotated[
         int | None,
@@ -221,7 +233,7 @@ def inspect(
         data = dataclasses.asdict(manifest)
         data["weights"] = {n: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes} for n, t in tensors.items()}
         data["weight_bytes"], data["weight_bytes_float32"] = stored, as_float
-        data["kv_bytes_per_token"] = kv
+        data["kv_bytes_per_token"] = kv  # of one set; prefix reuse keeps two
         _print_json(data)
         return
     spec = manifest.spec
@@ -252,8 +264,9 @@ def inspect(
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     out.print(
         f"A step reads {as_float['step'] / 1e6:.2f} MB of weights (float32, each once, {lora['step']} LoRA tensors), "
-        f"one embedding row of {row} bytes, and the KV cache: {kv} bytes per token, "
-        f"{kv * manifest.context / 1e6:.1f} MB in all.\n"
+        f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
+        f"K/V cache, per session: {kv} bytes per token and set, {kv * manifest.context / 1e6:.1f} MB a set; two sets, "
+        f"{2 * kv * manifest.context / 1e6:.1f} MB, with prefix reuse (the default), one without.\n"
         f"In no graph: {', '.join(sorted(tensors.keys() - used))} (looked up by the runtime)."
     )
 
@@ -405,18 +418,21 @@ def outliers(
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder of a model trained on the rendered scenes.")],
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="Held-out questions to ask.")] = 2000,
+    scale: Annotated[
+        int, typer.Option(min=1, max=8, help="Size of the pictures, in 112 pixels a side; 2: several tiles.")
+    ] = 1,
     report: Annotated[
         Path | None, typer.Option(help="Markdown file whose section about the bundle to rewrite.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a trol-nano bundle's accuracy on held-out rendered scenes, by kind of question."""
+    """Measure the accuracy of a trol-nano or trol-nano-phi3 bundle on held-out rendered scenes, by kind of question."""
     from trol_edge.calibration import evaluate as evaluation
     from trol_edge.runtime import Runtime
 
     runtime = Runtime(bundle)
     with _progress(quiet=as_json) as progress:
-        score = evaluation.evaluate(runtime, number, progress)
+        score = evaluation.evaluate(runtime, number, progress, scale)
     text = evaluation.markdown(score, str(bundle))
     if report:
         evaluation.update_report(report, text)
@@ -439,6 +455,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for compare.json and the plot, compare.svg.")
     ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what bundles lost against a reference: per layer, in logits, in answers; and where it begins."""
@@ -447,7 +464,7 @@ def compare(
         from trol_edge.calibration import samples as sampling
     with _progress(quiet=as_json) as progress:
         chosen = sampling.load(data, samples, progress)
-        found = comparing.compare(reference, bundles, chosen, scenes=scenes, progress=progress)
+        found = comparing.compare(reference, bundles, chosen, scenes=scenes, threads=threads, progress=progress)
     if output:
         comparing.save(output, found)
     if as_json:
@@ -455,11 +472,12 @@ def compare(
         return
     for skipped in chosen.skipped:
         err.print(f"skipped: {skipped}", markup=False)
-    layers = Table("signal to noise, dB", *(escape(c.bundle) for c in found), box=None, padding=(0, 2))
+    names = [escape(name) for name in comparing.names(found)]
+    layers = Table("signal to noise, dB", *names, box=None, padding=(0, 2))
     for i, place in enumerate(found[0].places):
         layers.add_row(place.name, *(f"{c.places[i].mean_db:.1f}" for c in found))
     out.print(layers)
-    summary = Table("against " + escape(str(reference)), *(escape(c.bundle) for c in found), box=None, padding=(0, 2))
+    summary = Table(f"against {escape(reference.name)}", *names, box=None, padding=(0, 2))
     for title, cells in comparing.summary(found):
         summary.add_row(title, *cells)
     out.print(summary)
@@ -472,13 +490,13 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
     from trol_edge.runtime import Runtime
 
     with _extra("export"):
-        from trol_edge.export.models import shipped_folder
+        from trol_edge.export.models import shipped_folder, shipped_like
 
-    folder = shipped_folder("trol-nano")
+    runtime = Runtime(bundle)
+    folder = shipped_folder(shipped_like(runtime.bundle.manifest.model))
     question = json.loads((folder / "report.json").read_text(encoding="utf-8"))["demo"]["question"]
     picture = folder / "scene.png"
     shown = picture.relative_to(Path.cwd()) if picture.is_relative_to(Path.cwd()) else picture
-    runtime = Runtime(bundle)
     if TOKENIZER in runtime.bundle.manifest.files:
         answer = runtime.generate(question, picture)
         print(f"picture:  {shown}\nquestion: {question}\nanswer:   {answer}\nbundle:   {bundle}\n")
@@ -490,6 +508,156 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
     print(f"  {tools}/trol-edge inspect {bundle}")
     code = f"import trol_edge; print(trol_edge.Runtime('{bundle}').generate('{question}', '{shown}'))"
     print(f'  {tools}/python -c "{code}"')
+
+
+@app.command(epilog="Example: trol-edge soak build/trol-nano --minutes 10")
+def soak(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, with a tokenizer.")],
+    minutes: Annotated[float, typer.Option(help="How long.", min=0.01)] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Ask, stop, fork, miss deadlines and feed bad frames from four threads; exit 1 for wrong answers or leaks."""
+    from trol_edge.soak import soak as run_soak
+
+    shown = [-10.0]  # seconds at which a line was last printed
+
+    def progress(seconds: float, resident: int) -> None:
+        if seconds - shown[0] >= 10:
+            shown[0] = seconds
+            err.print(f"{seconds:6.0f} s  {resident / 1e6:8.1f} MB resident", markup=False)
+
+    report = run_soak(bundle, 60 * minutes, progress)
+    if as_json:
+        _print_json({**dataclasses.asdict(report), "passed": report.passed})
+    else:
+        calls = ", ".join(f"{name} {count}" for name, count in sorted(report.calls.items()))
+        out.print(f"{sum(report.calls.values())} calls in {report.seconds:.0f} s: {calls}")
+        out.print(f"vision cache: {report.vision_hits} hits, {report.vision_misses} misses")
+        if report.slope is None:
+            out.print("memory: not judged, the run was shorter than a minute")
+        else:
+            slope = report.slope
+            out.print(
+                f"memory less free pages: {slope.mb_per_minute:+.3f} MB/min (least squares, first third left out), "
+                f"{slope.growth_bytes / 1e6:+.2f} MB in all, allowed {slope.allowed_bytes / 1e6:.2f} MB "
+                f"(1 % of {slope.resident_bytes / 1e6:.0f} MB, at least 4 MiB): {'flat' if slope.flat else 'NOT FLAT'}"
+            )
+        for line in report.wrong:
+            out.print(f"wrong: {line}", markup=False)
+        out.print("passed" if report.passed else "FAILED")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: trol-edge targets --json")
+def targets(
+    best: Annotated[bool, typer.Option("--best", help="Print the target to take on this machine, and why.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the targets, and which of them this machine can build and run now, and why not."""
+    from trol_edge.runtimes import doctor as room
+    from trol_edge.targets import NOT_YET, TARGETS
+
+    if best:
+        name, why = room.best()
+        if as_json:
+            _print_json({"target": name, "why": why})
+            return
+        print(name)
+        err.print(f"target {name}: {why}", markup=False, soft_wrap=True)
+        return
+    found = {status.target: status for status in room.statuses()}
+    if as_json:
+        _print_json({n: dataclasses.asdict(t) | dataclasses.asdict(found[n]) for n, t in TARGETS.items()})
+        return
+    table = Table(box=None, padding=(0, 1))
+    for column in ("target", "machine", "library", "precisions", "builds", "runs"):
+        table.add_column(column, no_wrap=column in ("target", "builds", "runs"))
+    reasons: dict[str, list[str]] = {}
+    for name, target in TARGETS.items():
+        status = found[name]
+        builds = "-" if not target.gpu else "yes" if status.builds else "no"
+        runs = ("yes" if not target.gpu else "yes*") if status.runs else "no"
+        row = (name, target.machine, status.found or target.library, " ".join(target.precisions), builds, runs)
+        table.add_row(*(escape(text) for text in row))
+        for why, what in ((status.why_no_build, "build"), (status.why_no_run, "run")):
+            if why and not (what == "run" and why == status.why_no_build):
+                reasons.setdefault(why, []).append(f"{name} ({what})" if status.builds else name)
+    out.print(table)
+    for why, names in reasons.items():
+        out.print(f"no {', '.join(names)}: {why}", markup=False, soft_wrap=True)
+    if any(status.runs and TARGETS[name].gpu for name, status in found.items()):
+        out.print(f"* {NOT_YET}")
+    out.print("What is missing, and why:")
+    for name, target in TARGETS.items():
+        out.print(f"  {name}: {'; '.join(target.missing)}", markup=False, style="dim", soft_wrap=True)
+
+
+@app.command(epilog="Example: trol-edge build build/trol-nano-rtx")
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, exported with a GPU target.")],
+    target: Annotated[str | None, typer.Option(help="See trol-edge targets.  [default: the bundle's own]")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GB of the device's memory, which engines and K/V cache must fit.")
+    ] = None,
+    workspace: Annotated[float | None, typer.Option(help="GB of scratch memory that one layer may ask for.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build although the engines that are there serve.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build a bundle's TensorRT engines: on the GPU that runs them, or anywhere with TensorRT for RTX."""
+    from trol_edge.bundle import Bundle
+    from trol_edge.runtimes import trt_build
+
+    start = time.perf_counter()
+    with _phases(quiet=as_json) as progress:
+        done = trt_build.build(
+            Bundle(bundle),
+            target,
+            memory_bytes=None if memory is None else int(memory * 1e9),
+            workspace_bytes=None if workspace is None else int(workspace * 1e9),
+            force=force,
+            progress=progress,
+        )
+    seconds, peak = time.perf_counter() - start, _peak_bytes()
+    if as_json:
+        data = dataclasses.asdict(done.engines) | {"built": done.built, "reason": done.reason}
+        _print_json(data | {"folder": str(done.folder), "seconds": seconds, "peak_bytes": peak})
+        return
+    if not done.built:
+        out.print(f"{escape(str(done.folder))}: up to date; --force builds again")
+        return
+    out.print(f"built, because: {done.reason}", markup=False, soft_wrap=True)
+    for name, engine in done.engines.engines.items():
+        ratio = engine.bytes / engine.weight_bytes
+        out.print(
+            f"{name:8} {engine.bytes / 1e6:9.1f} MB ({ratio:.3f} x its weights), {engine.seconds:5.1f} s, "
+            f"{len(engine.profiles)} profile(s); {', '.join(f'{n} {kind}' for kind, n in engine.layers.items())}",
+            markup=False,
+            soft_wrap=True,
+        )
+    out.print(
+        f"{done.engines.key.library}, {done.engines.precision}: {escape(str(done.folder))}, {seconds:.0f} s, "
+        f"peak memory {peak / 1e9:.2f} GB"
+    )
+
+
+@app.command(epilog="Example: trol-edge doctor build/trol-nano-rtx")
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder whose engines to look at, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that driver, GPU, TensorRT, engines and bundle fit together; exit code 1 where the bundle does not run."""
+    from trol_edge.bundle import Bundle
+    from trol_edge.runtimes import doctor as room
+
+    checks = room.examine(None if bundle is None else Bundle(bundle))
+    if as_json:
+        _print_json([dataclasses.asdict(check) for check in checks])
+    else:
+        for check in checks:
+            out.print(f"{'ok' if check.good else '--':2} {check.what}: {check.text}", markup=False, soft_wrap=True)
+    if not all(check.good for check in checks if check.what in ("engines", "fit")):
+        raise typer.Exit(1)
 
 
 @app.command("version", epilog="Example: trol-edge version")
@@ -525,6 +693,21 @@ def _extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise BackendError(f"{error.name} is not installed; pip install 'trol-edge[{name}]'") from error
+
+
+@contextmanager
+def _phases(quiet: bool) -> Iterator[Any]:
+    """A callback (phase, done, steps) that shows the phase at work and the time since the start, on one line."""
+    if quiet:
+        yield lambda what, done, total: None
+        return
+    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bars.update(task, description=f"{what} {done}/{total}" if total > 1 else what)
+
+        yield report
 
 
 @contextmanager

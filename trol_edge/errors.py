@@ -9,7 +9,8 @@
     ├── BundleError           a bundle that is missing, half-copied, altered or of another version
     ├── CalibrationError      statistics that cannot be gathered, or that belong to another checkpoint or other samples
     ├── ExportError           a graph could not be made, or it disagrees with the reference
-    └── BackendError          the inference library is missing, refuses the graph or lacks memory
+    ├── BackendError          the inference library is missing, refuses the graph or lacks memory
+    └── UnfinishedError       a call met its deadline or was stopped before it had a result
 
 A message says what was found, in which file or value, what was expected, and what to do.
 """
@@ -26,6 +27,7 @@ __all__ = [
     "ExportError",
     "ImageError",
     "TrolEdgeError",
+    "UnfinishedError",
     "UsageError",
 ]
 
@@ -68,3 +70,12 @@ class ExportError(TrolEdgeError):
 
 class BackendError(TrolEdgeError):
     """The inference library is missing, refuses the graph or lacks memory."""
+
+
+class UnfinishedError(TrolEdgeError):
+    """A call met its deadline or was stopped before it had a result. (`generate` and `stream` return what there is.)"""
+
+    def __init__(self, message: str, reason: str) -> None:
+        """reason: "deadline" or "stopped"."""
+        super().__init__(message)
+        self.reason = reason

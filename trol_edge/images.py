@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import math
 import os
 import pathlib
@@ -20,11 +21,13 @@ from PIL import Image, UnidentifiedImageError
 from trol_edge import tiles
 from trol_edge.errors import BundleError, ImageError
 
-__all__ = ["MAX_PIXELS", "ImageSpec", "count_tiles", "load_rgb", "preprocess"]
+__all__ = ["MAX_PIXELS", "ImageSpec", "Picture", "count_tiles", "load_rgb", "preprocess"]
 
 U8 = npt.NDArray[np.uint8]
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
+
+Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]
 
 MAX_PIXELS = 89_000_000  # just below the size at which Pillow itself warns of a decompression bomb
 
@@ -74,10 +77,12 @@ class ImageSpec:
         return 1 if self.max_tiles == 1 else self.max_tiles + 1
 
 
-def load_rgb(image: str | os.PathLike[str] | Image.Image | npt.NDArray[Any]) -> U8:
-    """Return the picture as contiguous RGB bytes, uint8 [H, W, 3].
+def load_rgb(image: Picture, color: str = "rgb") -> U8:
+    """Return the picture as RGB bytes, uint8 [H, W, 3].
 
-    `image` is a file that Pillow can read, a Pillow picture, or a uint8 array [H, W, 3] in RGB order.
+    `image` is a file that Pillow can read (a path, or the bytes of one), a Pillow picture, or a uint8 array [H, W, 3]
+    whose channels are in the order that `color` says, "rgb" or "bgr" (OpenCV's); the other kinds know their own order.
+    An array is not copied, whatever its strides: what returns is a view of it, reversed for "bgr".
     Files and Pillow pictures, with the choices that matter:
     - alpha is dropped, not composited, as in the authors' code;
     - the EXIF orientation is applied; the authors' code does not, but a sideways phone picture is a wrong answer;
@@ -85,21 +90,27 @@ def load_rgb(image: str | os.PathLike[str] | Image.Image | npt.NDArray[Any]) -> 
     - an animation gives its first frame, or the current frame of a Pillow picture.
 
     Raises ImageError for a file that is missing, damaged, not a picture or larger than `MAX_PIXELS`, for a pixel
-    format without a defined range (32-bit float), and for an array of another shape or dtype.
+    format without a defined range (32-bit float), for an array of another shape or dtype, and for another `color`.
     """
+    if color not in ("rgb", "bgr"):
+        raise ImageError(f"color {color!r} should be 'rgb' or 'bgr', the order of the channels in an array")
     if isinstance(image, np.ndarray):
-        return _rgb_from_array(image)
+        array = _checked_array(image)
+        return array if color == "rgb" else array[:, :, ::-1]
     if isinstance(image, Image.Image):
         return _rgb_from_pillow(image, "Pillow picture")
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _rgb_from_bytes(image)
     if isinstance(image, (str, os.PathLike)):
         return _rgb_from_file(image)
     raise ImageError(
-        f"found a picture of type {type(image).__name__}; pass a file path, a PIL.Image or a uint8 array [H, W, 3]"
+        f"found a picture of type {type(image).__name__}; pass a file path, the bytes of a picture file, "
+        "a PIL.Image or a uint8 array [H, W, 3]"
     )
 
 
-def _rgb_from_array(array: npt.NDArray[Any]) -> U8:
-    expected = "expected a uint8 array [height, width, 3] in RGB order"
+def _checked_array(array: npt.NDArray[Any]) -> U8:
+    expected = "expected a uint8 array [height, width, 3]"
     if array.ndim != 3 or array.shape[2] != 3:
         hint = ""
         if array.ndim == 3 and array.shape[2] == 4:
@@ -112,7 +123,14 @@ def _rgb_from_array(array: npt.NDArray[Any]) -> U8:
     if array.dtype != np.uint8:
         raise ImageError(f"found a picture array of dtype {array.dtype}, {expected} with values 0..255")
     _check_size(array.shape[1], array.shape[0], "picture array")
-    return np.ascontiguousarray(array)
+    return array
+
+
+def _rgb_from_bytes(data: bytes | bytearray | memoryview) -> U8:
+    name = f"picture of {len(data)} bytes"
+    if not len(data):
+        raise ImageError(f"{name} is empty; take it again")
+    return _rgb_from_stream(io.BytesIO(data), name)
 
 
 def _rgb_from_file(path: str | os.PathLike[str]) -> U8:
@@ -128,8 +146,12 @@ def _rgb_from_file(path: str | os.PathLike[str]) -> U8:
         raise ImageError(f"{name} {found}")
     if empty:
         raise ImageError(f"{name} is empty (0 bytes); copy or take it again")
+    return _rgb_from_stream(path, name)
+
+
+def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str) -> U8:
     try:
-        with Image.open(path) as picture:
+        with Image.open(stream) as picture:
             return _rgb_from_pillow(picture, name)
     except ImageError:
         raise

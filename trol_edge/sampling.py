@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from trol_edge.errors import BackendError, UsageError
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Sampler", "SamplingParams", "log_sum_exp", "top_logprobs"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -85,6 +85,26 @@ class Sampler:
         cumulative = np.cumsum(shares)
         drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
         return int(ids[min(drawn, len(ids) - 1)])
+
+
+def log_sum_exp(logits: F32) -> float:
+    """Natural logarithm of the sum of exp(logits), in double precision: logprob of a token is its logit less this."""
+    values = logits.astype(np.float64)
+    most = float(values.max())
+    return most + math.log(float(np.exp(values - most).sum()))
+
+
+def top_logprobs(logits: F32, count: int, normaliser: float) -> tuple[tuple[int, float], ...]:
+    """(token id, logprob) of the `count` likeliest tokens of logits [V], likeliest first, lowest id first if equal."""
+    if count == 0:
+        return ()
+    ids = (
+        np.flatnonzero(logits >= np.partition(logits, -count)[-count])
+        if count < len(logits)
+        else np.arange(len(logits))
+    )
+    ids = ids[np.argsort(-logits[ids], kind="stable")][:count]
+    return tuple((int(i), float(logits[i]) - normaliser) for i in ids)
 
 
 def _best_token(logits: F32) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,11 +14,15 @@ from numpy.typing import ArrayLike, NDArray
 from trol_edge.bundle import EMBEDDING, Bundle
 from trol_edge.cache import Backend, Cache, State
 from trol_edge.errors import BundleError, ContextError, UsageError
+from trol_edge.lifetime import Lifetime
 from trol_edge.weights import to_float32
 
 __all__ = ["Backend", "Embeddings", "OnChunk", "Session", "State"]
 
 Float32 = NDArray[np.float32]
+
+
+_unhashed = itertools.count()
 
 
 class Embeddings:
@@ -62,7 +67,9 @@ class Session:
         bundle: Bundle,
         long_context: bool = False,
         prefill_chunk: int | None = None,
+        lifetime: Lifetime | None = None,
     ) -> None:
+        self._lifetime = lifetime
         self._backend, self._embeddings = backend, embeddings
         self._spec, self.context = bundle.manifest.spec, bundle.manifest.context
         self._cache: Cache | None = Cache(backend)
@@ -356,11 +363,15 @@ class Session:
                 f"features should be float32 [N, {shape[0]}, {shape[1]}], found {features.dtype} {list(features.shape)}"
             )
         if identities is None:
-            reuse = self._backend.prefix_reuse  # otherwise nobody will ask
-            identities = [hashlib.sha256(f.tobytes()).digest() if reuse else b"" for f in features]
+            identities = [self._identity(f) for f in features]
         if len(identities) != len(features):
             raise UsageError(f"{len(identities)} identities for {len(features)} picture(s) or tile(s); one is for each")
         return [_Picture(key, f) for key, f in zip(identities, features, strict=True)]
+
+    def _identity(self, features: Float32) -> bytes:
+        if self._backend.prefix_reuse:
+            return hashlib.sha256(features.tobytes()).digest()
+        return b"%d" % next(_unhashed)  # only forks are compared then, and they share it
 
     def _common(self, ids: NDArray[np.int64], mask: NDArray[np.bool_], pictures: list[_Picture]) -> int:
         """Tokens of a new prompt that are cached as traversed ones; at least the last is left to traverse."""
@@ -374,7 +385,13 @@ class Session:
                 return int(at)
         return same
 
+    @property
+    def _state(self) -> State | None:
+        return self._open().state  # what tests look into
+
     def _open(self) -> Cache:
+        if self._lifetime is not None:
+            self._lifetime.check()
         if self._cache is None:
             raise UsageError("this session is closed; make another with Runtime.session()")
         return self._cache

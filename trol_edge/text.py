@@ -353,9 +353,13 @@ def _trie_offset(unit: int) -> int:
 
 
 def build_prompt(
-    tokenizer: Tokenizer, spec: PromptSpec, prompt: str | Sequence[str | ImageMark], tiles: int | Sequence[int] = ()
+    tokenizer: Tokenizer,
+    spec: PromptSpec,
+    prompt: str | Sequence[str | ImageMark],
+    tiles: int | Sequence[int] = (),
+    answer: str = "",
 ) -> list[int]:
-    """Return the ids of a whole prompt.
+    """Return the ids of a whole prompt, and of an answer to it (or its beginning) where one is given.
 
     `prompt` is the question, with the pictures before it, or a sequence of texts and `IMAGE`, once per picture,
     that is followed to the letter. `tiles` says how many tiles each picture has (`images.count_tiles`); an int is a
@@ -383,7 +387,7 @@ def build_prompt(
     parts = [*template(spec.before_system), spec.system, *template(spec.before_question)]
     for part in user:
         parts += [part] if isinstance(part, str) else next(pictures)
-    return tokenizer.encode([*parts, *template(spec.after_question)])
+    return tokenizer.encode([*parts, *template(spec.after_question), *([answer] if answer else [])])
 
 
 def _checked_parts(prompt: Sequence[str | ImageMark], pictures: int) -> list[str | ImageMark]:

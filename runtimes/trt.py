@@ -1,0 +1,351 @@
+"""TensorRT on a GPU: engines, device buffers, one stream. Not yet run on a GPU.
+
+Buffers are allocated once. The K/V cache is bound as past and as present, so an engine writes it where it lies:
+ScatterND puts the same rows at the same places however often it does so, which is what makes one address for both safe.
+(Two layers may not share a buffer, though: TensorRT knows nothing of it. So both K/V sets are always kept.)
+A step uploads one embedding and one position from page-locked memory, runs, and downloads the logits; from the second
+on it is one CUDA graph. Calls from several threads take turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.bundle import Bundle, GraphInfo, Port
+from trol_edge.engines import KERNELS, EngineSet, Key, differences, folder_of, read, verified
+from trol_edge.errors import BackendError, BundleError, ContextError
+from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda
+from trol_edge.runtimes.trt_api import Context, Engine, Library, TensorInfo, load
+from trol_edge.targets import target as target_of
+
+Float32 = NDArray[np.float32]
+GRAPHS = ("vision", "traverse", "step")
+ALIGNMENT = 256  # bytes; TensorRT's rule for addresses, which cudaMalloc keeps
+
+
+class TrtBackend:
+    """The engines of one bundle, loaded on the first GPU."""
+
+    prefix_reuse = True
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        verify: bool = True,
+        prefix_reuse: bool = True,
+        *,
+        library: Library | None = None,
+        cuda: Cuda | None = None,
+        device: Device | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """threads and prefix_reuse are for a CPU and have no effect here; verify has none: engines are always hashed.
+
+        library, cuda, device: to use instead of what this machine has. cuda_graphs: capture the step.
+        Raises BackendError (no TensorRT, driver or GPU, not enough memory) and BundleError (no engines, engines of
+        another GPU, driver or TensorRT, altered ones).
+        """
+        self.bundle, self.spec, self.context = bundle, bundle.manifest.spec, bundle.manifest.context
+        target = target_of(bundle.manifest.target)
+        engines = read(bundle, target.name)
+        self.library = library or load(target.module)
+        if device is None and cuda is None:
+            found = devices()
+            if isinstance(found, str):
+                raise BackendError(f"no usable NVIDIA GPU: {found}; `trol-edge doctor` looks for the cause")
+            device = found[0]
+        self._require_fit(engines, device)
+        paths = {name: verified(bundle, engines, name) for name in GRAPHS}
+        self.cuda = cuda or open_cuda()
+        self.cuda_graphs = cuda_graphs and self.cuda.graphs
+        self._require_memory(engines)
+        self.lock = threading.RLock()
+        self._engines = {name: self.library.open(path) for name, path in paths.items()}
+        self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
+        self._contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
+        self._profiles = dict.fromkeys(self._contexts, 0)
+        graphs = bundle.manifest.graphs
+        # What no state owns: inputs of a traverse at their largest, and of the vision engine.
+        self._shared = {
+            port.name: self.allocate(port)
+            for name in ("vision", "traverse")
+            for port in (*graphs[name].inputs, *graphs[name].outputs)
+            if not port.name.startswith(("past_", "present_"))
+        }
+        self._slots = np.arange(self.context, dtype=np.int64)
+        self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
+        self._kept = False
+
+    def _require_fit(self, engines: EngineSet, device: Device | None) -> None:
+        target = target_of(engines.key.target)
+        gpu = device or Device("", "", 0, (0, 0))
+        key = Key(
+            target.name, self.library.title, gpu.name, gpu.capability, ".".join(map(str, gpu.driver)) if device else ""
+        )
+        if problems := differences(self.bundle, engines, key):
+            raise BundleError(
+                f"{self.bundle.folder}: these engines do not serve here: {'; '.join(problems)}; "
+                f"build them again on this machine: `trol-edge build {self.bundle.folder}`"
+            )
+        if target.capabilities and device is not None and device.capability not in target.capabilities:
+            raise BackendError(
+                f"{device.name} has compute capability {device.capability}, target {target.name} serves "
+                f"{', '.join(target.capabilities)}; export for another target"
+            )
+
+    def _require_memory(self, engines: EngineSet) -> None:
+        needed = sum(info.bytes for info in engines.engines.values()) + self.cache_bytes
+        free, total = self.cuda.memory()
+        if needed > free:
+            raise BackendError(
+                f"{self.bundle.folder}: needs {needed / 1e9:.2f} GB of GPU memory (K/V cache "
+                f"{self.cache_bytes / 1e9:.2f}), {free / 1e9:.2f} of {total / 1e9:.2f} are free; "
+                "close other programs, or export with a lower precision or a smaller --context"
+            )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the K/V cache of one state, both sets."""
+        ports = self.bundle.manifest.graphs["traverse"].inputs
+        return sum(self._bytes(p) for p in ports if p.name.startswith("past_"))
+
+    def _checked(self, name: str, engine: Engine) -> dict[str, TensorInfo]:
+        """An engine's tensors by name, which must be those of the graph."""
+        graph = self.bundle.manifest.graphs[name]
+        found = {info.name: info for info in engine.tensors()}
+        wanted = {port.name: port for port in (*graph.inputs, *graph.outputs)}
+        wrong = sorted(found.keys() ^ wanted.keys()) + [
+            n for n, info in found.items() if n in wanted and info.dtype != wanted[n].dtype
+        ]
+        if wrong:
+            raise BundleError(
+                f"{self.bundle.folder}: the {name} engine has other inputs or outputs than the graph "
+                f"({', '.join(wrong[:5])}); build the engines again with `trol-edge build --force`"
+            )
+        return found
+
+    def new_context(self, name: str) -> Context:
+        """An execution context of an engine, with the kernels that an earlier run compiled, if it left any."""
+        return self._engines[name].context(_unwrapped(self._kernels(name)))
+
+    def _kernels(self, name: str) -> Path:
+        return folder_of(self.bundle, self.bundle.manifest.target) / f"{name}.{KERNELS}"
+
+    def keep_kernels(self, contexts: Mapping[str, Context]) -> None:
+        """Write what TensorRT for RTX compiled beside the engines, so that the next start need not; once."""
+        if self._kept:
+            return
+        self._kept = True
+        for name, context in {**self._contexts, **contexts}.items():
+            blob = context.compiled()
+            path = self._kernels(name)
+            if not blob or _unwrapped(path) == blob:
+                continue
+            try:
+                part = path.with_suffix(".part")
+                part.write_bytes(hashlib.sha256(blob).digest() + blob)
+                part.replace(path)
+            except OSError:
+                return  # a bundle that cannot be written to serves as well, it only starts slower
+
+    def _bytes(self, port: Port) -> int:
+        """Bytes of a tensor at its largest."""
+        sizes = {"tokens": self.context, "slots": self.context, "images": self.bundle.manifest.image.most_tiles}
+        size = np.dtype(port.dtype).itemsize
+        for d in port.shape:
+            size *= d if isinstance(d, int) else sizes[d]
+        return size
+
+    def allocate(self, port: Port) -> int:
+        """Zeroed device memory for a tensor at its largest. Zeros, because 0 times a stray NaN would still be NaN."""
+        return self.cuda.allocate(self._bytes(port))
+
+    def run(self, name: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+        """Enqueue vision or traverse with these shapes of its dynamic inputs; the lock must be held."""
+        context, index = self._contexts[name], self._profile(name, shapes)
+        if index != self._profiles[name]:
+            context.profile(index, self.cuda.stream)
+            self._profiles[name] = index
+        for tensor, shape in shapes.items():
+            context.shape(tensor, shape)
+        for tensor in self.infos[name]:
+            context.address(tensor, addresses[tensor])
+        context.run(self.cuda.stream)
+
+    def _profile(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The first optimization profile that serves these shapes."""
+        profiles = [self.infos[name][tensor].profiles for tensor in shapes]
+        for index in range(min((len(p) for p in profiles), default=0)):
+            if all(_within(shape, p[index]) for p, shape in zip(profiles, shapes.values(), strict=True)):
+                return index
+        raise ContextError(
+            f"the {name} engine was built for other sizes than { ({n: list(s) for n, s in shapes.items()}) }; "
+            "build the engines again with `trol-edge build --force`, or give a shorter prompt"
+        )
+
+    def encode_image(self, pixel_values: Float32) -> Float32:
+        """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
+        graph = self.bundle.manifest.graphs["vision"]
+        most = self.bundle.manifest.image.most_tiles
+        shape = (len(pixel_values), self.spec.vision.tokens_per_image, self.spec.hidden_size)
+        features = np.empty(shape, np.float32)
+        for start in range(0, len(pixel_values), most):
+            part = np.ascontiguousarray(pixel_values[start : start + most], _dtype(graph, "pixel_values"))
+            out = np.empty((len(part), *shape[1:]), _dtype(graph, "image_features"))
+            with self.lock:
+                self.cuda.upload(self._shared["pixel_values"], part)
+                self.run("vision", {"pixel_values": part.shape}, self._shared)
+                self.cuda.download(out, self._shared["image_features"])
+                self.cuda.wait()
+            features[start : start + most] = out
+        return features
+
+    def traverse(
+        self,
+        cache: Mapping[str, int],
+        embeddings: Float32,
+        image_mask: NDArray[np.bool_] | None,
+        rope_offset: int,
+        start: int,
+    ) -> Float32:
+        """Both passes over embeddings [S, D] behind `start` cached tokens; logits [V] of the last."""
+        graph = self.bundle.manifest.graphs["traverse"]
+        stop = start + len(embeddings)
+        mask = np.zeros(len(embeddings), bool) if image_mask is None else image_mask
+        given: dict[str, NDArray[Any]] = {
+            "inputs_embeds": embeddings[None],
+            "position_ids": self._slots[None, start:stop],
+            "slots": self._slots[:stop],
+            "image_mask": mask[None, :, None],
+            "rope_offset": np.array([rope_offset], np.int64),
+        }
+        feeds = {p.name: np.ascontiguousarray(given[p.name], p.dtype) for p in graph.inputs if p.name in given}
+        dynamic = {p.name for p in graph.inputs if any(isinstance(d, str) for d in p.shape)}
+        with self.lock:
+            for name, array in feeds.items():
+                self.cuda.upload(self._shared[name], array)
+            shapes = {name: array.shape for name, array in feeds.items() if name in dynamic}
+            self.run("traverse", shapes, {**self._shared, **cache})
+            self.cuda.download(self._logits, self._shared["logits"])
+            self.cuda.wait()
+            return self._logits[0].astype(np.float32)
+
+    def new_state(self) -> TrtState:
+        """K/V buffers of its own, empty."""
+        with self.lock:
+            return TrtState(self)
+
+    def close(self) -> None:
+        """Give all device and page-locked memory back; states must not be used any more."""
+        with self.lock:
+            self._contexts.clear()
+            self._engines.clear()
+            self.cuda.close()
+
+
+class TrtState:
+    """The K/V buffers of one sequence, and a step that is bound to them once."""
+
+    def __init__(self, backend: TrtBackend) -> None:
+        self._backend = backend
+        graphs, cuda = backend.bundle.manifest.graphs, backend.cuda
+        past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
+        self._ports = {p.name: p for p in past}
+        self._cache = {p.name: backend.allocate(p) for p in past}
+        # Past and present are one buffer: engines write in place.
+        self._cache |= {name.replace("past_", "present_", 1): pointer for name, pointer in self._cache.items()}
+        step = graphs["step"]
+        own = [p for p in (*step.inputs, *step.outputs) if not p.name.startswith(("past_", "present_"))]
+        self._own = {p.name: backend.allocate(p) for p in own}
+        # Page-locked, so that copies are part of the captured graph: it reads and writes these very addresses.
+        self._host = {p.name: cuda.pinned(tuple(int(d) for d in p.shape), p.dtype) for p in own}
+        rope = backend.spec.long_rope
+        self._long_rows = rope.short_rows(backend.context) if rope else 0
+        self._rope_offset = 0
+        self._context = backend.new_context("step")
+        for name in backend.infos["step"]:
+            self._context.address(name, self._own[name] if name in self._own else self._cache[name])
+        self._runs = 0
+        self._graph: Any = None
+
+    def traverse(
+        self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False, start: int = 0
+    ) -> Float32:
+        """See trol_edge.cache.State."""
+        self._rope_offset = self._long_rows if long_rope else 0
+        return self._backend.traverse(self._cache, embeddings, image_mask, self._rope_offset, start)
+
+    def step(self, embedding: Float32, position: int) -> Float32:
+        """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        backend = self._backend
+        with backend.lock:
+            self._host["inputs_embeds"][0, 0] = embedding
+            self._host["position_ids"][0, 0] = position
+            if "rope_offset" in self._host:
+                self._host["rope_offset"][0] = self._rope_offset
+            if self._graph is not None:
+                backend.cuda.launch(self._graph)
+            elif self._runs and backend.cuda_graphs and self._context.capturable(backend.cuda.stream):
+                backend.cuda.begin_capture()  # the first run was plain: TensorRT sets itself up in it
+                self._enqueue()
+                self._graph = backend.cuda.end_capture()
+                backend.cuda.launch(self._graph)
+            else:
+                self._enqueue()
+            backend.cuda.wait()
+            self._runs += 1
+            if self._runs == 1:
+                backend.keep_kernels({"step": self._context})
+            logits: Float32 = self._host["logits"][0].astype(np.float32, copy=False)
+            return logits
+
+    def _enqueue(self) -> None:
+        cuda = self._backend.cuda
+        for name, array in self._host.items():
+            if name != "logits":
+                cuda.upload(self._own[name], array)
+        self._context.run(cuda.stream)
+        cuda.download(self._host["logits"], self._own["logits"])
+
+    def copy_rows(self, source: TrtState, start: int, stop: int, which: int) -> None:
+        """See trol_edge.cache.State; within the device, one copy per key or value head."""
+        backend = self._backend
+        with backend.lock:
+            for name, port in self._ports.items():
+                if name.startswith("past_second_") != bool(which):
+                    continue
+                _, heads, capacity, size = (int(d) for d in port.shape)
+                row = size * np.dtype(port.dtype).itemsize
+                for head in range(heads):
+                    at = (head * capacity + start) * row
+                    backend.cuda.copy(self._cache[name] + at, source._cache[name] + at, (stop - start) * row)
+            backend.cuda.wait()
+        if not which:
+            self._rope_offset = source._rope_offset
+
+
+def _dtype(graph: GraphInfo, name: str) -> str:
+    return next(p.dtype for p in (*graph.inputs, *graph.outputs) if p.name == name)
+
+
+def _within(shape: tuple[int, ...], profile: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> bool:
+    smallest, _, largest = profile
+    return all(low <= n <= high for low, n, high in zip(smallest, shape, largest, strict=True))
+
+
+def _unwrapped(path: Path) -> bytes | None:
+    """Kernels that an earlier run kept, if they are as they were written."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, blob = data[:32], data[32:]
+    return blob if hashlib.sha256(blob).digest() == digest else None

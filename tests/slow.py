@@ -1,0 +1,81 @@
+"""A back end whose time is told, not measured: the real one, with a clock that only its calls move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trol_edge.runtime import Pace, Runtime
+
+
+class FakeClock:
+    """Seconds that pass only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SlowBackend:
+    """Each call takes its set time on the fake clock, and is noted in `calls`; `hook(kind)` is called first."""
+
+    def __init__(self, backend: Any, clock: FakeClock, vision_s: float, token_s: float, step_s: float) -> None:
+        self.backend, self.clock = backend, clock
+        self.vision_s, self.token_s, self.step_s = vision_s, token_s, step_s
+        self.calls: list[str] = []
+        self.hook: Callable[[str], None] = lambda kind: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def passes(self, kind: str, seconds: float) -> None:
+        """A call of this kind takes so long."""
+        self.hook(kind)
+        self.calls.append(kind)
+        self.clock.now += seconds
+
+    def encode_image(self, pixel_values: Any) -> Any:
+        """See Backend."""
+        self.passes("vision", self.vision_s * len(pixel_values))
+        return self.backend.encode_image(pixel_values)
+
+    def new_state(self) -> SlowState:
+        """See Backend."""
+        return SlowState(self, self.backend.new_state())
+
+
+class SlowState:
+    """A State that passes its time on."""
+
+    def __init__(self, slow: SlowBackend, state: Any) -> None:
+        self.slow, self.state = slow, state
+
+    def traverse(self, embeddings: Any, *more: Any) -> Any:
+        """See State."""
+        self.slow.passes("traverse", self.slow.token_s * len(embeddings))
+        return self.state.traverse(embeddings, *more)
+
+    def step(self, *arguments: Any) -> Any:
+        """See State."""
+        self.slow.passes("step", self.slow.step_s)
+        return self.state.step(*arguments)
+
+    def copy_rows(self, source: SlowState, *more: Any) -> None:
+        """See State."""
+        self.state.copy_rows(source.state, *more)
+
+
+def slow_down(runtime: Runtime, vision_s: float = 0.05, token_s: float = 0.001, step_s: float = 0.01) -> SlowBackend:
+    """Make a Runtime run on told time, from now on and as if it had just been loaded."""
+    open_runtime: Any = runtime
+    if isinstance(open_runtime._backend, SlowBackend):
+        open_runtime._backend = open_runtime._backend.backend
+    clock = FakeClock()
+    slow = SlowBackend(open_runtime._backend, clock, vision_s, token_s, step_s)
+    open_runtime._backend, open_runtime._clock = slow, clock
+    open_runtime._vision_pace, open_runtime._prefill_pace = Pace(), Pace()
+    open_runtime._idle.clear()
+    open_runtime._vision_cache.clear()
+    return slow

@@ -1,0 +1,237 @@
+"""Graphs lowered for TensorRT compute what the canonical ones do, and hold nothing that a target's parser refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from tests import cases
+from tests.cases import TOLERANCE, Array, difference
+from tests.golden import GOLDEN, requires_golden
+from trol_edge.bundle import Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.errors import ExportError
+from trol_edge.export import lower_trt
+from trol_edge.export.lower_trt import lower, refusals
+from trol_edge.runtime import Runtime
+from trol_edge.targets import TARGETS
+
+PLAIN, RTX, TRT11 = TARGETS["jetson-jp6"], TARGETS["rtx"], TARGETS["jetson-trt11"]
+LOWERED = {"Attention", "RMSNormalization", "RotaryEmbedding"}
+EXACT = 1e-5  # of the largest magnitude: the same sums in another order, FP32
+
+
+def lowered_bundle(source: Path, folder: Path, target: str = "jetson-jp6") -> Path:
+    """A copy of a cpu bundle with its graphs lowered for a target; weights stay inputs, so ONNX Runtime runs it."""
+    shutil.copytree(source, folder)
+    manifest = Bundle(source).manifest
+    files = dict(manifest.files)
+    for graph in manifest.graphs.values():
+        model = lower(ir.load(source / graph.file), TARGETS[target])
+        path = folder / graph.file
+        path.write_bytes(ir.to_proto(model).SerializeToString())
+        onnx.checker.check_model(path, full_check=True)
+        files[graph.file] = FileInfo(path.stat().st_size, sha256_of(path))
+    write_manifest(folder, dataclasses.replace(manifest, files=files))
+    return folder
+
+
+def answers(runtime: Runtime, ids: Array, pixels: Array | None, steps: int) -> list[Array]:
+    """Logits of a prompt and of some greedy steps after it, then the image features."""
+    session = runtime.session()
+    logits = [session.prefill(ids, pixels)]
+    while len(logits) <= steps and session.length < session.limit:
+        logits.append(session.step(int(logits[-1].argmax())))
+    features = [] if pixels is None else [runtime._backend.encode_image(session.check_pixels(pixels))]
+    return [*logits, *features]
+
+
+def golden_cases() -> list[str]:
+    """Every golden case, of both families."""
+    return sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))
+
+
+@requires_golden
+@pytest.mark.parametrize("case", [c for c in golden_cases() if c.startswith("internlm2")])
+def test_lowered_graphs_equal_the_canonical_ones(case: str, golden_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """Every prompt of every golden case, with steps after it: the plain operators of JetPack 6 against opset 23."""
+    canonical = golden_bundle(case)
+    runtimes = [Runtime(canonical), Runtime(lowered_bundle(canonical, tmp_path / "lowered"))]
+    seen = 0
+    for name in [run for c, run in cases.names() if c == case]:
+        run = cases.load(case, name)
+        for row in run.rows:
+            if len(row.ids) >= runtimes[0].bundle.manifest.context:
+                continue
+            ours, plain = (answers(r, row.ids, run.pixels(row), 4) for r in runtimes)
+            assert [a.shape for a in ours] == [b.shape for b in plain]
+            assert max(difference(b, a) for a, b in zip(ours, plain, strict=True)) <= EXACT
+            if "cached_logits" in run.expected and not row.padding:
+                assert difference(plain[0], ours[0]) <= TOLERANCE
+            seen += 1
+    assert seen
+
+
+def test_trol_nano_lowered_gives_the_same_answer(nano: Runtime, nano_bundle: Path, tmp_path: Path) -> None:
+    """Text, tokens and features of the shipped model, about a picture and without one."""
+    picture = Path(__file__).resolve().parents[1] / "export" / "checkpoints" / "trol-nano" / "scene.png"
+    plain = Runtime(lowered_bundle(nano_bundle, tmp_path / "lowered"))
+    for images in (picture, None):
+        prompt = "Describe the scene."
+        assert plain.generate(prompt, images).token_ids == nano.generate(prompt, images).token_ids
+    pixels = nano.preprocess(picture)
+    assert pixels is not None
+    features = [r._backend.encode_image(pixels) for r in (nano, plain)]
+    assert difference(features[1], features[0]) <= EXACT
+
+
+def test_what_each_target_keeps(nano_bundle: Path) -> None:
+    """RTX and TensorRT 11 take the canonical operators as they are; older ones get none of them."""
+    for name in ("vision", "traverse", "step"):
+        model = ir.load(nano_bundle / f"{name}.onnx")
+        canonical = Counter(node.op_type for node in model.graph)
+        assert canonical["Attention"] == (4 if name == "vision" else 10 if name == "traverse" else 5)
+        for target in (RTX, TRT11):
+            kept = lower(model, target)
+            assert Counter(node.op_type for node in kept.graph) == canonical
+            assert kept.opset_imports[""] == 23
+        plain = lower(model, PLAIN)
+        operators = Counter(node.op_type for node in plain.graph)
+        assert not LOWERED & set(operators)
+        assert operators["MatMul"] == canonical["MatMul"] + 2 * canonical["Attention"]
+        assert operators["ScatterND"] == canonical["ScatterND"]
+        assert plain.opset_imports[""] == 20 and plain.ir_version == 9
+        # What no layer changes stands there once: rows of the rope tables, and the mask.
+        assert operators["Where"] == (0 if name == "vision" else 1)
+        assert operators["Gather"] - canonical["Gather"] == (0 if name == "vision" else 2)
+        assert Counter(node.op_type for node in model.graph) == canonical  # the model given is left as it was
+        assert [v.name for v in plain.graph.inputs] == [v.name for v in model.graph.inputs]
+        assert [v.name for v in plain.graph.outputs] == [v.name for v in model.graph.outputs]
+
+
+def graph_of(op: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Model:
+    """A graph of one node."""
+    node = ir.node(op, inputs, attributes=attributes, name="it")
+    node.outputs[0].name = "out"
+    given = [v for v in inputs if v is not None and v.const_value is None]
+    constants = [v for v in inputs if v is not None and v.const_value is not None]
+    graph = ir.Graph(given, node.outputs, nodes=[node], initializers=constants, opset_imports={"": 23})
+    return ir.Model(graph, ir_version=11)
+
+
+def value(name: str, dtype: ir.DataType, *shape: int) -> ir.Value:
+    """An input of a graph."""
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def run_on_cpu(model: ir.Model, feeds: dict[str, Array]) -> Array:
+    """The first output of a model, from ONNX Runtime."""
+    graph = ir.to_proto(model).SerializeToString()
+    (found,) = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return found
+
+
+F32, F16, I8, I64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.INT64
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "why"),
+    [
+        (graph_of("TensorScatter", [value("x", F32, 1, 2, 8, 4), value("y", F32, 1, 2, 1, 4)]), PLAIN,
+         "TensorScatter needs TensorRT 10.15, this is 10.3"),
+        (graph_of("MatMulNBits", [value("x", F32, 4, 8)]), PLAIN, "MatMulNBits is no operator of any TensorRT"),
+        (graph_of("NonZero", [value("x", I64, 4)]), PLAIN, "NonZero takes FP32, FP16, it has INT64"),
+        (graph_of("ReduceMean", [value("x", F32, 4, 4), value("axes", I64, 1)]), PLAIN,
+         "the axes of ReduceMean must be an initializer"),
+        (graph_of("DequantizeLinear", [value("x", I8, 4), value("s", F32), value("z", I8)]), PLAIN,
+         "the zero point of DequantizeLinear must be zero"),
+        (graph_of("ScatterND", [value("x", F32, 4), value("i", I64, 1, 1), value("u", F32, 1)], reduction="add"), PLAIN,
+         "ScatterND with a reduction is not taken"),
+        (graph_of("TensorScatter", [value("x", F32, 1, 2, 8, 4), value("y", F32, 1, 2, 1, 4)], axis=1), RTX,
+         "TensorScatter along another axis than -2 is not taken"),
+        (graph_of("Attention", [value(n, F32, 1, 2, 8, 4) for n in "qkv"], softcap=5.0), RTX, "softcap is not taken"),
+        (graph_of("Attention", [*(value(n, F32, 1, 2, 8, 4) for n in "qkv"), None, None, None, value("l", I64, 1)]),
+         TRT11, "is ignored by the parser; give an explicit mask"),
+    ],
+)  # fmt: skip
+def test_what_a_parser_would_refuse(model: ir.Model, target: object, why: str) -> None:
+    """Operators, types and restrictions, each in words, before any parser sees the graph."""
+    with pytest.raises(ExportError, match=why):
+        lower(model, target)  # type: ignore[arg-type]
+
+
+def test_int8_zero_points_of_zero_pass() -> None:
+    """Restrictions do not forbid what they should not."""
+    zero = value("z", I8)
+    zero.const_value = ir.Tensor(np.zeros((), np.int8), name="z")
+    model = graph_of("DequantizeLinear", [value("x", I8, 4), value("s", F32), zero])
+    model.graph.outputs[0].type = ir.TensorType(F32)
+    assert refusals(model, PLAIN) == []
+
+
+@pytest.mark.parametrize("share", [1, 3])
+@pytest.mark.parametrize("kind", ["causal", "bool", "none"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_attention_written_out(share: int, kind: str, dtype: type, tmp_path: Path) -> None:
+    """Shared heads, masks and FP16, against ONNX Runtime's own Attention."""
+    rng = np.random.default_rng(0)
+    groups, length, total, size = 2, 5, 5 if kind == "causal" else 9, 8
+    shapes = {"q": (1, groups * share, length, size), "k": (1, groups, total, size), "v": (1, groups, total, size)}
+    feeds = {n: rng.standard_normal(s).astype(dtype) for n, s in shapes.items()}
+    kinds = ir.DataType.FLOAT if dtype == np.float32 else F16
+    inputs: list[ir.Value | None] = [value(n, kinds, *s) for n, s in shapes.items()]
+    if kind == "bool":
+        feeds["mask"] = rng.random((1, 1, length, total)) < 0.6
+        feeds["mask"][..., 0] = True
+        inputs.append(value("mask", ir.DataType.BOOL, 1, 1, length, total))
+    model = graph_of("Attention", inputs, **({"is_causal": 1} if kind == "causal" else {}))
+    model.graph.outputs[0].type, model.graph.outputs[0].shape = ir.TensorType(kinds), ir.Shape(shapes["q"])
+    found = []
+    for each in (model, lower(model, PLAIN)):
+        session = onnxruntime.InferenceSession(
+            ir.to_proto(each).SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        found.append(session.run(None, feeds)[0].astype(np.float32))
+    assert difference(found[1], found[0]) <= (EXACT if dtype == np.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_norm_and_swish_written_out(dtype: type) -> None:
+    """RMSNormalization sums squares in float32 whatever the type; Swish is x * sigmoid(alpha x)."""
+    x = (np.random.default_rng(0).standard_normal((1, 3, 16)) * (300 if dtype == np.float16 else 1)).astype(dtype)
+    kind = F32 if dtype == np.float32 else F16
+    scale = value("scale", kind, 16)
+    weights = np.linspace(0.5, 2, 16).astype(dtype)
+    scale.const_value = ir.Tensor(weights, name="scale")
+    model = graph_of("RMSNormalization", [value("x", kind, 1, 3, 16), scale], epsilon=1e-5)
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * weights
+    swish = graph_of("Swish", [value("x", kind, 1, 3, 16)], alpha=0.5)
+    for each, wanted in ((model, expected), (swish, wide / (1 + np.exp(-0.5 * np.clip(wide, -700, 700))))):
+        each.graph.outputs[0].type, each.graph.outputs[0].shape = ir.TensorType(kind), ir.Shape(x.shape)
+        plain = lower(each, PLAIN)
+        assert all(node.op_type not in ("RMSNormalization", "Swish") for node in plain.graph)
+        session = onnxruntime.InferenceSession(
+            ir.to_proto(plain).SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        (found,) = session.run(None, {"x": x})
+        assert np.isfinite(found).all()
+        assert difference(found.astype(np.float64), wanted) <= (EXACT if dtype == np.float32 else 2e-3)
+
+
+def test_int4_takes_the_newer_opset() -> None:
+    """Blocked DequantizeLinear came with opset 21."""
+    scale, weight = value("s", F32, 2, 4), value("w", ir.DataType.INT4, 64, 4)
+    model = graph_of("DequantizeLinear", [weight, scale], axis=0, block_size=32)
+    model.graph.outputs[0].type = ir.TensorType(F32)
+    plain = lower(model, PLAIN)
+    assert (plain.opset_imports[""], plain.ir_version) == (21, 10)
+    assert lower_trt.IR_VERSIONS[20] == 9

@@ -1,0 +1,86 @@
+"""The soak: a few seconds of it, its judgement of memory, and that it can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trol_edge import soak
+from trol_edge.cli import main
+from trol_edge.runtime import Runtime
+
+
+def test_a_few_seconds(nano_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind of call is made, nothing is wrong, nothing is left."""
+    code = main(["soak", str(nano_bundle), "--minutes", "0.1", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["wrong"] == []
+    assert (code, report["passed"], report["slope"]) == (0, True, None)
+    assert sum(report["calls"].values()) > 0
+    assert report["vision_hits"] > 0
+
+
+def series(minutes: float, mb_per_minute: float, noise_mb: float = 0.0) -> list[tuple[float, int]]:
+    """Samples once a second: 200 MB, a warm-up of 50 MB that is over after a fifth, and a slope."""
+    times = np.arange(0, 60 * minutes)
+    sizes = 200 + 50 * np.minimum(1, times / times[-1] * 5) + mb_per_minute * times / 60
+    sizes += np.random.default_rng(0).normal(0, noise_mb, len(times))
+    return [(float(t), int(1e6 * s)) for t, s in zip(times, sizes, strict=True)]
+
+
+def test_memory_is_judged_by_its_slope() -> None:
+    """A warm-up is none, noise is none; a leak of 1 MB a minute in ten minutes is one."""
+    flat = soak.judge(series(10, 0.0, noise_mb=5))
+    assert flat.flat
+    assert abs(flat.mb_per_minute) < 0.5
+    leak = soak.judge(series(10, 1.0, noise_mb=1))
+    assert not leak.flat
+    assert leak.mb_per_minute == pytest.approx(1.0, abs=0.1)
+    assert leak.growth_bytes == pytest.approx(6.67e6, rel=0.1)
+    assert soak.judge(series(10, -1.0)).flat
+
+
+def test_the_verdict_needs_all_three() -> None:
+    """A wrong answer or a slope fails it; too short a run is judged by its answers."""
+    leak, flat = soak.judge(series(10, 1.0)), soak.judge(series(10, 0.0))
+
+    def passed(wrong: tuple[str, ...], slope: Any) -> bool:
+        return soak.SoakReport(1.0, {}, wrong, slope, 0, 0).passed
+
+    assert passed((), flat) and passed((), None)
+    assert not passed((), leak)
+    assert not passed(("ask: other tokens",), flat)
+
+
+def test_wrong_answers_fail_it(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A Runtime that answers differently under load than alone: found, said, and exit code 1."""
+    generate, seen = Runtime.generate, []  # type: Any, list[int]
+
+    def sometimes_wrong(self: Runtime, *args: Any, **more: Any) -> Any:
+        seen.append(1)
+        if len(seen) > 13:  # the serial run is over
+            more["repetition_penalty"] = 50.0
+        return generate(self, *args, **more)
+
+    monkeypatch.setattr(Runtime, "generate", sometimes_wrong)
+    assert main(["soak", str(nano_bundle), "--minutes", "0.5"]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED" in said and "wrong: " in said and "alone" in said
+
+
+def test_sessions_left_behind_fail_it(nano_bundle: Path) -> None:
+    """What `_left_behind` looks for is found."""
+    with Runtime(nano_bundle) as runtime:
+        assert soak._left_behind(runtime) == []
+        kept = [runtime.session() for _ in range(2)]
+        assert soak._left_behind(runtime) == ["2 sessions are left, at most 1 waits for the next answer"]
+        del kept
+        stream = runtime.stream("What is this?")
+        next(stream)
+        assert soak._left_behind(runtime) == ["1 sessions reserved, 0 calls queued"]
+        stream.close()
+        assert soak._left_behind(runtime) == []

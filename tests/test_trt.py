@@ -1,0 +1,440 @@
+"""The GPU back end on a stand-in (tests/trt_standin.py): the same answers as on a CPU, and every rule kept.
+
+Nothing here ran on a GPU; tests/test_gpu.py does, where there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import bindings, trt_standin
+from tests.cases import difference
+from tests.conftest import NANO
+from tests.test_trt_api import RTX, described
+from tests.trt_standin import CudaRuntime, IRuntimeCache
+from trol_edge.bundle import Bundle, sha256_of
+from trol_edge.engines import FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, write
+from trol_edge.errors import BackendError, BundleError, ContextError
+from trol_edge.runtime import Runtime
+from trol_edge.runtimes import cuda as cuda_module
+from trol_edge.runtimes import trt as trt_module
+from trol_edge.runtimes import trt_build
+from trol_edge.runtimes.cuda import CudaPython, Device
+from trol_edge.runtimes.trt_api import Library
+
+PICTURE = NANO / "scene.png"
+QUESTION = "What is left of the red circle?"
+GPU = Device("stand-in for Orin", "8.7", 8 << 30, (12, 6))
+
+
+@pytest.fixture(scope="module")
+def plain_bundle(request: pytest.FixtureRequest) -> Path:
+    """trol-nano exported for classic TensorRT; or a given one, where export is not installed (a Jetson)."""
+    given = os.environ.get("TROL_EDGE_TENSORRT_BUNDLE")
+    return Path(given) if given else request.getfixturevalue("exported")(NANO, target="tensorrt")
+
+
+def add_engines(folder: Path, key: Key) -> None:
+    """Stand-in engines for a bundle, with the manifest that a build writes."""
+    bundle = Bundle(folder)
+    target = folder_of(bundle, key.target)
+    target.mkdir(parents=True)
+    infos = {}
+    for name in trt_build.GRAPHS:
+        graph = bundle.manifest.graphs[name]
+        ranges = trt_build.profiles(bundle, graph)
+        path = target / f"{name}.engine"
+        path.write_bytes(
+            trt_standin.engine_file(folder / graph.file, [{k: list(v) for k, v in r.items()} for r in ranges])
+        )
+        sha = bundle.manifest.files[graph.file].sha256
+        infos[name] = EngineInfo(path.name, path.stat().st_size, sha256_of(path), sha, 0, {}, ranges, 0.0)
+    write(target, EngineSet(FORMAT_VERSION, "a test", key, "fp32", infos))
+
+
+@dataclasses.dataclass
+class Machine:
+    """A stand-in machine, and a Runtime on it."""
+
+    cuda: CudaRuntime
+    open: Callable[..., Runtime]
+    folder: Path
+
+
+@pytest.fixture(params=["10.3.0", "10.16.1", "rtx"])
+def machine(
+    request: pytest.FixtureRequest, plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Machine:
+    """Classic TensorRT of two versions, and the RTX kind with its runtime config and kernel cache."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(plain_bundle, folder)
+    rtx = request.param == "rtx"
+    stand_in = CudaRuntime()
+    module = trt_standin.module(RTX if rtx else "tensorrt", "1.7.1.1" if rtx else request.param, stand_in)
+    library = Library(module)
+    add_engines(folder, Key("tensorrt", library.title, GPU.name, GPU.capability, "12.6"))
+    monkeypatch.setattr(trt_module, "load", lambda name: library)
+    monkeypatch.setattr(trt_module, "open_cuda", lambda: CudaPython(stand_in))
+    monkeypatch.setattr(trt_module, "devices", lambda: [GPU])
+    return Machine(stand_in, lambda: Runtime(folder), folder)
+
+
+def backend(runtime: Runtime) -> trt_module.TrtBackend:
+    """The back end of a Runtime."""
+    found = runtime._backend
+    assert isinstance(found, trt_module.TrtBackend)
+    return found
+
+
+def test_the_same_answers_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
+    """Tokens of a question about a picture, of one without, and of a second one on the same session."""
+    runtime = machine.open()
+    for prompt, picture in ((QUESTION, PICTURE), ("Describe the scene.", PICTURE), ("What is this?", None)):
+        assert runtime.generate(prompt, picture).token_ids == nano.generate(prompt, picture).token_ids
+    pixels = nano.preprocess([PICTURE, PICTURE])
+    assert pixels is not None
+    assert difference(backend(runtime).encode_image(pixels), nano._backend.encode_image(pixels)) <= 1e-5
+
+
+def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
+    """Chunks, extend, fork, truncate, become: whatever a session does with its cache."""
+
+    def tell(runtime: Runtime) -> list[Any]:
+        ids = runtime.tokenize(QUESTION)
+        session = runtime.session(prefill_chunk=7)
+        found = [session.prefill(ids)]
+        twin = session.fork()
+        for each in (session, twin):
+            found += [each.step(int(found[-1].argmax())) for _ in range(3)]
+        found.append(twin.extend(ids[-5:]))
+        session.become(twin)
+        found.append(session.step(3))
+        session.truncate(len(ids))
+        found.append(session.extend([5]))
+        return found
+
+    for ours, theirs in zip(tell(machine.open()), tell(nano), strict=True):
+        assert ours.dtype == np.float32
+        assert difference(ours, theirs) <= 1e-5
+
+
+def test_a_step_moves_little_and_allocates_nothing(machine: Machine) -> None:
+    """One embedding and one position up, the logits down; from the second step on one launch; no new memory."""
+    runtime = machine.open()
+    session = runtime.session()
+    session.prefill(runtime.tokenize(QUESTION))
+    machine.cuda.calls.clear()
+    session.step(1)
+    assert machine.cuda.calls == ["HostToDevice", "HostToDevice", "DeviceToHost", "wait"]
+    session.step(2)
+    held, reached = dict(machine.cuda.memory), machine.cuda.next
+    pinned = len(machine.cuda.host)
+    machine.cuda.calls.clear()
+    for token in range(20):
+        session.step(token)
+    assert machine.cuda.calls == ["launch", "wait"] * 20
+    assert machine.cuda.memory.keys() == held.keys() and machine.cuda.next == reached
+    assert len(machine.cuda.host) == pinned
+
+
+def test_without_cuda_graphs(machine: Machine, nano: Runtime, plain_bundle: Path) -> None:
+    """The switch: every step enqueued anew, the same logits."""
+    bundle = Bundle(machine.folder)
+    plain = trt_module.TrtBackend(bundle, cuda_graphs=False)
+    runtime = machine.open()
+    logits = []
+    for engine in (plain, backend(runtime)):
+        state = engine.new_state()
+        rows = runtime._embeddings[np.arange(5)]
+        state.traverse(rows, None)
+        logits.append([state.step(rows[i], 5 + i).copy() for i in range(4)])
+    assert "launch" in machine.cuda.calls
+    assert np.array_equal(logits[0], logits[1])
+
+
+def test_memory_is_given_back(machine: Machine) -> None:
+    """After close nothing is allocated; and a state that runs on nevertheless is an error, not a crash."""
+    runtime = machine.open()
+    session = runtime.session()
+    session.prefill(runtime.tokenize(QUESTION))
+    session.step(1)
+    backend(runtime).close()
+    assert machine.cuda.memory == {}
+    with pytest.raises(BackendError):
+        session.step(2)
+
+
+def test_kernels_are_kept_in_the_bundle(machine: Machine) -> None:
+    """TensorRT for RTX: what the first run compiled is there for the second start, if it is as it was written."""
+    runtime = machine.open()
+    runtime.generate(QUESTION, PICTURE, max_new_tokens=3)
+    kept = sorted(p.name for p in (machine.folder / "engines" / "tensorrt").glob("*.cache"))
+    if not backend(runtime).library.rtx:
+        assert kept == []
+        return
+    assert kept == [f"{name}.kernels.cache" for name in ("step", "traverse", "vision")]
+    IRuntimeCache.loaded.clear()
+    again = machine.open()
+    again.session()
+    assert len(IRuntimeCache.loaded) == 3
+    for path in (machine.folder / "engines" / "tensorrt").glob("*.cache"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    IRuntimeCache.loaded.clear()
+    machine.open().session()
+    assert IRuntimeCache.loaded == []
+
+
+def rewrite(machine: Machine, **changes: Any) -> None:
+    """Change the key of a bundle's engines."""
+    bundle = Bundle(machine.folder)
+    engines = read(bundle, "tensorrt")
+    write(folder_of(bundle, "tensorrt"), dataclasses.replace(engines, key=dataclasses.replace(engines.key, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "message"),
+    [
+        ("library", {"library": "TensorRT 10.7.0"}, "built with library 'TensorRT 10.7.0', here is 'TensorRT 10.3.0'"),
+        ("gpu", {"gpu": "RTX 4090"}, "built with gpu 'RTX 4090', here is 'stand-in for Orin'"),
+        ("capability", {"capability": "8.9"}, "built with capability '8.9', here is '8.7'"),
+        ("driver", {"driver": "13.0"}, "built with driver '13.0', here is '12.6'"),
+    ],
+)
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_engines_of_another_machine(what: str, changes: dict[str, str], message: str, machine: Machine) -> None:
+    """Each part of the key, named; and what to do."""
+    rewrite(machine, **changes)
+    with pytest.raises(BundleError, match=re.escape(message)) as caught:
+        machine.open()
+    assert "build them again on this machine: `trol-edge build" in str(caught.value)
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("truncate", "bytes instead of .* truncated or altered; it was not loaded"),
+        ("alter", r"altered since the build \(sha256 differs\); it was not loaded, because an engine is a program"),
+        ("remove", "step.engine: missing"),
+        ("manifest", "engines.json: altered since the build"),
+        ("nothing", "no engines for target tensorrt; make them with `trol-edge build`"),
+        ("graph", "built from another step graph than the bundle now holds"),
+    ],
+)
+def test_harmed_engines_are_not_loaded(
+    harm: str, message: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash is checked before anything is deserialised."""
+    folder = machine.folder / "engines" / "tensorrt"
+    path = folder / "step.engine"
+    if harm == "truncate":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif harm == "alter":
+        data = bytearray(path.read_bytes())
+        data[20] ^= 1
+        path.write_bytes(data)
+    elif harm == "remove":
+        path.unlink()
+    elif harm == "manifest":
+        text = (folder / "engines.json").read_text()
+        (folder / "engines.json").write_text(text.replace("stand-in for Orin", "something else"))
+    elif harm == "nothing":
+        shutil.rmtree(folder)
+    else:
+        bundle = Bundle(machine.folder)
+        engines = read(bundle, "tensorrt")
+        step = dataclasses.replace(engines.engines["step"], graph_sha256="0" * 64)
+        write(folder, dataclasses.replace(engines, engines=engines.engines | {"step": step}))
+    monkeypatch.setattr(Library, "open", lambda self, path: pytest.fail("it was deserialised"))
+    with pytest.raises(BundleError, match=message):
+        machine.open()
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_a_plan_that_tensorrt_refuses(machine: Machine) -> None:
+    """Right by its hash, and yet none: what TensorRT said is in the error."""
+    bundle = Bundle(machine.folder)
+    folder = folder_of(bundle, "tensorrt")
+    (folder / "step.engine").write_bytes(b"no plan")
+    engines = read(bundle, "tensorrt")
+    info = dataclasses.replace(engines.engines["step"], bytes=7, sha256=sha256_of(folder / "step.engine"))
+    write(folder, dataclasses.replace(engines, engines=engines.engines | {"step": info}))
+    with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0 could not load step.engine: .*magic tag") as caught:
+        machine.open()
+    assert "build the engines again on this machine" in str(caught.value)
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_too_little_memory(machine: Machine) -> None:
+    """Said before anything is loaded, with the figures; and where it runs out later, by the call that failed."""
+    machine.cuda.total = 1 << 20
+    with pytest.raises(BackendError, match=r"needs 0\.\d\d GB of GPU memory \(K/V cache 0\.\d\d\), 0\.00 of 0\.00 are"):
+        machine.open()
+    machine.cuda.total = 1 << 34
+    runtime = machine.open()
+    machine.cuda.total = machine.cuda._held() + 1000
+    with pytest.raises(BackendError, match=r"cudaMalloc failed \(cudaErrorMemoryAllocation\); GPU memory is short"):
+        runtime.session()
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_shapes_beyond_every_profile(machine: Machine) -> None:
+    """Engines that were built for less than the bundle's context."""
+    bundle = Bundle(machine.folder)
+    folder = folder_of(bundle, "tensorrt")
+    graph = machine.folder / bundle.manifest.graphs["traverse"].file
+    path = folder / "traverse.engine"
+    path.write_bytes(trt_standin.engine_file(graph, [{"tokens": [1, 8, 16], "slots": [1, 16, 32]}]))
+    engines = read(bundle, "tensorrt")
+    info = dataclasses.replace(engines.engines["traverse"], bytes=path.stat().st_size, sha256=sha256_of(path))
+    write(folder, dataclasses.replace(engines, engines=engines.engines | {"traverse": info}))
+    session = machine.open().session()
+    session.prefill(np.arange(16))
+    with pytest.raises(ContextError, match=r"the traverse engine was built for other sizes than .*17"):
+        session.prefill(np.arange(17))
+    session.prefill(np.arange(3))  # and it stays usable
+
+
+def test_no_driver_no_gpu(plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine, unless it has one: what is missing, in one sentence."""
+    assert cuda_module.devices("libthereisnone.so.1") == "there is no NVIDIA driver (libthereisnone.so.1 is not found)"
+    monkeypatch.setattr(cuda_module, "devices", lambda: "there is no NVIDIA driver")
+    with pytest.raises(BackendError, match="no usable NVIDIA GPU: there is no NVIDIA driver; run `trol-edge doctor`"):
+        cuda_module.open_cuda()
+    folder = tmp_path / "bundle"
+    shutil.copytree(plain_bundle, folder)
+    with pytest.raises(BundleError, match="no engines for target tensorrt"):
+        Runtime(folder)
+    add_engines(folder, Key("tensorrt", "TensorRT 10.3.0", "", "", ""))
+    with pytest.raises(BackendError, match=r"tensorrt is not usable here .*it comes with JetPack"):
+        Runtime(folder)
+
+
+# -- the stand-in itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def context(machine: Machine) -> tuple[Any, CudaRuntime, Library]:
+    """The step's execution context, bare, with good addresses."""
+    runtime = machine.open()
+    state = backend(runtime).new_state()
+    return state._context._context, machine.cuda, backend(runtime).library
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_the_stand_in_refuses(context: tuple[Any, CudaRuntime, Library]) -> None:
+    """Each rule, broken: False and a logged error, or a status at the next wait."""
+    step, cuda, library = context
+    good = dict(step.addresses)
+
+    def said(refused: bool) -> str:
+        assert refused is False
+        return library.messages.pop()
+
+    assert step.execute_async_v3(7) is True
+    assert cuda.cudaStreamSynchronize(7) == (trt_standin.OK,)
+    assert "not aligned" in said(step.set_tensor_address("logits", good["logits"] + 8))
+    assert "is no tensor" in said(step.set_tensor_address("unknown", good["logits"]))
+    assert "not within profile" in said(step.set_input_shape("position_ids", (1, 2)))
+    assert "does not exist" in said(step.set_optimization_profile_async(1, 7))
+    assert "stream 8 does not exist" in said(step.execute_async_v3(8))
+    step.addresses["present_key_0"] = good["present_key_1"]
+    assert "present_key_0 is not at the address of its past" in said(step.execute_async_v3(7))
+    step.addresses = good | {"inputs_embeds": good["logits"]}
+    assert "share an address" in said(step.execute_async_v3(7))
+    step.addresses = {n: p for n, p in good.items() if n != "logits"}
+    assert "address not set for logits" in said(step.execute_async_v3(7))
+    step.addresses = dict(good)
+    cuda.cudaFree(good["past_key_0"])  # use after free
+    assert step.execute_async_v3(7) is True
+    assert cuda.cudaStreamSynchronize(7) == (trt_standin.Status.cudaErrorIllegalAddress,)
+
+
+def test_the_stand_ins_stream_is_late() -> None:
+    """Work is done at the wait, in order; what is not awaited is not there; pageable memory is no part of a graph."""
+    stand_in = CudaRuntime()
+    cuda = CudaPython(stand_in)
+    pointer = cuda.allocate(8)
+    up, down = cuda.pinned((2,), np.float32), cuda.pinned((2,), np.float32)
+    up[:] = 1, 2
+    cuda.upload(pointer, up)
+    cuda.download(down, pointer)
+    assert down.tolist() == [0, 0]
+    up[:] = 3, 4  # too early: the copy has not been made
+    cuda.wait()
+    assert down.tolist() == [3, 4]
+    cuda.begin_capture()
+    with pytest.raises(BackendError, match="cudaErrorStreamCaptureInvalidated"):
+        cuda.upload(pointer, np.zeros(2, np.float32))
+    with pytest.raises(BackendError, match="cudaStreamSynchronize"):
+        cuda.wait()
+    cuda.upload(pointer, up)
+    cuda.download(down, pointer)
+    graph = cuda.end_capture()
+    up[:] = 5, 6
+    cuda.launch(graph)
+    cuda.wait()
+    assert down.tolist() == [5, 6]
+    cuda.free(pointer)
+    with pytest.raises(BackendError, match="cudaFree failed"):
+        cuda.free(pointer)
+    cuda.upload(pointer, up)
+    with pytest.raises(BackendError, match="cudaErrorIllegalAddress"):
+        cuda.wait()
+
+
+@pytest.mark.parametrize("version", [*bindings.VERSIONS, RTX])
+def test_the_stand_ins_signatures_are_the_real_ones(version: str) -> None:
+    """Every method that it has exists in the real class, with these parameter names in this order."""
+    classes = described(version)["classes"]
+    later = {"IRuntimeConfig", "IRuntimeCache", "is_stream_capturable", "create_runtime_config"}  # of RTX alone
+    seen = 0
+    for name in ("ILogger", "Runtime", "ICudaEngine", "IRuntimeConfig", "IRuntimeCache", "IExecutionContext"):
+        if version != RTX and name in later:
+            continue
+        for method, function in vars(getattr(trt_standin, name)).items():
+            if method.startswith("_") or not inspect.isfunction(function) or (version != RTX and method in later):
+                continue
+            ours = list(inspect.signature(function).parameters)[1:]
+            real = [
+                re.findall(r"(\w+): ", re.sub("<[^>]*>", "", line))[1:] for line in classes[name]["methods"][method]
+            ]
+            assert ours in real, (name, method, ours, real)
+            seen += 1
+    for name in ("TensorIOMode", "DataType"):
+        assert {m.name for m in getattr(trt_standin, name)} <= set(classes[name]["members"])
+    assert {m.name for m in trt_standin.ILogger.Severity} <= set(classes["ILogger"]["classes"]["Severity"]["members"])
+    assert {"device_memory_size_v2", "num_io_tensors", "num_optimization_profiles"} <= set(
+        classes["ICudaEngine"]["properties"]
+    )
+    assert seen >= 12
+
+
+def test_the_stand_ins_cuda_is_cuda_pythons() -> None:
+    """Functions, their number of arguments, statuses and kinds, against cuda-python where it is installed."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed (make test-rtx has it)")
+    functions = [n for n in vars(CudaRuntime) if n.startswith("cuda") and inspect.isfunction(getattr(CudaRuntime, n))]
+    assert len(functions) > 14
+    for name in functions:
+        real = getattr(runtime, name)
+        signature = (real.__doc__ or "").strip().splitlines()[0]
+        match = re.fullmatch(rf"{name}\((.*)\)", signature)
+        assert match, signature
+        theirs = [part.split(" ")[-1].split("=")[0] for part in match[1].split(", ") if part]
+        ours = list(inspect.signature(getattr(CudaRuntime, name)).parameters)[1:]
+        assert len(ours) == len(theirs), (name, ours, theirs)
+    for kind in (trt_standin.Status, trt_standin.Kind, trt_standin.Mode):
+        real = getattr(
+            runtime, {"Status": "cudaError_t", "Kind": "cudaMemcpyKind", "Mode": "cudaStreamCaptureMode"}[kind.__name__]
+        )
+        assert {m.name: m.value for m in kind}.items() <= {m.name: m.value for m in real}.items()

@@ -1,0 +1,320 @@
+"""Building engines: really, by TensorRT for RTX where it is installed; and what is refused, on made-up networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from tests.conftest import NANO
+from trol_edge import cli
+from trol_edge.bundle import Bundle, sha256_of
+from trol_edge.engines import Key, read, verified
+from trol_edge.errors import BackendError, BundleError, UsageError
+from trol_edge.runtimes import doctor, trt_build
+from trol_edge.runtimes.cuda import Device
+from trol_edge.runtimes.trt_api import LayerInfo, load
+from trol_edge.targets import TARGETS
+
+ORIN = Device("Orin", "8.7", 8 << 30, (12, 6))
+
+
+def library_or_skip() -> Any:
+    """TensorRT for RTX, really."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (make test-rtx installs it)")
+    return load("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def rtx_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """trol-nano exported for TensorRT for RTX, a copy that may be written to."""
+    folder = tmp_path_factory.mktemp("rtx") / "bundle"
+    shutil.copytree(exported(NANO, target="rtx", context=256), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_bundle(exported: Callable[..., Path]) -> Path:
+    """trol-nano exported for classic TensorRT from 10.3 on."""
+    return exported(NANO, target="tensorrt", context=256)
+
+
+@pytest.fixture(scope="module")
+def built(rtx_bundle: Path) -> trt_build.Build:
+    """Its engines, really built, with what the progress said."""
+    library_or_skip()
+    phases: list[tuple[str, int, int]] = []
+    done = trt_build.build(Bundle(rtx_bundle), progress=lambda *report: phases.append(report))
+    assert {what.split(":")[0] for what, _, _ in phases} == set(trt_build.GRAPHS)
+    assert any("Building engine" in what for what, _, _ in phases)
+    assert all(0 <= now <= steps for _, now, steps in phases)
+    return done
+
+
+@pytest.mark.rtx
+def test_engines_are_really_built(built: trt_build.Build, rtx_bundle: Path) -> None:
+    """Three engines, hashed, bound to their graphs and library; every weight in them once."""
+    bundle = Bundle(rtx_bundle)
+    assert built.built and built.reason.endswith("make them with `trol-edge build`")
+    engines = read(bundle, "rtx")
+    assert engines == built.engines
+    assert engines.key == Key("rtx", load("tensorrt_rtx").title, "", "", "")
+    assert list(engines.engines) == ["vision", "traverse", "step"]
+    for name, engine in engines.engines.items():
+        path = verified(bundle, engines, name)
+        assert path.stat().st_size == engine.bytes > engine.weight_bytes
+        assert engine.graph_sha256 == bundle.manifest.files[f"{name}.onnx"].sha256
+        graph = ir.load(rtx_bundle / f"{name}.onnx").graph
+        count = sum(node.op_type == "MatMul" for node in graph)
+        assert engine.layers["MATRIX_MULTIPLY float32"] == count
+        assert engine.layers["ATTENTION_INPUT float32"] == sum(node.op_type == "Attention" for node in graph)
+    short, long = engines.engines["traverse"].profiles
+    assert short["tokens"] == (1, 32, 64) and long["tokens"][0] == 65 and long["tokens"][2] == 256
+    assert engines.engines["step"].profiles == ()
+    # Nothing half-written is left, and the bundle is still what its manifest says.
+    assert sorted(p.name for p in (rtx_bundle / "engines").iterdir()) == ["rtx"]
+
+
+@pytest.mark.rtx
+def test_engines_are_built_again_for_a_reason(
+    built: trt_build.Build, rtx_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to date: nothing is done. Otherwise the reason is told."""
+    assert trt_build.build(Bundle(rtx_bundle)).reason == "up to date"
+    folder = tmp_path / "bundle"
+    shutil.copytree(rtx_bundle, folder)
+    bundle = Bundle(folder)
+    key = built.engines.key
+    assert trt_build.why(bundle, key) is None
+    assert trt_build.why(bundle, dataclasses.replace(key, library="TensorRT for RTX 1.8.0")) == (
+        f"built with library '{key.library}', here is 'TensorRT for RTX 1.8.0'"
+    )
+    (folder / "engines" / "rtx" / "step.engine").write_bytes(b"")
+    assert trt_build.why(bundle, key) == "step.engine is missing or truncated"
+    (folder / "engines" / "rtx" / "engines.json").write_text("{}")
+    assert "altered since the build" in (trt_build.why(bundle, key) or "")
+
+
+@pytest.mark.rtx
+def test_plain_graphs_are_taken_too(plain_bundle: Path, tmp_path: Path) -> None:
+    """The graphs for JetPack 6 pass the real parser, with every input read, and the step the real builder."""
+    library = library_or_skip()
+    bundle = Bundle(plain_bundle)
+    for name in trt_build.GRAPHS:
+        graph = bundle.manifest.graphs[name]
+        network = library.parse(plain_bundle / graph.file)
+        assert network.unused_inputs() == []
+        tensors = network.tensors()
+        assert [t.name for t in tensors] == [p.name for p in (*graph.inputs, *graph.outputs)]
+        assert [t.dtype for t in tensors] == [p.dtype for p in (*graph.inputs, *graph.outputs)]
+        assert "ATTENTION_INPUT float32" not in trt_build.count_layers(network)
+    info = trt_build._build_one(bundle, "step", library, tmp_path, None, lambda *report: None)
+    assert info.sha256 == sha256_of(tmp_path / "step.engine")
+
+
+@pytest.mark.rtx
+def test_an_unread_input_is_seen(tmp_path: Path) -> None:
+    """The parser drops what it does not understand; here an input that nothing reads."""
+    library = library_or_skip()
+    x, y = (ir.Value(name=n, shape=ir.Shape((4,)), type=ir.TensorType(ir.DataType.FLOAT)) for n in "xy")
+    node = ir.node("Exp", [x])
+    node.outputs[0].name, node.outputs[0].type = "out", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x, y], node.outputs, nodes=[node], opset_imports={"": 23})
+    ir.save(ir.Model(graph, ir_version=11), tmp_path / "it.onnx")
+    assert library.parse(tmp_path / "it.onnx").unused_inputs() == ["y"]
+
+
+@pytest.mark.rtx
+def test_a_graph_that_the_parser_refuses(tmp_path: Path) -> None:
+    """What the parser said is in the error."""
+    library = library_or_skip()
+    x = ir.Value(name="x", shape=ir.Shape((4,)), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Unheard", [x], domain="of")
+    node.outputs[0].name, node.outputs[0].type = "out", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 23, "of": 1})
+    ir.save(ir.Model(graph, ir_version=11), tmp_path / "it.onnx")
+    with pytest.raises(BackendError, match=r"TensorRT for RTX 1\.7\.\d+ could not read it\.onnx: .*Unheard"):
+        library.parse(tmp_path / "it.onnx")
+
+
+@pytest.mark.rtx
+def test_ctrl_c_ends_a_build(rtx_bundle: Path, tmp_path: Path) -> None:
+    """What progress raises comes out when TensorRT has stopped, and nothing is left of the build."""
+    library_or_skip()
+    folder = tmp_path / "bundle"
+    shutil.copytree(rtx_bundle, folder, ignore=shutil.ignore_patterns("engines"))
+
+    def stop(what: str, done: int, total: int) -> None:
+        if "Building" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trt_build.build(Bundle(folder), progress=stop)
+    assert list((folder / "engines").iterdir()) == []
+
+
+@pytest.mark.rtx
+def test_the_command(built: trt_build.Build, rtx_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """build (up to date), doctor and targets as a user sees them here."""
+    assert cli.main(["build", str(rtx_bundle), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["built"] is False and said["engines"]["step"]["bytes"] == built.engines.engines["step"].bytes
+    assert cli.main(["doctor", str(rtx_bundle), "--json"]) == 0
+    checks = {c["what"]: c for c in json.loads(capsys.readouterr().out)}
+    assert checks["engines"]["good"] and checks["fit"]["good"] and checks["tensorrt_rtx"]["good"]
+    assert cli.main(["targets", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rtx"]["builds"] is True
+
+
+# -- without any TensorRT ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class MadeUpNetwork:
+    """A parsed graph that is whatever a test says."""
+
+    unused: list[str]
+    kinds: list[LayerInfo]
+    size: int = 1000
+
+    def unused_inputs(self) -> list[str]:
+        """As Network."""
+        return self.unused
+
+    def layers(self) -> list[LayerInfo]:
+        """As Network."""
+        return self.kinds
+
+    def build(self, path: Path, *rest: object) -> None:
+        """Writes as many bytes as it was told."""
+        path.write_bytes(b"e" * self.size)
+
+
+@dataclasses.dataclass
+class MadeUpLibrary:
+    """A TensorRT of some version, whose parser gives that network."""
+
+    version: tuple[int, ...] = (10, 3, 0)
+    network: MadeUpNetwork | None = None
+    rtx: bool = False
+
+    @property
+    def title(self) -> str:
+        """As Library."""
+        return f"TensorRT {'.'.join(map(str, self.version))}"
+
+    def parse(self, path: Path) -> MadeUpNetwork:
+        """As Library."""
+        assert self.network is not None
+        return self.network
+
+
+def product(dtype: str = "float32") -> LayerInfo:
+    """One matrix product."""
+    return LayerInfo("MATRIX_MULTIPLY", "it", (dtype, dtype), (dtype,))
+
+
+def copy(bundle: Path, tmp_path: Path) -> Bundle:
+    """A copy of a bundle without engines."""
+    shutil.copytree(bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    return Bundle(tmp_path / "bundle")
+
+
+def test_operators_are_checked_before_parsing(rtx_bundle: Path, tmp_path: Path) -> None:
+    """Graphs for a newer TensorRT on JetPack 6: the operator, the version that has it, the version here."""
+    with pytest.raises(BackendError, match=r"Attention needs TensorRT 10\.14, this is 10\.3\.0") as caught:
+        trt_build.build(copy(rtx_bundle, tmp_path), "tensorrt", library=MadeUpLibrary())  # type: ignore[arg-type]
+    assert "RMSNormalization needs TensorRT 10.15" not in str(caught.value)  # vision has LayerNormalization
+    assert "export with the target of this machine's TensorRT" in str(caught.value)
+    assert list((tmp_path / "bundle" / "engines").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (MadeUpNetwork(["image_mask"], [product()]), r"would ignore the input\(s\) image_mask"),
+        (MadeUpNetwork([], [product("float16")]), "fp32 asks for products in float32, the network has {'float16': 1}"),
+        (MadeUpNetwork([], []), "fp32 asks for products in float32, the network has {}"),
+        (
+            MadeUpNetwork([], [product(), LayerInfo("DEQUANTIZE", "it", ("int8",), ("float32",))]),
+            "0 DequantizeLinear in the graph, the network has {'int8': 1}",
+        ),
+    ],
+)
+def test_networks_that_are_refused(network: MadeUpNetwork, message: str, plain_bundle: Path, tmp_path: Path) -> None:
+    """Inputs that would be ignored, and another precision than the bundle's."""
+    library: Any = MadeUpLibrary(network=network)
+    with pytest.raises(BackendError, match=message):
+        trt_build.build(copy(plain_bundle, tmp_path), library=library)
+
+
+def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> None:
+    """With the K/V cache, in figures; and then no engines are left in the bundle."""
+    library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()], size=3_000_000))
+    bundle = copy(plain_bundle, tmp_path)
+    cache = trt_build.cache_bytes(bundle)
+    assert cache == 2 * 2 * 5 * 2 * 256 * 32 * 4  # sets, K and V, layers, heads, rows, head size, FP32
+    with pytest.raises(BackendError, match=r"engines vision, traverse take 0\.01 GB and the K/V cache 0\.00 GB"):
+        trt_build.build(bundle, library=library, memory_bytes=cache + 5_000_000)
+    assert list((bundle.folder / "engines").iterdir()) == []
+    done = trt_build.build(bundle, library=library, memory_bytes=cache + 9_000_000)
+    assert done.built and read(bundle, "tensorrt") == done.engines
+
+
+def test_targets_and_machines_that_do_not_fit(nano_bundle: Path, plain_bundle: Path) -> None:
+    """Wrong target of the bundle, wrong TensorRT, wrong GPU; each says what to do."""
+    with pytest.raises(BundleError, match="for which there is nothing to build; export with --target rtx"):
+        trt_build.build(Bundle(nano_bundle))
+    with pytest.raises(BundleError, match="its graphs were made for target 'cpu'; export with --target rtx"):
+        trt_build.build(Bundle(nano_bundle), "rtx")
+    with pytest.raises(UsageError, match="target 'orin' is not one of"):
+        trt_build.build(Bundle(plain_bundle), "orin")
+    library: Any = MadeUpLibrary(version=(10, 16, 1))
+    with pytest.raises(BackendError, match=r"target jetson-jp6 is for TensorRT 10\.3 .*, here is TensorRT 10\.16\.1"):
+        trt_build.key_here(TARGETS["jetson-jp6"], library, ORIN)
+    desktop = Device("RTX 4090", "8.9", 24 << 30, (13, 0))
+    with pytest.raises(BackendError, match=r"compute capability 8\.7 and 11\.0, here is RTX 4090 \(8\.9\)"):
+        trt_build.key_here(TARGETS["jetson-jp7"], library, desktop)
+    assert trt_build.key_here(TARGETS["jetson-jp7"], library, ORIN) == Key(
+        "jetson-jp7", "TensorRT 10.16.1", "Orin", "8.7", "12.6"
+    )
+
+
+def test_what_this_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor's table on made-up machines: nothing, a desktop, a Jetson."""
+
+    def machine(modules: dict[str, MadeUpLibrary], found: list[Device] | str) -> dict[str, doctor.Status]:
+        def loaded(name: str) -> Any:
+            if name not in modules:
+                raise BackendError(f"{name} is not here")
+            return modules[name]
+
+        monkeypatch.setattr(doctor, "load", loaded)
+        monkeypatch.setattr(doctor, "devices", lambda: found)
+        monkeypatch.setattr(doctor, "_there", lambda name: name == "cuda")
+        return {s.target: s for s in doctor.statuses()}
+
+    nothing = machine({}, "there is no NVIDIA driver")
+    assert nothing["cpu"].runs and doctor.best()[0] == "cpu"
+    assert [n for n, s in nothing.items() if s.builds or s.runs] == ["cpu"]
+    assert nothing["rtx"].why_no_build == "tensorrt_rtx is not here"
+    here = {"tensorrt_rtx": MadeUpLibrary((1, 7, 1), rtx=True)}
+    workstation = machine(here, "there is no NVIDIA driver")
+    assert (workstation["rtx"].builds, workstation["rtx"].runs) == (True, False)
+    assert workstation["rtx"].why_no_run == "there is no NVIDIA driver"
+    assert doctor.best() == ("cpu", "no GPU target runs here: there is no NVIDIA driver")
+    desktop = machine(here, [Device("RTX 4060", "8.9", 8 << 30, (13, 0))])
+    assert desktop["rtx"].runs and doctor.best()[0] == "rtx"
+    assert "not yet run on a GPU" in doctor.best()[1]
+    old = machine(here, [Device("GTX 1080", "6.1", 8 << 30, (12, 0))])
+    assert "GTX 1080 has compute capability 6.1, not 8.0 or 8.6" in old["rtx"].why_no_run
+    jetson = machine({"tensorrt": MadeUpLibrary((10, 3, 0))}, [ORIN])
+    assert [n for n, s in jetson.items() if s.runs] == ["cpu", "tensorrt", "jetson-jp6"]
+    assert doctor.best()[0] == "jetson-jp6"
+    assert jetson["jetson-jp7"].why_no_run == "TensorRT 10.3.0 is here, this target is for 10.13 to below 11"

@@ -1,0 +1,433 @@
+"""A stand-in for TensorRT and CUDA, which runs an engine's source graph on ONNX Runtime and enforces their rules.
+
+It is no GPU. Device memory is host memory with addresses of its own; work is queued and done only when the stream is
+waited for, so that whoever reads too early reads old values. Broken rules (an address missing, unaligned or freed, a
+shape outside its profile, past and present at two addresses, a wrong stream) make a call fail as the real one would:
+TensorRT's return False and log an error, CUDA's return a status.
+
+tests/test_trt.py compares its signatures with the real bindings'.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnxruntime
+
+ALIGNMENT = 256
+TYPES = {
+    "tensor(float)": "FLOAT",
+    "tensor(float16)": "HALF",
+    "tensor(int64)": "INT64",
+    "tensor(bool)": "BOOL",
+}
+NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"}
+
+
+def engine_file(graph: Path, profiles: list[dict[str, list[int]]]) -> bytes:
+    """What stands in for a plan: which graph to run, and the ranges of its dynamic dimensions."""
+    return json.dumps({"graph": str(graph), "profiles": profiles}).encode()
+
+
+class Status(enum.Enum):
+    """cudaError_t."""
+
+    cudaSuccess = 0
+    cudaErrorInvalidValue = 1
+    cudaErrorMemoryAllocation = 2
+    cudaErrorIllegalAddress = 700
+    cudaErrorStreamCaptureInvalidated = 901
+
+
+class Kind(enum.Enum):
+    """cudaMemcpyKind."""
+
+    cudaMemcpyHostToDevice = 1
+    cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
+
+
+class Mode(enum.Enum):
+    """cudaStreamCaptureMode."""
+
+    cudaStreamCaptureModeThreadLocal = 1
+
+
+OK = Status.cudaSuccess
+
+
+class CudaRuntime:
+    """`cuda.bindings.runtime`: functions that return (status, results...)."""
+
+    cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = Status, Kind, Mode
+
+    def __init__(self, total: int = 1 << 34) -> None:
+        self.total = total
+        self.memory: dict[int, np.ndarray[Any, Any]] = {}
+        self.host: dict[int, Any] = {}
+        self.next = 1 << 40
+        self.queue: list[Callable[[], None]] = []
+        self.recording: list[Callable[[], None]] | None = None
+        self.calls: list[str] = []
+        self.streams = {7}
+
+    # -- memory
+
+    def _find(self, pointer: int, size: int) -> np.ndarray[Any, Any]:
+        for base, block in self.memory.items():
+            if base <= pointer and pointer + size <= base + len(block):
+                return block[pointer - base : pointer - base + size]
+        raise IllegalAddress(f"{pointer:#x} + {size} is in no live allocation")
+
+    def _held(self) -> int:
+        return sum(len(block) for block in self.memory.values())
+
+    def cudaSetDevice(self, device: int) -> tuple[Status]:
+        return (OK,)
+
+    def cudaMemGetInfo(self) -> tuple[Status, int, int]:
+        return OK, self.total - self._held(), self.total
+
+    def cudaMalloc(self, size: int) -> tuple[Status, int | None]:
+        if size + self._held() > self.total:
+            return Status.cudaErrorMemoryAllocation, None
+        pointer = self.next
+        self.next += -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
+        self.memory[pointer] = np.full(size, 0x5A, np.uint8)  # never zeros by luck
+        return OK, pointer
+
+    def cudaFree(self, devPtr: int) -> tuple[Status]:
+        if self.memory.pop(int(devPtr), None) is None:
+            return (Status.cudaErrorInvalidValue,)
+        return (OK,)
+
+    def cudaMallocHost(self, size: int) -> tuple[Status, int]:
+        block = (ctypes.c_byte * size)()
+        pointer = ctypes.addressof(block)
+        self.host[pointer] = block
+        return OK, pointer
+
+    def cudaFreeHost(self, ptr: int) -> tuple[Status]:
+        # Kept, so that an array which still refers to it does not bring the test down.
+        return (OK if int(ptr) in self.host else Status.cudaErrorInvalidValue,)
+
+    def _pinned(self, pointer: int) -> bool:
+        return any(base <= pointer < base + len(block) for base, block in self.host.items())
+
+    # -- the stream
+
+    def cudaStreamCreate(self) -> tuple[Status, int]:
+        return OK, 7
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[Status]:
+        self.streams.discard(int(stream))
+        return (OK,)
+
+    def enqueue(self, work: Callable[[], None], stream: int) -> bool:
+        """Queue (or record) work; False for a stream that there is not."""
+        if int(stream) not in self.streams:
+            return False
+        (self.queue if self.recording is None else self.recording).append(work)
+        return True
+
+    def _drain(self) -> Status:
+        while self.queue:
+            work = self.queue.pop(0)
+            try:
+                work()
+            except IllegalAddress:
+                self.queue.clear()
+                return Status.cudaErrorIllegalAddress
+        return OK
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:
+        if self.recording is not None:
+            return (Status.cudaErrorStreamCaptureInvalidated,)
+        self.calls.append("wait")
+        return (self._drain(),)
+
+    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> tuple[Status]:
+        def work() -> None:
+            self._find(devPtr, count)[:] = value
+
+        return (OK if self.enqueue(work, stream) else Status.cudaErrorInvalidValue,)
+
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Kind, stream: int) -> tuple[Status]:
+        host = {Kind.cudaMemcpyHostToDevice: src, Kind.cudaMemcpyDeviceToHost: dst}.get(kind)
+        if host is not None and not self._pinned(host) and self.recording is not None:
+            return (Status.cudaErrorStreamCaptureInvalidated,)  # pageable memory cannot be captured
+        self.calls.append(kind.name.removeprefix("cudaMemcpy"))
+
+        def array(pointer: int) -> np.ndarray[Any, Any]:
+            return np.frombuffer(memoryview((ctypes.c_byte * count).from_address(pointer)), np.uint8)
+
+        if kind is Kind.cudaMemcpyHostToDevice and not self._pinned(src):
+            staged = array(src).copy()  # pageable: staged before the call returns
+            done = self.enqueue(lambda: self._put(dst, staged), stream)
+        elif kind is Kind.cudaMemcpyHostToDevice:
+            done = self.enqueue(lambda: self._put(dst, array(src)), stream)
+        elif kind is Kind.cudaMemcpyDeviceToHost:
+            done = self.enqueue(lambda: array(dst).__setitem__(slice(None), self._find(src, count)), stream)
+        else:
+            done = self.enqueue(lambda: self._put(dst, self._find(src, count).copy()), stream)
+        return (OK if done else Status.cudaErrorInvalidValue,)
+
+    def _put(self, pointer: int, data: np.ndarray[Any, Any]) -> None:
+        self._find(pointer, len(data))[:] = data
+
+    # -- graphs
+
+    def cudaStreamBeginCapture(self, stream: int, mode: Mode) -> tuple[Status]:
+        if self.recording is not None or self.queue:
+            return (Status.cudaErrorStreamCaptureInvalidated,)
+        self.recording = []
+        return (OK,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Status, Any]:
+        if self.recording is None:
+            return Status.cudaErrorStreamCaptureInvalidated, None
+        graph, self.recording = tuple(self.recording), None
+        return OK, graph
+
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Status, Any]:
+        return OK, graph
+
+    def cudaGraphDestroy(self, graph: Any) -> tuple[Status]:
+        return (OK,)
+
+    def cudaGraphExecDestroy(self, graphExec: Any) -> tuple[Status]:
+        return (OK,)
+
+    def cudaGraphLaunch(self, graphExec: Any, stream: int) -> tuple[Status]:
+        self.calls.append("launch")
+        for work in graphExec:
+            self.enqueue(work, stream)
+        return (OK,)
+
+
+class IllegalAddress(Exception):
+    """Raised by queued work; the wait then returns a status, as it does on a GPU."""
+
+
+class DataType(enum.Enum):
+    """trt.DataType, with pybind's `name`."""
+
+    FLOAT = 0
+    HALF = 1
+    INT64 = 2
+    BOOL = 3
+
+
+class TensorIOMode(enum.Enum):
+    """trt.TensorIOMode."""
+
+    NONE = 0
+    INPUT = 1
+    OUTPUT = 2
+
+
+class ILogger:
+    """trt.ILogger."""
+
+    class Severity(enum.Enum):
+        """Of a message."""
+
+        INTERNAL_ERROR = 0
+        ERROR = 1
+        WARNING = 2
+
+    def __init__(self) -> None:
+        pass
+
+    def log(self, severity: Severity, msg: str) -> None:
+        """To be overridden."""
+
+
+class Runtime:
+    """trt.Runtime."""
+
+    cuda: CudaRuntime  # set by `module`
+
+    def __init__(self, logger: ILogger) -> None:
+        self.logger = logger
+
+    def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
+        """The engine, or None with an error logged where the plan is none."""
+        try:
+            plan = json.loads(bytes(serialized_engine))
+        except ValueError:
+            self.logger.log(ILogger.Severity.ERROR, "Serialization assertion failed: magic tag does not match")
+            return None
+        return ICudaEngine(plan, self.logger, self.cuda)
+
+
+class ICudaEngine:
+    """trt.ICudaEngine."""
+
+    def __init__(self, plan: dict[str, Any], logger: ILogger, cuda: CudaRuntime) -> None:
+        self.logger, self.cuda, self.profiles = logger, cuda, plan["profiles"]
+        self.session = onnxruntime.InferenceSession(plan["graph"], providers=["CPUExecutionProvider"])
+        self.inputs = {t.name: t for t in self.session.get_inputs()}
+        self.outputs = {t.name: t for t in self.session.get_outputs()}
+        self.names = [*self.inputs, *self.outputs]
+        self.device_memory_size_v2 = 0
+        self.num_io_tensors = len(self.names)
+        self.num_optimization_profiles = max(1, len(self.profiles))
+
+    def _tensor(self, name: str) -> Any:
+        return self.inputs.get(name) or self.outputs[name]
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return DataType[TYPES[self._tensor(name).type]]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(d if isinstance(d, int) else -1 for d in self._tensor(name).shape)
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        sizes = self.profiles[profile_index] if self.profiles else {}
+        shape = self._tensor(name).shape
+        return [tuple(d if isinstance(d, int) else sizes[d][i] for d in shape) for i in range(3)]
+
+    def create_runtime_config(self) -> Any:
+        return IRuntimeConfig()
+
+    def create_execution_context(self, strategy: Any = None) -> Any:
+        return IExecutionContext(self, strategy)
+
+
+class IRuntimeConfig:
+    """trt.IRuntimeConfig of TensorRT for RTX."""
+
+    def __init__(self) -> None:
+        self.cache: IRuntimeCache | None = None
+
+    def create_runtime_cache(self) -> Any:
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache: Any = None) -> bool:
+        self.cache = cache
+        return True
+
+
+class IRuntimeCache:
+    """trt.IRuntimeCache: grows by what runs compile."""
+
+    loaded: ClassVar[list[bytes]] = []  # what tests look at
+
+    def __init__(self) -> None:
+        self.kernels = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.kernels = bytes(blob)
+        IRuntimeCache.loaded.append(self.kernels)
+        return True
+
+    def serialize(self) -> bytes:
+        return self.kernels
+
+
+class IExecutionContext:
+    """trt.IExecutionContext."""
+
+    def __init__(self, engine: ICudaEngine, config: Any) -> None:
+        self.engine, self.cuda = engine, engine.cuda
+        self.cache = getattr(config, "cache", None)
+        self.profile_index = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.runs = 0
+
+    def _refuse(self, why: str) -> bool:
+        self.engine.logger.log(ILogger.Severity.ERROR, why)
+        return False
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        if not 0 <= profile_index < self.engine.num_optimization_profiles:
+            return self._refuse(f"profile {profile_index} does not exist")
+        self.profile_index = profile_index
+        self.shapes.clear()
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if name not in self.engine.inputs:
+            return self._refuse(f"{name} is no input")
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile_index)
+        if len(shape) != len(low) or not all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
+            return self._refuse(f"{name} {shape} is not within profile {self.profile_index}, {low} to {high}")
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if name not in self.engine.names or not isinstance(memory, int):
+            return self._refuse(f"{name} is no tensor")
+        if memory % ALIGNMENT:
+            return self._refuse(f"{memory:#x} is not aligned to {ALIGNMENT} bytes")
+        self.addresses[name] = memory
+        return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.runs > 0
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        shape = self.engine.get_tensor_shape(name)
+        return self.shapes.get(name) if -1 in shape else shape
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        """Check every rule, then queue the graph."""
+        engine = self.engine
+        missing = [name for name in engine.names if name not in self.addresses]
+        if missing:
+            return self._refuse(f"address not set for {', '.join(missing)}")
+        shapes = {name: self._shape(name) for name in engine.inputs}
+        if None in shapes.values():
+            return self._refuse(f"shape not set for {[n for n, s in shapes.items() if s is None]}")
+        apart = [
+            n
+            for n in engine.outputs
+            if n.startswith("present_") and self.addresses[n] != self.addresses[n.replace("present_", "past_", 1)]
+        ]
+        if apart:
+            return self._refuse(f"{apart[0]} is not at the address of its past")
+        others = [self.addresses[n] for n in engine.names if not n.startswith("present_")]
+        if len(set(others)) != len(others):
+            return self._refuse("two tensors share an address")
+        addresses = dict(self.addresses)
+        if not self.cuda.recording and self.cache is not None:
+            self.cache.kernels = b"kernels of " + ",".join(engine.outputs).encode()[:40]
+        self.runs += 1
+
+        def work() -> None:
+            feeds = {}
+            for name, shape in shapes.items():
+                dtype = np.dtype(NUMPY[engine.get_tensor_dtype(name).name])
+                assert shape is not None
+                size = int(np.prod(shape)) * dtype.itemsize
+                feeds[name] = self.cuda._find(addresses[name], size).view(dtype).reshape(shape)
+            for name, value in zip(engine.outputs, engine.session.run(None, feeds), strict=True):
+                self.cuda._put(addresses[name], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+
+        if not self.cuda.enqueue(work, stream_handle):
+            return self._refuse(f"stream {stream_handle} does not exist")
+        return True
+
+
+def module(name: str, version: str, cuda: CudaRuntime) -> Any:
+    """What stands in for `import tensorrt` (or tensorrt_rtx) of a version."""
+    runtime = type("Runtime", (Runtime,), {"cuda": cuda})
+    members = {"__version__": version, "ILogger": ILogger, "Runtime": runtime, "TensorIOMode": TensorIOMode}
+    stand_in = types.ModuleType(name)
+    vars(stand_in).update(members)
+    return stand_in

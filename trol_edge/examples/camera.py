@@ -1,0 +1,120 @@
+"""A camera (or a video file) and a question, asked again and again about the newest frame: OpenCV in, answers out.
+
+    python -m trol_edge.examples.camera build/trol-nano --source 0 --question "Describe the scene."
+
+Needs OpenCV: pip install 'trol-edge[cpu,camera]'. The camera never waits for the model: a thread reads frames into a
+queue of length one, and a frame that is older than --max-age-ms when the model is free is dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import trol_edge
+
+Frame = NDArray[np.uint8]
+
+
+def frames_of(source: str) -> Iterator[Frame]:
+    """Frames, uint8 [H, W, 3] in BGR, of a webcam ("0", "1", ...) or of a video file, at the file's own speed.
+
+    Exits with a message where there is no such camera or file.
+    """
+    import cv2
+
+    webcam = source.isdigit()
+    capture: Any = cv2.VideoCapture(int(source) if webcam else source)
+    if not capture.isOpened():
+        sys.exit(f"cannot open {'camera ' if webcam else ''}{source}")
+    return _read(capture, 0.0 if webcam else 1 / (capture.get(cv2.CAP_PROP_FPS) or 30.0))
+
+
+def _read(capture: Any, period_s: float) -> Iterator[Frame]:
+    due = time.monotonic()
+    try:
+        while True:
+            read, frame = capture.read()
+            if not read:
+                return
+            yield frame
+            due += period_s
+            time.sleep(max(0.0, due - time.monotonic()))
+    finally:
+        capture.release()
+
+
+def answer_frames(
+    runtime: trol_edge.Runtime,
+    frames: Iterator[Frame],
+    question: str,
+    show: Callable[[trol_edge.Answer], None],
+    *,
+    deadline_ms: float | None = None,
+    max_age_ms: float | None = None,
+    most: int | None = None,
+) -> trol_edge.LatestCounts:
+    """Ask about the newest frame until there are no more, or `most` answers; returns what became of the frames."""
+    newest = trol_edge.LatestOnly[Frame](max_age_ms)
+    over = threading.Event()
+
+    def read() -> None:
+        try:
+            for frame in frames:
+                if over.is_set():
+                    return
+                newest.put(frame)
+        finally:
+            newest.close()
+
+    reader = threading.Thread(target=read, name="camera", daemon=True)
+    reader.start()
+    try:
+        for count, frame in enumerate(newest, 1):
+            show(runtime.generate(question, frame, color="bgr", deadline_ms=deadline_ms))
+            if count == most:
+                break
+    finally:
+        over.set()
+        reader.join()
+    return newest.counts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("--source", default="0", help="number of a webcam, or a video file")
+    parser.add_argument("--question", default="Describe the scene.")
+    parser.add_argument("--deadline-ms", type=float, help="cut an answer off after so many milliseconds")
+    parser.add_argument("--max-age-ms", type=float, default=500.0, help="skip frames that waited longer")
+    parser.add_argument("--answers", type=int, help="stop after so many")
+    given = parser.parse_args(arguments)
+
+    def show(answer: Any) -> None:
+        spent = sum(vars(answer.timings).values())
+        print(f"{answer}   [{spent:.0f} ms, {answer.finish_reason}]", flush=True)
+
+    with trol_edge.Runtime(given.bundle) as runtime:
+        counts = answer_frames(
+            runtime,
+            frames_of(given.source),
+            given.question,
+            show,
+            deadline_ms=given.deadline_ms,
+            max_age_ms=given.max_age_ms,
+            most=given.answers,
+        )
+    print(f"{counts.offered} frames: {counts.taken} answered, {counts.dropped} dropped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

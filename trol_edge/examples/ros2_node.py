@@ -1,0 +1,201 @@
+"""A ROS 2 node: sensor_msgs/Image in, std_msgs/String out, diagnostics once a second.
+
+    python -m trol_edge.examples.ros2_node --ros-args -p bundle:=build/trol-nano -p question:="Describe the scene."
+
+Topics: image (in), answer (out), /diagnostics (out); remap them as usual. Parameters: bundle, question (may be changed
+while it runs), deadline_ms (0: none), max_age_ms (frames that waited longer are dropped; 0: no limit), max_new_tokens.
+rclpy and the messages come with ROS 2 (sourced in the shell), not from pip. All logic is in `FrameAnswerer`, which
+knows nothing of ROS.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import trol_edge
+from trol_edge.errors import ImageError
+
+Frame = NDArray[np.uint8]
+Color = Literal["rgb", "bgr"]
+ENCODINGS: dict[str, tuple[int, Color]] = {  # bytes per pixel, order of the first three
+    "rgb8": (3, "rgb"),
+    "bgr8": (3, "bgr"),
+    "8UC3": (3, "bgr"),
+    "rgba8": (4, "rgb"),
+    "bgra8": (4, "bgr"),
+    "8UC4": (4, "bgr"),
+    "mono8": (1, "rgb"),
+    "8UC1": (1, "rgb"),
+}
+
+
+def array_from_image(height: int, width: int, step: int, encoding: str, data: Any) -> tuple[Frame, Color]:
+    """The fields of a sensor_msgs/Image as an array [H, W, 3], a view of `data`, and the order of its channels.
+
+    step: bytes from one row to the next. Raises ImageError for an encoding without 8-bit colours, or too little data.
+    """
+    if encoding not in ENCODINGS:
+        raise ImageError(f"image encoding {encoding!r} is not one of {', '.join(ENCODINGS)}")
+    channels, color = ENCODINGS[encoding]
+    flat = np.frombuffer(data, np.uint8)
+    if step < width * channels or flat.size < height * step:
+        raise ImageError(f"{flat.size} bytes with a step of {step} are no {width}x{height} image of {encoding}")
+    pixels = np.lib.stride_tricks.as_strided(flat, (height, width, channels), (step, channels, 1), writeable=False)
+    return (np.broadcast_to(pixels, (height, width, 3)) if channels == 1 else pixels[:, :, :3]), color
+
+
+class FrameAnswerer:
+    """Asks one question about the newest frame, over and over, in a thread of its own."""
+
+    def __init__(
+        self,
+        runtime: trol_edge.Runtime,
+        question: str,
+        publish: Callable[[str], None],
+        *,
+        deadline_ms: float | None = None,
+        max_age_ms: float | None = None,
+        max_new_tokens: int = 64,
+    ) -> None:
+        """publish: called with every answer that is not empty, in the thread."""
+        self.question = question
+        self._runtime, self._publish = runtime, publish
+        self._deadline_ms, self._max_new_tokens = deadline_ms, max_new_tokens
+        self._newest = trol_edge.LatestOnly[tuple[Frame, Color]](max_age_ms)
+        self._answers = self._cut = self._errors = 0
+        self._last_ms, self._last_error = 0.0, ""
+        self._thread = threading.Thread(target=self._work, name="answerer", daemon=True)
+        self._thread.start()
+
+    def offer(self, frame: Frame, color: Color) -> None:
+        """Hand a frame over; never waits. A frame that was not looked at yet is dropped for it."""
+        self._newest.put((frame, color))
+
+    def reject(self, error: Exception) -> None:
+        """Count a frame that could not be read."""
+        self._errors += 1
+        self._last_error = str(error)
+
+    def diagnostics(self) -> dict[str, str]:
+        """Counts and times for a status message."""
+        counts = self._newest.counts
+        return {
+            "frames offered": str(counts.offered),
+            "frames dropped": str(counts.dropped),
+            "answers": str(self._answers),
+            "answers cut by the deadline": str(self._cut),
+            "errors": str(self._errors),
+            "last error": self._last_error,
+            "last answer ms": f"{self._last_ms:.0f}",
+        }
+
+    @property
+    def healthy(self) -> bool:
+        """No frame has failed so far."""
+        return self._errors == 0
+
+    def close(self) -> None:
+        """Finish the answer under way at once, and end the thread."""
+        self._newest.close()
+        self._runtime.stop()
+        self._thread.join()
+
+    def _work(self) -> None:
+        for frame, color in self._newest:
+            start = time.monotonic()
+            try:
+                answer = self._runtime.generate(
+                    self.question,
+                    frame,
+                    color=color,
+                    deadline_ms=self._deadline_ms,
+                    max_new_tokens=self._max_new_tokens,
+                )
+            except trol_edge.TrolEdgeError as error:  # one bad frame does not end the node
+                self.reject(error)
+                continue
+            self._last_ms = 1e3 * (time.monotonic() - start)
+            self._answers += 1
+            self._cut += answer.finish_reason == "deadline"
+            if answer.text:
+                self._publish(answer.text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the node until it is shut down."""
+    import rclpy
+    from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+    from rcl_interfaces.msg import SetParametersResult
+    from rclpy.qos import qos_profile_sensor_data
+    from sensor_msgs.msg import Image
+    from std_msgs.msg import String
+
+    rclpy.init(args=arguments)
+    node = rclpy.create_node("trol_edge")
+    defaults = {
+        "bundle": "build/trol-nano",
+        "question": "Describe the scene.",
+        "deadline_ms": 0.0,
+        "max_age_ms": 500.0,
+        "max_new_tokens": 64,
+    }
+    values = {name: node.declare_parameter(name, value).value for name, value in defaults.items()}
+    answers = node.create_publisher(String, "answer", 10)
+    diagnostics = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
+    with trol_edge.Runtime(values["bundle"]) as runtime:
+        answerer = FrameAnswerer(
+            runtime,
+            values["question"],
+            lambda text: answers.publish(String(data=text)),
+            deadline_ms=values["deadline_ms"] or None,
+            max_age_ms=values["max_age_ms"] or None,
+            max_new_tokens=values["max_new_tokens"],
+        )
+
+        def on_image(message: Any) -> None:
+            try:
+                frame = array_from_image(message.height, message.width, message.step, message.encoding, message.data)
+            except ImageError as error:
+                answerer.reject(error)
+            else:
+                answerer.offer(*frame)
+
+        def on_parameters(changed: Any) -> Any:
+            for parameter in changed:
+                if parameter.name == "question":
+                    answerer.question = parameter.value
+                elif parameter.name in defaults:
+                    return SetParametersResult(successful=False, reason=f"{parameter.name} is read at the start only")
+            return SetParametersResult(successful=True)
+
+        def on_timer() -> None:
+            level = DiagnosticStatus.OK if answerer.healthy else DiagnosticStatus.WARN
+            pairs = [KeyValue(key=key, value=value) for key, value in answerer.diagnostics().items()]
+            status = DiagnosticStatus(level=level, name="trol_edge", message=answerer.question, values=pairs)
+            message = DiagnosticArray(status=[status])
+            message.header.stamp = node.get_clock().now().to_msg()
+            diagnostics.publish(message)
+
+        node.create_subscription(Image, "image", on_image, qos_profile_sensor_data)  # best effort, a short queue
+        node.add_on_set_parameters_callback(on_parameters)
+        node.create_timer(1.0, on_timer)
+        try:
+            rclpy.spin(node)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            answerer.close()
+            node.destroy_node()
+            rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

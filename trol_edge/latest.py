@@ -1,0 +1,94 @@
+"""One slot between a camera and its reader: a new frame replaces one that nobody took, so no frame waits in a line."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from trol_edge.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatestCounts:
+    """What became of the items: offered == taken + dropped + (1 if one waits)."""
+
+    offered: int
+    taken: int
+    dropped: int  # replaced by a newer one, or too old when asked for
+
+
+class LatestOnly(Generic[T]):
+    """A queue of length one that keeps the newest item. Any number of threads may put and get.
+
+    >>> frames = trol_edge.LatestOnly()
+    >>> frames.put(frame)       # never waits
+    >>> frame = frames.get()    # waits for one
+    """
+
+    def __init__(self, max_age_ms: float | None = None) -> None:
+        """max_age_ms: an item that has waited longer is dropped instead of returned; None: no limit.
+
+        Raises UsageError for a max_age_ms that is not above 0.
+        """
+        if max_age_ms is not None and not max_age_ms > 0:
+            raise UsageError(f"max_age_ms should be a number of milliseconds above 0 or None, found {max_age_ms!r}")
+        self._max_age_s = None if max_age_ms is None else max_age_ms / 1e3
+        self._clock = time.monotonic
+        self._changed = threading.Condition()
+        self._slot: list[tuple[float, T]] = []  # empty, or (when it was put, item)
+        self._closed = False
+        self._offered = self._taken = self._dropped = 0
+
+    @property
+    def counts(self) -> LatestCounts:
+        """Items so far."""
+        with self._changed:
+            return LatestCounts(self._offered, self._taken, self._dropped)
+
+    def put(self, item: T) -> bool:
+        """Offer an item; True where it replaced one that nobody took. Raises UsageError after `close` and for None."""
+        if item is None:
+            raise UsageError("None cannot be put: get() returns it for 'nothing came'")
+        with self._changed:
+            if self._closed:
+                raise UsageError("put after close; make a new LatestOnly")
+            self._offered += 1
+            replaced = bool(self._slot)
+            self._dropped += replaced
+            self._slot[:] = [(self._clock(), item)]
+            self._changed.notify()
+            return replaced
+
+    def get(self, timeout_s: float | None = None) -> T | None:
+        """Take the newest item, waiting for one; None after `close`, or where none came within timeout_s seconds."""
+        end = None if timeout_s is None else self._clock() + timeout_s
+        with self._changed:
+            while True:
+                if self._slot:
+                    put_at, item = self._slot.pop()
+                    if self._max_age_s is None or self._clock() - put_at <= self._max_age_s:
+                        self._taken += 1
+                        return item
+                    self._dropped += 1
+                if self._closed:
+                    return None
+                left = None if end is None else end - self._clock()
+                if left is not None and left <= 0:
+                    return None
+                self._changed.wait(left)
+
+    def __iter__(self) -> Iterator[T]:
+        """Items until `close`."""
+        while (item := self.get()) is not None:
+            yield item
+
+    def close(self) -> None:
+        """End every `get` and loop, once the last item is taken; more than once is fine."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
