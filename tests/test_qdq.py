@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
 
 from tests.conftest import NANO
 from trol_edge.errors import ExportError
@@ -92,6 +93,12 @@ def run(model: ir.Model, values: Mapping[str, Array], x: Array, optimize: bool =
     return session.run(None, {"x": x})
 
 
+def run_in_half(model: ir.Model, values: Mapping[str, Array], x: Array) -> Array:
+    """The first output by onnx's reference, in numpy: ONNX Runtime's CPU provider computes FP16 graphs in float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return ReferenceEvaluator(onnx.load_from_string(filled(model, values))).run(None, {"x": x})[0]
+
+
 def stored(weight: Array, linear: LinearPlan) -> tuple[Array, Array]:
     """[N, K] -> stored numbers [K, N] and scales as the graph has them."""
     import torch
@@ -111,7 +118,7 @@ def operators(model: ir.Model) -> list[str]:
 @pytest.mark.parametrize("linear", [W8A8, W8, W4])
 @pytest.mark.parametrize("optimize", [True, False])
 def test_quantized_graph_computes_what_it_says(linear: LinearPlan, optimize: bool) -> None:
-    """ONNX Runtime against numpy on the stored numbers: restored weights, and the input rounded where the plan says."""
+    """ONNX Runtime against numpy on the stored numbers, the input rounded where the plan has it."""
     weights = {n: RANDOM.normal(size=(N, K)).astype(np.float32) for n in ("a.weight", "c.weight")}
     x = RANDOM.normal(size=(1, S, K)).astype(np.float32)
     scale = float(np.abs(x).max() * 0.8 / 127)  # some of it is clipped
@@ -129,7 +136,9 @@ def test_quantized_graph_computes_what_it_says(linear: LinearPlan, optimize: boo
 
     wanted = rounded(x) @ (restored["a.weight"] + restored["c.weight"]) + rounded(2 * x) @ restored["a.weight"]
     (found,) = run(model, values, x, optimize)
-    assert np.abs(found - wanted).max() < 2e-5 * np.abs(wanted).max()
+    # Optimized, ONNX Runtime multiplies weights alone as MatMulNBits, which rounds its input to 8 bits by itself.
+    tolerance = 0.01 if optimize and not linear.activations else 2e-5
+    assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
 
 
 def test_one_pair_per_input_and_one_restoration_per_use() -> None:
@@ -335,15 +344,16 @@ def test_overflowing_product_needs_its_island() -> None:
     kinds = {node.outputs[0].name: node.outputs[0].dtype for node in model.graph}
     assert {kinds[name] for name in ("g", "u", "n", "last")} >= {FLOAT}
     assert kinds["product"] == kinds["d"] == FLOAT
-    (found,) = run(model, values, x, optimize=False)
+    found = run_in_half(model, values, x)
     assert found.dtype == np.float32
+    assert np.abs(found - run(model, values, x)[0]).max() < 0.02 * np.abs(wanted).max()
     assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
 
     model = mlp()
     half.convert(model, (), types(values))
     kinds = {node.outputs[0].name: node.outputs[0].dtype for node in model.graph}
     assert kinds["product"] == kinds["d"] == kinds["residual"] == HALF
-    (found,) = run(model, values, x, optimize=False)
+    found = run_in_half(model, values, x)
     assert not np.isfinite(found).all()
 
 
@@ -357,11 +367,11 @@ def test_residual_island() -> None:
     half.convert(model, ("decoder.residual",), types(values))
     kinds = {node.outputs[0].name: node.outputs[0].dtype for node in model.graph}
     assert kinds["residual"] == FLOAT and kinds["product"] == HALF
-    (found,) = run(model, values, x, optimize=False)
+    found = run_in_half(model, values, x)
     assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
     model = mlp()
     half.convert(model, (), types(values))
-    (found,) = run(model, values, x, optimize=False)
+    found = run_in_half(model, values, x)
     assert not np.isfinite(found).all() or np.abs(found - wanted).max() > 0.1 * np.abs(wanted).max()
 
 
