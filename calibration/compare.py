@@ -72,17 +72,18 @@ def compare(
     samples: SampleSet,
     *,
     scenes: int = 0,
+    threads: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> list[Comparison]:
     """Compare bundles of one checkpoint with a reference bundle of it, on samples and on held-out rendered scenes.
 
-    Reference and one other are in memory at a time. Raises UsageError for bundles of different models, BundleError for
-    a bundle that cannot be read or run.
+    Reference and one other are in memory at a time. threads: as trol_edge.Runtime takes it. Raises UsageError for
+    bundles of different models, BundleError for a bundle that cannot be read or run.
     """
     if not others:
         raise UsageError("nothing to compare with the reference; give two bundles or more")
-    exam = list(_answers(Path(reference), scenes, progress)) if scenes else []
-    return [_compare(Path(reference), Path(other), samples, exam, progress) for other in others]
+    exam = list(_answers(Path(reference), scenes, threads, progress)) if scenes else []
+    return [_compare(Path(reference), Path(other), samples, exam, threads, progress) for other in others]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,32 +95,37 @@ class _Answered:
     given: str
 
 
-def _answers(bundle: Path, count: int, progress: Progress) -> Iterator[_Answered]:
-    runtime = Runtime(bundle)
+def _answers(bundle: Path, count: int, threads: int | None, progress: Progress) -> Iterator[_Answered]:
+    runtime = Runtime(bundle, threads=threads)
     for done, (image, kind, question, wanted) in enumerate(rendered.held_out(count), 1):
         yield _Answered(kind, wanted, runtime.generate(question, image, max_new_tokens=96).text)
         progress(f"scenes {bundle.name}", done, count)
 
 
 def _compare(
-    reference: Path, other: Path, samples: SampleSet, exam: Sequence[_Answered], progress: Progress
+    reference: Path,
+    other: Path,
+    samples: SampleSet,
+    exam: Sequence[_Answered],
+    threads: int | None,
+    progress: Progress,
 ) -> Comparison:
     values: list[dict[str, NDArray[np.float32]]] = [{}, {}]
 
     def keep(which: int) -> Any:
         return lambda place, array: values[which].__setitem__(place, np.asarray(array, np.float32))
 
-    with probed(reference, keep(0)) as a, probed(other, keep(1)) as b:
+    with probed(reference, keep(0), threads) as a, probed(other, keep(1), threads) as b:
         _require_same_model(reference, a, other, b)
         ratios: dict[str, list[NDArray[np.float64]]] = {}
         divergences: list[float] = []
         top: list[bool] = []
         same: list[bool] = []
+        sessions = (a.session(), b.session())
         for done, sample in enumerate(samples.samples, 1):
             pictures = list(sample.pictures)
             ids = a.tokenize(sample.prompt, a.count_tiles(pictures))
             pixels = a.preprocess(pictures)
-            sessions = (a.session(), b.session())
             for runtime, own in zip((a, b), values, strict=True):
                 own.clear()
                 if pixels is not None:
@@ -140,7 +146,7 @@ def _compare(
             same.append(agreed)
             progress(f"layers {other.name}", done, len(samples.samples))
     right, reference_right, short = 0, 0, 0
-    for before, after in zip(exam, _answers(other, len(exam), progress) if exam else (), strict=True):
+    for before, after in zip(exam, _answers(other, len(exam), threads, progress) if exam else (), strict=True):
         same.append(before.given == after.given)
         if before.kind in rendered.SHORT_KINDS:
             short += 1
@@ -230,18 +236,19 @@ def save(folder: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> N
 
 def svg(comparisons: Sequence[Comparison]) -> str:
     """The ratios along the network, one line per bundle, as a self-contained picture."""
-    names = [place.name for place in comparisons[0].places]
-    width, height, left, top, bottom = 60 + max(24 * len(names), 360), 300, 46, 16, 96
+    places = [place.name for place in comparisons[0].places]
+    width, height, left, top, bottom = 60 + max(24 * len(places), 360), 300, 46, 16, 96
     finite = [p.mean_db for c in comparisons for p in c.places if p.mean_db < MOST_DB]
     high = 10 * math.ceil(max([*finite, 30.0]) / 10)
     low = min(0, 10 * math.floor(min([*finite, 0.0]) / 10))
 
     def x(i: int) -> float:
-        return left + 12 + i * (width - left - 24) / max(1, len(names) - 1)
+        return left + 12 + i * (width - left - 24) / max(1, len(places) - 1)
 
     def y(db: float) -> float:
         return top + (high - min(max(db, low), high)) * (height - top) / (high - low)
 
+    shown = names(comparisons)
     colours = ("#1f5fbf", "#c8501e", "#2f8f4e", "#8a3fa0", "#a08000")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + bottom + 18 * len(comparisons)}" '
@@ -251,7 +258,7 @@ def svg(comparisons: Sequence[Comparison]) -> str:
     for db in range(low, high + 1, 10):
         parts.append(f'<path d="M{left} {y(db):.1f}H{width}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 6}" y="{y(db) + 3:.1f}" text-anchor="end">{db} dB</text>')
-    for i, name in enumerate(names):
+    for i, name in enumerate(places):
         parts.append(
             f'<text transform="translate({x(i) + 3:.1f} {height + 10}) rotate(-60)" text-anchor="end">'
             f"{name.replace('.layers.', ' ').replace('.', ' ')}</text>"
@@ -263,10 +270,16 @@ def svg(comparisons: Sequence[Comparison]) -> str:
         for i, p in enumerate(c.places):
             radius = 5 if p.name == c.wrong else 2
             parts.append(f'<circle cx="{x(i):.1f}" cy="{y(p.mean_db):.1f}" r="{radius}" fill="{colour}"/>')
-        label = f"{_escape(c.bundle)} against {_escape(c.reference)}"
+        label = f"{_escape(shown[k])} against {_escape(Path(c.reference).name)}"
         label += f": goes wrong at {c.wrong}" if c.wrong else ""
         parts.append(f'<text x="{left}" y="{height + bottom + 18 * k}" font-size="12" fill="{colour}">{label}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def names(comparisons: Sequence[Comparison]) -> list[str]:
+    """Short names of the bundles: of their folders, where these differ."""
+    short = [Path(c.bundle).name for c in comparisons]
+    return short if len(set(short)) == len(short) else [c.bundle for c in comparisons]
 
 
 def _escape(text: str) -> str:

@@ -28,7 +28,9 @@ PASSED = ("Cast", "DequantizeLinear", "Identity")  # between a norm and the para
 
 
 @contextlib.contextmanager
-def probed(folder: str | os.PathLike[str], seen: Callable[[str, Any], None]) -> Iterator[Runtime]:
+def probed(
+    folder: str | os.PathLike[str], seen: Callable[[str, Any], None], threads: int | None = None
+) -> Iterator[Runtime]:
     """Yield a Runtime of a bundle that calls seen(place, values) for every layer that ran.
 
     place: "vision.layers.<i>" (values [N, tokens, d]) or "decoder.layers.<i>" ([1, S, D]), behind that layer. Only the
@@ -61,7 +63,7 @@ def probed(folder: str | os.PathLike[str], seen: Callable[[str, Any], None]) -> 
             path.write_bytes(ir.to_proto(model).SerializeToString())
             files[graph.file] = FileInfo(path.stat().st_size, sha256_of(path))
         write_manifest(copy, dataclasses.replace(manifest, files=files))
-        runtime = Runtime(copy, verify=False)
+        runtime = Runtime(copy, threads=threads, verify=False)
         backend: Any = runtime._backend
         backend.watched = {name: tuple(values) for name, values in places.items()}
 
