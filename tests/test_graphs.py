@@ -243,7 +243,7 @@ def model(bundle: Bundle, name: str) -> onnx.ModelProto:
 
 
 def test_graphs_are_standard_onnx(bundle: Bundle) -> None:
-    """Only the standard operator set (on a CPU one more), no functions, no loops or branches; the checker has nothing to say."""
+    """Only the standard operator set (on a CPU one more), no functions, loops or branches; the checker is content."""
     assert set(bundle.manifest.graphs) == set(GRAPHS)
     for name, info in bundle.manifest.graphs.items():
         onnx.checker.check_model(bundle.folder / info.file, full_check=True)
