@@ -5,6 +5,9 @@ CHECKPOINT ?= $(MODEL)
 BUNDLE ?= build/$(MODEL)
 CONTEXT ?=
 MINUTES ?= 10
+# Empty: the best that runs on this machine (`trol-edge targets --best`), in the recipe fp32.
+TARGET ?=
+PRECISION ?=
 PYTHON ?= python3
 VENV ?= .venv
 # One version, because a looser range fetches the newest build. On Linux PyPI's torch brings CUDA libraries (several
@@ -17,16 +20,23 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test bindings test-oldest test-wheel lint bench soak accuracy nano wheel clean
+.PHONY: help engine test bindings test-rtx test-gpu test-oldest test-wheel lint bench soak accuracy nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo "  e.g. make engine MODEL=trol-1.8b            (fetches the published checkpoint)"
 	@echo "       make engine MODEL=trol-7b CHECKPOINT=folder CONTEXT=4096"
+	@echo "       make engine TARGET=rtx PRECISION=fp16       (needs pip install tensorrt-rtx; trol-edge targets lists more)"
 
-engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, then ask it about a picture (MODEL=, CHECKPOINT=, CONTEXT=)
-	@$(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL) $(if $(CONTEXT),--context $(CONTEXT)) --force
-	@$(BIN)/trol-edge demo $(BUNDLE)
+engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, then ask it (MODEL=, TARGET=, PRECISION=, CHECKPOINT=, CONTEXT=)
+	@target="$(TARGET)"; test -n "$$target" || target=$$($(BIN)/trol-edge targets --best) || exit 1; \
+	$(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL) --target $$target --force \
+		$(if $(PRECISION),--precision $(PRECISION)) $(if $(CONTEXT),--context $(CONTEXT)) || exit 1; \
+	case $$target in \
+		cpu) $(BIN)/trol-edge demo $(BUNDLE);; \
+		onnx) ;; \
+		*) $(BIN)/trol-edge build $(BUNDLE) && $(BIN)/trol-edge doctor $(BUNDLE);; \
+	esac
 
 test: $(VENV)/test.stamp lint  ## lint, types and the test suite
 	$(BIN)/python -m pytest -q
@@ -36,7 +46,7 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/engine.stamp  ## prefill, decode and memory beside the torch reference and llama.cpp (if installed)
+bench: $(VENV)/engine.stamp  ## prefill, decode, memory: our precisions beside torch, llama.cpp and OpenVINO (if installed; see ARGS=--help)
 	$(BIN)/python -m trol_edge.export.bench $(ARGS)
 
 soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)
@@ -47,21 +57,34 @@ accuracy: $(VENV)/engine.stamp  ## what fp16, int8 and int4 lose against fp32 on
 	for p in fp32 fp16 int8 int4; do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
 	$(BIN)/trol-edge compare $(foreach p,fp32 fp16 int8 int4,build/accuracy/$(MODEL)-$(p)) --scenes 2000 -o build/accuracy/$(MODEL)
 
-nano: $(VENV)/engine.stamp  ## train trol-nano again (about an hour on two cores) and measure it through its bundle
-	rm -rf build/nano-scratch
-	$(BIN)/python -m trol_edge.export.train_nano --out export/checkpoints/trol-nano --scratch build/nano-scratch $(ARGS)
-	$(BIN)/trol-edge export trol-nano -o build/trol-nano --force
-	$(BIN)/trol-edge evaluate build/trol-nano --report export/checkpoints/trol-nano/REPORT.md
+# --scale 2: larger pictures of the same scenes, which trol-nano-phi3 cuts into tiles.
+nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle
+	rm -rf build/$(MODEL)-scratch
+	$(BIN)/python -m trol_edge.export.train_nano $(MODEL) --out export/checkpoints/$(MODEL) \
+		--scratch build/$(MODEL)-scratch $(ARGS)
+	$(BIN)/trol-edge export $(MODEL) -o $(BUNDLE) --force
+	$(BIN)/trol-edge evaluate $(BUNDLE) --report export/checkpoints/$(MODEL)/REPORT.md
+	$(BIN)/trol-edge evaluate $(BUNDLE) --scale 2 --report export/checkpoints/$(MODEL)/REPORT.md
 
 bindings: $(VENV)/test.stamp  ## fetch TensorRT's Python bindings (4 MB, no libraries), to which the tests hold our calls
 	$(BIN)/python -m tests.bindings
 
+test-rtx: $(VENV)/test.stamp  ## real engine builds by TensorRT for RTX (1.7, about 500 MB to fetch; needs no GPU)
+	@$(PIP) -e '.[rtx]'
+	$(BIN)/python -m pytest -q tests/test_trt_build.py tests/test_trt_api.py tests/test_targets.py tests/test_trt.py
+
+test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built here (not yet run by us)
+	$(BIN)/trol-edge export trol-nano -o build/test-gpu --target $$($(BIN)/trol-edge targets --best) --force
+	$(BIN)/trol-edge build build/test-gpu && $(BIN)/trol-edge doctor build/test-gpu
+	TROL_EDGE_GPU_BUNDLE=build/test-gpu $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
+
 # The robot side alone, on the oldest Python and ONNX Runtime we promise: no torch, no onnx in that environment.
 test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime 1.23.2
-	$(BIN)/trol-edge export trol-nano -o build/test-oldest-bundle --force
+	$(BIN)/trol-edge export trol-nano -o build/test-oldest-bundles/trol-nano --force
+	$(BIN)/trol-edge export trol-nano-phi3 -o build/test-oldest-bundles/trol-nano-phi3 --force
 	rm -rf build/venv-oldest && $(PYTHON_OLDEST) -m venv build/venv-oldest
 	build/venv-oldest/bin/python -m pip install --quiet -e '.[cpu]' onnxruntime==$(ORT_OLDEST) 'pytest>=8,<10'
-	TROL_EDGE_NANO_BUNDLE=build/test-oldest-bundle build/venv-oldest/bin/python -m pytest -q \
+	TROL_EDGE_NANO_BUNDLES=build/test-oldest-bundles build/venv-oldest/bin/python -m pytest -q \
 		tests/test_runtime.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
 		tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
 
@@ -76,7 +99,7 @@ wheel: $(VENV)/test.stamp  ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:  ## remove what was built (not downloaded checkpoints)
-	rm -rf dist build/lib build/venv-* build/trol-nano .mypy_cache .ruff_cache .pytest_cache
+	rm -rf dist build/lib build/venv-* build/trol-nano* .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/engine.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 needed: make PYTHON=python3.12 ...")'

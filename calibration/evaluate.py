@@ -6,13 +6,17 @@ It asks through `trol_edge.Runtime`, as a robot would: picture in, greedy answer
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from trol_edge.calibration import scenes
 from trol_edge.runtime import Runtime
 
-REPORT_HEADING = "## Through the exported bundle"
+
+def heading(scale: int) -> str:
+    """Of the report's section about pictures of this scale; the same for every bundle."""
+    return "## Through the exported bundle" + ("" if scale == 1 else f", pictures {scale} times as large")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Score:
     right: dict[str, int]
     asked: dict[str, int]
     mistakes: tuple[tuple[str, str, str], ...]  # (question, right answer, given answer), the first few
+    scale: int = 1  # pictures of 112 * scale pixels a side
+    tiles: int = 1  # that the bundle made of each, the thumbnail included
 
     def percent(self, *kinds: str) -> float:
         """Accuracy over some kinds, in percent."""
@@ -35,30 +41,42 @@ class Score:
 
 
 def evaluate(
-    runtime: Runtime, count: int, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    runtime: Runtime,
+    count: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    scale: int = 1,
 ) -> Score:
-    """Ask `count` held-out questions, one scene each."""
+    """Ask `count` held-out questions, one scene each, about pictures of 112 * scale pixels a side.
+
+    The questions do not depend on the scale: a larger picture shows the same scene, in several tiles where the model
+    cuts pictures into tiles.
+    """
     right: dict[str, int] = {}
     asked: dict[str, int] = {}
     mistakes: list[tuple[str, str, str]] = []
-    for done, (image, kind, question, wanted) in enumerate(scenes.held_out(count), 1):
+    tiles = 1
+    for done, (image, kind, question, wanted) in enumerate(scenes.held_out(count, scale), 1):
+        (tiles,) = runtime.count_tiles(image)
         given = runtime.generate(question, image, max_new_tokens=96).text
         asked[kind] = asked.get(kind, 0) + 1
         right[kind] = right.get(kind, 0) + (given == wanted)
         if given != wanted and len(mistakes) < 20:
             mistakes.append((question, wanted, given))
         progress("ask", done, count)
-    return Score(right, asked, tuple(mistakes))
+    return Score(right, asked, tuple(mistakes), scale, tiles)
 
 
 def markdown(score: Score, bundle: str) -> str:
     """A table by kind of question."""
     rows = [(kind, score.asked.get(kind, 0), score.percent(kind)) for kind in scenes.KINDS]
     rows.insert(-1, ("**all short questions**", sum(score.asked.get(k, 0) for k in scenes.SHORT_KINDS), score.short))
+    number = sum(score.asked.values())
+    command = f"trol-edge evaluate {bundle} -n {number}" + (f" --scale {score.scale}" if score.scale != 1 else "")
+    cut = f" Each picture is {score.tiles} tiles, the last one a thumbnail." if score.tiles > 1 else ""
     lines = [
-        REPORT_HEADING,
+        heading(score.scale),
         "",
-        f"`trol-edge evaluate {bundle} -n {sum(score.asked.values())}`: ONNX graphs, cached semantics, exact match.",
+        f"`{command}`: ONNX graphs, cached semantics, exact match.{cut}",
         "",
         "| kind | asked | right % |",
         "| --- | ---: | ---: |",
@@ -68,6 +86,9 @@ def markdown(score: Score, bundle: str) -> str:
 
 
 def update_report(path: Path, section: str) -> None:
-    """Write the section into a report file, in the place of an earlier one."""
+    """Write the section into a report file, in the place of an earlier one with the same heading, else at its end."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    path.write_text(text.split(REPORT_HEADING)[0].rstrip() + "\n\n" + section, encoding="utf-8")
+    title = section.splitlines()[0]
+    parts = re.split(r"(?m)^(?=## )", text)
+    kept = [part.strip() for part in parts if part.strip() and part.splitlines()[0] != title]
+    path.write_text("\n\n".join([*kept, section.strip()]) + "\n", encoding="utf-8")

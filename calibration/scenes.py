@@ -1,6 +1,7 @@
 """Rendered tabletop scenes with questions that have exactly one right answer.
 
-They train `trol-nano`, calibrate quantisation and measure accuracy, so all three see the same kind of picture.
+They train `trol-nano` and `trol-nano-phi3`, calibrate quantisation and measure accuracy, so all of these see the same
+kind of picture.
 Everything follows from an integer seed; training seeds and held-out seeds are disjoint ranges.
 
 What makes an answer unambiguous, by construction (pixels of the 112 x 112 picture):
@@ -66,7 +67,6 @@ _TABLES = (
     (40, 40, 46),
 )
 _SCALE = 3  # objects are drawn this much larger and box-filtered down
-_GRID_Y, _GRID_X = np.mgrid[0:PIXELS, 0:PIXELS].astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,21 +117,25 @@ class Item:
 # --- rendering ---------------------------------------------------------------------------------------------------
 
 
-def render(seed: int) -> tuple[NDArray[np.uint8], Scene]:
-    """Draw the scene of this seed: RGB uint8 [112, 112, 3] and what it shows."""
+def render(seed: int, scale: int = 1) -> tuple[NDArray[np.uint8], Scene]:
+    """Draw the scene of this seed: RGB uint8 [112 * scale, 112 * scale, 3] and what it shows.
+
+    A larger picture shows the same scene with more pixels; whatever a Scene says stays in pixels of the small one.
+    """
     rng = random.Random(seed)
     objects = _place(rng)
-    canvas = _table(rng, seed)
+    rows, columns = _coordinates(scale)
+    canvas = _table(rng, seed, rows, columns)
     coverage = np.zeros((len(objects), GRID, GRID), np.float32)
     light = math.radians(rng.uniform(20, 160))
     shift = (round(2.5 * math.cos(light)), round(2.5 * math.sin(light)))
     for i, item in enumerate(objects):
-        alpha = _silhouette(item, rng.uniform(-20, 20))
-        _blend_shadow(canvas, alpha, shift, rng.uniform(0.3, 0.5))
+        alpha = _silhouette(item, rng.uniform(-20, 20), scale)
+        _blend_shadow(canvas, alpha, (shift[0] * scale, shift[1] * scale), rng.uniform(0.3, 0.5), 2 * scale)
         colour = np.array(COLOURS[item.colour], np.float32) + np.array([rng.uniform(-10, 10) for _ in range(3)])
-        shade = rng.uniform(0.9, 1.02) - 0.006 * rng.uniform(0, 1) * (_GRID_Y - item.y)[..., None]
+        shade = rng.uniform(0.9, 1.02) - 0.006 * rng.uniform(0, 1) * (rows - item.y)[..., None]
         np.copyto(canvas, canvas + alpha[..., None] * (colour * shade - canvas))
-        coverage[i] = alpha.reshape(GRID, PATCH, GRID, PATCH).mean((1, 3))
+        coverage[i] = alpha.reshape(GRID, PATCH * scale, GRID, PATCH * scale).mean((1, 3))
     owners = np.where(coverage.max(0) > 0.2, coverage.argmax(0), -1).astype(np.int8)
     for i, item in enumerate(objects):
         owners[int(item.y) // PATCH, int(item.x) // PATCH] = i
@@ -169,25 +173,34 @@ def _apart(a: SceneObject, b: SceneObject) -> bool:
     return gap >= 3 and abs(a.x - b.x) >= ORDER_MARGIN
 
 
-def _table(rng: random.Random, seed: int) -> NDArray[np.float32]:
-    """Table with a gradient, stripes and noise, float32 [112, 112, 3]."""
+def _coordinates(scale: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """y and x of every pixel of a larger picture, in pixels of the small one; float32 [112 * scale, 112 * scale]."""
+    y, x = (np.mgrid[0 : PIXELS * scale, 0 : PIXELS * scale].astype(np.float32) + 0.5) / scale - 0.5
+    return y, x
+
+
+def _table(
+    rng: random.Random, seed: int, rows: NDArray[np.float32], columns: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Table with a gradient, stripes and noise, float32 [H, W, 3] for the coordinates [H, W] of its pixels."""
     base = np.array(rng.choice(_TABLES), np.float32) + np.array([rng.uniform(-10, 10) for _ in range(3)], np.float32)
     angle, stripes = rng.uniform(0, math.tau), rng.uniform(0, math.pi)
     slope = rng.uniform(0, 0.25) / PIXELS
     period, depth = rng.uniform(5, 25), rng.choice((0.0, rng.uniform(0, 0.08)))
-    along = (_GRID_X - PIXELS / 2) * math.cos(angle) + (_GRID_Y - PIXELS / 2) * math.sin(angle)
-    across = _GRID_X * math.cos(stripes) + _GRID_Y * math.sin(stripes)
+    along = (columns - PIXELS / 2) * math.cos(angle) + (rows - PIXELS / 2) * math.sin(angle)
+    across = columns * math.cos(stripes) + rows * math.sin(stripes)
     factor = 1 + slope * along + depth * np.sin(across * (math.tau / period))
-    noise = np.random.default_rng(seed).standard_normal((PIXELS, PIXELS), np.float32) * rng.uniform(1, 5)
+    noise = np.random.default_rng(seed).standard_normal(rows.shape, np.float32) * rng.uniform(1, 5)
     table: NDArray[np.float32] = (base * factor[..., None] + noise[..., None]).astype(np.float32)
     return table
 
 
-def _silhouette(item: SceneObject, degrees: float) -> NDArray[np.float32]:
-    """How much of each pixel the object covers, float32 [112, 112] of 0..1."""
-    r = item.radius * _SCALE
-    side = PIXELS * _SCALE
-    x, y = item.x * _SCALE, item.y * _SCALE
+def _silhouette(item: SceneObject, degrees: float, scale: int) -> NDArray[np.float32]:
+    """How much of each pixel the object covers, float32 [112 * scale, 112 * scale] of 0..1."""
+    factor = _SCALE * scale
+    r = item.radius * factor
+    side = PIXELS * factor
+    x, y = item.x * factor, item.y * factor
     picture = Image.new("L", (side, side))
     draw = ImageDraw.Draw(picture)
     if item.shape in ("circle", "ring"):
@@ -224,9 +237,11 @@ _OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
 }  # fmt: skip
 
 
-def _blend_shadow(canvas: NDArray[np.float32], alpha: NDArray[np.float32], shift: tuple[int, int], dark: float) -> None:
-    """Darken the table below and beside an object, softly."""
-    blurred = Image.fromarray((alpha * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(2))
+def _blend_shadow(
+    canvas: NDArray[np.float32], alpha: NDArray[np.float32], shift: tuple[int, int], dark: float, blur: int
+) -> None:
+    """Darken the table below and beside an object, softly. shift, blur: in pixels of the canvas."""
+    blurred = Image.fromarray((alpha * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(blur))
     soft = np.roll(np.asarray(blurred, np.float32), (shift[1], shift[0]), (0, 1)) / 255
     canvas *= 1 - dark * soft[..., None]
 
@@ -245,10 +260,13 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     return [(item.kind, item.question, item.answer) for item in items if item]
 
 
-def held_out(count: int) -> Iterator[tuple[NDArray[np.uint8], str, str, str]]:
-    """`count` held-out (image, kind, question, answer), one scene each, kinds in turn where the scene allows it."""
+def held_out(count: int, scale: int = 1) -> Iterator[tuple[NDArray[np.uint8], str, str, str]]:
+    """`count` held-out (image, kind, question, answer), one scene each, kinds in turn where the scene allows it.
+
+    scale: see `render`; the questions are the same at every scale.
+    """
     for i in range(count):
-        pixels, scene = render(HELD_OUT_SEED + i)
+        pixels, scene = render(HELD_OUT_SEED + i, scale)
         options = questions(scene, random.Random(HELD_OUT_SEED + i))
         wanted = KINDS[i % len(KINDS)]
         kind, question, answer = next((q for q in options if q[0] == wanted), options[i % len(options)])

@@ -229,7 +229,9 @@ def prepare_bundle() -> None:
     from trol_edge.export.precision import Options
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
-    options = Options(recipe=recipe, block=BLOCK, scaling=False, clipping=False, sensitive=None)
+    # The same bits in every matrix, as the peers have it, and no search for what random weights cannot show.
+    alike = {"lm_head": recipe, "scaling": False, "clipping": False, "sensitive": None}
+    options = Options(recipe=recipe, block=BLOCK, **alike)
     export(checkpoint, bundle, model=model, options=options, calibration=made_up_statistics, overwrite=True)
 
 

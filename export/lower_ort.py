@@ -16,6 +16,7 @@ What is special about it (figures in CONTRIBUTING.md):
 - MatMulNBits is slow unless packed, and packing needs constants: 4-bit weights of a step are initializers, laid out in
   the weights file as the operator reads them. A traverse is compute-bound: there 4-bit weights are made into 8-bit ones
   when the bundle is loaded (`trol_edge.derived`), which costs memory and wins a factor of two.
+- QuantizeLinear is com.microsoft's: onnxruntime 1.23.2 has no kernel of the standard one at opset 23.
 - GroupQueryAttention writes the cache in place where past and present are bound to one buffer, and reads no more of it
   than there are tokens.
 """
@@ -133,8 +134,10 @@ class _Attention:
         self.qkv = _inputs(split)[0]
         cache, width = self.past[0].shape, self.qkv.shape
         assert cache is not None and width is not None
-        self.kv_heads, self.head_size = int(cache[1]), int(cache[3])
-        self.heads = int(width[2]) // self.head_size - 2 * self.kv_heads
+        kv_heads, head_size, columns = cache[1], cache[3], width[2]
+        assert isinstance(kv_heads, int) and isinstance(head_size, int) and isinstance(columns, int)
+        self.kv_heads, self.head_size = kv_heads, head_size
+        self.heads = columns // head_size - 2 * kv_heads
 
 
 def _shared_inputs(model: ir.Model, attention: ir.Node) -> list[ir.Value]:
@@ -288,7 +291,7 @@ def nbits_layouts(parameter: str, k: int, n: int, block: int) -> dict[str, Layou
 
     def pack(rows: Rows) -> NDArray[np.uint8]:
         values = (rows.values + 8).astype(np.uint8).reshape(len(rows.values), k // block, block // 2, 2)
-        return values[..., 0] | values[..., 1] << 4
+        return values[..., 0] | (values[..., 1] << 4).astype(np.uint8)
 
     def scale(rows: Rows) -> NDArray[np.float32]:
         assert rows.scale is not None
@@ -403,7 +406,7 @@ class _Builder:
         assert match.input_scale is not None
         zero = self.constant("lowered.128", np.array(128, np.uint8))
         return (
-            self.op("QuantizeLinear", [match.x, match.input_scale, zero], f"{match.x.name}.uint8"),
+            self.op("QuantizeLinear", [match.x, match.input_scale, zero], f"{match.x.name}.uint8", domain=MICROSOFT),
             match.input_scale,
             None,
         )
@@ -416,9 +419,9 @@ class _Builder:
         step = self.op("Mul", [largest, self.constant("lowered.127th", np.array(1 / 127, np.float32))], f"{name}.step")
         scale = self.op("Max", [step, self.constant("lowered.epsilon", np.array(EPSILON, np.float32))], f"{name}.scale")
         flat = self.op("Reshape", [scale, self.constant("lowered.column", np.array([-1], np.int64))], f"{name}.rows")
-        fill = ir.tensor(np.array([128], np.uint8))
-        zeros = self.op("ConstantOfShape", [self.op("Shape", [flat], f"{name}.count")], f"{name}.zeros", value=fill)
-        rounded = self.op("QuantizeLinear", [x, flat, zeros], f"{name}.uint8", axis=1)
+        zero = self.constant("lowered.128", np.array(128, np.uint8))
+        zeros = self.op("Expand", [zero, self.op("Shape", [flat], f"{name}.count")], f"{name}.zeros")
+        rounded = self.op("QuantizeLinear", [x, flat, zeros], f"{name}.uint8", domain=MICROSOFT, axis=1)
         return rounded, self.constant("lowered.unit", np.array(1, np.float32)), scale
 
 

@@ -106,6 +106,7 @@ MODELS = {
     model.name: model
     for model in (
         Model("trol-nano", None, internlm2.FAMILY, {}),
+        Model("trol-nano-phi3", None, phi3.FAMILY, {}),
         Model(
             "trol-1.8b",
             "BK-Lee/TroL-1.8B",
@@ -166,6 +167,11 @@ def shipped_folder(name: str) -> Path:
             "run from a clone, or give a checkpoint folder"
         )
     return folder
+
+
+def shipped_like(name: str) -> str:
+    """The shipped model whose picture is for a bundle of that model name: its own, or trol-nano's."""
+    return name if name in MODELS and MODELS[name].repository is None else "trol-nano"
 
 
 def fetch(name: str, into: str | os.PathLike[str], revision: str | None = None) -> Path:

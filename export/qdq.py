@@ -89,6 +89,7 @@ def separate_int4_readers(model: ir.Model) -> bool:
             flat = _node("Squeeze", [x, axis], f"{name}.input", {}, ir.Shape(x.shape.dims[1:]), x.dtype)
             y.name = f"{name}.flat"
             back = _node("Unsqueeze", [y, axis], str(name), {}, y.shape, x.dtype)
+            back.name = f"node_{name}.back"  # the product keeps its own
             y.shape = ir.Shape(y.shape.dims[1:])
             for user, index in uses:
                 user.replace_input_with(index, back.outputs[0])

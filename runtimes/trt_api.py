@@ -105,7 +105,7 @@ class Library:
 
     def fail(self, what: str, advice: str, cause: BaseException | None = None) -> NoReturn:
         """Raise a BackendError that ends in what the library said last."""
-        said = "; ".join(message.strip()[:400] for message in self.messages[-2:]) or "it said nothing more"
+        said = "; ".join(" ".join(message.split())[:400] for message in self.messages[-2:]) or "it said nothing more"
         self.messages.clear()
         raise BackendError(f"{self.title} could not {what}: {said}; {advice}") from cause
 

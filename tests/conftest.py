@@ -12,7 +12,9 @@ import pytest
 
 from trol_edge.runtime import Runtime
 
-NANO = Path(__file__).resolve().parents[1] / "export" / "checkpoints" / "trol-nano"
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "export" / "checkpoints"
+NANOS = ("trol-nano", "trol-nano-phi3")  # the shipped models, one per family
+NANO = CHECKPOINTS / NANOS[0]
 CONTEXT = 2560  # tokens: room for the longest golden prompt, two pictures
 # A trace holds no weights, so it does not depend on these numbers of a checkpoint.
 NOT_IN_THE_GRAPH = {
@@ -76,13 +78,38 @@ def golden_bundle(exported: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def nano_bundle(request: pytest.FixtureRequest) -> Path:
-    """Bundle of the shipped model, as `make engine` makes it; or a given one, where export is not installed."""
-    given = os.environ.get("TROL_EDGE_NANO_BUNDLE")
-    return Path(given) if given else request.getfixturevalue("exported")(NANO)
+def bundle_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Bundle of a shipped model by name, as `make engine` makes it: exported once, or, where export is not installed,
+    a folder of that name in TROL_EDGE_NANO_BUNDLES."""
+    given = os.environ.get("TROL_EDGE_NANO_BUNDLES")
+    if given:
+        return lambda name: Path(given) / name
+    exported = request.getfixturevalue("exported")
+    return lambda name: exported(CHECKPOINTS / name)
+
+
+# What does not depend on the family is tested on the first model alone, the rest on each of them.
+
+
+@pytest.fixture(scope="session")
+def nano_bundle(bundle_of: Callable[[str], Path]) -> Path:
+    """Bundle of trol-nano."""
+    return bundle_of(NANOS[0])
 
 
 @pytest.fixture(scope="session")
 def nano(nano_bundle: Path) -> Runtime:
-    """The shipped model, loaded."""
+    """trol-nano, loaded."""
     return Runtime(nano_bundle)
+
+
+@pytest.fixture(scope="session", params=NANOS)
+def each_bundle(request: pytest.FixtureRequest, bundle_of: Callable[[str], Path]) -> Path:
+    """Bundle of each shipped model."""
+    return bundle_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def each_nano(each_bundle: Path) -> Runtime:
+    """Each shipped model, loaded."""
+    return Runtime(each_bundle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from trol_edge.bundle import Bundle
 from trol_edge.errors import UsageError
-from trol_edge.export import bench
+from trol_edge.export import bench, contenders
 from trol_edge.export.models import shipped_folder
 
 NANO = shipped_folder("trol-nano")
@@ -25,7 +26,9 @@ def result(nano_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bench.SHAPES, "nano", few)
         folder = tmp_path_factory.mktemp("bench")
-        return bench.bench(("nano",), rounds=1, peers=False, folder=folder, bundles={"nano": nano_bundle})
+        given = {("nano", name): nano_bundle for name in contenders.OURS}
+        only = ("fp32", "int8", "torch")
+        return bench.bench(("nano",), rounds=1, only=only, folder=folder, bundles=given)
 
 
 def positive(spread: dict[str, float]) -> bool:
@@ -35,7 +38,7 @@ def positive(spread: dict[str, float]) -> bool:
 def test_the_machine_is_described(result: dict[str, Any]) -> None:
     machine = result["machine"]
     assert set(machine) == {"cpu", "system", "cores", "ram_bytes", "read_gb_per_s", "others_cpus", "versions"}
-    assert machine["cores"] >= 1 and machine["ram_bytes"] > 0 and machine["read_gb_per_s"] > 0
+    assert machine["cores"] >= 1 and machine["ram_bytes"] > 0 and positive(machine["read_gb_per_s"])
     assert {"python", "trol-edge", "onnxruntime", "torch"} <= set(machine["versions"])
 
 
@@ -44,11 +47,12 @@ def test_bundle_and_reference_stand_side_by_side(result: dict[str, Any]) -> None
     assert (shape["shape"], shape["model"], shape["weights"]) == ("nano", "trol-nano", "trained")
     assert shape["prompts"]["picture"]["image_tokens"] == 64 < shape["prompts"]["picture"]["tokens"]
     assert shape["prompts"]["text"]["image_tokens"] == 0 < shape["prompts"]["text"]["tokens"]
-    assert [row["contender"] for row in shape["contenders"]] == ["trol-edge bundle", "torch reference"]
+    assert [row["contender"] for row in shape["contenders"]] == ["trol-edge bundle"] * 2 + ["torch reference"]
     for row in shape["contenders"]:
         assert row["error"] is None
         assert (row["prefill_passes"], row["decode_passes"]) == (2, 1)
-        assert row["peak_bytes"] > 0 and row["load_s"] > 0 and row["step_weight_bytes"] > 0
+        assert row["peak_bytes"] > 0 and row["load_s"] > 0
+        assert 0 < row["step_weight_bytes"] < row["weight_bytes"]
         assert set(row["prompts"]) == {"picture", "text"}
         for prompt, numbers in row["prompts"].items():
             assert positive(numbers["prefill_tokens_per_s"]) and positive(numbers["decode_tokens_per_s"])
@@ -63,26 +67,29 @@ def test_the_runtimes_own_cost_is_what_the_inference_call_leaves(result: dict[st
 
 def test_numbers_are_json_and_print(result: dict[str, Any]) -> None:
     again = json.loads(json.dumps(result))
-    again["shapes"][0]["contenders"].append(bench._row("F16", bench.NOT_INSTALLED))
+    again["shapes"][0]["contenders"].append(bench._row("Q4_0", "not installed ('gguf')"))
     console = Console(width=128)
     with console.capture() as captured:
         bench.show(again, console)
     text = captured.get()
-    assert bench.NOT_INSTALLED in text and "2/1" in text and "own" in text
+    assert "llama.cpp Q4_0: not installed ('gguf')" in text and "2/1" in text and "own" in text
+    assert "peak memory / weights held, INT8" in text
 
 
 def test_a_contender_that_fails_has_its_error_in_its_row(nano_bundle: Path, tmp_path: Path) -> None:
-    job = bench.Job("bundle", str(NANO), str(tmp_path), "", {"text": [1]}, None, bench.SHAPES["nano"], 1)
+    job = contenders.Job("int8", str(NANO), str(tmp_path), "", {"text": [1]}, None, bench.SHAPES["nano"], 1)
     sample = bench._run_job(job)
     assert "no bundle.json" in sample["error"]
     good = dataclasses.replace(job, bundle=str(nano_bundle))
-    (row,) = bench._summary("nano", good, {"bundle": [sample]})["contenders"]
+    (row,) = bench._summary("nano", {"int8": good}, {"int8": [sample]})["contenders"]
     assert row["error"] == sample["error"] and not row["prompts"]
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(UsageError, match="huge"):
         bench.bench(("huge",))
+    with pytest.raises(UsageError, match=r"F16.*none of.*Q4_0"):
+        bench.bench(("nano",), only=("F16",))
     with pytest.raises(UsageError, match="rounds"):
         bench.bench(("nano",), rounds=0)
 
@@ -90,7 +97,7 @@ def test_bad_arguments() -> None:
 def test_stand_in_tokenizer_speaks_every_id(nano_bundle: Path) -> None:
     manifest = Bundle(nano_bundle).manifest
     spec = dataclasses.replace(manifest.spec, vocab_size=92544, image_token_id=92544)
-    tokenizer = bench.stand_in_tokenizer(spec, manifest.prompt)
+    tokenizer = contenders.stand_in_tokenizer(spec, manifest.prompt)
     assert tokenizer.special_id(manifest.prompt.image) == 92544
     assert all(tokenizer.decode([i]) for i in (100, 92543))
 
@@ -98,9 +105,39 @@ def test_stand_in_tokenizer_speaks_every_id(nano_bundle: Path) -> None:
 def test_gguf_has_the_decoders_shape(nano_bundle: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     spec = Bundle(nano_bundle).manifest.spec
-    for kind in ("F16", "Q8_0"):
-        bench.write_gguf(tmp_path / "model.gguf", spec, kind)
+    for kind in ("Q8_0", "Q4_0"):
+        contenders.write_gguf(tmp_path / "model.gguf", spec, kind)
         read = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-        shapes = bench.gguf_tensors(spec)
+        shapes = contenders.gguf_tensors(spec)
         assert {name: tuple(reversed(t.shape.tolist())) for name, t in read.items()} == shapes
-        assert all(t.n_bytes == bench._ggml_bytes(name, shapes[name], kind) for name, t in read.items())
+        assert all(t.n_bytes == contenders._ggml_bytes(name, shapes[name], kind) for name, t in read.items())
+
+
+def test_targets_are_judged_by_what_was_measured() -> None:
+    def row(name: str, prefill: float, decode: float) -> dict[str, Any]:
+        rates = {"prefill_tokens_per_s": {"median": prefill}, "decode_tokens_per_s": {"median": decode}}
+        made = bench._row(name, None) | {"prompts": {"long": rates}, "peak_bytes": 130, "weight_bytes": 100}
+        return made
+
+    rows = [row("int8", 80, 10), row("Q8_0", 60, 9), row("Q4_0", 90, 20), row("int4", 80, 19)]
+    found = {t["what"]: (round(t["ratio"], 3), t["met"]) for t in bench.targets(rows, "long")}
+    assert found == {
+        "prefill, one pass (each of our two passes counted) / llama.cpp's best": (1.778, True),
+        "whole two-pass traverse / llama.cpp's best single pass": (0.889, True),
+        "prefill, one pass, INT4 / llama.cpp's best": (1.778, True),
+        "decode, 8 bits / llama.cpp Q8_0": (1.111, True),
+        "decode, 4 bits / llama.cpp Q4_0": (0.95, False),
+        "peak memory / weights held, INT8": (1.3, True),
+        "peak memory / weights held, INT4": (1.3, True),
+    }
+    assert bench.targets(rows, "text") == []
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    said = bench._absent("openvino", str(tmp_path / "python"))
+    assert said is not None and "does not run" in said
+    kind = dataclasses.replace(contenders.CONTENDERS["Q4_0"], modules=("json", "no_such_module"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(contenders.CONTENDERS, "Q4_0", kind)
+        said = bench._absent("Q4_0", sys.executable)
+    assert said is not None and "'no_such_module'" in said and "pip install llama-cpp-python gguf" in said

@@ -673,7 +673,7 @@ def test_synth_interrupted(tiny: str, tmp_path: Path) -> None:
 def test_unknown_models(tmp_path: Path) -> None:
     """The names there are; and the one that needs no random weights."""
     for name, message in (
-        ("trol-13b", r"no model 'trol-13b'; there are trol-nano, trol-1\.8b, trol-3\.8b, trol-7b"),
+        ("trol-13b", r"no model 'trol-13b'; there are trol-nano, trol-nano-phi3, trol-1\.8b, trol-3\.8b, trol-7b"),
         ("trol-nano", "ships with its trained weights"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 
 import trol_edge
-from tests.conftest import NANO
+from tests.conftest import CHECKPOINTS, NANO, NANOS
 from trol_edge.bundle import MANIFEST, Bundle
+from trol_edge.calibration.evaluate import heading
 from trol_edge.cli import app, main
 from trol_edge.runtime import Runtime
 
@@ -105,7 +106,10 @@ def test_help_has_an_example_that_parses(cli: Callable[..., Result], verb: str) 
         (["run", "somewhere"], "Missing option.*--prompt"),
         (["run", "somewhere", "--prompt", "x", "--max-new-tokens", "many"], "--max-new-tokens"),
         (["export", "trol-nano"], "Missing option.*--output"),
-        (["export", "no/such/folder", "-o", "x"], "neither a checkpoint folder nor one of trol-nano, trol-1.8b"),
+        (
+            ["export", "no/such/folder", "-o", "x"],
+            "neither a checkpoint folder nor one of trol-nano, trol-nano-phi3, trol-1.8b",
+        ),
         (["export", "trol-13b", "-o", "x"], "neither a checkpoint folder"),
         (["evaluate", "somewhere", "-n", "0"], "--number"),
         (["inspect", "a", "b"], "unexpected extra argument"),
@@ -147,17 +151,18 @@ def test_interrupt(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, 
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("nano_bundle")
-def test_export(cli: Callable[..., Result], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("each_bundle")
+@pytest.mark.parametrize("name", NANOS)
+def test_export(cli: Callable[..., Result], tmp_path: Path, name: str) -> None:
     """A folder or a name; what exists is refused or replaced; the bundle runs."""
     out = tmp_path / "out"
-    result = cli("export", NANO, "-o", out, "--model", "my-model")
+    result = cli("export", CHECKPOINTS / name, "-o", out, "--model", "my-model")
     assert result.code == 0
     assert re.search(r"my-model: \d+\.\d MB in \S+, \d+ s, peak memory \d+\.\d\d GB", result.out)
     assert Bundle(out).manifest.model == "my-model"
-    cli("export", NANO, "-o", out).failed(1, r"out: exists; .*--force")
-    data = cli("export", "trol-nano", "-o", out, "--force", "--json").json()
-    assert Bundle(out).manifest.model == "trol-nano"
+    cli("export", CHECKPOINTS / name, "-o", out).failed(1, r"out: exists; .*--force")
+    data = cli("export", name, "-o", out, "--force", "--json").json()
+    assert Bundle(out).manifest.model == name
     files = Bundle(out).manifest.files.values()
     assert data["bundle"] == str(out)
     assert data["bytes"] == sum(info.bytes for info in files)
@@ -227,12 +232,13 @@ def test_missing_back_end_is_named(nano_bundle: Path) -> None:
 # -- run ---------------------------------------------------------------------------------------------------------------
 
 
-def test_run(cli: Callable[..., Result], nano: Runtime, nano_bundle: Path) -> None:
+def test_run(cli: Callable[..., Result], each_nano: Runtime) -> None:
     """The answer alone on standard output; how long it took on standard error."""
-    answer = nano.generate(QUESTION, SCENE)
-    result = cli("run", nano_bundle, "--image", SCENE, "--prompt", QUESTION)
+    answer = each_nano.generate(QUESTION, SCENE)
+    result = cli("run", each_nano.bundle.folder, "--image", SCENE, "--prompt", QUESTION)
     assert (result.code, result.out) == (0, f"{answer.text}\n")
-    assert re.search(rf"^{len(answer.token_ids)} tokens, stop; ms: preprocess [\d.]+, vision", result.err)
+    rope = "" if answer.rope == "plain" else f", {answer.rope} rope factors"
+    assert re.search(rf"^{len(answer.token_ids)} tokens, stop{rope}; ms: preprocess [\d.]+, vision", result.err)
 
 
 def test_run_json(cli: Callable[..., Result], nano: Runtime, nano_bundle: Path) -> None:
@@ -290,11 +296,11 @@ def test_markup_in_a_prompt_is_text(cli: Callable[..., Result], nano_bundle: Pat
 # -- inspect, synth, evaluate, demo ------------------------------------------------------------------------------------
 
 
-def test_inspect(cli: Callable[..., Result], nano_bundle: Path) -> None:
+def test_inspect(cli: Callable[..., Result], each_bundle: Path) -> None:
     """Graphs, operators, ports, weights, and what a step reads: no LoRA, each weight once."""
-    result = cli("inspect", nano_bundle)
+    result = cli("inspect", each_bundle)
     assert (result.code, result.err) == (0, "")
-    manifest = Bundle(nano_bundle).manifest
+    manifest = Bundle(each_bundle).manifest
     for name, graph in manifest.graphs.items():
         assert f"{name} ({graph.file})" in result.out
         assert f"{len(graph.weights)} tensors" in result.out
@@ -342,31 +348,39 @@ def test_synth(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.M
     cli("synth", "--model", "trol-13b", "-o", tmp_path / "no").failed(1, "no model 'trol-13b'; there are")
 
 
-def test_evaluate(cli: Callable[..., Result], nano_bundle: Path, tmp_path: Path) -> None:
-    """A table, or JSON; and a report's section rewritten."""
+def test_evaluate(cli: Callable[..., Result], each_bundle: Path, tmp_path: Path) -> None:
+    """A table, or JSON; and a report's section of each picture size written once."""
     report = tmp_path / "REPORT.md"
     report.write_text("# mine\n", encoding="utf-8")
-    data = cli("evaluate", nano_bundle, "-n", 20, "--json", "--report", report).json()
-    assert sum(data["asked"].values()) == 20
+    data = cli("evaluate", each_bundle, "-n", 20, "--json", "--report", report).json()
+    assert (data["scale"], data["tiles"], sum(data["asked"].values())) == (1, 1, 20)
     assert 0 <= data["short_percent"] <= 100
-    assert report.read_text(encoding="utf-8").startswith("# mine\n")
-    result = cli("evaluate", nano_bundle, "-n", 5)
+    for _ in range(2):
+        data = cli("evaluate", each_bundle, "-n", 5, "--scale", 2, "--json", "--report", report).json()
+    assert (data["scale"], data["tiles"]) == (2, 1 if Bundle(each_bundle).manifest.image.max_tiles == 1 else 5)
+    text = report.read_text(encoding="utf-8")
+    assert text.startswith("# mine\n")
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [heading(1), heading(2)]
+    result = cli("evaluate", each_bundle, "-n", 5)
     assert result.code == 0
     assert "| " in result.out
 
 
-def test_demo(cli: Callable[..., Result], nano_bundle: Path) -> None:
+def test_demo(cli: Callable[..., Result], each_nano: Runtime) -> None:
     """What `make engine` ends with: picture, question, answer, bundle, and what to type next."""
-    result = cli("demo", nano_bundle)
+    bundle = each_nano.bundle.folder
+    result = cli("demo", bundle)
     assert (result.code, result.err) == (0, "")
     said = dict(re.findall(r"^(picture|question|answer|bundle): +(.*)$", result.out, re.MULTILINE))
-    assert Path(said["picture"]).name == "scene.png"
-    assert said["answer"] == Runtime(nano_bundle).generate(said["question"], SCENE).text
-    assert said["bundle"] == str(nano_bundle)
+    picture = CHECKPOINTS / each_nano.bundle.manifest.model / "scene.png"
+    report = json.loads((picture.parent / "report.json").read_text(encoding="utf-8"))
+    assert picture.samefile(ROOT / said["picture"])
+    assert said["answer"] == each_nano.generate(said["question"], picture).text == report["demo"]["right"]
+    assert said["bundle"] == str(bundle)
     commands = re.findall(r"^  (\S+/trol-edge .*|\S+/python -c .*)$", result.out, re.MULTILINE)
     assert len(commands) == 3
     run = shlex.split(commands[0])
     assert cli(*run[1:]).code == 0
     assert cli(*shlex.split(commands[1])[1:]).code == 0
     assert said["answer"] in process(code=shlex.split(commands[2])[2]).out
-    cli("demo", nano_bundle / "nowhere").failed(1, r"no bundle\.json here")
+    cli("demo", bundle / "nowhere").failed(1, r"no bundle\.json here")

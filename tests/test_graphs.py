@@ -171,7 +171,7 @@ def test_self_contained_bundle_is_refused_by_the_runtime(golden_bundle: Callable
 
 
 def test_nano_bundle_equals_reference(nano: Runtime) -> None:
-    """The shipped model, with its picture, its tokenizer and its default context."""
+    """trol-nano, with its picture, its tokenizer and its default context."""
     ref = Reference(NANO)
     pixels = nano.preprocess(NANO / "scene.png")
     assert pixels is not None

@@ -50,11 +50,13 @@ FORBIDDEN = {
 }
 # (file, module): doors that stand open on purpose.
 OPEN = {
-    ("export/train_nano.py", "trol_edge.calibration"),  # renders the scenes that it trains on
-    ("export/bench.py", "trol_edge.runtime"),  # measures what a user would call
+    # the training renders scenes, packs questions about them, and asks held-out ones
+    *((f"export/nano_{part}.py", "trol_edge.calibration") for part in ("data", "report", "stages", "text")),
     ("runtimes/trt_api.py", "tensorrt"),  # for type checkers; imported by name when a Library is made
     ("runtimes/cuda.py", "cuda"),  # each in a function, when a GPU is opened
     ("runtimes/cuda.py", "pycuda"),
+    ("export/contenders.py", "trol_edge.runtime"),  # measures what a user would call
+    ("export/contenders.py", "transformers"),  # makes a model for OpenVINO
     ("calibration/run.py", "torch"),  # runs the reference, layer by layer
     ("calibration/run.py", "trol_edge.export"),
     ("calibration/sensitivity.py", "torch"),  # rounds one Linear of the reference at a time
@@ -184,7 +186,8 @@ PLANTED = [
     ("export/graphs.py", "from trol_edge.runtime import Runtime"),
     ("export/graphs.py", "import trol_edge.calibration.scenes"),
     ("export/graphs.py", "import runtimes"),
-    ("export/train_nano.py", "from trol_edge.runtime import Runtime"),
+    ("export/nano_report.py", "from trol_edge.runtime import Runtime"),
+    ("export/nano_recipes.py", "from trol_edge.calibration import scenes"),
     ("export/bench.py", "from trol_edge.calibration import scenes"),
     ("runtimes/ort.py", "import torch"),
     ("runtimes/ort.py", "import onnx"),
@@ -218,7 +221,7 @@ def test_planted_breaches_are_seen(file: str, source: str) -> None:
         ("trol_edge/runtime.py", "def f():\n    import trol_edge.runtimes.ort"),
         ("trol_edge/text.py", "import tokenizers"),
         ("export/graphs.py", "import torch\nimport onnx_ir\nfrom trol_edge.export.model import Decoder"),
-        ("export/train_nano.py", "from trol_edge.calibration import scenes"),
+        ("export/nano_data.py", "from trol_edge.calibration import scenes"),
         ("runtimes/ort.py", "import onnxruntime as ort\nfrom trol_edge.bundle import Bundle"),
         ("calibration/evaluate.py", "from trol_edge.runtime import Runtime\nimport onnx"),
         ("calibration/run.py", "import torch\nfrom trol_edge.export.checkpoint import Checkpoint"),
@@ -396,7 +399,7 @@ def test_errors_that_are_raised_are_ours() -> None:
     internal = {
         "ImportError": {"export/__init__.py", "runtimes/__init__.py", "calibration/__init__.py"},
         "ValueError": {"trol_edge/weights.py", "export/tokenizer.py", "calibration/statistics.py"},  # caught
-        "AssertionError": {"export/train_nano.py"},
+        "AssertionError": {"export/nano_report.py"},
         "BadParameter": {"trol_edge/cli.py"},
         "Exit": {"trol_edge/cli.py", "export/bench.py"},
     }

@@ -1,4 +1,4 @@
-"""Runtime and Session on the shipped model: answers, streams, limits, and every kind of bad input."""
+"""Runtime and Session on each shipped model: answers, streams, limits, and every kind of bad input."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ from trol_edge.errors import BackendError, ContextError, ImageError, TrolEdgeErr
 SCENE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
 DESCRIBE = "Describe the scene."
+
+
+@pytest.fixture(scope="module")
+def nano(each_nano: Runtime) -> Runtime:
+    """Every test of this file asks both models: nothing here may depend on the family."""
+    return each_nano
+
+
+@pytest.fixture(scope="module")
+def nano_bundle(each_bundle: Path) -> Path:
+    """Its bundle."""
+    return each_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -538,9 +550,11 @@ def test_step_before_prefill(nano: Runtime) -> None:
     assert np.array_equal(session.step(7), after)
 
 
-@pytest.mark.parametrize("token", [-1, 800, 10**9, 1.5, "5", None, np.array([5])])
+@pytest.mark.parametrize("token", [-1, "first unknown", 10**9, 1.5, "5", None, np.array([5])])
 def test_wrong_step_ids(nano: Runtime, token: Any) -> None:
     """Refused; the session goes on as if nothing had been said."""
+    if token == "first unknown":
+        token = nano.bundle.manifest.spec.vocab_size
     session = nano.session()
     session.prefill([5, 6])
     with pytest.raises(UsageError, match="token id"):

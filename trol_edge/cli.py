@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @app.command(epilog="Example: trol-edge export trol-1.8b -o build/trol-1.8b   (fetches it first; or give a folder)")
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="Checkpoint folder, or a model name: trol-nano, trol-1.8b, trol-3.8b, trol-7b.")
+        str, typer.Argument(help="Checkpoint folder, or a model name: trol-nano, trol-nano-phi3, trol-1.8b, ...")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
     model: Annotated[str | None, typer.Option(help="Name of the model in the bundle.")] = None,
@@ -334,8 +334,8 @@ def calibrate(
     )
 
 
-@app.command(epilog="Example: trol-edge plan trol-nano --precision int4 --max-loss 0.01 -o build/mixed.json")
-def plan(
+@app.command(epilog="Example: trol-edge mix trol-nano --precision int4 --max-loss 0.01 -o build/mixed.json")
+def mix(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a model name as for export.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write, for export --precision.")],
     max_loss: Annotated[
@@ -418,18 +418,21 @@ def outliers(
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder of a model trained on the rendered scenes.")],
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="Held-out questions to ask.")] = 2000,
+    scale: Annotated[
+        int, typer.Option(min=1, max=8, help="Size of the pictures, in 112 pixels a side; 2: several tiles.")
+    ] = 1,
     report: Annotated[
         Path | None, typer.Option(help="Markdown file whose section about the bundle to rewrite.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a trol-nano bundle's accuracy on held-out rendered scenes, by kind of question."""
+    """Measure the accuracy of a trol-nano or trol-nano-phi3 bundle on held-out rendered scenes, by kind of question."""
     from trol_edge.calibration import evaluate as evaluation
     from trol_edge.runtime import Runtime
 
     runtime = Runtime(bundle)
     with _progress(quiet=as_json) as progress:
-        score = evaluation.evaluate(runtime, number, progress)
+        score = evaluation.evaluate(runtime, number, progress, scale)
     text = evaluation.markdown(score, str(bundle))
     if report:
         evaluation.update_report(report, text)
@@ -487,13 +490,13 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
     from trol_edge.runtime import Runtime
 
     with _extra("export"):
-        from trol_edge.export.models import shipped_folder
+        from trol_edge.export.models import shipped_folder, shipped_like
 
-    folder = shipped_folder("trol-nano")
+    runtime = Runtime(bundle)
+    folder = shipped_folder(shipped_like(runtime.bundle.manifest.model))
     question = json.loads((folder / "report.json").read_text(encoding="utf-8"))["demo"]["question"]
     picture = folder / "scene.png"
     shown = picture.relative_to(Path.cwd()) if picture.is_relative_to(Path.cwd()) else picture
-    runtime = Runtime(bundle)
     if TOKENIZER in runtime.bundle.manifest.files:
         answer = runtime.generate(question, picture)
         print(f"picture:  {shown}\nquestion: {question}\nanswer:   {answer}\nbundle:   {bundle}\n")
@@ -535,7 +538,7 @@ def soak(
         else:
             slope = report.slope
             out.print(
-                f"memory: {slope.mb_per_minute:+.3f} MB/min (least squares, the first third left out), "
+                f"memory less free pages: {slope.mb_per_minute:+.3f} MB/min (least squares, first third left out), "
                 f"{slope.growth_bytes / 1e6:+.2f} MB in all, allowed {slope.allowed_bytes / 1e6:.2f} MB "
                 f"(1 % of {slope.resident_bytes / 1e6:.0f} MB, at least 4 MiB): {'flat' if slope.flat else 'NOT FLAT'}"
             )

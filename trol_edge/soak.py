@@ -5,6 +5,7 @@ Every answer is compared with one that was made before, alone: equal, or its beg
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import os
@@ -39,7 +40,7 @@ HANGS_S = 120.0  # a thread that has not ended by then never will
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
-    """Resident memory over the second two thirds of a run; the first third is warm-up (arenas, caches)."""
+    """Resident memory over the second two thirds of a run; the first third is warm-up (caches, buffers)."""
 
     mb_per_minute: float  # least squares
     growth_bytes: float  # slope times the time judged
@@ -116,7 +117,17 @@ def soak(bundle: str | os.PathLike[str], seconds: float, progress: Callable[[flo
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process (the peak so far, where the system does not tell the present)."""
+    """Resident memory of this process (its peak so far, where the system does not tell the present).
+
+    Free pages that the C allocator keeps for itself are given back first (glibc): with threads they come and go by
+    whole arenas, tens of MB that nobody holds, and would hide a leak or look like one.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library
+        pass
+    else:
+        trim(0)
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -142,7 +153,7 @@ class _Crew:
         self.runtime, self.over = runtime, threading.Event()
         self.wrong: list[str] = []
         self.calls: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock, self._all_here = threading.Lock(), threading.Barrier(THREADS)
         shades = np.random.default_rng(0)
         self._frames = [shades.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
         # The serial run: every answer that will be compared, made alone.
@@ -153,9 +164,25 @@ class _Crew:
         }
         self._chosen = {at: runtime.choose(QUESTIONS[2], OPTIONS, f) for at, f in enumerate(self._frames)}
 
+    def _peak(self, dice: random.Random) -> None:
+        """The most memory that the calls can take together, at the start: allocators keep what they once had."""
+        question, _, frame = self._case(dice)
+        with self.runtime.session() as session, self.runtime.stream(question, frame) as stream:
+            next(stream)
+            logits = session.prefill(self.runtime.tokenize(question))
+            with session.fork() as twin:
+                twin.extend([int(logits.argmax())])
+                session.step(int(logits.argmax()))
+                self._all_here.wait(HANGS_S)
+
     def work(self, seed: int) -> None:
         """Until it is over: one random kind of call after another."""
         dice = random.Random(seed)
+        try:
+            for _ in range(3):
+                self._peak(dice)
+        except Exception as error:
+            self._note(f"peak: {type(error).__name__}: {error}")
         kinds = [
             self._ask,
             self._stream,
