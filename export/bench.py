@@ -231,7 +231,7 @@ def prepare_bundle() -> None:
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
     # The same bits in every matrix, as the peers have it, and no search for what random weights cannot show.
     alike = {"lm_head": recipe, "scaling": False, "clipping": False, "sensitive": None}
-    options = Options(recipe=recipe, block=BLOCK, **alike)  # type: ignore[arg-type]
+    options = Options(recipe=recipe, block=BLOCK, **alike)
     export(checkpoint, bundle, model=model, options=options, calibration=made_up_statistics, overwrite=True)
 
 

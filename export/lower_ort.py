@@ -134,8 +134,10 @@ class _Attention:
         self.qkv = _inputs(split)[0]
         cache, width = self.past[0].shape, self.qkv.shape
         assert cache is not None and width is not None
-        self.kv_heads, self.head_size = int(cache[1]), int(cache[3])
-        self.heads = int(width[2]) // self.head_size - 2 * self.kv_heads
+        kv_heads, head_size, columns = cache[1], cache[3], width[2]
+        assert isinstance(kv_heads, int) and isinstance(head_size, int) and isinstance(columns, int)
+        self.kv_heads, self.head_size = kv_heads, head_size
+        self.heads = columns // head_size - 2 * kv_heads
 
 
 def _shared_inputs(model: ir.Model, attention: ir.Node) -> list[ir.Value]:
@@ -289,7 +291,7 @@ def nbits_layouts(parameter: str, k: int, n: int, block: int) -> dict[str, Layou
 
     def pack(rows: Rows) -> NDArray[np.uint8]:
         values = (rows.values + 8).astype(np.uint8).reshape(len(rows.values), k // block, block // 2, 2)
-        return values[..., 0] | values[..., 1] << 4
+        return values[..., 0] | (values[..., 1] << 4).astype(np.uint8)
 
     def scale(rows: Rows) -> NDArray[np.float32]:
         assert rows.scale is not None

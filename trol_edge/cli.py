@@ -334,8 +334,8 @@ def calibrate(
     )
 
 
-@app.command(epilog="Example: trol-edge plan trol-nano --precision int4 --max-loss 0.01 -o build/mixed.json")
-def plan(
+@app.command(epilog="Example: trol-edge mix trol-nano --precision int4 --max-loss 0.01 -o build/mixed.json")
+def mix(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a model name as for export.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write, for export --precision.")],
     max_loss: Annotated[
