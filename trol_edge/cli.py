@@ -248,6 +248,16 @@ def inspect(
     )
     for note in manifest.notes:
         out.print(f"note: {note}", markup=False)
+    parts = Table("part", "Linears", "numbers", "MB", title=_precision(manifest), title_justify="left", box=None)
+    for name, part in manifest.parts.items():
+        linears = ", ".join(f"{count} {precision}" for precision, count in sorted(part.linears.items())) or "none"
+        parts.add_row(name, linears, f"{part.numbers:,}", f"{part.bytes / 1e6:.2f}")
+    out.print(parts)
+    least, size = sum(part.bytes for part in manifest.parts.values()), sum(f.bytes for f in manifest.files.values())
+    out.print(
+        f"Bundle {size / 1e6:.2f} MB; these parts take {least / 1e6:.2f} MB at least: "
+        f"{100 * (size / least - 1):+.1f} % (graphs, rotary tables, tokenizer)"
+    )
     for name, graph in manifest.graphs.items():
         table = Table(title=f"{name} ({graph.file})", title_justify="left", show_header=False, box=None, padding=(0, 1))
         for title, ports in (("inputs", graph.inputs), ("outputs", graph.outputs)):
@@ -664,6 +674,17 @@ def doctor(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _precision(manifest: Any) -> str:
+    """The recipe of a bundle in a line."""
+    plan = manifest.plan
+    text = f"precision {plan.recipe}, the rest computes in {plan.compute}"
+    if plan.observer:
+        text += f", activation scales by {plan.observer}"
+    if manifest.calibration:
+        text += f", calibrated on {manifest.calibration.samples} samples"
+    return text + (f"; kept in fp32: {', '.join(plan.kept_fp32)}" if plan.kept_fp32 else "")
 
 
 def _ports(ports: Any) -> str:
