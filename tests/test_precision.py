@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import NANO
 from tests.statistics import statistics_of
+from trol_edge import cli
 from trol_edge.bundle import WEIGHTS, Bundle
 from trol_edge.calibration.statistics import Statistics
 from trol_edge.errors import CalibrationError, UsageError
@@ -198,6 +199,28 @@ def test_bytes_of_a_tensor() -> None:
     assert tensor_bytes((6, 64), LinearPlan("int4", 32), 2, 4) == 6 * 32 + 6 * 2 * 4
     assert tensor_bytes((6, 64), LinearPlan("fp8"), 2, 2) == 6 * 64 + 6 * 2
     assert tensor_bytes((6, 64), LinearPlan("fp16"), 2, 4) == tensor_bytes((6, 64), None, 2, 4) == 6 * 64 * 2
+
+
+@pytest.mark.parametrize("target", ["cpu", "onnx"])
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
+def test_inspect_knows_every_precision(
+    quantized: Callable[..., Path], capsys: pytest.CaptureFixture[str], recipe: str, target: str
+) -> None:
+    """Precision per part, and the bundle's bytes beside the least; as JSON too."""
+    folder = quantized(recipe, target)
+    assert cli.main(["inspect", str(folder)]) == 0
+    text = capsys.readouterr().out
+    parts = Bundle(folder).manifest.parts
+    assert f"precision {recipe}, the rest computes in" in text
+    for name, part in parts.items():
+        assert any(line.startswith(f" {name} ") and f"{part.numbers:,}" in line for line in text.splitlines()), name
+    least = sum(part.bytes for part in parts.values())
+    assert f"these parts take {least / 1e6:.2f} MB at least" in text
+    assert cli.main(["inspect", str(folder), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert sum(part["bytes"] for part in data["parts"].values()) == least
+    if target == "cpu" and recipe == "int8":
+        assert data["weight_bytes_float32"]["step"] < 4 * data["parts"]["decoder"]["numbers"] / 2
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])

@@ -222,10 +222,9 @@ def inspect(
 
     opened = Bundle(bundle)
     manifest, tensors = opened.manifest, opened.weights().tensors
-    stored = {name: sum(tensors[w].nbytes for w in graph.weights) for name, graph in manifest.graphs.items()}
-    as_float = {
-        name: sum(4 * math.prod(tensors[w].shape) for w in graph.weights) for name, graph in manifest.graphs.items()
-    }
+    graphs = manifest.graphs.items()
+    stored = {name: sum(tensors[w].nbytes for w in graph.weights if w in tensors) for name, graph in graphs}
+    as_float = {name: sum(_loaded_bytes(w, tensors) for w in graph.weights) for name, graph in graphs}
     kv = manifest.spec.kv_bytes_per_token
     lora = {name: sum(".lora_" in w for w in graph.weights) for name, graph in manifest.graphs.items()}
     used = {w for graph in manifest.graphs.values() for w in graph.weights}
@@ -271,9 +270,10 @@ def inspect(
             f"{as_float[name] / 1e6:.2f} MB in memory",
         )
         out.print(table)
+    form = "as computed" if manifest.plan.quantized else "float32"
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     out.print(
-        f"A step reads {as_float['step'] / 1e6:.2f} MB of weights (float32, each once, {lora['step']} LoRA tensors), "
+        f"A step reads {as_float['step'] / 1e6:.2f} MB of weights ({form}, each once, {lora['step']} LoRA tensors), "
         f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
         f"K/V cache, per session: {kv} bytes per token and set, {kv * manifest.context / 1e6:.1f} MB a set; two sets, "
         f"{2 * kv * manifest.context / 1e6:.1f} MB, with prefix reuse (the default), one without.\n"
@@ -674,6 +674,18 @@ def doctor(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _loaded_bytes(name: str, tensors: Any) -> int:
+    """Bytes of a weight in memory: floating point as float32, quantized as stored, derived (see derived.py) as made."""
+    from trol_edge.derived import INT8, INT8_SCALE, NBITS
+    from trol_edge.weights import FLOATS
+
+    if name in tensors:
+        tensor = tensors[name]
+        return 4 * math.prod(tensor.shape) if tensor.dtype in FLOATS else int(tensor.nbytes)
+    packed = tensors[name.removesuffix(INT8).removesuffix(INT8_SCALE) + NBITS]
+    return int(2 * packed.nbytes if name.endswith(INT8) else 4 * packed.shape[0])
 
 
 def _precision(manifest: Any) -> str:
