@@ -144,7 +144,7 @@ def _left_behind(runtime: Runtime) -> list[str]:
     """What should be gone once no call is under way."""
     gc.collect()
     found = []
-    sessions = [o for o in gc.get_objects() if isinstance(o, Session) and o._backend is runtime._backend]
+    sessions = [o for o in gc.get_objects() if type(o) is Session and o._backend is runtime._backend]
     if len(sessions) > 1:
         found.append(f"{len(sessions)} sessions are left, at most 1 waits for the next answer")
     if runtime._busy or len(runtime._turns):
