@@ -145,6 +145,7 @@ def export(
             tools={n: metadata.version(n) for n in ("torch", "onnx-ir", "onnxscript")}
             | {"python": platform.python_version()},
             notes=tuple(source.notes),
+            parts=stored.parts(),
             plan=plan,
             calibration=CalibrationInfo(statistics.samples, statistics.checkpoint) if statistics else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from trol_edge.export.qdq import scale_name
 from trol_edge.export.quantize import pack_int4, quantize
 from trol_edge.export.scales import Scales
 from trol_edge.export.storage import Layout, Rows
+from trol_edge.precision import Part, part_of, tensor_bytes
+from trol_edge.weights import ITEM_BYTES
 
 IR_TYPES = {
     "F16": ir.DataType.FLOAT16,
@@ -62,6 +65,19 @@ class StoredWeights:
         if precision == "fp16" or self._plan.recipe == "fp16":
             return "F16"
         return stored
+
+    def parts(self) -> dict[str, Part]:
+        """What each part of the model is stored as, and the bytes that this takes at least."""
+        found: dict[str, Part] = {}
+        for name in self._source.names():
+            linear, shape = self._plan.linears.get(name), self._source.shape(name)
+            size = tensor_bytes(shape, linear, ITEM_BYTES[self.dtype(name)], 2 if self._half else 4)
+            old = found.get(part_of(name), Part(0, {}, 0))
+            linears = dict(old.linears)
+            if linear is not None:
+                linears[linear.precision] = linears.get(linear.precision, 0) + 1
+            found[part_of(name)] = Part(old.numbers + math.prod(shape), linears, old.bytes + size)
+        return found
 
     def _layouts(self, name: str) -> dict[str, Layout]:
         shape = self._source.shape(name)

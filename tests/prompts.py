@@ -14,7 +14,7 @@ from tests.cases import Array
 from tests.conftest import NANO
 from trol_edge.runtime import Runtime
 
-SHIPPED = (NANO,)  # checkpoints with a tokenizer and a picture, scene.png
+SHIPPED = (NANO, NANO.parent / "trol-nano-phi3")  # checkpoints with a tokenizer and a picture, scene.png
 QUESTION = "What is left of the red circle?"
 BEYOND = {"over", "image"}  # runs of internlm2-dynamic-rope: longer than their model's positions, so refused
 STEPS = cases.STEPS

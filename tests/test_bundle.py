@@ -25,6 +25,7 @@ from trol_edge.bundle import MANIFEST, TOKENIZER, WEIGHTS, Bundle, FileInfo, Man
 from trol_edge.errors import BackendError, BundleError, ExportError, UsageError
 from trol_edge.export import pipeline
 from trol_edge.images import ImageSpec
+from trol_edge.precision import CalibrationInfo, LinearPlan, Part, Plan
 from trol_edge.runtime import Runtime
 from trol_edge.spec import LongRope, ModelSpec, VisionSpec
 from trol_edge.text import PromptSpec
@@ -111,13 +112,16 @@ def small_manifest() -> Manifest:
         image=ImageSpec("tiles", 28, (0.5, 0.25, 0.125), (1.0, 0.5, 0.25), 6),
         graphs={
             "step": bundle_module.GraphInfo(
-                "step.onnx", (bundle_module.Port("x", "float32", (1, "S")),), (), ("a.weight",), {"Add": 2}
+                "step.onnx", (bundle_module.Port("x", "float32", (1, "S")),), (), ("a.weight", "b"), ("b",), {"Add": 2}
             )
         },
         files={"step.onnx": FileInfo(3, hashlib.sha256(b"abc").hexdigest())},
         checkpoint={"folder": "here"},
         tools={"torch": "2.9"},
         notes=("a note",),
+        parts={"decoder": Part(8, {"int4": 1}, 6)},
+        plan=Plan("int4", "fp32", {"a.weight": LinearPlan("int4", 32)}, "mse", True, True, ("decoder.residual",)),
+        calibration=CalibrationInfo(7, "abc"),
     )
 
 
@@ -183,7 +187,8 @@ SMALL: dict[str, Any] = {
             "file": "step.onnx",
             "inputs": [{"name": "x", "dtype": "float32", "shape": [1, "S"]}],
             "outputs": [],
-            "weights": ["a.weight"],
+            "weights": ["a.weight", "b"],
+            "constants": ["b"],
             "operators": {"Add": 2},
         }
     },
@@ -191,8 +196,19 @@ SMALL: dict[str, Any] = {
     "checkpoint": {"folder": "here"},
     "tools": {"torch": "2.9"},
     "notes": ["a note"],
+    "parts": {"decoder": {"numbers": 8, "linears": {"int4": 1}, "bytes": 6}},
+    "plan": {
+        "recipe": "int4",
+        "compute": "fp32",
+        "linears": {"a.weight": {"precision": "int4", "block": 32, "activations": False}},
+        "observer": "mse",
+        "scaling": True,
+        "clipping": True,
+        "kept_fp32": ["decoder.residual"],
+    },
+    "calibration": {"samples": 7, "checkpoint": "abc"},
 }
-SMALL_SHA256 = "0f5401f1de5dd7e3b2d622b9ad90cae4d7340398927fcc6b4a8a4306115167d7"
+SMALL_SHA256 = "3ef446e7bb0bac37f76e8fb6c208418a9d087f6c63afeb057e428daf0de9000a"
 
 
 def test_manifest_is_this_json(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Each lowering pass computes what the canonical graph computes, on the ONNX Runtime that is installed.
 
-`make test-oldest` runs the bundle tests on the oldest one: TROL_EDGE_LOWERED_OUT=folder makes these tests leave their
-graphs and results there, and tests/replay_lowered.py runs them again without export.
+With TROL_EDGE_LOWERED_OUT=folder these tests leave their lowered graphs and results there, and tests/replay_lowered.py
+runs them again on the oldest ONNX Runtime, where export is not installed (`make test-oldest`).
 """
 
 from __future__ import annotations
@@ -308,8 +308,10 @@ def _run(model: ir.Model, values: dict[str, Array], x: Array) -> list[Array]:
         value.const_value = ir.tensor(values[name], dtype=value.dtype, name=name)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    data = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     result: list[Array] = session.run(None, {"x": x})
+    lowered = any(node.domain == lower_ort.MICROSOFT for node in model.graph)
+    if lowered and (out := os.environ.get("TROL_EDGE_LOWERED_OUT")):
+        _leave(Path(out), data, {"x": x}, {"y": result[0]})
     return result

@@ -27,7 +27,7 @@ from typing import Any
 
 from trol_edge.errors import BundleError, ExportError
 from trol_edge.images import ImageSpec
-from trol_edge.precision import CalibrationInfo, Plan
+from trol_edge.precision import CalibrationInfo, Part, Plan
 from trol_edge.spec import ModelSpec, from_dict
 from trol_edge.text import PromptSpec
 from trol_edge.weights import WeightsFile
@@ -94,6 +94,7 @@ class Manifest:
     checkpoint: dict[str, str]  # where the weights came from: folder, identity
     tools: dict[str, str]  # versions that made it
     notes: tuple[str, ...]
+    parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
     plan: Plan  # how each Linear is stored and computed
     calibration: CalibrationInfo | None  # what the scales were made of; None: nothing was calibrated
 

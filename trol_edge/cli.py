@@ -222,10 +222,9 @@ def inspect(
 
     opened = Bundle(bundle)
     manifest, tensors = opened.manifest, opened.weights().tensors
-    stored = {name: sum(tensors[w].nbytes for w in graph.weights) for name, graph in manifest.graphs.items()}
-    as_float = {
-        name: sum(4 * math.prod(tensors[w].shape) for w in graph.weights) for name, graph in manifest.graphs.items()
-    }
+    graphs = manifest.graphs.items()
+    stored = {name: sum(tensors[w].nbytes for w in graph.weights if w in tensors) for name, graph in graphs}
+    as_float = {name: sum(_loaded_bytes(w, tensors) for w in graph.weights) for name, graph in graphs}
     kv = manifest.spec.kv_bytes_per_token
     lora = {name: sum(".lora_" in w for w in graph.weights) for name, graph in manifest.graphs.items()}
     used = {w for graph in manifest.graphs.values() for w in graph.weights}
@@ -248,6 +247,16 @@ def inspect(
     )
     for note in manifest.notes:
         out.print(f"note: {note}", markup=False)
+    parts = Table("part", "Linears", "numbers", "MB", title=_precision(manifest), title_justify="left", box=None)
+    for name, part in manifest.parts.items():
+        linears = ", ".join(f"{count} {precision}" for precision, count in sorted(part.linears.items())) or "none"
+        parts.add_row(name, linears, f"{part.numbers:,}", f"{part.bytes / 1e6:.2f}")
+    out.print(parts)
+    least, size = sum(part.bytes for part in manifest.parts.values()), sum(f.bytes for f in manifest.files.values())
+    out.print(
+        f"Bundle {size / 1e6:.2f} MB; these parts take {least / 1e6:.2f} MB at least: "
+        f"{100 * (size / least - 1):+.1f} % (graphs, rotary tables, tokenizer)"
+    )
     for name, graph in manifest.graphs.items():
         table = Table(title=f"{name} ({graph.file})", title_justify="left", show_header=False, box=None, padding=(0, 1))
         for title, ports in (("inputs", graph.inputs), ("outputs", graph.outputs)):
@@ -261,9 +270,10 @@ def inspect(
             f"{as_float[name] / 1e6:.2f} MB in memory",
         )
         out.print(table)
+    form = "as computed" if manifest.plan.quantized else "float32"
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     out.print(
-        f"A step reads {as_float['step'] / 1e6:.2f} MB of weights (float32, each once, {lora['step']} LoRA tensors), "
+        f"A step reads {as_float['step'] / 1e6:.2f} MB of weights ({form}, each once, {lora['step']} LoRA tensors), "
         f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
         f"K/V cache, per session: {kv} bytes per token and set, {kv * manifest.context / 1e6:.1f} MB a set; two sets, "
         f"{2 * kv * manifest.context / 1e6:.1f} MB, with prefix reuse (the default), one without.\n"
@@ -664,6 +674,29 @@ def doctor(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _loaded_bytes(name: str, tensors: Any) -> int:
+    """Bytes of a weight in memory: floating point as float32, quantized as stored, derived (see derived.py) as made."""
+    from trol_edge.derived import INT8, INT8_SCALE, NBITS
+    from trol_edge.weights import FLOATS
+
+    if name in tensors:
+        tensor = tensors[name]
+        return 4 * math.prod(tensor.shape) if tensor.dtype in FLOATS else int(tensor.nbytes)
+    packed = tensors[name.removesuffix(INT8).removesuffix(INT8_SCALE) + NBITS]
+    return int(2 * packed.nbytes if name.endswith(INT8) else 4 * packed.shape[0])
+
+
+def _precision(manifest: Any) -> str:
+    """The recipe of a bundle in a line."""
+    plan = manifest.plan
+    text = f"precision {plan.recipe}, the rest computes in {plan.compute}"
+    if plan.observer:
+        text += f", activation scales by {plan.observer}"
+    if manifest.calibration:
+        text += f", calibrated on {manifest.calibration.samples} samples"
+    return text + (f"; kept in fp32: {', '.join(plan.kept_fp32)}" if plan.kept_fp32 else "")
 
 
 def _ports(ports: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8")
 QUANTIZED = ("int8", "int4", "fp8")
@@ -63,8 +64,33 @@ class CalibrationInfo:
     checkpoint: str  # identity of the checkpoint they were made of
 
 
-def scale_bits(linear: LinearPlan, inputs: int, bits: int) -> float:
-    """Bits of scales per weight; `bits` is what one scale has, `inputs` the width of the Linear's input."""
-    if linear.precision not in QUANTIZED:
-        return 0.0
-    return bits / (linear.block or inputs)
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a model: its numbers, how many Linears it has by precision, and the bytes that this must take.
+
+    `bytes` counts every number once at the bits of its precision, and the scales; a bundle that takes much more stores
+    something twice.
+    """
+
+    numbers: int
+    linears: dict[str, int]  # "int8" -> how many
+    bytes: int
+
+
+def part_of(parameter: str) -> str:
+    """The part of a model that a parameter belongs to."""
+    if parameter.startswith("vision."):
+        return "projector" if parameter.startswith("vision.proj") else "vision"
+    if parameter.endswith((".lora_a", ".lora_b")):
+        return "low-rank"
+    if parameter.startswith("decoder.lm_head"):
+        return "output layer"
+    return "embedding" if parameter == "embedding" else "decoder"
+
+
+def tensor_bytes(shape: tuple[int, ...], linear: LinearPlan | None, item_bytes: int, scale_bytes: int) -> int:
+    """Bytes of a parameter [out, in] with its scales; item_bytes are those of a number that is not quantized."""
+    numbers = math.prod(shape)
+    if linear is None or linear.precision not in QUANTIZED:
+        return numbers * item_bytes
+    return numbers * BITS[linear.precision] // 8 + numbers // (linear.block or shape[1]) * scale_bytes

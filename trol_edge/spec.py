@@ -89,7 +89,8 @@ def from_dict(
     problems: list[str] = []
     value = _convert(cls, data, where, problems)
     if problems:
-        raise error(f"{'; '.join(problems)}. {advice}")
+        refusal = error(f"{'; '.join(problems)}. {advice}")
+        raise refusal
     return value
 
 

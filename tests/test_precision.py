@@ -1,0 +1,267 @@
+"""Plans: recipes and files that become one, what is refused, and what a bundle made of one holds and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests.conftest import NANO
+from tests.statistics import statistics_of
+from trol_edge import cli
+from trol_edge.bundle import WEIGHTS, Bundle
+from trol_edge.calibration.statistics import Statistics
+from trol_edge.errors import CalibrationError, UsageError
+from trol_edge.export import pipeline
+from trol_edge.export.checkpoint import Checkpoint
+from trol_edge.export.precision import GATE, LinearPlan, Options, is_linear, make_plan, read_options
+from trol_edge.precision import tensor_bytes
+from trol_edge.runtime import Runtime
+from trol_edge.weights import WeightsFile
+
+
+@pytest.fixture(scope="module")
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Every parameter of trol-nano."""
+    source = Checkpoint(NANO)
+    return {name: source.shape(name) for name in source.names()}
+
+
+@pytest.fixture(scope="module")
+def statistics() -> Statistics:
+    """Of random inputs."""
+    return statistics_of(Checkpoint(NANO))
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4", "fp8"])
+def test_recipes_follow_their_table(recipe: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Each Linear but the gate, by kind: what the table at the head of export/precision.py says."""
+    plan = make_plan(Options(recipe), shapes, "onnx")
+    assert set(plan.linears) == {n for n, s in shapes.items() if is_linear(n, s)} - {GATE}
+    both, alone = LinearPlan("int8", activations=True), LinearPlan("int8")
+    same = LinearPlan(recipe, activations=recipe in ("int8", "fp8"))
+    table = {
+        "vision.*": both if recipe == "int4" else same,
+        "*.lora_a": both if recipe == "int4" else same,
+        "*.lora_b": alone if recipe == "int4" else same,
+        "decoder.lm_head.weight": alone if recipe == "int4" else same,
+        "*": LinearPlan("int4", 32) if recipe == "int4" else same,
+    }
+    if recipe == "int8":
+        table["*.lora_b"] = alone
+    if recipe == "fp8":
+        table["*.lora_b"] = LinearPlan("fp16")
+    for name, linear in plan.linears.items():
+        kind = next(pattern for pattern in table if fnmatch.fnmatchcase(name, pattern))
+        assert linear == table[kind], name
+    assert plan.compute == ("fp32" if recipe == "fp32" else "fp16")
+    assert plan.quantized == (recipe in ("int8", "int4", "fp8"))
+    assert (plan.observer is not None) == plan.quantized  # int4 has pictures and low-rank parts in W8A8
+    assert make_plan(Options("fp16"), shapes, "cpu").compute == "fp32"
+
+
+def test_choices(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Output layer, vision, low-rank parts and blocks are chosen apart from the recipe."""
+    options = Options("int4", block=64, lm_head="fp16", vision="fp32", lora="fp16")
+    plan = make_plan(options, shapes, "cpu")
+    count = Counter((linear.precision, linear.block) for linear in plan.linears.values())
+    vision = sum(name.startswith("vision.") and is_linear(name, shape) for name, shape in shapes.items())
+    assert plan.linears["decoder.lm_head.weight"] == LinearPlan("fp16")
+    assert count["fp32", None] == vision
+    assert count["int4", 64] == 25 and set(count) == {("fp32", None), ("fp16", None), ("int4", 64)}
+    assert plan.observer is None
+
+
+def test_patterns_apply_in_order(shapes: dict[str, tuple[int, ...]]) -> None:
+    """A later pattern wins over an earlier one, and both over the recipe."""
+    chosen = {"decoder.layers.0.*": LinearPlan("fp16"), "*.mlp.down.weight": LinearPlan("int8", activations=True)}
+    plan = make_plan(Options("int4", linears=chosen), shapes, "cpu")
+    assert plan.recipe == "mixed"
+    assert plan.linears["decoder.layers.0.qkv.weight"] == LinearPlan("fp16")
+    assert plan.linears["decoder.layers.0.mlp.down.weight"] == LinearPlan("int8", activations=True)
+    assert plan.linears["decoder.layers.1.qkv.weight"] == LinearPlan("int4", 32)
+    with pytest.raises(UsageError, match=r"no Linear's name fits 'decoder\.layer\.\*'"):
+        make_plan(Options("int4", linears={"decoder.layer.*": LinearPlan("fp16")}), shapes, "cpu")
+
+
+def test_blocks_never_end_outside_a_row(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Low-rank parts of 16 inputs have no block of 32: they get eight bits."""
+    plan = make_plan(Options("int4", lora="int4"), shapes, "cpu")
+    assert plan.linears["decoder.layers.0.qkv.lora_a"] == LinearPlan("int4", 32)
+    assert plan.linears["decoder.layers.0.qkv.lora_b"] == LinearPlan("int8")
+
+
+def test_fp8_is_refused_where_it_cannot_run(shapes: dict[str, tuple[int, ...]]) -> None:
+    """By recipe, by choice, by pattern; before any work."""
+    for options in (
+        Options("fp8"),
+        Options("int8", vision="fp8"),
+        Options("int8", linears={"*.qkv.weight": LinearPlan("fp8", activations=True)}),
+    ):
+        with pytest.raises(UsageError, match="fp8: ONNX Runtime has no FP8 kernels on a CPU; choose int8"):
+            make_plan(options, shapes, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "int2"}, "recipe 'int2' is not one of fp32, fp16, int8, int4, fp8"),
+        ({"recipe": "int4", "block": 48}, "block 48 is not one of 32, 64, 128"),
+        ({"observer": "mean"}, "observer 'mean'"),
+        ({"lm_head": "int5"}, "lm_head 'int5'"),
+        ({"sensitive": 0.0}, "sensitive 0.0 is not above 0"),
+        ({"linears": {"a": LinearPlan("int4")}}, "a: block None of int4"),
+        ({"linears": {"a": LinearPlan("int8", 32)}}, "a: int8 has no blocks"),
+        ({"linears": {"a": LinearPlan("int4", 32, True)}}, "a: int4 rounds no activations"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    """The value and the choices."""
+    with pytest.raises(UsageError, match=message):
+        Options(**options)
+
+
+def test_plan_files(tmp_path: Path) -> None:
+    """JSON with the fields of Options; what the command line says wins."""
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"recipe": "int4", "block": 64, "linears": {"*.down.weight": {"precision": "int8"}}}))
+    assert read_options(path) == Options("int4", block=64, linears={"*.down.weight": LinearPlan("int8")})
+    assert read_options(str(path), block=128, vision=None).block == 128
+    assert read_options("int8", observer="minmax") == Options("int8", observer="minmax")
+    bad = {"recipe": "int4", "blocks": 64, "scaling": "yes", "linears": {"*": {"precision": "int8", "bits": 8}}}
+    path.write_text(json.dumps(bad))
+    with pytest.raises(UsageError) as caught:
+        read_options(path)
+    for part in ("unknown key 'blocks'", "scaling: expected bool", "unknown key 'bits'", "CONTRIBUTING.md"):
+        assert part in str(caught.value), part
+    path.write_text("{")
+    with pytest.raises(UsageError, match="not readable as JSON"):
+        read_options(path)
+    with pytest.raises(UsageError, match="neither one of fp32, fp16, int8, int4, fp8 nor a file"):
+        read_options(tmp_path / "nowhere.json")
+
+
+# -- bundles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    traces: dict[Any, Any], statistics: Statistics, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Bundle of trol-nano in a precision, made once."""
+    done: dict[tuple[str, str], Path] = {}
+
+    def make(recipe: str, target: str) -> Path:
+        if (recipe, target) not in done:
+            folder = tmp_path_factory.mktemp("quantized") / f"{recipe}-{target}"
+            pipeline.export(NANO, folder, target=target, options=Options(recipe), calibration=lambda source: statistics)
+            done[recipe, target] = folder
+        return done[recipe, target]
+
+    return make
+
+
+@pytest.mark.parametrize("target", ["cpu", "onnx"])
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
+def test_weights_are_stored_once(quantized: Callable[..., Path], recipe: str, target: str) -> None:
+    """The tensors take what their bits must take, counted here by hand, within 5 %; parts add up to it."""
+    bundle = Bundle(quantized(recipe, target))
+    manifest, source = bundle.manifest, Checkpoint(NANO)
+    by_hand = 0
+    for name in source.names():
+        n = int(np.prod(source.shape(name)))
+        linear = manifest.plan.linears.get(name)
+        precision = linear.precision if linear else "fp16"
+        by_hand += {"fp16": 2 * n, "int8": n, "int4": n // 2}[precision]
+    least = sum(part.bytes for part in manifest.parts.values())
+    rope = sum(t.nbytes for name, t in bundle.weights().tensors.items() if name.startswith("rope."))
+    stored = sum(t.nbytes for t in bundle.weights().tensors.values()) - rope
+    assert by_hand <= least <= by_hand * 1.13  # scales: one in 32 four-bit numbers, of two or four bytes
+    assert abs(stored / least - 1) < 0.05
+    assert manifest.calibration is None or manifest.calibration.samples == 1
+    assert sum(sum(part.linears.values()) for part in manifest.parts.values()) == len(manifest.plan.linears)
+
+
+def test_bytes_of_a_tensor() -> None:
+    """Numbers at their bits, scales beside them."""
+    assert tensor_bytes((6, 64), LinearPlan("int8"), 2, 4) == 6 * 64 + 6 * 4
+    assert tensor_bytes((6, 64), LinearPlan("int4", 32), 2, 4) == 6 * 32 + 6 * 2 * 4
+    assert tensor_bytes((6, 64), LinearPlan("fp8"), 2, 2) == 6 * 64 + 6 * 2
+    assert tensor_bytes((6, 64), LinearPlan("fp16"), 2, 4) == tensor_bytes((6, 64), None, 2, 4) == 6 * 64 * 2
+
+
+@pytest.mark.parametrize("target", ["cpu", "onnx"])
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4"])
+def test_inspect_knows_every_precision(
+    quantized: Callable[..., Path], capsys: pytest.CaptureFixture[str], recipe: str, target: str
+) -> None:
+    """Precision per part, and the bundle's bytes beside the least; as JSON too."""
+    folder = quantized(recipe, target)
+    assert cli.main(["inspect", str(folder)]) == 0
+    text = capsys.readouterr().out
+    parts = Bundle(folder).manifest.parts
+    assert f"precision {recipe}, the rest computes in" in text
+    for name, part in parts.items():
+        assert any(line.startswith(f" {name} ") and f"{part.numbers:,}" in line for line in text.splitlines()), name
+    least = sum(part.bytes for part in parts.values())
+    assert f"these parts take {least / 1e6:.2f} MB at least" in text
+    assert cli.main(["inspect", str(folder), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert sum(part["bytes"] for part in data["parts"].values()) == least
+    if target == "cpu" and recipe == "int8":
+        assert data["weight_bytes_float32"]["step"] < 4 * data["parts"]["decoder"]["numbers"] / 2
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_quantized_bundles_answer(quantized: Callable[..., Path], nano: Runtime, recipe: str) -> None:
+    """Logits near those of FP32 although calibrated on noise, and not equal to them."""
+    runtime = Runtime(quantized(recipe, "cpu"))
+    ids = nano.tokenize("What is left of the red circle?", 1)
+    pixels = nano.preprocess(NANO / "scene.png")
+    exact, rounded = nano.session().prefill(ids, pixels).copy(), runtime.session().prefill(ids, pixels)
+    error = np.abs(exact - rounded).max() / np.abs(exact).max()
+    assert 1e-4 < error < 0.25
+
+
+def test_fp16_graphs_answer(quantized: Callable[..., Path], nano: Runtime) -> None:
+    """The FP16 graph by ONNX Runtime alone: image features as FP32 has them, to FP16's precision."""
+    folder = quantized("fp16", "onnx")
+    assert {t.dtype for t in WeightsFile(folder / WEIGHTS).tensors.values()} == {"F16", "F32"}
+    session = onnxruntime.InferenceSession(folder / "vision.onnx", providers=["CPUExecutionProvider"])
+    pixels = nano.preprocess(NANO / "scene.png")
+    assert pixels is not None
+    (found,) = session.run(None, {"pixel_values": pixels})
+    wanted = nano._backend.encode_image(pixels)
+    assert found.dtype == np.float32
+    assert 0 < np.abs(found - wanted).max() < 0.01 * np.abs(wanted).max()
+
+
+def test_statistics_of_another_checkpoint(traces: dict[Any, Any], tmp_path: Path) -> None:
+    """Refused; and asked for only when all else is in order, before anything is written."""
+    other = dataclasses.replace(statistics_of(Checkpoint(NANO)).state, checkpoint="0" * 64)
+    seen: list[Checkpoint] = []
+
+    def calibration(source: Checkpoint) -> Statistics:
+        seen.append(source)
+        return Statistics({}, {}, other)
+
+    with pytest.raises(CalibrationError, match="belong to another checkpoint"):
+        pipeline.export(NANO, tmp_path / "out", options=Options("int8"), calibration=calibration)
+    assert len(seen) == 1 and list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="fp8"):
+        pipeline.export(NANO, tmp_path / "out", options=Options("fp8"), calibration=calibration)
+    pipeline.export(NANO, tmp_path / "plain", calibration=calibration)
+    assert len(seen) == 1  # fp32 needs none
+    with pytest.raises(UsageError, match="needs the statistics of a calibration"):
+        pipeline.export(NANO, tmp_path / "out", options=Options("int8"))
