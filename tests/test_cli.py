@@ -24,7 +24,10 @@ from trol_edge.runtime import Runtime
 ROOT = Path(__file__).resolve().parents[1]
 SCENE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
-VERBS = ("export", "run", "inspect", "synth", "evaluate", "demo", "version")
+VERBS = (
+    *("export", "run", "inspect", "synth", "calibrate", "mix", "outliers", "evaluate", "compare", "demo", "soak"),
+    *("targets", "build", "doctor", "version"),
+)
 
 
 class Result(NamedTuple):
