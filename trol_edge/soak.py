@@ -16,7 +16,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ SIZES = ((240, 320), (120, 90), (64, 64), (333, 200))  # frames change size from
 MAX_NEW_TOKENS = 24
 SHORTEST_S = 60.0  # a shorter run says nothing about memory
 FLAT_SHARE, FLAT_BYTES = 0.01, 4 << 20
+SAMPLE_S = 2.0  # between two looks at the memory
 HANGS_S = 120.0  # a thread that has not ended by then never will
 
 
@@ -81,7 +83,9 @@ def judge(samples: Sequence[tuple[float, int]]) -> Slope:
 
 
 def soak(bundle: str | os.PathLike[str], seconds: float, progress: Callable[[float, int], None]) -> SoakReport:
-    """Run for so long. progress: called about once a second with the seconds so far and the resident bytes.
+    """Run for so long. progress: called every few seconds with the seconds so far and the resident bytes.
+
+    Memory is read while all threads rest between two calls, so that caches in use do not count as growth.
 
     The bundle needs a tokenizer. Raises what Runtime raises for an unusable bundle.
     """
@@ -94,9 +98,11 @@ def soak(bundle: str | os.PathLike[str], seconds: float, progress: Callable[[flo
     for worker in workers:
         worker.start()
     while (now := time.monotonic() - start) < seconds and not crew.wrong:
-        samples.append((now, resident_bytes()))
+        with crew.resting():
+            gc.collect()
+            samples.append((now, resident_bytes()))
         progress(*samples[-1])
-        time.sleep(min(1.0, seconds / 20))
+        time.sleep(min(SAMPLE_S, seconds / 20))
     crew.over.set()
     for worker in workers:
         worker.join(HANGS_S)
@@ -154,6 +160,7 @@ class _Crew:
         self.wrong: list[str] = []
         self.calls: Counter[str] = Counter()
         self._lock, self._all_here = threading.Lock(), threading.Barrier(THREADS)
+        self._changed, self._pause, self._rest = threading.Condition(), False, 0  # rest: threads that do
         shades = np.random.default_rng(0)
         self._frames = [shades.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
         # The serial run: every answer that will be compared, made alone.
@@ -195,6 +202,7 @@ class _Crew:
         ]
         weights = [5, 3, 2, 3, 2, 2, 1, 1]
         while not self.over.is_set():
+            self._maybe_rest()
             (kind,) = dice.choices(kinds, weights)
             name = kind.__name__.strip("_")
             try:
@@ -208,6 +216,28 @@ class _Crew:
                 self.calls[name] += 1
             if dice.random() < 0.02:
                 self.runtime.stop()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """No call is under way inside; all threads wait."""
+        with self._changed:
+            self._pause = True
+            if not self._changed.wait_for(lambda: self._rest == THREADS, HANGS_S):
+                self._note(f"{THREADS - self._rest} threads hang")
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pause = False
+                self._changed.notify_all()
+
+    def _maybe_rest(self) -> None:
+        with self._changed:
+            if self._pause:
+                self._rest += 1
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: not self._pause)
+                self._rest -= 1
 
     def _note(self, what: str) -> None:
         with self._lock:
