@@ -4,6 +4,7 @@ MODEL ?= trol-nano
 CHECKPOINT ?= $(MODEL)
 BUNDLE ?= build/$(MODEL)
 CONTEXT ?=
+SCENES ?= 2000
 MINUTES ?= 10
 # Empty: the best that runs on this machine (`trol-edge targets --best`), in the recipe fp32.
 TARGET ?=
@@ -20,10 +21,10 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test bindings test-rtx test-gpu test-oldest test-wheel lint bench soak accuracy nano wheel clean
+.PHONY: help engine test bindings test-rtx test-gpu test-oldest test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 	@echo "  e.g. make engine MODEL=trol-1.8b            (fetches the published checkpoint)"
 	@echo "       make engine MODEL=trol-7b CHECKPOINT=folder CONTEXT=4096"
 	@echo "       make engine TARGET=rtx PRECISION=fp16       (needs pip install tensorrt-rtx; trol-edge targets lists more)"
@@ -53,9 +54,18 @@ soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtim
 	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
 	@$(BIN)/trol-edge soak $(BUNDLE) --minutes $(MINUTES)
 
-accuracy: $(VENV)/engine.stamp  ## what fp16, int8 and int4 lose against fp32 on 2000 held-out questions (MODEL=, CHECKPOINT=)
+accuracy: $(VENV)/engine.stamp  ## what fp16, int8 and int4 lose against fp32 on 2000 held-out questions (MODEL=, CHECKPOINT=, SCENES=)
 	for p in fp32 fp16 int8 int4; do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
-	$(BIN)/trol-edge compare $(foreach p,fp32 fp16 int8 int4,build/accuracy/$(MODEL)-$(p)) --scenes 2000 -o build/accuracy/$(MODEL)
+	$(BIN)/trol-edge compare $(foreach p,fp32 fp16 int8 int4,build/accuracy/$(MODEL)-$(p)) --scenes $(SCENES) --threads 1 -o build/accuracy/$(MODEL)
+
+# Outlier channels that change nothing in FP32: what our int8 and what plain INT8 (no rescaling, no clipping) make of them.
+accuracy-outliers: $(VENV)/engine.stamp  ## the same with outlier channels in trol-nano: int8, and plain INT8 beside it
+	mkdir -p build/accuracy
+	echo '{"recipe": "int8", "scaling": false, "clipping": false, "observer": "minmax"}' > build/accuracy/plain.json
+	$(BIN)/trol-edge outliers export/checkpoints/trol-nano -o build/accuracy/outliers --force
+	for p in fp32 int8 build/accuracy/plain.json; do $(BIN)/trol-edge export build/accuracy/outliers --precision $$p -o build/accuracy/outliers-$$(basename $$p .json) --force || exit 1; done
+	$(BIN)/trol-edge export trol-nano --precision build/accuracy/plain.json -o build/accuracy/trol-nano-plain --force
+	$(BIN)/trol-edge compare $(foreach p,fp32 int8 plain,build/accuracy/outliers-$(p)) build/accuracy/trol-nano-plain --scenes $(SCENES) --threads 1 -o build/accuracy/outliers-report
 
 # --scale 2: larger pictures of the same scenes, which trol-nano-phi3 cuts into tiles.
 nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle

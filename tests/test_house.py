@@ -187,7 +187,7 @@ PLANTED = [
     ("export/graphs.py", "import trol_edge.calibration.scenes"),
     ("export/graphs.py", "import runtimes"),
     ("export/nano_report.py", "from trol_edge.runtime import Runtime"),
-    ("export/nano_recipes.py", "from trol_edge.calibration import scenes"),
+    ("export/nano_model.py", "from trol_edge.calibration import scenes"),
     ("export/bench.py", "from trol_edge.calibration import scenes"),
     ("runtimes/ort.py", "import torch"),
     ("runtimes/ort.py", "import onnx"),

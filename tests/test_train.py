@@ -216,7 +216,7 @@ def test_published_names_are_all_there(recipe: Recipe, trained: tuple[Nano, Prom
 
 
 @torch.no_grad()
-def test_a_started_decoder_computes_what_its_teacher_does(tmp_path: Path) -> None:
+def test_a_started_decoder_computes_what_its_teacher_does() -> None:
     """Text, same frequencies: the fused layout and the amplitude change nothing. LoRA is for image tokens only."""
     recipe = RECIPES["trol-nano-phi3"]
     assert recipe.teacher and recipe.spec.long_rope
@@ -237,8 +237,9 @@ def test_a_started_decoder_computes_what_its_teacher_does(tmp_path: Path) -> Non
     assert torch.allclose(*hidden, atol=1e-3 * float(hidden[0].abs().max()))
 
     vocabulary = json.loads(tokens.read_text(encoding="utf-8"))["model"]["vocab"]
-    (red,) = prompts.answer("red")
-    assert torch.equal(model.embedding.weight[vocabulary["red"]], teacher.embedding.weight[red])
+    (spaced,), (bare,) = prompts.answer(" red"), prompts.answer("yes")  # the same piece, and one without the space
+    assert torch.equal(model.embedding.weight[vocabulary["▁red"]], teacher.embedding.weight[spaced])
+    assert torch.equal(model.embedding.weight[vocabulary["▁yes"]], teacher.embedding.weight[bare])
     kept = [i for i in range(len(fresh)) if torch.equal(fresh[i], model.embedding.weight[i])]
     assert 0 < len(kept) < len(fresh) / 4
 
