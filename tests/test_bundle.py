@@ -445,8 +445,8 @@ def test_unusable_settings_in_a_manifest(copy: Path) -> None:
 
 def test_another_target(copy: Path) -> None:
     """What runs it here, and how to export for that."""
-    resealed(copy, lambda data: data.update(target="tensorrt"))
-    with pytest.raises(BundleError, match=r"target 'tensorrt'.*it runs cpu.*--target cpu"):
+    resealed(copy, lambda data: data.update(target="onnx"))
+    with pytest.raises(BundleError, match=r"target 'onnx'.*it runs cpu.*--target cpu"):
         Runtime(copy)
 
 
