@@ -41,7 +41,11 @@ def test_memory_is_judged_by_its_slope() -> None:
     assert not leak.flat
     assert leak.mb_per_minute == pytest.approx(1.0, abs=0.1)
     assert leak.growth_bytes == pytest.approx(6.67e6, rel=0.1)
+    assert leak.error_bytes < 1e6
     assert soak.judge(series(10, -1.0)).flat
+    noisy = soak.judge(series(10, 0.0, noise_mb=30))
+    assert noisy.error_bytes == pytest.approx(2 * 30e6 * np.sqrt(12 / 400), rel=0.2)  # of a line through 400 samples
+    assert noisy.flat
 
 
 def test_the_verdict_needs_all_three() -> None:

@@ -549,7 +549,8 @@ def soak(
             slope = report.slope
             out.print(
                 f"memory less free pages: {slope.mb_per_minute:+.3f} MB/min (least squares, first third left out), "
-                f"{slope.growth_bytes / 1e6:+.2f} MB in all, allowed {slope.allowed_bytes / 1e6:.2f} MB "
+                f"{slope.growth_bytes / 1e6:+.2f} MB in all (2 standard errors: {slope.error_bytes / 1e6:.2f}), "
+                f"allowed {slope.allowed_bytes / 1e6:.2f} MB "
                 f"(1 % of {slope.resident_bytes / 1e6:.0f} MB, at least 4 MiB): {'flat' if slope.flat else 'NOT FLAT'}"
             )
         for line in report.wrong:

@@ -46,13 +46,14 @@ class Slope:
 
     mb_per_minute: float  # least squares
     growth_bytes: float  # slope times the time judged
+    error_bytes: float  # of the growth: twice its standard error
     allowed_bytes: float  # 1 % of the resident memory, at least 4 MiB
     resident_bytes: float  # mean
 
     @property
     def flat(self) -> bool:
-        """Whether the growth is within what is allowed."""
-        return self.growth_bytes <= self.allowed_bytes
+        """Whether the growth, less what may be chance, is within what is allowed."""
+        return self.growth_bytes - self.error_bytes <= self.allowed_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +77,18 @@ def judge(samples: Sequence[tuple[float, int]]) -> Slope:
     """The slope of resident memory from samples (seconds, bytes) of a whole run."""
     end = samples[-1][0]
     times, sizes = np.array([s for s in samples if s[0] >= samples[0][0] + (end - samples[0][0]) / 3], float).T
-    per_second = float(np.polyfit(times - times.mean(), sizes, 1)[0])
-    resident = float(sizes.mean())
-    growth = per_second * float(times[-1] - times[0])
-    return Slope(per_second * 60 / 1e6, growth, max(FLAT_BYTES, FLAT_SHARE * resident), resident)
+    centred, resident = times - times.mean(), float(sizes.mean())
+    per_second = float(centred @ sizes / (centred @ centred))
+    rest = sizes - resident - per_second * centred
+    error = float(np.sqrt(rest @ rest / (len(rest) - 2) / (centred @ centred)))
+    judged_s = float(times[-1] - times[0])
+    return Slope(
+        per_second * 60 / 1e6,
+        per_second * judged_s,
+        2 * error * judged_s,
+        max(FLAT_BYTES, FLAT_SHARE * resident),
+        resident,
+    )
 
 
 def soak(bundle: str | os.PathLike[str], seconds: float, progress: Callable[[float, int], None]) -> SoakReport:
@@ -144,7 +153,7 @@ def _left_behind(runtime: Runtime) -> list[str]:
     """What should be gone once no call is under way."""
     gc.collect()
     found = []
-    sessions = [o for o in gc.get_objects() if isinstance(o, Session) and o._backend is runtime._backend]
+    sessions = [o for o in gc.get_objects() if type(o) is Session and o._backend is runtime._backend]
     if len(sessions) > 1:
         found.append(f"{len(sessions)} sessions are left, at most 1 waits for the next answer")
     if runtime._busy or len(runtime._turns):
