@@ -120,16 +120,18 @@ def bench(
     rates = []
     for shape in shapes:
         own = {n: path for (s, n), path in (bundles or {}).items() if s == shape}
-        jobs = _prepare(SHAPES[shape], names, Path(folder), own, interpreters, report)
-        samples: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        missing = dict(absent)
+        jobs = _prepare(SHAPES[shape], names, Path(folder), own, interpreters, missing, report)
+        ready = list(jobs)
+        samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
         for i in range(rounds):
             rates.append(read_bandwidth(machine_cores()))
-            for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody always goes first
+            for name in ready[i % len(ready) :] + ready[: i % len(ready)]:  # nobody always goes first
                 if not any("error" in sample for sample in samples[name]):
                     report(f"{jobs[name].shape.model}: round {i + 1} of {rounds}, {CONTENDERS[name].label} {name}")
                     samples[name].append(_run_job(jobs[name], interpreters[name]))
         result["shapes"].append(_summary(shape, jobs, samples))
-        result["shapes"][-1]["contenders"] += [_row(n, missing) for n, missing in absent.items() if missing]
+        result["shapes"][-1]["contenders"] += [_row(n, why) for n, why in missing.items() if why]
     result["machine"]["read_gb_per_s"] = _spread(rates)
     result["seconds"] = time.perf_counter() - start
     if before is not None and (after := _cpu_seconds()) is not None:
@@ -160,8 +162,10 @@ def _prepare(
     folder: Path,
     bundles: Mapping[str, Path],
     interpreters: Mapping[str, str],
+    failed: dict[str, str | None],
     report: Report,
 ) -> dict[str, Job]:
+    """A job for each contender; a peer whose model could not be made is put into `failed` instead, with the reason."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     picture = None
@@ -204,7 +208,11 @@ def _prepare(
             if not path.exists():
                 report(f"{shape.model}: {path.name} ...")
                 told = json.dumps([described, str(path), name])
-                _python("-c", _entry(kind.prepare), stdin=told, python=interpreters[name])
+                try:
+                    _python("-c", _entry(kind.prepare), stdin=told, python=interpreters[name])
+                except BackendError as error:  # one peer's trouble; the others are measured all the same
+                    failed[name] = f"its model could not be made: {error}"
+                    continue
             model = str(path)
         bundle = made.get(name, described)
         jobs[name] = Job(

@@ -141,3 +141,14 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
         patch.setitem(contenders.CONTENDERS, "Q4_0", kind)
         said = bench._absent("Q4_0", sys.executable)
     assert said is not None and "'no_such_module'" in said and "pip install llama-cpp-python gguf" in said
+
+
+def test_a_peer_whose_model_cannot_be_made_does_not_stop_the_others(nano_bundle: Path, tmp_path: Path) -> None:
+    broken = dataclasses.replace(contenders.CONTENDERS["Q4_0"], prepare="no_such_function", modules=("json",))
+    failed: dict[str, str | None] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(contenders.CONTENDERS, "Q4_0", broken)
+        bundles, pythons = {"int8": nano_bundle}, {"int8": sys.executable, "Q4_0": sys.executable}
+        shape = bench.SHAPES["nano"]
+        jobs = bench._prepare(shape, ("int8", "Q4_0"), tmp_path, bundles, pythons, failed, lambda line: None)
+    assert set(jobs) == {"int8"} and "no_such_function" in str(failed["Q4_0"])
