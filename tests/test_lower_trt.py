@@ -16,14 +16,17 @@ import pytest
 
 from tests import cases
 from tests.cases import TOLERANCE, Array, difference
+from tests.conftest import CHECKPOINTS, CONTEXT
 from tests.golden import GOLDEN, requires_golden
 from trol_edge.bundle import Bundle, FileInfo, sha256_of, write_manifest
 from trol_edge.errors import ExportError
-from trol_edge.export import lower_trt
+from trol_edge.export import lower_trt, pipeline
+from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.lower_trt import lower, refusals
 from trol_edge.runtime import Runtime
 from trol_edge.targets import TARGETS
 
+NANO = CHECKPOINTS / "trol-nano"
 PLAIN, RTX, TRT11 = TARGETS["jetson-jp6"], TARGETS["rtx"], TARGETS["jetson-trt11"]
 LOWERED = {"Attention", "RMSNormalization", "RotaryEmbedding"}
 EXACT = 1e-5  # of the largest magnitude: the same sums in another order, FP32
@@ -44,6 +47,22 @@ def lowered_bundle(source: Path, folder: Path, target: str = "jetson-jp6") -> Pa
     return folder
 
 
+@pytest.fixture(scope="module")
+def canonical_bundle(traces: dict[object, object], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A cpu bundle with the graphs as they are traced, not as ONNX Runtime likes them; canonical_bundle(checkpoint)."""
+    done: dict[Path, Path] = {}
+
+    def export(checkpoint: Path, context: int | None = None) -> Path:
+        if checkpoint not in done:
+            done[checkpoint] = tmp_path_factory.mktemp("canonical") / checkpoint.name
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delitem(pipeline.LOWERINGS, "cpu")
+                pipeline.export(checkpoint, done[checkpoint], context=context)
+        return done[checkpoint]
+
+    return export
+
+
 def answers(runtime: Runtime, ids: Array, pixels: Array | None, steps: int) -> list[Array]:
     """Logits of a prompt and of some greedy steps after it, then the image features."""
     session = runtime.session()
@@ -61,9 +80,12 @@ def golden_cases() -> list[str]:
 
 @requires_golden
 @pytest.mark.parametrize("case", [c for c in golden_cases() if c.startswith("internlm2")])
-def test_lowered_graphs_equal_the_canonical_ones(case: str, golden_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_lowered_graphs_equal_the_canonical_ones(
+    case: str, canonical_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
     """Every prompt of every golden case, with steps after it: the plain operators of JetPack 6 against opset 23."""
-    canonical = golden_bundle(case)
+    limit = Checkpoint(GOLDEN / case).spec.max_position_embeddings
+    canonical = canonical_bundle(GOLDEN / case, min(CONTEXT, limit))
     runtimes = [Runtime(canonical), Runtime(lowered_bundle(canonical, tmp_path / "lowered"))]
     seen = 0
     for name in [run for c, run in cases.names() if c == case]:
@@ -80,10 +102,12 @@ def test_lowered_graphs_equal_the_canonical_ones(case: str, golden_bundle: Calla
     assert seen
 
 
-def test_trol_nano_lowered_gives_the_same_answer(nano: Runtime, nano_bundle: Path, tmp_path: Path) -> None:
+def test_trol_nano_lowered_gives_the_same_answer(
+    nano: Runtime, canonical_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
     """Text, tokens and features of the shipped model, about a picture and without one."""
     picture = Path(__file__).resolve().parents[1] / "export" / "checkpoints" / "trol-nano" / "scene.png"
-    plain = Runtime(lowered_bundle(nano_bundle, tmp_path / "lowered"))
+    plain = Runtime(lowered_bundle(canonical_bundle(NANO), tmp_path / "lowered"))
     for images in (picture, None):
         prompt = "Describe the scene."
         assert plain.generate(prompt, images).token_ids == nano.generate(prompt, images).token_ids
@@ -93,10 +117,10 @@ def test_trol_nano_lowered_gives_the_same_answer(nano: Runtime, nano_bundle: Pat
     assert difference(features[1], features[0]) <= EXACT
 
 
-def test_what_each_target_keeps(nano_bundle: Path) -> None:
+def test_what_each_target_keeps(canonical_bundle: Callable[..., Path]) -> None:
     """RTX and TensorRT 11 take the canonical operators as they are; older ones get none of them."""
     for name in ("vision", "traverse", "step"):
-        model = ir.load(nano_bundle / f"{name}.onnx")
+        model = ir.load(canonical_bundle(NANO) / f"{name}.onnx")
         canonical = Counter(node.op_type for node in model.graph)
         assert canonical["Attention"] == (4 if name == "vision" else 10 if name == "traverse" else 5)
         for target in (RTX, TRT11):
