@@ -1,7 +1,8 @@
 """ONNX Runtime on the CPU: the back end that runs everywhere.
 
-Every weight is one float32 buffer that all sessions read: the graphs take weights as inputs, and inputs are bound, not
-copied. The KV cache is bound as past and as present, so ScatterND writes it in place and nothing is copied per token.
+Weights are buffers that all sessions read (float32, or 8 bits of quantized ones): the graphs take them as inputs, and
+inputs are bound, not copied. 4-bit weights of a step are constants, which ONNX Runtime reads from the file and packs.
+The KV cache is bound as past and as present, so it is written in place and nothing is copied per token.
 """
 
 from __future__ import annotations
@@ -108,9 +109,7 @@ class OrtBackend:
         """An IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
         binding = self.graph(name).io_binding()
         graph = self.bundle.manifest.graphs[name]
-        for weight in graph.weights:
-            if weight in graph.constants:
-                continue
+        for weight in (name for name in graph.weights if name not in graph.constants):
             binding.bind_ortvalue_input(weight, self._weights[weight])
         for key, value in values.items():
             binding.bind_ortvalue_input(key, value)

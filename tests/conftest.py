@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from trol_edge.runtime import Runtime
+
+if TYPE_CHECKING:
+    from tests.prompts import Prompts
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "export" / "checkpoints"
 NANOS = ("trol-nano", "trol-nano-phi3")  # the shipped models, one per family
@@ -75,6 +79,45 @@ def golden_bundle(exported: Callable[..., Path]) -> Callable[..., Path]:
         return exported(GOLDEN / case, target, min(CONTEXT, limit))
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def phi3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A golden checkpoint with a tokenizer of its vocabulary: phi3_checkpoint(case, **changes of its llm_config)."""
+    from tests.golden import GOLDEN
+    from tests.phi3_tokenizer import make
+
+    def folder(case: str, **changes: Any) -> Path:
+        made = tmp_path_factory.mktemp("checkpoint") / case
+        made.mkdir()
+        for name in ("model.safetensors", "trol_gating.pt"):
+            (made / name).symlink_to(GOLDEN / case / name)
+        config = json.loads((GOLDEN / case / "config.json").read_text())
+        config["llm_config"] |= changes
+        (made / "config.json").write_text(json.dumps(config))
+        (made / "tokenizer.json").write_text(json.dumps(make()))
+        return made
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load(
+    exported: Callable[..., Path], golden_bundle: Callable[..., Path], phi3_checkpoint: Callable[..., Path]
+) -> Prompts:
+    """Prompts by name, golden's and the shipped models', each on its Runtime."""
+    from tests.prompts import Prompts
+
+    return Prompts(exported, golden_bundle, phi3_checkpoint)
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """Nothing is trained."""
+    import torch
+
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,18 @@ class SlowBackend:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
+
+    def hold(self, only: str | None = None) -> tuple[threading.Event, threading.Event]:
+        """Let calls (of one kind, or all) wait from now on: (set when one is inside, to be set so that they go on)."""
+        inside, go = threading.Event(), threading.Event()
+
+        def hook(kind: str) -> None:
+            if only in (None, kind):
+                inside.set()
+                assert go.wait(120)
+
+        self.hook = hook
+        return inside, go
 
     def passes(self, kind: str, seconds: float) -> None:
         """A call of this kind takes so long."""

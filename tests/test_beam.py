@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests import cases, prompts
 from tests.cases import Array
 from tests.golden import GOLDEN, requires_all_golden
 from tests.prompts import STEPS, Prompts
-from tests.test_phi3 import checkpoint as phi3_checkpoint  # noqa: F401 (a fixture)
 from trol_edge.beam import BeamSearch, Hypothesis, SessionBeams, search
 from trol_edge.errors import UsageError
 from trol_edge.runtime import Runtime
 
 Model = Callable[[tuple[int, ...]], Array]  # answer so far -> logits [V]
+pytestmark = pytest.mark.usefixtures("no_gradients")
 GOLDEN_BEAMS = ("internlm2-gqa-image/main/0", "internlm2-text/main/0", "phi3-text/main/0", "phi3-tile1/main/0")
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    """Nothing here is trained."""
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def load(
-    exported: Callable[..., Path],
-    golden_bundle: Callable[..., Path],
-    phi3_checkpoint: Callable[..., Path],  # noqa: F811
-) -> Prompts:
-    """Prompts by name."""
-    return Prompts(exported, golden_bundle, phi3_checkpoint)
 
 
 def toy(seed: int, vocabulary: int, sharpness: float = 2.0) -> Model:

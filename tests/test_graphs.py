@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,13 @@ from trol_edge.runtime import Runtime
 from trol_edge.session import Embeddings, Session
 from trol_edge.weights import to_float32
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
 CACHE = ("k0", "v0", "k2", "v2")
 SERVED = ("cached_ids", "cached_logits", *CACHE, *(f"{name}_decode" for name in CACHE))
 ONE_IMAGE = "internlm2-gqa-image"
 TEXT = "internlm2-text"
 BEYOND = {"over", "image"}  # runs longer than their model's positions: refused, see cases.APART
 GRAPHS = ("vision", "traverse", "traverse_text", "step")
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    """Nothing here is trained."""
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -225,25 +225,7 @@ def reference() -> Iterator[Callable[[str], Reference]]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A golden checkpoint with a tokenizer of its vocabulary: checkpoint(case, **changes of its llm_config)."""
-
-    def folder(case: str, **changes: Any) -> Path:
-        made = tmp_path_factory.mktemp("checkpoint") / case
-        made.mkdir()
-        for name in ("model.safetensors", "trol_gating.pt"):
-            (made / name).symlink_to(GOLDEN / case / name)
-        config = json.loads((GOLDEN / case / "config.json").read_text())
-        config["llm_config"] |= changes
-        (made / "config.json").write_text(json.dumps(config))
-        (made / "tokenizer.json").write_text(json.dumps(make()))
-        return made
-
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runtime(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def runtime(phi3_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Runtime of a golden case through its bundle; checkpoints of one architecture share their traces."""
     traces: dict[Any, Any] = {}
     loaded: dict[Any, Runtime] = {}
@@ -260,7 +242,7 @@ def runtime(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         key = (case, *changes.items())
         if key not in loaded:
             bundle = tmp_path_factory.mktemp("bundle") / case
-            pipeline.export(checkpoint(case, **changes), bundle, context=CONTEXT)
+            pipeline.export(phi3_checkpoint(case, **changes), bundle, context=CONTEXT)
             loaded[key] = Runtime(bundle)
         return loaded[key]
 
@@ -465,8 +447,8 @@ def test_extreme_pictures_are_stretched_never_cropped(runtime: Any, width: int, 
         assert rt.generate("ka", picture, max_new_tokens=1).finish_reason in ("length", "stop")
 
 
-def test_token_ids_come_from_the_tokenizer_files(checkpoint: Callable[..., Path]) -> None:
-    folder = checkpoint("phi3-text", eos_token_id=7)
+def test_token_ids_come_from_the_tokenizer_files(phi3_checkpoint: Callable[..., Path]) -> None:
+    folder = phi3_checkpoint("phi3-text", eos_token_id=7)
     assert (Checkpoint(folder).spec.image_token_id, Checkpoint(folder).spec.eos_token_id) == (IMAGE_ID, 7)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     assert Checkpoint(folder).spec.eos_token_id == make()["added_tokens"][3 + 7]["id"]
@@ -488,10 +470,10 @@ def test_token_ids_come_from_the_tokenizer_files(checkpoint: Callable[..., Path]
     ],
 )
 def test_a_config_that_no_published_model_has_is_refused(
-    checkpoint: Callable[..., Path], change: dict[str, Any], message: str
+    phi3_checkpoint: Callable[..., Path], change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint(checkpoint("phi3-text", **change))
+        Checkpoint(phi3_checkpoint("phi3-text", **change))
 
 
 @pytest.mark.parametrize(("case", "name"), [("phi3-text", "trol-1.8b"), ("internlm2-text", "trol-3.8b")])

@@ -6,19 +6,17 @@ import dataclasses
 import functools
 import gc
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests import cases, prompts
 from tests.cases import Array
 from tests.golden import requires_all_golden, requires_golden
 from tests.prompts import STEPS, Prompt, Prompts
-from tests.test_phi3 import checkpoint as phi3_checkpoint  # noqa: F401 (a fixture)
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.session import Session
@@ -30,24 +28,8 @@ NAMES = prompts.names()
 TEXT, IMAGE = "internlm2-text/main/0", "internlm2-gqa-image/main/0"
 NANO = "trol-nano/scene/0"
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
 every_prompt = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    """Nothing here is trained."""
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def load(
-    exported: Callable[..., Path],
-    golden_bundle: Callable[..., Path],
-    phi3_checkpoint: Callable[..., Path],  # noqa: F811
-) -> Prompts:
-    """Prompts by name."""
-    return Prompts(exported, golden_bundle, phi3_checkpoint)
 
 
 def off(ours: Array, fresh: Array) -> float:
@@ -279,7 +261,7 @@ def test_rope_sets_are_never_mixed(load: Prompts) -> None:
 @requires_all_golden
 def test_rope_change_with_pictures(
     load: Prompts,
-    phi3_checkpoint: Callable[..., Path],  # noqa: F811
+    phi3_checkpoint: Callable[..., Path],
     exported: Callable[..., Path],
 ) -> None:
     """The features of earlier pictures are at hand when everything is traversed again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,14 +18,7 @@ from tests.reference import reference
 from trol_edge.export import internlm2
 from trol_edge.images import load_rgb, preprocess
 
-pytestmark = requires_golden
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    """Nothing here is trained."""
-    with torch.no_grad():
-        yield
+pytestmark = [requires_golden, pytest.mark.usefixtures("no_gradients")]
 
 
 @pytest.mark.parametrize(("case", "name"), cases.names())

@@ -145,13 +145,7 @@ def test_stop_from_another_thread_ends_within_a_step(rt: Runtime, slow: SlowBack
 
 def test_stop_reaches_calls_that_wait(rt: Runtime, slow: SlowBackend) -> None:
     """One computes, two wait: all three end, none with a wrong answer."""
-    inside, go = threading.Event(), threading.Event()
-
-    def hook(kind: str) -> None:
-        inside.set()
-        assert go.wait(120)
-
-    slow.hook = hook
+    inside, go = slow.hold()
     with ThreadPoolExecutor(3) as pool:
         calls = [pool.submit(rt.generate, QUESTION, SCENE)]
         assert inside.wait(120)
@@ -167,13 +161,7 @@ def test_stop_reaches_calls_that_wait(rt: Runtime, slow: SlowBackend) -> None:
 
 def test_waiting_counts_to_the_deadline(rt: Runtime, slow: SlowBackend) -> None:
     """A call behind another one gives up at its deadline, without an answer and without computing."""
-    inside, go = threading.Event(), threading.Event()
-
-    def hook(kind: str) -> None:
-        inside.set()
-        assert go.wait(120)
-
-    slow.hook = hook
+    inside, go = slow.hold()
     with ThreadPoolExecutor(2) as pool:
         long = pool.submit(rt.generate, QUESTION)
         assert inside.wait(120)
@@ -212,14 +200,8 @@ def test_choices_have_no_partial_result(rt: Runtime, slow: SlowBackend) -> None:
 
 def test_calls_are_served_in_the_order_in_which_they_came(rt: Runtime, slow: SlowBackend) -> None:
     """Five wait while one computes; each prompt is seen in turn."""
-    inside, go = threading.Event(), threading.Event()
     rt.generate("warm up")
-
-    def hook(kind: str) -> None:
-        inside.set()
-        assert go.wait(120)
-
-    slow.hook = hook
+    inside, go = slow.hold()
     order: list[int] = []
     with ThreadPoolExecutor(6) as pool:
         first = pool.submit(rt.generate, QUESTION, max_new_tokens=1)
@@ -293,15 +275,8 @@ def test_astream_equals_stream_and_leaves_the_loop_free(rt: Runtime, slow: SlowB
 
 def test_a_cancelled_astream_ends_its_thread(rt: Runtime, slow: SlowBackend) -> None:
     """While a step is under way: the task returns when that step is done, and there is no other."""
-    inside, go = threading.Event(), threading.Event()
     before = threading.active_count()
-
-    def hook(kind: str) -> None:
-        if kind == "step":
-            inside.set()
-            assert go.wait(120)
-
-    slow.hook = hook
+    inside, go = slow.hold("step")
 
     async def consume() -> None:
         async for _ in rt.astream(DESCRIBE, SCENE):
@@ -701,13 +676,7 @@ def test_close_waits_for_the_call_under_way_and_ends_those_behind(nano_bundle: P
     """From another thread: the answer that was computing is cut, a waiting one too, and memory is let go."""
     runtime = Runtime(nano_bundle)
     slow = slow_down(runtime)
-    inside, go = threading.Event(), threading.Event()
-
-    def hook(kind: str) -> None:
-        inside.set()
-        assert go.wait(120)
-
-    slow.hook = hook
+    inside, go = slow.hold()
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(runtime.generate, DESCRIBE, SCENE)
         assert inside.wait(120)
@@ -720,7 +689,7 @@ def test_close_waits_for_the_call_under_way_and_ends_those_behind(nano_bundle: P
         assert first.result(120).finish_reason == "stopped"
         closing.result(120)
     model = weakref.ref(slow.backend)
-    del slow, first, second, closing, hook
+    del slow, first, second, closing
     gc.collect()
     assert model() is None
 

@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
+CHECKPOINTS = Path("build/checkpoints")  # where downloads are kept
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 
@@ -101,7 +102,7 @@ def export(
     scaling: Annotated[
         bool | None, typer.Option("--scaling/--no-scaling", help="Rescale channels (SmoothQuant, AWQ).")
     ] = None,
-    checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = Path("build/checkpoints"),
+    checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CHECKPOINTS,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -109,15 +110,11 @@ def export(
     """Trace a checkpoint into ONNX graphs and write a bundle."""
     with _extra("export"):
         from trol_edge.calibration.statistics import Statistics
-        from trol_edge.export import models, pipeline
+        from trol_edge.export import pipeline
         from trol_edge.export.precision import read_options
     options = read_options(precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling)
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        if "/" in checkpoint or checkpoint not in models.MODELS:
-            names = ", ".join(models.MODELS)
-            raise typer.BadParameter(f"{checkpoint} is neither a checkpoint folder nor one of {names}")
-        folder, model = models.fetch(checkpoint, checkpoints / checkpoint, revision), model or checkpoint
+    folder, known = _checkpoint(checkpoint, checkpoints, revision)
+    model = model or known
     start = time.perf_counter()
     with _progress(quiet=as_json) as progress:
 
@@ -126,7 +123,7 @@ def export(
                 return Statistics.load(calibration, source.identity())
             from trol_edge.calibration.run import calibrate as gather
 
-            return gather(folder, None, output.parent / f"calibration-{folder.name}", progress=progress)
+            return gather(folder, None, _calibration_of(folder, output), progress=progress)
 
         manifest = pipeline.export(
             folder,
@@ -323,10 +320,7 @@ def calibrate(
     """Measure a checkpoint's activations on pictures and prompts, one layer in memory at a time."""
     with _extra("export"):
         from trol_edge.calibration.run import calibrate as measure
-        from trol_edge.export.models import fetch
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        folder = fetch(checkpoint, Path("build/checkpoints") / checkpoint)
+    folder, _ = _checkpoint(checkpoint)
     start = time.perf_counter()
     with _progress(quiet=as_json) as progress:
         found = measure(folder, data, output, count=samples, compute=compute, overwrite=force, progress=progress)
@@ -367,14 +361,11 @@ def mix(
         from trol_edge.calibration import run as running
         from trol_edge.calibration import samples as sampling
         from trol_edge.calibration.sensitivity import find_plan
-        from trol_edge.export.models import fetch
         from trol_edge.export.precision import read_options
     options = read_options(precision)
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        folder = fetch(checkpoint, Path("build/checkpoints") / checkpoint)
+    folder, _ = _checkpoint(checkpoint)
     with _progress(quiet=as_json) as progress:
-        cache = calibration or output.parent / f"calibration-{folder.resolve().name}"
+        cache = calibration or _calibration_of(folder, output)
         statistics = running.calibrate(folder, data, cache, progress=progress)
         found = find_plan(folder, statistics, sampling.load(data, samples), options, max_loss, progress)
     found.save(output)
@@ -675,6 +666,22 @@ def doctor(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _checkpoint(given: str, downloads: Path = CHECKPOINTS, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a checkpoint that was given as a folder or as a model's name (then fetched), and that name."""
+    with _extra("export"):
+        from trol_edge.export import models
+    if Path(given).is_dir():
+        return Path(given), None
+    if "/" in given or given not in models.MODELS:
+        raise typer.BadParameter(f"{given} is neither a checkpoint folder nor one of {', '.join(models.MODELS)}")
+    return models.fetch(given, downloads / given, revision), given
+
+
+def _calibration_of(checkpoint: Path, output: Path) -> Path:
+    """Where statistics of a checkpoint are kept that no folder was named for: beside what is made with them."""
+    return output.parent / f"calibration-{checkpoint.resolve().name}"
 
 
 def _loaded_bytes(name: str, tensors: Any) -> int:

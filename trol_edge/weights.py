@@ -73,8 +73,7 @@ class WeightsFile:
     def rows(self, name: str) -> NDArray[Any]:
         """A 2-D tensor mapped read-only; `to_float32` turns rows of it into numbers."""
         t = self.tensors[name]
-        dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[t.dtype]
-        return np.memmap(self.path, dtype=dtype, mode="r", offset=t.offset, shape=t.shape)
+        return np.memmap(self.path, dtype=_STORED[t.dtype], mode="r", offset=t.offset, shape=t.shape)
 
     def load(self, names: Collection[str], sha256: str | None = None) -> dict[str, NDArray[Any]]:
         """Floating point tensors as float32, converted block by block; quantized ones (I8, U8, F8_E4M3) as stored.
