@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from trol_edge._version import __version__
-from trol_edge.errors import BackendError, TrolEdgeError
+from trol_edge.errors import BackendError, TrolEdgeError, UsageError
 
 app = typer.Typer(
     help="TroL vision-language models on robots: checkpoint -> ONNX graphs -> bundle -> answers.",
@@ -39,6 +39,7 @@ app = typer.Typer(
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 CHECKPOINTS = Path("build/checkpoints")  # where downloads are kept
+SENSITIVITY_SAMPLES = 8  # on which it is measured what each Linear costs: a run of the model each
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 
@@ -102,6 +103,10 @@ def export(
     scaling: Annotated[
         bool | None, typer.Option("--scaling/--no-scaling", help="Rescale channels (SmoothQuant, AWQ).")
     ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Raise as few Linears as keep the logits' KL divergence within this, nats (trol-edge mix)."),
+    ] = None,
     checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CHECKPOINTS,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     force: Force = False,
@@ -109,7 +114,6 @@ def export(
 ) -> None:
     """Trace a checkpoint into ONNX graphs and write a bundle."""
     with _extra("export"):
-        from trol_edge.calibration.statistics import Statistics
         from trol_edge.export import pipeline
         from trol_edge.export.precision import read_options
     options = read_options(precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling)
@@ -117,14 +121,18 @@ def export(
     model = model or known
     start = time.perf_counter()
     with _progress(quiet=as_json) as progress:
+        statistics = _statistics(calibration, folder, None, _calibration_of(folder, output), progress)
+        if max_loss is not None:
+            from trol_edge.calibration import samples as sampling
+            from trol_edge.calibration.sensitivity import find_plan
 
-        def statistics(source: Any) -> Any:
-            if calibration is not None:
-                return Statistics.load(calibration, source.identity())
-            from trol_edge.calibration.run import calibrate as gather
-
-            return gather(folder, None, _calibration_of(folder, output), progress=progress)
-
+            found = find_plan(folder, statistics, sampling.load(None, SENSITIVITY_SAMPLES), options, max_loss, progress)
+            if not found.reached:
+                raise UsageError(
+                    f"--max-loss {max_loss:g} nats: {found.nats:.2e} are lost even with {len(found.linears)} of "
+                    f"{len(found.sensitivity)} Linears raised; choose a higher limit, or a recipe of more bits"
+                )
+            options = found.mixed()
         manifest = pipeline.export(
             folder,
             output,
@@ -353,12 +361,11 @@ def mix(
         Path | None,
         typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="To measure on: at most so many.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="To measure on: at most so many.")] = SENSITIVITY_SAMPLES,
     as_json: Json = False,
 ) -> None:
     """Find which Linears need more bits: measure what each costs, raise as few as keep the loss within --max-loss."""
     with _extra("export"):
-        from trol_edge.calibration import run as running
         from trol_edge.calibration import samples as sampling
         from trol_edge.calibration.sensitivity import find_plan
         from trol_edge.export.precision import read_options
@@ -366,7 +373,7 @@ def mix(
     folder, _ = _checkpoint(checkpoint)
     with _progress(quiet=as_json) as progress:
         cache = calibration or _calibration_of(folder, output)
-        statistics = running.calibrate(folder, data, cache, progress=progress)
+        statistics = _statistics(calibration, folder, data, cache, progress)
         found = find_plan(folder, statistics, sampling.load(data, samples), options, max_loss, progress)
     found.save(output)
     if as_json:
@@ -677,6 +684,20 @@ def _checkpoint(given: str, downloads: Path = CHECKPOINTS, revision: str | None 
     if "/" in given or given not in models.MODELS:
         raise typer.BadParameter(f"{given} is neither a checkpoint folder nor one of {', '.join(models.MODELS)}")
     return models.fetch(given, downloads / given, revision), given
+
+
+def _statistics(given: Path | None, checkpoint: Path, data: Path | None, cache: Path, progress: Any) -> Any:
+    """A function that loads the statistics of a Checkpoint from the folder given, or gathers them into `cache`."""
+
+    def statistics(source: Any) -> Any:
+        from trol_edge.calibration.run import calibrate
+        from trol_edge.calibration.statistics import Statistics
+
+        if given is not None:
+            return Statistics.load(given, source.identity())
+        return calibrate(checkpoint, data, cache, progress=progress)
+
+    return statistics
 
 
 def _calibration_of(checkpoint: Path, output: Path) -> Path:
