@@ -218,6 +218,8 @@ def pooled(run: Run) -> dict[str, Values]:
     """Every value measured, by key of STAGES, where there is any."""
     found: dict[str, list[float]] = {}
     for key in STAGES:
+        if key == "vision_ms" and run.case.size is None:
+            continue
         if key == "second_first_token_ms":
             found[key] = [answer.first_token_ms for answer in run.second]
         elif key in ("step_ms", "sample_ms", "detokenise_ms"):
