@@ -577,7 +577,7 @@ def profile(
     root: Annotated[Path, typer.Option(help="Where proc and sys lie, to read a recorded tree.")] = Path("/"),
     as_json: Json = False,
 ) -> None:
-    """Measure latency, memory, power and energy of bundles, stage by stage, on this machine; writes a page to look at."""
+    """Measure latency, memory and energy of bundles on this machine, stage by stage; writes a page to look at."""
     from trol_edge import profile as profiles
     from trol_edge import profile_run
     from trol_edge.profile_compare import compare as compared

@@ -351,7 +351,7 @@ class _Bench:
             tuple(first for first, _ in pairs),
             tuple(second for _, second in pairs),
             peak,
-            work(self._runtime.bundle, question.ids),
+            work(self._runtime.bundle, question.ids, self._tokens),
         )
 
     def _pair(self, prompts: Sequence[Any], picture: Picture | None) -> tuple[Answer, Answer]:
@@ -460,8 +460,8 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def work(bundle: Bundle, ids: Sequence[int]) -> dict[str, Work] | None:
-    """Operations and bytes of the stages for a prompt, from the counts of the bundle's graphs; None without them."""
+def work(bundle: Bundle, ids: Sequence[int], tokens: int) -> dict[str, Work] | None:
+    """Operations and bytes of a prompt's stages and of a step, by the counts of the bundle's graphs; None without."""
     manifest = bundle.manifest
     costs: dict[str, Any] = {name: getattr(graph, "costs", None) for name, graph in manifest.graphs.items()}
     if any(c is None for c in costs.values()):
@@ -480,7 +480,8 @@ def work(bundle: Bundle, ids: Sequence[int]) -> dict[str, Work] | None:
         chunk = ids[first : first + PREFILL_CHUNK]
         graph = "traverse" if image_id in chunk or "traverse_text" not in costs else "traverse_text"
         add("prefill", costs[graph].at(tokens=len(chunk), slots=first + len(chunk)))
-    add("step", costs["step"].at())
+    # in the middle of the answer; a GPU's step reads the whole cache, and its costs know no slots
+    add("step", costs["step"].at(slots=len(ids) + tokens // 2))
     return found
 
 
