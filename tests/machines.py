@@ -28,6 +28,8 @@ from trol_edge.profile import (
     Work,
 )
 
+Tree = Callable[..., Path]
+
 BOARDS = ("orin-nano", "agx-orin", "thor")
 DATA = Path(__file__).with_name("data") / "machines"  # each file says what it is made of: none was recorded on a device
 

@@ -19,6 +19,7 @@ from trol_edge.profile_samples import Energy, Verdict, column, power
 WIDE, NARROW = 1040, 358  # of a drawing, in CSS pixels
 POINTS = 400  # of a line over time, at most
 BINS = 56
+CHARACTER = 7.6  # width of one in a drawing, about
 HUES = 6  # colours of bundles, --h0 ..
 
 
@@ -50,11 +51,11 @@ def title_of(row: Row) -> str:
 
 def number(value: float) -> str:
     """Three significant digits, no exponent: 0.183, 12.4, 1310."""
-    if not value:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:.{digits}f}"
-    return text.rstrip("0").rstrip(".") if digits > 2 else text
+    rounded = float(f"{value:.3g}")
+    if not rounded or abs(value) >= 1000:
+        return f"{value:.0f}"
+    text = f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+    return text.rstrip("0").rstrip(".") if abs(rounded) < 0.1 else text
 
 
 def milliseconds(value: float) -> tuple[str, str]:
@@ -100,6 +101,13 @@ def _text(x: float, y: float, text: str, anchor: str = "start", strong: bool = F
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(text)}</text>'
 
 
+def _label(width: float, y: float, label: str, value: str, strong: bool) -> tuple[float, str]:
+    """A line above a bar: what it is, and its value at the right, in a second line where both are too long for one."""
+    if (len(label) + len(value)) * CHARACTER > width:
+        return y + 34, _text(0, y + 12, label, strong=strong) + _text(0, y + 28, value, strong=strong)
+    return y + 18, _text(0, y + 12, label, strong=strong) + _text(width, y + 12, value, "end", strong)
+
+
 def _rect(x: float, y: float, w: float, h: float, fill: str, tip: str = "", radius: float = 0, more: str = "") -> str:
     tip = f"<title>{escape(tip)}</title>" if tip else ""
     return (
@@ -125,10 +133,17 @@ def _ticks(most: float, count: int) -> list[float]:
     return [i * step for i in range(int(most / step + 1e-9) + 1)]
 
 
-def _log_ticks(low: float, high: float, dense: bool) -> list[float]:
-    marks = (1, 2, 5) if dense else (1,)
+def _log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers between two others for a logarithmic scale: no more than `most` where one can."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
+    for marks in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
+        found = [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
+        if len(found) <= most:
+            break
+    if len(found) < 3 and high < 4 * low:  # no power of ten is near
+        step = _ticks(high - low, 4)[1]
+        found = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return found
 
 
 def _x_axis(
@@ -182,8 +197,8 @@ def timeline(rows: Sequence[Row]) -> str:
             first = i % 2 == 0
             y += (16 if i else 0) if first else 4
             total = " ".join(milliseconds(answer.total_ms))
-            bars += _text(0, y + 12, label, strong=first) + _text(width, y + 12, total, "end", first)
-            y += 18
+            y, text = _label(width, y, label, total, first)
+            bars += text
             tall, start = (22 if first else 12), 0.0
             for what, ms, colour in _segments(answer):
                 w = at(ms)
@@ -223,10 +238,8 @@ def distribution(rows: Sequence[Row]) -> str:
             y += 14 if i else 0
             p50, p90, p99 = percentiles(steps)
             said = f"p50 {number(p50)} · p90 {number(p90)} · p99 {number(p99)} ms"
-            bars += _text(0, y + 12, title_of(row), strong=True)
-            y += 0 if width == WIDE else 17
-            bars += _text(width if width == WIDE else 0, y + 12, said, "end" if width == WIDE else "start")
-            y += 20
+            y, text = _label(width, y, title_of(row), said, True)
+            bars, y = bars + text, y + 2
             counts = np.histogram(steps, edges)[0]
             for j, count in enumerate(counts):
                 if count:
@@ -240,9 +253,7 @@ def distribution(rows: Sequence[Row]) -> str:
                 )
             bars += _line(0, y + tall, width, y + tall, "var(--line)")
             y += tall
-        return y + 26, _x_axis(
-            width, 0, y + 6, at, _log_ticks(low, high, high / low < 300 and width == WIDE), "ms"
-        ) + bars
+        return y + 26, _x_axis(width, 0, y + 6, at, _log_ticks(low, high, 12 if width == WIDE else 6), "ms") + bars
 
     medians = ((title_of(row), number(float(np.median(v))), len(v)) for row, v in values)
     said = "; ".join(f"{title}: median {ms} ms of {count} steps" for title, ms, count in medians)
@@ -259,12 +270,12 @@ Series = tuple[str, Values, Values, str]  # name, seconds, values, colour
 
 
 def _series(row: Row, names: Sequence[tuple[str, str]], scale: float) -> list[Series]:
-    times, found = column(row.measured, "t_s"), []
-    for i, (name, title) in enumerate(names):
+    times, found = column(row.measured, "t_s"), list[Series]()
+    for name, title in names:
         values = column(row.measured, name) * scale
-        if np.isfinite(values).any():
-            good = np.isfinite(values)
-            found.append((title, times[good], values[good], f"var(--h{i % HUES})"))
+        good = np.isfinite(values)
+        if good.any():
+            found.append((title, times[good], values[good], f"var(--h{len(found) % HUES})"))
     return found
 
 
@@ -305,8 +316,9 @@ def _panel(row: Row, series: Sequence[Series], zero: bool) -> Draw:
             at = y(least + tick)
             body += _line(left, at, width, at, "var(--line)", "stroke-width:.7")
             body += _text(left - 8, at + 4, f"{least + tick:g}", "end")
-        for _, times, values, colour in series:
-            body += _path(((x(t), y(v)) for t, v in _thin(times, values)), colour, "stroke-width:1.8")
+        for i, (_, times, values, colour) in enumerate(series):
+            dashes = "stroke-width:1.8" + (";stroke-dasharray:6 4" if i >= HUES else "")
+            body += _path(((x(t), y(v)) for t, v in _thin(times, values)), colour, dashes)
         for tick in _ticks(end, 8 if width == WIDE else 4):
             body += _text(x(tick), top + height + 17, f"{tick:g} s", "end" if x(tick) > width - 20 else "middle")
         return top + height + 22, body
@@ -386,7 +398,7 @@ def roofline(profile: Profile, rows: Sequence[Row]) -> str:
     low_x = min(min(p[2] for p in points), ridge) / 4
     high_x = max(max(p[2] for p in points), ridge) * 4
     low_y = min(min(p[3] for p in points) / 3, peaks.bytes_per_s * low_x)
-    high_y = peaks.flops_per_s * 2.5
+    high_y = max(peaks.flops_per_s, max(p[3] for p in points)) * 2.5
 
     def draw(width: int) -> tuple[float, str]:
         left, height = 52.0, 380.0 if width == WIDE else 300.0
@@ -398,11 +410,11 @@ def roofline(profile: Profile, rows: Sequence[Row]) -> str:
             return height * (1 - math.log(v / low_y) / math.log(high_y / low_y))
 
         body = ""
-        for tick in _log_ticks(low_x, high_x, False):
+        for tick in _log_ticks(low_x, high_x, 5):
             body += _line(x(tick), 0, x(tick), height, "var(--grid)") + _text(
                 x(tick), height + 17, f"{tick:g}", "middle"
             )
-        for tick in _log_ticks(low_y, high_y, False):
+        for tick in _log_ticks(low_y, high_y, 6):
             body += _line(left, y(tick), width, y(tick), "var(--grid)")
             body += _text(left - 7, y(tick) + 4, f"{tick / 1e9:g}", "end")
         roof = [(low_x, peaks.bytes_per_s * low_x), (ridge, peaks.flops_per_s), (high_x, peaks.flops_per_s)]
@@ -471,8 +483,8 @@ def start_figure(rows: Sequence[Row]) -> str:
             if width == WIDE:
                 share = "" if found.cached_share is None else f" ({100 * found.cached_share:.0f} % in the page cache)"
                 label, total = label + share, f"{total}, one of {count}"
-            body += _text(0, y + 12, label, strong=cold) + _text(width, y + 12, total, "end", cold)
-            y += 18
+            y, text = _label(width, y, label, total, cold)
+            body += text
             start = 0.0
             for what, key, colour in parts:
                 ms = getattr(found, key)
