@@ -129,7 +129,10 @@ def browser() -> Iterator[Any]:
             pytest.skip("no Chromium here: make browser")
         # In a container neither the sandbox nor /dev/shm is what Chromium expects.
         options = ["--no-sandbox", "--disable-dev-shm-usage"]
-        opened = driver.chromium.launch(executable_path=path, args=options)
+        try:
+            opened = driver.chromium.launch(executable_path=path, args=options)
+        except playwright.Error as error:  # one that was fetched without the libraries that it needs
+            pytest.skip(f"Chromium does not start here: {str(error).splitlines()[0]}")
         yield opened
         opened.close()
 

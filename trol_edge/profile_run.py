@@ -231,7 +231,10 @@ def _print(data: dict[str, Any]) -> None:
 
 @contextmanager
 def _sampled(root: str, interval_s: float) -> Iterator[list[dict[str, float | None]]]:
-    """Samples of the machine and this process, complete when the block is left. Taken by a process of its own."""
+    """Samples of the machine and this process, complete when the block is left. Taken by a process of its own.
+
+    Raises BackendError where that process failed.
+    """
     samples: list[dict[str, float | None]] = []
     command = [sys.executable, "-I", "-S", jetson.__file__, root, str(os.getpid()), str(interval_s)]
     with tempfile.TemporaryFile("w+") as file:
@@ -241,9 +244,11 @@ def _sampled(root: str, interval_s: float) -> Iterator[list[dict[str, float | No
             yield samples
         finally:
             sampler.stdin.close()
-            sampler.wait()
-            file.seek(0)
-            samples += [json.loads(line) for line in file]
+            status = sampler.wait()
+        file.seek(0)
+        samples += [json.loads(line) for line in file]
+    if status or not samples:
+        raise BackendError(f"the sampler of {root} ended by itself, exit status {status}; is there a /proc here?")
 
 
 # -- one bundle --------------------------------------------------------------------------------------------------------
