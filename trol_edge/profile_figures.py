@@ -387,7 +387,8 @@ def roofline(profile: Profile, rows: Sequence[Row]) -> str:
     title, peaks = "Roofline", profile.peaks
     caption = (
         "Operations per byte that the graphs move, and operations per second that came out. Under the slope memory is "
-        "the limit, under the flat roof arithmetic; the distance to the roof is what is left to win."
+        "the limit, under the flat roof arithmetic; the distance to the roof is what is left to win. What fits the "
+        "processor's caches may lie above the slope."
     )
     if peaks is None or not points:
         why = (
