@@ -30,7 +30,7 @@ from trol_edge.bundle import (
     write_manifest,
 )
 from trol_edge.errors import CalibrationError, ExportError, UsageError
-from trol_edge.export import graphs, half, lower_ort, lower_trt, qdq, storage, tokenizer
+from trol_edge.export import counts, graphs, half, lower_ort, lower_trt, qdq, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.models import MODELS
 from trol_edge.export.precision import TARGETS, Options, is_linear, make_plan
@@ -200,6 +200,7 @@ def _write_graph(
     as_inputs: list[str] = []
     if target == "cpu":
         as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
+    costs = counts.count(model, weights, scores=target not in GPU_TARGETS)
     graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()})
     if target in GPU_TARGETS:
         model = lower_trt.lower(model, GPU_TARGETS[target])
@@ -207,7 +208,7 @@ def _write_graph(
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
     operators = dict(Counter(node.op_type for node in model.graph))
     constants = tuple(w for w in weights if w not in as_inputs)
-    return GraphInfo(file, inputs, outputs, weights, constants, operators)
+    return GraphInfo(file, inputs, outputs, weights, constants, operators, costs)
 
 
 def _port(value: ir.Value) -> Port:
