@@ -12,6 +12,7 @@ like are written out, because its builder fuses them again. Exact in the dynamic
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -45,6 +46,12 @@ def count(model: ir.Model, weights: Collection[str], scores: bool = False) -> Co
     Raises ExportError for an operator whose output has no known shape.
     """
     return _Walker(model, set(weights), scores).walk()
+
+
+def bytes_of(weight: ir.Value) -> int:
+    """Bytes of a parameter in the type in which the graph reads it."""
+    assert weight.shape is not None and weight.dtype is not None
+    return int(math.prod(int(d) for d in weight.shape.numpy()) * weight.dtype.itemsize)
 
 
 def repeat(one: Costs, two: Costs, layers: int) -> Costs:
