@@ -125,7 +125,7 @@ class _Walker:
             per_output = _times(_product(self._shape(inputs[1])[1:]), {"1": 2})
             return self._operation("convolution", node, _times(_product(self._shape(out)), per_output), inputs, [out])
         if op == "Attention":
-            return self._attention(node, *inputs[:3], inputs[3:])
+            return self._attention(node, inputs)
         if op == "GroupQueryAttention":
             return self._grouped_attention(node)
         if op == "RotaryEmbedding":
@@ -151,10 +151,9 @@ class _Walker:
         read = _product(self._shape(inputs[0])) if op.startswith("Reduce") else _product(self._shape(out))
         return self._operation("pointwise", node, read, inputs, node.outputs)
 
-    def _attention(
-        self, node: ir.Node, query: ir.Value, keys: ir.Value, values: ir.Value, mask: list[ir.Value]
-    ) -> Operation:
-        """q [B, H, S, E], k and v [B, G, T, E]."""
+    def _attention(self, node: ir.Node, inputs: list[ir.Value]) -> Operation:
+        """q [B, H, S, E], k and v [B, G, T, E], mask."""
+        query, keys, values, *mask = inputs
         batch, heads, length, size = self._shape(query)
         pairs = _product([batch, heads, length, self._shape(keys)[2]])
         flops = _times(pairs, _plus(_times(size, {"1": 4}), {"1": SOFTMAX}))

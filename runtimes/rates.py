@@ -26,7 +26,7 @@ except ImportError as error:
 
 SECONDS = 0.3  # spent on each measurement, at least
 WIDTH = 2048  # of the matrices, where size does not matter
-TOKENS = 512  # of a prompt
+PRODUCTS = ((128, 128, 16), (128, 128, 128), (128, 512, 512), (512, 2048, 2048))  # [S, K] x [K, N]
 WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30)  # bytes
 TENSORS = (1 << 16, 1 << 20, 4 << 20, 16 << 20, 64 << 20)  # bytes
 MICROSOFT = "com.microsoft"
@@ -55,7 +55,7 @@ def measure(
     A busy machine gives low ones: nothing here can tell.
     """
     rng = np.random.default_rng(0)
-    steps = len(WORKING_SETS) + len(TENSORS) + 5
+    steps = len(WORKING_SETS) + len(TENSORS) + 2 * len(PRODUCTS) + 3
     done = 0
 
     def next_step() -> None:
@@ -65,8 +65,11 @@ def measure(
 
     tiny = {"x": np.ones((1, 8), np.float32)}
     run = _seconds([("", "Mul", ["x", "x"], "y0", {})], tiny, {}, threads)
-    chain = [("", "Mul", [f"y{i - 1}" if i else "x", "x"], f"y{i}", {}) for i in range(65)]
+    chain: list[Node] = [("", "Mul", [f"y{i - 1}" if i else "x", "x"], f"y{i}", {}) for i in range(65)]
     operator = max(0.0, (_seconds(chain, tiny, {}, threads) - run) / 64)
+    feeds: dict[str, Array] = {"x": np.ones((1, 64), np.float32), "w": np.ones((64, 64), np.float32)}
+    chain = [("", "MatMul", [f"y{i - 1}" if i else "x", "w"], f"y{i}", {}) for i in range(65)]
+    product = max(0.0, (_seconds(chain, feeds, {}, threads) - run) / 65)
     next_step()
     reads = []
     for size in WORKING_SETS:
@@ -74,8 +77,8 @@ def measure(
         count = max(1, size // (4 * width * width))
         weights = {f"w{i}": rng.random((width, width), np.float32) for i in range(count)}
         feeds = {"x": rng.random((1, width), np.float32), **weights}
-        nodes = [("", "MatMul", ["x", name], f"y{i}", {}) for i, name in enumerate(weights)]
-        spent = _seconds(nodes, feeds, {}, threads) - run - count * operator
+        nodes: list[Node] = [("", "MatMul", ["x", name], f"y{i}", {}) for i, name in enumerate(weights)]
+        spent = _seconds(nodes, feeds, {}, threads) - run - count * product
         reads.append((size, count * 4 * width * width / max(spent, 1e-9)))
         next_step()
     touches = []
@@ -85,19 +88,24 @@ def measure(
         spent = _seconds(nodes, feeds, {}, threads) - run - 5 * operator
         touches.append((3 * size, 5 * 3 * size / max(spent, 1e-9)))
         next_step()
-    x, w = rng.random((TOKENS, WIDTH), np.float32), rng.random((WIDTH, WIDTH), np.float32)
-    flops = 2.0 * TOKENS * WIDTH * WIDTH
-    arithmetic = {"float32": flops / _seconds([("", "MatMul", ["x", "w"], "y", {})], {"x": x, "w": w}, {}, threads)}
-    next_step()
-    eight = rng.integers(-127, 127, (WIDTH, WIDTH), np.int8)
-    scale = {"s": np.array(0.01, np.float32), "z": np.array(128, np.uint8), "c": rng.random(WIDTH, np.float32)}
-    feeds = {"x": (x * 255).astype(np.uint8), "w": eight, **scale}
-    product: Node = (MICROSOFT, "MatMulIntegerToFloat", ["x", "w", "s", "c", "z"], "y", {})
-    arithmetic["int8"] = flops / _seconds([product], feeds, {}, threads)
-    next_step()
+    scale: dict[str, Array] = {"s": np.array(0.01, np.float32), "z": np.array(128, np.uint8)}
+    arithmetic: dict[str, list[tuple[int, float]]] = {"float32": [], "int8": []}
+    for tokens, depth, width in PRODUCTS:
+        x, w = rng.random((tokens, depth), np.float32), rng.random((depth, width), np.float32)
+        integers = {"x": (x * 255).astype(np.uint8), "w": (w * 127).astype(np.int8), "c": w[0], **scale}
+        flops = 2 * tokens * depth * width
+        cases: tuple[tuple[str, dict[str, Array], Node], ...] = (
+            ("float32", {"x": x, "w": w}, ("", "MatMul", ["x", "w"], "y", {})),
+            ("int8", integers, (MICROSOFT, "MatMulIntegerToFloat", ["x", "w", "s", "c", "z"], "y", {})),
+        )
+        for kind, given, node in cases:
+            spent = _seconds([node], given, {}, threads) - run - product
+            arithmetic[kind].append((flops, flops / max(spent, 1e-9)))
+            next_step()
+    eight = integers["w"]
     many = {f"w{i}": eight.copy() for i in range(32)}  # 134 MB
     nodes = [("", "MatMulInteger", ["x", name], f"y{i}", {}) for i, name in enumerate(many)]
-    stored = {"int8": 32 * eight.nbytes / _seconds(nodes, {"x": feeds["x"][:1], **many}, {}, threads)}
+    stored = {"int8": 32 * eight.nbytes / _seconds(nodes, {"x": integers["x"][:1], **many}, {}, threads)}
     next_step()
     block = 128
     packed = {f"w{i}": rng.integers(0, 255, (WIDTH, WIDTH // block, block // 2), np.uint8) for i in range(32)}
@@ -107,7 +115,8 @@ def measure(
     taken = _seconds(nodes, {"x": x[:1]}, {**packed, "s": scales}, threads)
     stored["int4"] = 32 * (packed["w0"].nbytes + scales.nbytes) / taken
     next_step()
-    return Rates(arithmetic, tuple(reads), tuple(touches), stored, operator, run, fused=False)
+    products = {kind: tuple(points) for kind, points in arithmetic.items()}
+    return Rates(products, tuple(reads), tuple(touches), stored, operator, product, run, fused=False)
 
 
 def _seconds(nodes: Sequence[Node], feeds: dict[str, Array], constants: dict[str, Array], threads: int | None) -> float:

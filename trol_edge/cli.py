@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -688,6 +689,7 @@ def plan(
     goal_ms: Annotated[float | None, typer.Option(help="Time to the first token that is wanted, milliseconds.")] = None,
     goal_tokens_per_second: Annotated[float | None, typer.Option(help="Speed of the answer that is wanted.")] = None,
     desktop: Annotated[bool, typer.Option("--desktop", help="The device shows a desktop, too.")] = False,
+    reserve: Annotated[float, typer.Option(min=0, help="GB that must remain for the rest of the robot.")] = 0.5,
     show_device: Annotated[
         str | None, typer.Option(help="Print a device as JSON, to change and pass as --device.")
     ] = None,
@@ -742,10 +744,17 @@ def plan(
             for recipe in wanted:
                 progress(f"{machine.name} {recipe}", 1, 1)
                 finer = [p for p in planning.QUALITY if p in machine.precisions]
-                below = finer[finer.index(recipe) + 1 :] if recipe in finer and fixed is None else []
-                smaller = (lambda m=machine, b=below: (subject(m.target, p) for p in b)) if len(wanted) == 1 else iter
+                lone = len(wanted) == 1 and recipe in finer and fixed is None
+                below = finer[finer.index(recipe) + 1 :] if lone else []
                 found.append(
-                    planning.plan(subject(machine.target, recipe), machine, work, desktop=desktop, smaller=smaller)
+                    planning.plan(
+                        subject(machine.target, recipe),
+                        machine,
+                        work,
+                        desktop=desktop,
+                        reserve=int(reserve * 1e9),
+                        smaller=functools.partial(map, functools.partial(subject, machine.target), below),
+                    )
                 )
             plans += found
             goal = None if goal_ms is None else goal_ms / 1000

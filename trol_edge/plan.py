@@ -9,6 +9,7 @@ reached and its bytes at the bandwidth that is, plus a fixed time to start it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ RUNTIME_BYTES = {"gpu": 600_000_000, "cpu": 150_000_000}
 
 TEXT_TOKENS = 84  # template and a short question
 ANSWER_TOKENS = 64
+RESERVE_BYTES = 500_000_000  # that must remain for the rest of the robot
 NEXT_QUESTION = 30  # tokens that a second question about the same picture adds
 QUALITY = ("fp32", "fp16", "fp8", "int8", "int4")  # best first
 
@@ -59,21 +61,26 @@ class Subject:
     cache_bytes: int  # one K/V set at full context
 
 
+Points = tuple[tuple[int, float], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a machine does per second.
+    """What a machine does per second, by how much it does: points (amount, per second), between which is interpolated.
 
-    arithmetic: operations, by type. reads, touches: bytes of weights or cache, and of tensors between operators, by
-    how many there are: points (bytes, bytes per second), the last one for all that is more. stored: bytes of weights
-    of a type whose unpacking is slower than memory. operator, run: seconds to start one. fused: element-wise operators
-    and copies are part of what stands beside them, and take no time.
+    arithmetic: operations, by type and by the size of one product. reads: bytes of weights or cache, by the weights of
+    the graph (what fits the processor's caches is read faster). touches: bytes of tensors between operators, by those
+    of one operator. stored: bytes of weights of a type whose unpacking is slower than memory. operator, product, run:
+    seconds to start an element-wise operator, a product, a graph. fused: element-wise operators and copies are part of
+    what stands beside them, and take no time.
     """
 
-    arithmetic: dict[str, float]
-    reads: tuple[tuple[int, float], ...]
-    touches: tuple[tuple[int, float], ...]
+    arithmetic: dict[str, Points]
+    reads: Points
+    touches: Points
     stored: dict[str, float]
     operator: float
+    product: float
     run: float
     fused: bool
 
@@ -136,7 +143,7 @@ class Memory:
 
     @property
     def remains(self) -> int:
-        """Left for the rest of the robot; below zero: it does not fit."""
+        """Left for the rest of the robot; below zero: there is not enough."""
         return self.usable - self.system - self.needed
 
     @property
@@ -164,14 +171,22 @@ def machine_of(device: Device, mode: Mode) -> Machine:
     """A device of the table with the efficiencies above."""
     kinds = [kind for kind in ARITHMETIC if kind != "fp8" or device.fp8]
     peak = Rates(
-        {kind: device.flops(mode, kind) for kind in kinds}, ((0, mode.gb_per_s * 1e9),), (), {}, 0.0, 0.0, True
+        {kind: ((1, device.flops(mode, kind)),) for kind in kinds},
+        ((1, mode.gb_per_s * 1e9),),
+        (),
+        {},
+        0.0,
+        0.0,
+        0.0,
+        True,
     )
     reached = dataclasses.replace(
         peak,
-        arithmetic={kind: rate * ARITHMETIC[kind] for kind, rate in peak.arithmetic.items()},
-        reads=((0, mode.gb_per_s * 1e9 * BANDWIDTH),),
-        touches=((0, mode.gb_per_s * 1e9 * BANDWIDTH),),
+        arithmetic={kind: ((1, device.flops(mode, kind) * ARITHMETIC[kind]),) for kind in kinds},
+        reads=((1, mode.gb_per_s * 1e9 * BANDWIDTH),),
+        touches=((1, mode.gb_per_s * 1e9 * BANDWIDTH),),
         operator=OPERATOR_CYCLES / (mode.gpu_mhz * 1e6),
+        product=OPERATOR_CYCLES / (mode.gpu_mhz * 1e6),
     )
     target = TARGETS[device.target]
     precisions = tuple(p for p in target.precisions if p != "fp8" or device.fp8)
@@ -247,9 +262,9 @@ def stage(graph: str, costs: Costs, weight_bytes: int, machine: Machine, **dims:
         "starting operators": sum(s for _, _, s in parts) + machine.reached.run,
     }
     products = [(o, o.at(sizes)) for o in costs.operations if o.kind in ("linear", "convolution", "attention")]
-    compute = sum(o.count * c.flops / _rate(machine.peak, o.arithmetic) for o, c in products)
+    compute = sum(o.count * c.flops / _most(machine.peak, o.arithmetic) for o, c in products)
     moved = total.weight_bytes + total.cache_bytes
-    floor = max(compute, moved / _at(machine.peak.reads, weight_bytes))
+    floor = max(compute, moved / max(rate for _, rate in machine.peak.reads))
     bound = max(sums, key=lambda name: sums[name])
     shown = {name: size for name, size in sizes.items() if name in ("tokens", "slots", "images")}
     return Stage(graph, shown, total.flops, moved, floor, sum(sums.values()), bound)
@@ -266,22 +281,26 @@ def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Ra
         read = min(read, rates.stored[o.stored])
     touched = 0.0 if rates.fused and product else cost.activation_bytes / _at(rates.touches, cost.activation_bytes)
     memory = (cost.weight_bytes + cost.cache_bytes) / read + touched
-    return (
-        o.count * cost.flops / _rate(rates, o.arithmetic) if product else 0.0,
-        o.count * memory,
-        o.count * rates.operator,
-    )
+    arithmetic = cost.flops / _at(_points(rates, o.arithmetic), cost.flops) if product else 0.0
+    return o.count * arithmetic, o.count * memory, o.count * (rates.product if product else rates.operator)
 
 
-def _rate(rates: Rates, arithmetic: str) -> float:
+def _points(rates: Rates, arithmetic: str) -> Points:
     if arithmetic not in rates.arithmetic:
         raise UsageError(f"nothing is known about {arithmetic} on this machine; choose another precision")
     return rates.arithmetic[arithmetic]
 
 
-def _at(points: Sequence[tuple[int, float]], size: int) -> float:
-    """The rate of the largest point that is no larger than size; the first one below all of them."""
-    return next((rate for start, rate in reversed(points) if size >= start), points[0][1])
+def _most(rates: Rates, arithmetic: str) -> float:
+    return max(rate for _, rate in _points(rates, arithmetic))
+
+
+def _at(points: Points, amount: int) -> float:
+    """The rate between two points, linear in logarithms; outside of them that of the nearest."""
+    for (low, slow), (high, fast) in itertools.pairwise(points):
+        if low <= amount < high:
+            return slow * (fast / slow) ** (math.log(amount / low) / math.log(high / low))
+    return points[0][1] if amount < points[0][0] else points[-1][1]
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
@@ -327,9 +346,12 @@ def plan(
     work: Workload | None = None,
     *,
     desktop: bool = False,
+    reserve: int = RESERVE_BYTES,
     smaller: Callable[[], Iterator[Subject]] = lambda: iter(()),
 ) -> Planned:
-    """Times, memory and verdict. smaller: the same model in smaller precisions, asked for only where it does not fit.
+    """Times, memory and verdict: does it fit, and leave `reserve` bytes to the rest of the robot?
+
+    smaller: the same model in smaller precisions, asked for only where it does not.
 
     Raises UsageError where the question does not fit the context, or the machine cannot run such a bundle.
     """
@@ -359,7 +381,7 @@ def plan(
         "traverse" if TARGETS[machine.target].gpu else next(reversed([g for g in subject.graphs if "trav" in g]))
     )
     following = run(text_graph, tokens=NEXT_QUESTION, slots=prompt + work.answer + NEXT_QUESTION)
-    memory, verdict, changes = _fit(subject, machine, dims, prompt + work.answer, desktop, smaller)
+    memory, verdict, changes = _fit(subject, machine, dims, prompt + work.answer, desktop, reserve, smaller)
     first = [*vision, prefill]
     return Planned(
         machine=machine,
@@ -380,11 +402,12 @@ def _fit(
     dims: Mapping[str, int],
     least: int,
     desktop: bool,
+    reserve: int,
     smaller: Callable[[], Iterator[Subject]],
 ) -> tuple[Memory, str, tuple[str, ...]]:
     """Memory as asked for, the verdict, and the fewest changes (in the order in which they hurt) that make it fit."""
     as_asked = memory_of(subject, machine, dims, subject.context, True, desktop)
-    if as_asked.remains >= 0 and as_asked.build_remains >= 0:
+    if as_asked.remains >= reserve and as_asked.build_remains >= 0:
         return as_asked, "fits", ()
     short = -(-least // 256) * 256
     options: list[tuple[str, dict[str, Any]]] = []
@@ -401,7 +424,7 @@ def _fit(
                 for _, change in chosen:
                     given |= change
                 memory = memory_of(candidate, machine, dims, **given)
-                if memory.remains >= 0:
+                if memory.remains >= reserve:
                     swap = f"{-memory.build_remains / 1e9:.1f} GB of swap while the engines are built"
                     building = (swap,) if memory.build_remains < 0 else ()
                     changes = (*name, *(text for text, _ in chosen), *building)
