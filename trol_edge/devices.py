@@ -12,6 +12,7 @@ from pathlib import Path
 
 from trol_edge.errors import UsageError
 from trol_edge.spec import from_dict
+from trol_edge.targets import TARGETS
 
 MIB = 1 << 20
 FP32_FMA = 128  # per clock and SM, on all of these
@@ -204,6 +205,8 @@ def _read(path: Path) -> Device:
     ]
     if not device.modes:
         wrong.append("no modes")
+    if not (device.target in TARGETS and TARGETS[device.target].gpu):
+        wrong.append(f"target {device.target!r} is not one of {', '.join(n for n, t in TARGETS.items() if t.gpu)}")
     if wrong:
         raise UsageError(f"{path}: {'; '.join(wrong)}. {advice}")
     return device
