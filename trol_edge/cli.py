@@ -770,10 +770,11 @@ def plan(
     _print_plans(plans, TARGETS)
     for name, p in chosen.items():
         if len([q for q in plans if q.machine.name == name]) > 1 or goal_ms or goal_tokens_per_second:
+            goals = " and reaches the goal" if goal_ms or goal_tokens_per_second else ""
             said = (
-                "no precision fits and reaches the goal"
+                f"no precision here fits{goals}"
                 if p is None
-                else f"{p.subject.precision} is the best that does"
+                else f"{p.subject.precision} is the finest that fits{goals}"
             )
             out.print(f"{name}: {said}", markup=False)
 
@@ -805,8 +806,9 @@ def _print_plans(plans: Any, targets: Any) -> None:
     first = plans[0].subject
     out.print(f"{first.name}, context {first.context}; times expected (floor); GB = 1e9 bytes", markup=False)
     table = Table(box=None, padding=(0, 1))
-    for column in ("device", "precision", "weights", "K/V", "remains", "first token", "tokens/s", "verdict"):
-        table.add_column(column, justify="left" if column in ("device", "precision", "verdict") else "right")
+    for column in ("device", "precision", "weights", "K/V", "remains", "first token, s", "tokens/s", "verdict"):
+        words = column in ("device", "precision", "verdict")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column != "verdict")
     for p in plans:
         m = p.memory
         table.add_row(
@@ -815,7 +817,7 @@ def _print_plans(plans: Any, targets: Any) -> None:
             f"{m.weights / 1e9:.2f}",
             f"{m.cache / 1e9:.2f}",
             f"{m.remains / 1e9:.2f}",
-            f"{p.first_token[1]:.2f} s ({p.first_token[0]:.2f})",
+            f"{p.first_token[1]:.2f} ({p.first_token[0]:.2f})",
             f"{p.tokens_per_second[1]:.1f} ({p.tokens_per_second[0]:.1f})",
             p.verdict,
         )

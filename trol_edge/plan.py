@@ -95,7 +95,7 @@ class Machine:
     memory_bytes: int
     os_bytes: int
     desktop_bytes: int
-    precisions: tuple[str, ...]
+    precisions: tuple[str, ...]  # that are compared where none is chosen
     peak: Rates
     reached: Rates
     notes: tuple[str, ...]
@@ -189,7 +189,7 @@ def machine_of(device: Device, mode: Mode) -> Machine:
         product=OPERATOR_CYCLES / (mode.gpu_mhz * 1e6),
     )
     target = TARGETS[device.target]
-    precisions = tuple(p for p in target.precisions if p != "fp8" or device.fp8)
+    precisions = tuple(p for p in target.precisions if p != "fp32" and (p != "fp8" or device.fp8))
     notes = tuple(f"unverified: {what}" for what in device.unverified)
     return Machine(
         f"{device.name}:{mode.name}",
@@ -369,17 +369,15 @@ def plan(
             f"not fit a context of {subject.context}; choose a larger --context, or fewer --tiles"
         )
     dims = {"images": tiles, "tokens": prompt, "slots": prompt}
-    graph, sizes = "traverse" if tiles or "traverse_text" not in subject.graphs else "traverse_text", subject.weights
+    text_only = "traverse_text" in subject.graphs and not TARGETS[machine.target].gpu  # no engine of its own there
+    text_graph = "traverse_text" if text_only else "traverse"
 
     def run(name: str, **given: int) -> Stage:
-        return stage(name, subject.graphs[name], sizes[name], machine, **given)
+        return stage(name, subject.graphs[name], subject.weights[name], machine, **given)
 
     vision = [run("vision", images=tiles)] if tiles else []
-    prefill = run(graph, tokens=prompt, slots=prompt)
+    prefill = run("traverse" if tiles else text_graph, tokens=prompt, slots=prompt)
     step = run("step", slots=prompt + work.answer // 2)
-    text_graph = (
-        "traverse" if TARGETS[machine.target].gpu else next(reversed([g for g in subject.graphs if "trav" in g]))
-    )
     following = run(text_graph, tokens=NEXT_QUESTION, slots=prompt + work.answer + NEXT_QUESTION)
     memory, verdict, changes = _fit(subject, machine, dims, prompt + work.answer, desktop, reserve, smaller)
     first = [*vision, prefill]
@@ -434,13 +432,11 @@ def _fit(
 
 def best(plans: Sequence[Planned], first_token: float | None, tokens_per_second: float | None) -> Planned | None:
     """The finest precision on a machine that fits and is expected to reach the goals (seconds, tokens per second)."""
-    for precision in QUALITY:
-        for found in plans:
-            fits = found.subject.precision == precision and found.verdict != "does not fit"
-            early = first_token is None or found.first_token[1] <= first_token
-            fast = tokens_per_second is None or found.tokens_per_second[1] >= tokens_per_second
-            if fits and early and fast:
-                return found
+    for found in sorted(plans, key=lambda p: (*QUALITY, p.subject.precision).index(p.subject.precision)):
+        early = first_token is None or found.first_token[1] <= first_token
+        fast = tokens_per_second is None or found.tokens_per_second[1] >= tokens_per_second
+        if found.verdict != "does not fit" and early and fast:
+            return found
     return None
 
 
