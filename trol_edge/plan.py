@@ -379,7 +379,7 @@ def plan(
     prefill = run("traverse" if tiles else text_graph, tokens=prompt, slots=prompt)
     step = run("step", slots=prompt + work.answer // 2)
     following = run(text_graph, tokens=NEXT_QUESTION, slots=prompt + work.answer + NEXT_QUESTION)
-    memory, verdict, changes = _fit(subject, machine, dims, prompt + work.answer, desktop, reserve, smaller)
+    memory, verdict, changes = _fit(subject, machine, work, dims, desktop, reserve, smaller)
     first = [*vision, prefill]
     return Planned(
         machine=machine,
@@ -397,36 +397,42 @@ def plan(
 def _fit(
     subject: Subject,
     machine: Machine,
+    work: Workload,
     dims: Mapping[str, int],
-    least: int,
     desktop: bool,
     reserve: int,
     smaller: Callable[[], Iterator[Subject]],
 ) -> tuple[Memory, str, tuple[str, ...]]:
-    """Memory as asked for, the verdict, and the fewest changes (in the order in which they hurt) that make it fit."""
+    """Memory as asked for, the verdict, and the fewest changes that make it fit, those first that hurt least."""
+    gpu = TARGETS[machine.target].gpu
+    switches: list[tuple[str, dict[str, Any]]] = [("boot without a desktop", {"desktop": False})] if desktop else []
+    if not gpu:  # TensorRT's back end always keeps both
+        switches.append(("one K/V set (prefix_reuse=False: no second question for free)", {"reuse": False}))
+    subsets = [chosen for n in range(len(switches) + 1) for chosen in itertools.combinations(switches, n)]
+    contexts: dict[int, str] = {subject.context: ""}
+    for tiles in range(dims["images"], -1, -1):
+        tokens = -(-(tiles * subject.tokens_per_tile + work.text + work.answer) // 256) * 256
+        if tokens < min(contexts) and (tiles or not dims["images"]):
+            fewer = f"at most {tiles} tile(s) a picture and " if tiles < dims["images"] else ""
+            contexts[tokens] = f"{fewer}a context of {tokens} tokens"
     as_asked = memory_of(subject, machine, dims, subject.context, True, desktop)
-    if as_asked.remains >= reserve and as_asked.build_remains >= 0:
-        return as_asked, "fits", ()
-    short = -(-least // 256) * 256
-    options: list[tuple[str, dict[str, Any]]] = []
-    if desktop:
-        options.append(("boot without a desktop", {"desktop": False}))
-    options.append(("one K/V set (prefix_reuse=False: no second question for free)", {"reuse": False}))
-    if short < subject.context:
-        options.append((f"a context of {short} tokens", {"context": short}))
-    for candidate in (subject, *smaller()):
-        name = () if candidate is subject else (f"precision {candidate.precision}",)
-        for count in range(len(options) + 1):
-            for chosen in [options[count - 1 : count], options[:count]]:
-                given: dict[str, Any] = {"context": candidate.context, "reuse": True, "desktop": desktop}
+    for candidate in itertools.chain((subject,), smaller()):
+        for context, shorter in contexts.items():
+            for chosen in subsets:
+                given: dict[str, Any] = {"reuse": True, "desktop": desktop}
                 for _, change in chosen:
                     given |= change
-                memory = memory_of(candidate, machine, dims, **given)
-                if memory.remains >= reserve:
-                    swap = f"{-memory.build_remains / 1e9:.1f} GB of swap while the engines are built"
-                    building = (swap,) if memory.build_remains < 0 else ()
-                    changes = (*name, *(text for text, _ in chosen), *building)
-                    return as_asked, "fits with these changes", changes
+                memory = memory_of(candidate, machine, dims, context, **given)
+                if memory.remains < reserve:
+                    continue
+                lacking = f"{-memory.build_remains / 1e9:.1f} GB of swap while the engines are built"
+                changes = (
+                    *(() if candidate is subject else (f"precision {candidate.precision}",)),
+                    *((shorter,) if shorter else ()),
+                    *(text for text, _ in chosen),
+                    *((lacking,) if memory.build_remains < 0 else ()),
+                )
+                return as_asked, "fits with these changes" if changes else "fits", changes
     return as_asked, "does not fit", ()
 
 
