@@ -68,7 +68,8 @@ Points = tuple[tuple[int, float], ...]
 class Rates:
     """What a machine does per second, by how much it does: points (amount, per second), between which is interpolated.
 
-    arithmetic: operations, by type and by the size of one product. reads: bytes of weights or cache, by the weights of
+    arithmetic: operations, by type and by the size of one product; "attention" has an entry of its own where its
+    rate is another. reads: bytes of weights or cache, by the weights of
     the graph (what fits the processor's caches is read faster). touches: bytes of tensors between operators, by those
     of one operator. stored: bytes of weights of a type whose unpacking is slower than memory. operator, product, run:
     seconds to start an element-wise operator, a product, a graph. fused: element-wise operators and copies are part of
@@ -281,7 +282,8 @@ def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Ra
         read = min(read, rates.stored[o.stored])
     touched = 0.0 if rates.fused and product else cost.activation_bytes / _at(rates.touches, cost.activation_bytes)
     memory = (cost.weight_bytes + cost.cache_bytes) / read + touched
-    arithmetic = cost.flops / _at(_points(rates, o.arithmetic), cost.flops) if product else 0.0
+    points = rates.arithmetic.get("attention") if o.kind == "attention" else None
+    arithmetic = cost.flops / _at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
     return o.count * arithmetic, o.count * memory, o.count * (rates.product if product else rates.operator)
 
 
