@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,15 +29,18 @@ from trol_edge.bundle import (
     sha256_of,
     write_manifest,
 )
+from trol_edge.costs import Costs
 from trol_edge.errors import CalibrationError, ExportError, UsageError
-from trol_edge.export import graphs, half, lower_ort, lower_trt, qdq, storage, tokenizer
+from trol_edge.export import counts, graphs, half, lower_ort, lower_trt, qdq, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
+from trol_edge.export.family import Family
 from trol_edge.export.models import MODELS
-from trol_edge.export.precision import TARGETS, Options, is_linear, make_plan
+from trol_edge.export.precision import TARGETS, Options, Plan, is_linear, make_plan
 from trol_edge.export.scales import find_scales
 from trol_edge.export.storage import Layout, Progress
 from trol_edge.export.stored import IR_TYPES, Place, StoredWeights, places
 from trol_edge.precision import CalibrationInfo
+from trol_edge.spec import ModelSpec
 
 if TYPE_CHECKING:
     from trol_edge.calibration.statistics import Statistics
@@ -80,15 +83,8 @@ def export(
         raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     source = Checkpoint(checkpoint, family=MODELS[model].family.name if model in MODELS else None)
     spec = source.spec
-    limit = spec.max_position_embeddings
-    if context is None:
-        picture = spec.vision.tokens_per_image * source.family.image(spec).most_tiles
-        context = min(max(MIN_DEFAULT_CONTEXT, -(-(picture + ROOM_FOR_TEXT) // 256) * 256), limit)
-    if not 2 <= context <= limit:
-        raise ExportError(
-            f"context {context}: this model knows positions 0..{limit - 1} (max_position_embeddings), and beyond them "
-            f"what its rotary embedding does depends on what ran before; choose 2..{limit}"
-        )
+    context = default_context(source.family, spec) if context is None else context
+    require_context(context, spec)
     options = options or Options()
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
     needed = plan.quantized or plan.compute == "fp16"
@@ -111,16 +107,9 @@ def export(
         stored = StoredWeights(source, context, plan, scales)
         models = _trace(source, context, progress)
         layouts, lowered = dict(stored.layouts), dict[str, Layout]()
+        dtypes = {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()}
         for name, traced in models.items():
-            _fold_transposes(name, traced)
-            if scales is not None:
-                qdq.insert(traced, plan, scales.inputs)
-                if target != "cpu":
-                    qdq.separate_int4_readers(traced)
-            if plan.compute == "fp16":
-                half.convert(traced, plan.kept_fp32, {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()})
-            if target in LOWERINGS:
-                lowered |= LOWERINGS[target](name, traced)
+            lowered |= prepare(name, traced, target, plan, scales.inputs if scales else {}, dtypes)
         used = {weight for traced in models.values() for weight in graphs.weight_names(traced)} | {EMBEDDING, *lowered}
         layouts |= lowered
         layouts = {name: layout for name, layout in layouts.items() if name in used}
@@ -151,6 +140,22 @@ def export(
         )
         write_manifest(folder, manifest)
     return manifest
+
+
+def default_context(family: Family, spec: ModelSpec) -> int:
+    """Tokens of K/V cache that a bundle gets where nobody says: one picture and some 700 tokens of text."""
+    picture = spec.vision.tokens_per_image * family.image(spec).most_tiles
+    return min(max(MIN_DEFAULT_CONTEXT, -(-(picture + ROOM_FOR_TEXT) // 256) * 256), spec.max_position_embeddings)
+
+
+def require_context(context: int, spec: ModelSpec) -> None:
+    """Raise ExportError where the model knows no such positions."""
+    limit = spec.max_position_embeddings
+    if not 2 <= context <= limit:
+        raise ExportError(
+            f"context {context}: this model knows positions 0..{limit - 1} (max_position_embeddings), and beyond them "
+            f"what its rotary embedding does depends on what ran before; choose 2..{limit}"
+        )
 
 
 def _write_tokenizer(path: Path, source: Checkpoint) -> None:
@@ -192,14 +197,45 @@ def _fold_transposes(name: str, model: ir.Model) -> None:
         raise ExportError(f"the trace of {name} reads a weight otherwise than it is stored; please report this")
 
 
-def _write_graph(
-    folder: Path, name: str, model: ir.Model, target: str, lowered: Collection[str], found: dict[str, Place]
-) -> GraphInfo:
-    inputs, outputs = (tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs))
+def prepare(
+    name: str,
+    model: ir.Model,
+    target: str,
+    plan: Plan,
+    input_scales: Mapping[str, float],
+    dtypes: Mapping[str, ir.DataType],
+) -> dict[str, Layout]:
+    """Quantize and lower a traced graph in place; returns the layouts of tensors written beside the parameters.
+
+    dtypes: of every parameter that is not quantized, as stored.
+    """
+    _fold_transposes(name, model)
+    if plan.quantized:
+        qdq.insert(model, plan, input_scales)
+        if target != "cpu":
+            qdq.separate_int4_readers(model)
+    if plan.compute == "fp16":
+        half.convert(model, plan.kept_fp32, dtypes)
+    return LOWERINGS[target](name, model) if target in LOWERINGS else {}
+
+
+def take_inputs(model: ir.Model, target: str, lowered: Collection[str]) -> tuple[tuple[str, ...], list[str], Costs]:
+    """Make weights graph inputs where the target wants them so: all weights, those that are inputs now, and the costs.
+
+    lowered: what `prepare` returned, of all graphs.
+    """
     weights = tuple(graphs.weight_names(model))
     as_inputs: list[str] = []
     if target == "cpu":
         as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
+    return weights, as_inputs, counts.count(model, weights, scores=target not in GPU_TARGETS)
+
+
+def _write_graph(
+    folder: Path, name: str, model: ir.Model, target: str, lowered: Collection[str], found: dict[str, Place]
+) -> GraphInfo:
+    inputs, outputs = ports(model.graph.inputs), ports(model.graph.outputs)
+    weights, as_inputs, costs = take_inputs(model, target, lowered)
     graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()})
     if target in GPU_TARGETS:
         model = lower_trt.lower(model, GPU_TARGETS[target])
@@ -207,7 +243,12 @@ def _write_graph(
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
     operators = dict(Counter(node.op_type for node in model.graph))
     constants = tuple(w for w in weights if w not in as_inputs)
-    return GraphInfo(file, inputs, outputs, weights, constants, operators)
+    return GraphInfo(file, inputs, outputs, weights, constants, operators, costs)
+
+
+def ports(values: Iterable[ir.Value]) -> tuple[Port, ...]:
+    """Inputs or outputs of a graph, as the manifest has them."""
+    return tuple(_port(value) for value in values)
 
 
 def _port(value: ir.Value) -> Port:

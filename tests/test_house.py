@@ -57,6 +57,7 @@ OPEN = {
     ("runtimes/cuda.py", "pycuda"),
     ("export/contenders.py", "trol_edge.runtime"),  # measures what a user would call
     ("export/contenders.py", "transformers"),  # makes a model for OpenVINO
+    ("export/plan_check.py", "trol_edge.runtimes"),  # measures this machine, and bundles on it
     ("calibration/run.py", "torch"),  # runs the reference, layer by layer
     ("calibration/run.py", "trol_edge.export"),
     ("calibration/sensitivity.py", "torch"),  # rounds one Linear of the reference at a time

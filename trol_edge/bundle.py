@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trol_edge.costs import Costs
 from trol_edge.errors import BundleError, ExportError
 from trol_edge.images import ImageSpec
 from trol_edge.precision import CalibrationInfo, Part, Plan
@@ -64,6 +65,7 @@ class GraphInfo:
     """One graph: its file, its inputs and outputs, the weights it reads, its operators (type -> count).
 
     `constants` are those of `weights` that the graph file itself points into the weights file; the others are inputs.
+    `costs` are what a run of it does; None in bundles made before they were counted.
     """
 
     file: str
@@ -72,6 +74,7 @@ class GraphInfo:
     weights: tuple[str, ...]
     constants: tuple[str, ...]
     operators: dict[str, int]
+    costs: Costs | None = None
 
 
 @dataclasses.dataclass(frozen=True)
