@@ -218,6 +218,12 @@ class OrtState:
         if not which:
             self._rope_offset[:] = source._rope_offset
 
+    def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
+        """See trol_edge.cache.State."""
+        if which and not self._backend.prefix_reuse:
+            return []
+        return [a[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1) for a in (self.cache, self.second)[which]]
+
     def step(self, embedding: Float32, position: int) -> Float32:
         """One pass over one token. embedding [D] at `position`; logits [V], overwritten by the next call."""
         self._embedding[0, 0] = embedding

@@ -331,6 +331,19 @@ class TrtState:
         if not which:
             self._rope_offset = source._rope_offset
 
+    def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
+        """See trol_edge.cache.State; each buffer comes down whole."""
+        backend, found = self._backend, []
+        with backend.lock:
+            for name, port in self._ports.items():
+                if name.startswith("past_second_") == bool(which):
+                    host = np.empty([int(d) for d in port.shape], port.dtype)
+                    backend.cuda.download(host, self._cache[name])
+                    backend.cuda.wait()
+                    rows = host[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1)
+                    found.append(rows.astype(np.float32))
+        return found
+
 
 def _dtype(graph: GraphInfo, name: str) -> str:
     return next(p.dtype for p in (*graph.inputs, *graph.outputs) if p.name == name)

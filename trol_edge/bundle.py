@@ -5,6 +5,8 @@
     weights.safetensors     every tensor of the checkpoint once, Linear weights transposed: in the checkpoint's dtype,
                             or quantized as the manifest's plan says, with their scales beside them
     tokenizer.json          for the `tokenizers` library; absent: token level only
+    selftest.safetensors    what the FP32 reference computes, see selftest.py; absent: nothing to verify against
+    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify.py
 
 A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
 """
@@ -38,7 +40,10 @@ FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
-BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, "*.onnx", "engines")  # patterns of all that export writes
+SELFTEST = "selftest.safetensors"
+VERIFIED = "verified-*.json"
+# Patterns of all that a bundle's folder may hold.
+BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, SELFTEST, VERIFIED, "*.onnx", "engines")
 EMBEDDING = "embedding"  # looked up by the runtime, in no graph
 
 

@@ -47,6 +47,13 @@ class State(Protocol):
         """
         ...
 
+    def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
+        """Some rows of one set as they are cached: keys and values in turn, layer by layer, [R, G*E] each.
+
+        For `verify`: it may take its time. Empty for a set that is not kept.
+        """
+        ...
+
 
 class Backend(Protocol):
     """The graphs of one bundle on some inference library; the one seam between runtime and accelerators."""
