@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor
 
+from trol_edge.calibration import scenes
 from trol_edge.errors import CheckpointError
 from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.layerwise import Layerwise, rope_of
@@ -26,7 +27,9 @@ from trol_edge.selftest import Case, SelfTest, tensors
 from trol_edge.spec import ModelSpec
 from trol_edge.text import Tokenizer, build_prompt
 
-QUESTION, ANSWER = "Describe the picture.", "There is a red circle left of a blue square, and a yellow star above them."
+# A rendered scene, as default calibration has them, but another one: within the range that scales were made for.
+SCENE = 3 * scenes.HELD_OUT_SEED
+QUESTION, ANSWER = "Describe the scene.", "from left to right: a small blue circle, a large red star"
 STEPS = 8
 IMAGE_TOKENS = 32  # feature rows in the prompt
 LEAST_ROOM = 8  # tokens of a prompt; a bundle with less context gets no self-test
@@ -51,17 +54,8 @@ def record(source: Checkpoint, path: Path, context: int, tokenizer: Tokenizer | 
 
 
 def picture(wide: bool) -> NDArray[np.uint8]:
-    """A picture with edges, gradients and all colours, uint8 [80, 80 or 160, 3]; a wide one is cut into tiles."""
-    height, width = 80, 160 if wide else 80
-    y, x = np.mgrid[:height, :width]
-    rgb = np.stack((x * 255 // (width - 1), y * 255 // (height - 1), (x // 8 + y // 8) % 2 * 160 + 40), axis=-1)
-    for row, column, colour in (
-        (24, 24, (220, 30, 30)),
-        (56, width - 24, (30, 60, 220)),
-        (20, width - 20, (240, 220, 20)),
-    ):
-        rgb[(y - row) ** 2 + (x - column) ** 2 < 144] = colour
-    return rgb.astype(np.uint8)
+    """A rendered scene, uint8 [112, 112, 3], or two side by side, which models with tiles cut up."""
+    return np.concatenate([scenes.render(SCENE + i)[0] for i in range(1 + wide)], axis=1)
 
 
 def _prompt(source: Checkpoint, tokenizer: Tokenizer | None, tiles: list[int], room: int) -> tuple[Any, Any, Any]:

@@ -49,7 +49,7 @@ class OrtBackend:
         if manifest.target != "cpu":
             raise BundleError(f"{bundle.folder}: made for target {manifest.target!r}; export with --target cpu")
         self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
-        self.prefix_reuse = prefix_reuse
+        self.prefix_reuse, self.identity = prefix_reuse, f"onnxruntime {ort.__version__}"
         file = bundle.weights()
         used = {name for graph in manifest.graphs.values() for name in graph.weights}
         constants = {name for graph in manifest.graphs.values() for name in graph.constants}

@@ -63,6 +63,9 @@ class TrtBackend:
                 raise BackendError(f"no usable NVIDIA GPU: {found}; `trol-edge doctor` looks for the cause")
             device = found[0]
         self._require_fit(engines, device)
+        built = hashlib.sha256("".join(sorted(e.sha256 for e in engines.engines.values())).encode()).hexdigest()
+        gpu = f"{device.name}, driver {'.'.join(map(str, device.driver))}" if device else "a GPU"
+        self.identity = f"{self.library.title} on {gpu}, engines {built[:12]}"
         paths = {name: verified(bundle, engines, name) for name in GRAPHS}
         self.cuda = cuda or open_cuda()
         self.cuda_graphs = cuda_graphs and self.cuda.graphs

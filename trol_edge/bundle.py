@@ -130,7 +130,8 @@ class Bundle:
                 f"{path}: bundle format {data.get('format_version')!r}, this trol-edge reads format {FORMAT_VERSION}; "
                 "export the bundle again with this version"
             )
-        if data.pop("manifest_sha256", None) != _digest(data):
+        self.identity = data.pop("manifest_sha256", None)  # of the manifest, and so of every file that it lists
+        if self.identity != _digest(data):
             raise BundleError(f"{path}: altered since export (its own hash differs); copy or export the bundle again")
         self.manifest: Manifest = from_dict(Manifest, data, str(path))
         self._check_files()

@@ -60,6 +60,8 @@ class Backend(Protocol):
 
     # Whether states keep both K/V sets, so that a traverse may start behind a prefix.
     prefix_reuse: bool
+    # What runs the graphs: library and version, GPU, driver, engines. Another one has to pass the self-test anew.
+    identity: str
 
     def encode_image(self, pixel_values: Float32) -> Float32:
         """pixel_values [N, 3, P, P] -> image features [N, T, D]."""

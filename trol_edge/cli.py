@@ -102,6 +102,9 @@ def export(
     scaling: Annotated[
         bool | None, typer.Option("--scaling/--no-scaling", help="Rescale channels (SmoothQuant, AWQ).")
     ] = None,
+    selftest: Annotated[
+        bool, typer.Option("--selftest/--no-selftest", help="Record what the FP32 reference computes, for verify.")
+    ] = True,
     checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CHECKPOINTS,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     force: Force = False,
@@ -133,6 +136,7 @@ def export(
             context=context,
             options=options,
             calibration=statistics,
+            record_selftest=selftest,
             overwrite=force,
             progress=progress,
         )
@@ -509,6 +513,31 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
     print(f"  {tools}/trol-edge inspect {bundle}")
     code = f"import trol_edge; print(trol_edge.Runtime('{bundle}').generate('{question}', '{shown}'))"
     print(f'  {tools}/python -c "{code}"')
+
+
+@app.command(epilog="Example: trol-edge verify build/trol-nano --json")
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    every: Annotated[bool, typer.Option("--all", help="One line per stage instead of one per layer.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay the self-test that export recorded; exit code 1 where a stage drifts more than its precision may."""
+    from trol_edge.verify import verify as replay
+
+    report = replay(bundle, threads)
+    if as_json:
+        _print_json(report.json())
+    else:
+        table = Table("", "stage", "drift", "budget", "", box=None, padding=(0, 1))
+        for title, stage in report.lines(every):
+            mark = "ok" if stage.good else "[red]--[/red]"
+            table.add_row(mark, title, f"{stage.drift:.1e}", f"{stage.budget:.0e}", escape(stage.text))
+        out.print(table)
+        where = f"{report.target}, {report.precision}, {report.runs_on}; {report.machine}; {report.seconds:.1f} s"
+        out.print(f"{where}\n{report.verdict}", markup=False, soft_wrap=True)
+    if report.first_wrong is not None:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: trol-edge soak build/trol-nano --minutes 10")
