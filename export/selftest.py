@@ -105,13 +105,14 @@ class _Sequence:
         self.steps = layer(self.steps, None, 0, 0, attend)
         for hidden in (self.x, self.steps):
             _require_finite(name, hidden)
-        rows = [
-            [t[traversal][0][0].transpose(0, 1).flatten(1) for t in (attend.keys, attend.values)]  # [T, G*E] each
-            for traversal in (0, 1)
-        ]
+        rows = []  # [pass][keys, values] of [T, G*E]
+        for traversal in (0, 1):
+            keys, values = attend.keys[traversal], attend.values[traversal]
+            assert keys[0] is not None and values[0] is not None
+            rows.append([t[0].transpose(0, 1).flatten(1) for t in (keys[0], values[0])])
+            keys[0] = values[0] = None  # the next layer begins anew, in the same place
         self.cache.append(torch.stack([torch.stack([t[self.positions] for t in kind]) for kind in rows]))
         self.step_cache.append(torch.stack([t[-1] for t in rows[0]]))
-        attend.keys, attend.values = ([[None], [None]] for _ in range(2))
 
     def case(self, logits: Tensor) -> Case:
         """logits [n+1, V]: behind the prompt and behind each stepped token."""

@@ -672,22 +672,24 @@ def build(
     )
 
 
-@app.command(epilog="Example: trol-edge doctor build/trol-nano-rtx")
+@app.command(epilog="Example: trol-edge doctor build/trol-nano")
 def doctor(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder whose engines to look at, too.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder to look at, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check that driver, GPU, TensorRT, engines and bundle fit together; exit code 1 where the bundle does not run."""
-    from trol_edge.bundle import Bundle
+    """Say what this machine is, what runs here and what is wrong; exit code 1 where something needed does not work."""
     from trol_edge.runtimes import doctor as room
 
-    checks = room.examine(None if bundle is None else Bundle(bundle))
+    checks = room.examine(bundle)
     if as_json:
         _print_json([dataclasses.asdict(check) for check in checks])
     else:
         for check in checks:
-            out.print(f"{'ok' if check.good else '--':2} {check.what}: {check.text}", markup=False, soft_wrap=True)
-    if not all(check.good for check in checks if check.what in ("engines", "fit")):
+            mark = "ok" if check.good else "!!" if check.needed else "--"
+            out.print(f"{mark} {check.what}: {check.text}", markup=False, soft_wrap=True)
+        wrong = [check.what for check in checks if check.needed and not check.good]
+        out.print(f"does not work: {', '.join(wrong)}" if wrong else "nothing that is needed is wrong", markup=False)
+    if any(check.needed and not check.good for check in checks):
         raise typer.Exit(1)
 
 

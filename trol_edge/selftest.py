@@ -67,7 +67,7 @@ def read(bundle: Bundle) -> SelfTest:
         cases = {}
         for name in sorted({name.split(".")[0] for name in arrays if "." in name}, reverse=True):  # the picture first
             cases[name] = Case(**{f.name: arrays.pop(f"{name}.{f.name}") for f in dataclasses.fields(Case)})
-        return SelfTest(**arrays, cases=cases)  # type: ignore[arg-type]
+        return SelfTest(**arrays, cases=cases)
     except (KeyError, TypeError) as error:
         raise BundleError(f"{file.path}: not a self-test of this version ({error}); export the bundle again") from error
 
