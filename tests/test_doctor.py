@@ -1,4 +1,4 @@
-"""What the doctor says of machines made of their documented files, and of installations and bundles that lack a part."""
+"""What the doctor says of machines made of their documented files, and of what installations and bundles may lack."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ BUDGETS = {
     "int8": Budget(embedding=1e-3, vision=0.05, keys=0.25, values=0.8, logits=0.3),
     "fp8": Budget(embedding=1e-3, vision=0.1, keys=0.2, values=0.5, logits=0.2),
     "fp16": Budget(embedding=1e-3, vision=1e-2, keys=1e-2, values=1e-2, logits=1e-2),
-    "fp32": Budget(embedding=1e-6, vision=1e-4, keys=1e-4, values=1e-4, logits=1e-4),
+    "fp32": Budget(embedding=1e-6, vision=5e-5, keys=5e-5, values=5e-5, logits=5e-5),
 }
 HINTS = {
     "preprocess": "the picture settings in bundle.json, or the Pillow that resizes here, are not those of the export",
