@@ -29,14 +29,15 @@ help:  ## show this list
 	@echo "       make engine MODEL=trol-7b CHECKPOINT=folder CONTEXT=4096"
 	@echo "       make engine TARGET=rtx PRECISION=fp16       (needs pip install tensorrt-rtx; trol-edge targets lists more)"
 
-engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, then ask it (MODEL=, TARGET=, PRECISION=, CHECKPOINT=, CONTEXT=)
+engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, verify it, then ask it (MODEL=, TARGET=, PRECISION=, CHECKPOINT=, CONTEXT=)
 	@target="$(TARGET)"; test -n "$$target" || target=$$($(BIN)/trol-edge targets --best) || exit 1; \
 	$(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL) --target $$target --force \
 		$(if $(PRECISION),--precision $(PRECISION)) $(if $(CONTEXT),--context $(CONTEXT)) || exit 1; \
 	case $$target in \
-		cpu) $(BIN)/trol-edge demo $(BUNDLE);; \
+		cpu) $(BIN)/trol-edge verify $(BUNDLE) && $(BIN)/trol-edge demo $(BUNDLE);; \
 		onnx) ;; \
-		*) $(BIN)/trol-edge build $(BUNDLE) && $(BIN)/trol-edge doctor $(BUNDLE);; \
+		*) $(BIN)/trol-edge build $(BUNDLE) && $(BIN)/trol-edge doctor $(BUNDLE) && \
+			{ test -n "$(TARGET)" || $(BIN)/trol-edge verify $(BUNDLE); };; \
 	esac
 
 test: $(VENV)/test.stamp lint  ## lint, types and the test suite

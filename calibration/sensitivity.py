@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trol_edge.calibration.run import model_prompts, rope_of
+from trol_edge.calibration.run import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.calibration.statistics import Statistics
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export.checkpoint import Checkpoint
+from trol_edge.export.layerwise import rope_of
 from trol_edge.export.model import EagerAttention
 from trol_edge.export.precision import LinearPlan, Options, make_plan
 from trol_edge.export.quantize import quantize, restore, round_to

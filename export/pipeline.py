@@ -19,6 +19,7 @@ from trol_edge.bundle import (
     EMBEDDING,
     FORMAT,
     FORMAT_VERSION,
+    SELFTEST,
     TOKENIZER,
     WEIGHTS,
     FileInfo,
@@ -31,7 +32,7 @@ from trol_edge.bundle import (
 )
 from trol_edge.costs import Costs
 from trol_edge.errors import CalibrationError, ExportError, UsageError
-from trol_edge.export import counts, graphs, half, lower_ort, lower_trt, qdq, storage, tokenizer
+from trol_edge.export import counts, graphs, half, lower_ort, lower_trt, qdq, selftest, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.family import Family
 from trol_edge.export.models import MODELS
@@ -41,6 +42,7 @@ from trol_edge.export.storage import Layout, Progress
 from trol_edge.export.stored import IR_TYPES, Place, StoredWeights, places
 from trol_edge.precision import CalibrationInfo
 from trol_edge.spec import ModelSpec
+from trol_edge.text import Tokenizer
 
 if TYPE_CHECKING:
     from trol_edge.calibration.statistics import Statistics
@@ -64,6 +66,7 @@ def export(
     context: int | None = None,
     options: Options | None = None,
     calibration: Callable[[Checkpoint], Statistics] | None = None,
+    record_selftest: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
@@ -74,6 +77,7 @@ def export(
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
     options choose the precision (default: the recipe fp32). All but fp32, and fp16 on a CPU, need statistics of this
     checkpoint's activations: calibration(checkpoint) loads or gathers them, after all that can be refused has been.
+    record_selftest: run the FP32 reference on a small prompt and keep what it computes, for `trol_edge.verify`.
     Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
 
     Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
@@ -91,7 +95,7 @@ def export(
     if needed and calibration is None:
         raise UsageError(f"precision {plan.recipe} for target {target} needs the statistics of a calibration")
     with new_folder(bundle, overwrite) as folder:
-        _write_tokenizer(folder / TOKENIZER, source)
+        words = _write_tokenizer(folder / TOKENIZER, source)
         statistics = calibration(source) if calibration and needed else None
         if statistics is not None and statistics.checkpoint != source.identity():
             raise CalibrationError(
@@ -117,6 +121,9 @@ def export(
         stored.require_finite()
         found = places(layouts, written, plan)
         infos = {name: _write_graph(folder, name, traced, target, lowered, found) for name, traced in models.items()}
+        del models
+        if record_selftest and not selftest.record(source, folder / SELFTEST, context, words, progress):
+            source.notes.append(f"a context of {context} tokens is too short for a self-test")
         digests = _digests(folder, progress)
         manifest = Manifest(
             format=FORMAT,
@@ -158,15 +165,16 @@ def require_context(context: int, spec: ModelSpec) -> None:
         )
 
 
-def _write_tokenizer(path: Path, source: Checkpoint) -> None:
+def _write_tokenizer(path: Path, source: Checkpoint) -> Tokenizer | None:
     # Where no file lists the image token, the authors' loader adds it behind all others.
     image_token = (source.family.prompt(source.spec).image,)
     text = tokenizer.convert(source.folder, image_token)
     if text is None:
         source.notes.append("the checkpoint has no tokenizer: the bundle serves token ids only")
-        return
+        return None
     tokenizer.verify(text, source.folder, image_token)
     path.write_text(text, encoding="utf-8")
+    return Tokenizer(text, str(source.folder))
 
 
 def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:

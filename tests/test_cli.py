@@ -25,21 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCENE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
 VERBS = (
-    *(
-        "export",
-        "run",
-        "inspect",
-        "synth",
-        "calibrate",
-        "mix",
-        "outliers",
-        "evaluate",
-        "compare",
-        "demo",
-        "soak",
-        "profile",
-    ),
-    *("targets", "build", "doctor", "version"),
+    *("export", "run", "inspect", "synth", "calibrate", "mix", "outliers", "evaluate", "compare", "demo", "verify"),
+    *("soak", "profile", "plan", "targets", "build", "doctor", "version"),
 )
 
 

@@ -52,6 +52,7 @@ FORBIDDEN = {
 OPEN = {
     # the training renders scenes, packs questions about them, and asks held-out ones
     *((f"export/nano_{part}.py", "trol_edge.calibration") for part in ("data", "recipes", "report", "stages", "text")),
+    ("export/selftest.py", "trol_edge.calibration"),  # renders a scene
     ("runtimes/trt_api.py", "tensorrt"),  # for type checkers; imported by name when a Library is made
     ("runtimes/cuda.py", "cuda"),  # each in a function, when a GPU is opened
     ("runtimes/cuda.py", "pycuda"),

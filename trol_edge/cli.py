@@ -108,6 +108,9 @@ def export(
         float | None,
         typer.Option(help="Raise as few Linears as keep the logits' KL divergence within this, nats (trol-edge mix)."),
     ] = None,
+    selftest: Annotated[
+        bool, typer.Option("--selftest/--no-selftest", help="Record what the FP32 reference computes, for verify.")
+    ] = True,
     checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CHECKPOINTS,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     force: Force = False,
@@ -142,6 +145,7 @@ def export(
             context=context,
             options=options,
             calibration=statistics,
+            record_selftest=selftest,
             overwrite=force,
             progress=progress,
         )
@@ -520,6 +524,31 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
     print(f'  {tools}/python -c "{code}"')
 
 
+@app.command(epilog="Example: trol-edge verify build/trol-nano --json")
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    every: Annotated[bool, typer.Option("--all", help="One line per stage instead of one per layer.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay the self-test that export recorded; exit code 1 where a stage drifts more than its precision may."""
+    from trol_edge.verify import verify as replay
+
+    report = replay(bundle, threads)
+    if as_json:
+        _print_json(report.json())
+    else:
+        table = Table("", "stage", "drift", "budget", "", box=None, padding=(0, 1))
+        for title, stage in report.lines(every):
+            mark = "ok" if stage.good else "[red]--[/red]"
+            table.add_row(mark, title, f"{stage.drift:.1e}", f"{stage.budget:.0e}", escape(stage.text))
+        out.print(table)
+        where = f"{report.target}, {report.precision}, {report.runs_on}; {report.machine}; {report.seconds:.1f} s"
+        out.print(f"{where}\n{report.verdict}", markup=False, soft_wrap=True)
+    if report.first_wrong is not None:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: trol-edge soak build/trol-nano --minutes 10")
 def soak(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, with a tokenizer.")],
@@ -721,22 +750,24 @@ def build(
     )
 
 
-@app.command(epilog="Example: trol-edge doctor build/trol-nano-rtx")
+@app.command(epilog="Example: trol-edge doctor build/trol-nano")
 def doctor(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder whose engines to look at, too.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder to look at, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check that driver, GPU, TensorRT, engines and bundle fit together; exit code 1 where the bundle does not run."""
-    from trol_edge.bundle import Bundle
+    """Say what this machine is, what runs here and what is wrong; exit code 1 where something needed does not work."""
     from trol_edge.runtimes import doctor as room
 
-    checks = room.examine(None if bundle is None else Bundle(bundle))
+    checks = room.examine(bundle)
     if as_json:
         _print_json([dataclasses.asdict(check) for check in checks])
     else:
         for check in checks:
-            out.print(f"{'ok' if check.good else '--':2} {check.what}: {check.text}", markup=False, soft_wrap=True)
-    if not all(check.good for check in checks if check.what in ("engines", "fit")):
+            mark = "ok" if check.good else "!!" if check.needed else "--"
+            out.print(f"{mark} {check.what}: {check.text}", markup=False, soft_wrap=True)
+        wrong = [check.what for check in checks if check.needed and not check.good]
+        out.print(f"does not work: {', '.join(wrong)}" if wrong else "nothing that is needed is wrong", markup=False)
+    if any(check.needed and not check.good for check in checks):
         raise typer.Exit(1)
 
 
