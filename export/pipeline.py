@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ from trol_edge.export.precision import TARGETS, Options, is_linear, make_plan
 from trol_edge.export.scales import find_scales
 from trol_edge.export.storage import Layout, Progress
 from trol_edge.export.stored import IR_TYPES, Place, StoredWeights, places
-from trol_edge.precision import CalibrationInfo
+from trol_edge.precision import CalibrationInfo, Plan
 
 if TYPE_CHECKING:
     from trol_edge.calibration.statistics import Statistics
@@ -60,6 +60,7 @@ def export(
     target: str = "cpu",
     context: int | None = None,
     options: Options | None = None,
+    shared_weights: bool = False,
     calibration: Callable[[Checkpoint], Statistics] | None = None,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -71,7 +72,8 @@ def export(
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
     options choose the precision (default: the recipe fp32). All but fp32, and fp16 on a CPU, need statistics of this
     checkpoint's activations: calibration(checkpoint) loads or gathers them, after all that can be refused has been.
-    Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
+    shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on the
+    device serves both engines; not with int4. Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
 
     Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
     `bundle`.
@@ -91,6 +93,8 @@ def export(
         )
     options = options or Options()
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
+    if shared_weights:
+        _require_shareable(plan, target)
     needed = plan.quantized or plan.compute == "fp16"
     if needed and calibration is None:
         raise UsageError(f"precision {plan.recipe} for target {target} needs the statistics of a calibration")
@@ -127,7 +131,8 @@ def export(
         written = storage.write(folder / WEIGHTS, layouts, stored.read, progress)
         stored.require_finite()
         found = places(layouts, written, plan)
-        infos = {name: _write_graph(folder, name, traced, target, lowered, found) for name, traced in models.items()}
+        shared = _shared(models) if shared_weights else set()
+        infos = {n: _write_graph(folder, n, traced, target, lowered, shared, found) for n, traced in models.items()}
         digests = _digests(folder, progress)
         manifest = Manifest(
             format=FORMAT,
@@ -192,15 +197,39 @@ def _fold_transposes(name: str, model: ir.Model) -> None:
         raise ExportError(f"the trace of {name} reads a weight otherwise than it is stored; please report this")
 
 
+def _require_shareable(plan: Plan, target: str) -> None:
+    """Raise UsageError where no TensorRT would take the weights as inputs."""
+    if target not in GPU_TARGETS:
+        raise UsageError(f"shared weights are for TensorRT; target {target} holds them once anyway")
+    precisions = {linear.precision for name, linear in plan.linears.items() if name.startswith("decoder.")}
+    if "int4" in precisions:
+        raise UsageError(
+            "shared weights with int4: TensorRT takes no 4-bit inputs; choose int8 or fp16, or leave --shared-weights out"
+        )
+
+
+def _shared(models: Mapping[str, ir.Model]) -> set[str]:
+    """Matrices that both traverse and step read: nearly all bytes that two engines would hold twice."""
+    step = models["step"].graph.initializers
+    both = set(graphs.weight_names(models["traverse"])) & set(graphs.weight_names(models["step"]))
+    return {name for name in both if is_linear(name, tuple(step[name].shape or ()))}
+
+
 def _write_graph(
-    folder: Path, name: str, model: ir.Model, target: str, lowered: Collection[str], found: dict[str, Place]
+    folder: Path,
+    name: str,
+    model: ir.Model,
+    target: str,
+    lowered: Collection[str],
+    shared: Collection[str],
+    found: dict[str, Place],
 ) -> GraphInfo:
     inputs, outputs = (tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs))
     weights = tuple(graphs.weight_names(model))
-    as_inputs: list[str] = []
+    as_inputs = [w for w in weights if w in shared]
     if target == "cpu":
         as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
-    graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()})
+    graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()}, as_inputs)
     if target in GPU_TARGETS:
         model = lower_trt.lower(model, GPU_TARGETS[target])
     file = f"{name}.onnx"

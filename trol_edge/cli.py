@@ -102,6 +102,13 @@ def export(
     scaling: Annotated[
         bool | None, typer.Option("--scaling/--no-scaling", help="Rescale channels (SmoothQuant, AWQ).")
     ] = None,
+    shared_weights: Annotated[
+        bool,
+        typer.Option(
+            "--shared-weights",
+            help="TensorRT, 8 GB boards: traverse and step read one copy of their matrices (fp16, int8).",
+        ),
+    ] = False,
     checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CHECKPOINTS,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     force: Force = False,
@@ -132,6 +139,7 @@ def export(
             target=target,
             context=context,
             options=options,
+            shared_weights=shared_weights,
             calibration=statistics,
             overwrite=force,
             progress=progress,
