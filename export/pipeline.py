@@ -29,6 +29,7 @@ from trol_edge.bundle import (
     sha256_of,
     write_manifest,
 )
+from trol_edge.engines import is_shareable
 from trol_edge.errors import CalibrationError, ExportError, UsageError
 from trol_edge.export import graphs, half, lower_ort, lower_trt, qdq, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
@@ -72,8 +73,9 @@ def export(
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
     options choose the precision (default: the recipe fp32). All but fp32, and fp16 on a CPU, need statistics of this
     checkpoint's activations: calibration(checkpoint) loads or gathers them, after all that can be refused has been.
-    shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on the
-    device serves both engines; not with int4. Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
+    shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on
+    the device serves both engines; not with int4.
+    Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
 
     Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
     `bundle`.
@@ -204,7 +206,8 @@ def _require_shareable(plan: Plan, target: str) -> None:
     precisions = {linear.precision for name, linear in plan.linears.items() if name.startswith("decoder.")}
     if "int4" in precisions:
         raise UsageError(
-            "shared weights with int4: TensorRT takes no 4-bit inputs; choose int8 or fp16, or leave --shared-weights out"
+            "shared weights with int4: TensorRT takes no 4-bit inputs; choose int8 or fp16, or leave --shared-weights "
+            "out"
         )
 
 
@@ -212,7 +215,7 @@ def _shared(models: Mapping[str, ir.Model]) -> set[str]:
     """Matrices that both traverse and step read: nearly all bytes that two engines would hold twice."""
     step = models["step"].graph.initializers
     both = set(graphs.weight_names(models["traverse"])) & set(graphs.weight_names(models["step"]))
-    return {name for name in both if is_linear(name, tuple(step[name].shape or ()))}
+    return {name for name in both if is_shareable(name, tuple(step[name].shape or ()))}
 
 
 def _write_graph(
