@@ -121,8 +121,8 @@ def export(
             _fold_transposes(name, traced)
             if scales is not None:
                 qdq.insert(traced, plan, scales.inputs)
-                if target != "cpu":
-                    qdq.separate_int4_readers(traced)
+            if target != "cpu" and (target != "onnx" or scales is not None):
+                qdq.separate_readers(traced)
             if plan.compute == "fp16":
                 half.convert(traced, plan.kept_fp32, {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()})
             if target in LOWERINGS:
