@@ -21,7 +21,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test browser profile bindings test-rtx test-gpu test-oldest test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
+.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu test-oldest test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -94,6 +94,11 @@ bindings: $(VENV)/test.stamp  ## fetch TensorRT's Python bindings (4 MB, no libr
 test-rtx: $(VENV)/test.stamp  ## real engine builds by TensorRT for RTX (1.7, about 500 MB to fetch; needs no GPU)
 	@$(PIP) -e '.[rtx]'
 	$(BIN)/python -m pytest -q tests/test_trt_build.py tests/test_trt_api.py tests/test_targets.py tests/test_trt.py
+
+# Checkpoints of random weights, bundles and engines of five builds, one after the other: 25 GB of disk, half an hour.
+engines-full: $(VENV)/engine.stamp  ## full-size engines (1.8B, 3.8B, random weights) by TensorRT for RTX, held to limits (ARGS=--help)
+	@$(PIP) -e '.[rtx]'
+	$(BIN)/python -m trol_edge.export.engines_full $(ARGS)
 
 test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built here (not yet run by us)
 	$(BIN)/trol-edge export trol-nano -o build/test-gpu --target $$($(BIN)/trol-edge targets --best) --force

@@ -148,7 +148,7 @@ def _absent(name: str, python: str) -> str | None:
         "and u.find_spec(m))])"
     )
     try:
-        found = _python("-c", find, python=python).strip()
+        found = run_python("-c", find, python=python).strip()
     except (BackendError, OSError) as error:
         return f"{python} does not run ({error})"
     if found == "[]":
@@ -176,7 +176,7 @@ def _prepare(
         checkpoint = folder / f"{shape.model}-checkpoint"
         if not (checkpoint / "config.json").is_file():
             report(f"{shape.model}: a checkpoint of random weights ...")
-            _python("-m", "trol_edge", "synth", "--model", shape.model, "-o", str(checkpoint), "--json")
+            run_python("-m", "trol_edge", "synth", "--model", shape.model, "-o", str(checkpoint), "--json")
     made = {
         name: str(bundles.get(name) or _exported(shape.model, name, checkpoint, folder, report))
         for name in dict.fromkeys((*(n for n in names if n in OURS), *(() if set(names) & set(OURS) else OURS[:1])))
@@ -209,7 +209,7 @@ def _prepare(
                 report(f"{shape.model}: {path.name} ...")
                 told = json.dumps([described, str(path), name])
                 try:
-                    _python("-c", _entry(kind.prepare), stdin=told, python=interpreters[name])
+                    run_python("-c", _entry(kind.prepare), stdin=told, python=interpreters[name])
                 except BackendError as error:  # one peer's trouble; the others are measured all the same
                     failed[name] = f"its model could not be made: {error}"
                     continue
@@ -226,7 +226,9 @@ def _exported(model: str, name: str, checkpoint: Path, folder: Path, report: Rep
     made_of = _fingerprint(checkpoint)
     if not (bundle.is_dir() and stamp.is_file() and stamp.read_text(encoding="utf-8") == made_of):
         report(f"{model}: export {name} ...")
-        _python("-c", _entry("prepare_bundle", "bench"), stdin=json.dumps([str(checkpoint), str(bundle), model, name]))
+        run_python(
+            "-c", _entry("prepare_bundle", "bench"), stdin=json.dumps([str(checkpoint), str(bundle), model, name])
+        )
         stamp.write_text(made_of, encoding="utf-8")
     return bundle
 
@@ -278,7 +280,7 @@ def _entry(function: str, module: str = "contenders") -> str:
     return f"from trol_edge.export.{module} import {function}; {function}()"
 
 
-def _python(*arguments: str, stdin: str = "", python: str = sys.executable) -> str:
+def run_python(*arguments: str, stdin: str = "", python: str = sys.executable) -> str:
     """Run Python in a new process; its standard output. BackendError with the end of its standard error."""
     root = str(Path(trol_edge.__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
@@ -293,7 +295,7 @@ def _python(*arguments: str, stdin: str = "", python: str = sys.executable) -> s
 
 def _run_job(job: Job, python: str = sys.executable) -> dict[str, Any]:
     try:
-        output = _python("-c", _entry("worker"), stdin=json.dumps(dataclasses.asdict(job)), python=python)
+        output = run_python("-c", _entry("worker"), stdin=json.dumps(dataclasses.asdict(job)), python=python)
         result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
         return result
     except (BackendError, ValueError, IndexError) as error:

@@ -288,8 +288,10 @@ def weights_as_inputs(model: ir.Model, which: Collection[str]) -> list[str]:
     return names
 
 
-def weights_from_file(model: ir.Model, location: str, offsets: dict[str, tuple[ir.DataType, int, int]]) -> None:
-    """Point the parameters into a weights file: name -> (dtype, offset, bytes).
+def weights_from_file(
+    model: ir.Model, location: str, offsets: dict[str, tuple[ir.DataType, int, int]], as_inputs: Collection[str] = ()
+) -> None:
+    """Point the parameters into a weights file: name -> (dtype, offset, bytes); those of `as_inputs` become inputs.
 
     Where the graph reads a parameter as float32 and the file has it in fewer bits, a Cast goes between.
     """
@@ -298,7 +300,8 @@ def weights_from_file(model: ir.Model, location: str, offsets: dict[str, tuple[i
         dtype, offset, length = offsets[name]
         assert value.shape is not None
         stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
-        stored.const_value = ir.ExternalTensor(location, offset, length, dtype, shape=value.shape, name=name)
+        if name not in as_inputs:
+            stored.const_value = ir.ExternalTensor(location, offset, length, dtype, shape=value.shape, name=name)
         del model.graph.initializers[name]
         if dtype == value.dtype:
             value.replace_all_uses_with(stored)
@@ -308,4 +311,7 @@ def weights_from_file(model: ir.Model, location: str, offsets: dict[str, tuple[i
             cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
             model.graph.insert_before(model.graph[0], cast)
             value.replace_all_uses_with(cast.outputs[0])
-        model.graph.register_initializer(stored)
+        if name in as_inputs:
+            model.graph.inputs.append(stored)
+        else:
+            model.graph.register_initializer(stored)

@@ -31,6 +31,7 @@ from trol_edge.bundle import (
     write_manifest,
 )
 from trol_edge.costs import Costs
+from trol_edge.engines import is_shareable
 from trol_edge.errors import CalibrationError, ExportError, UsageError
 from trol_edge.export import counts, graphs, half, lower_ort, lower_trt, qdq, selftest, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
@@ -65,6 +66,7 @@ def export(
     target: str = "cpu",
     context: int | None = None,
     options: Options | None = None,
+    shared_weights: bool = False,
     calibration: Callable[[Checkpoint], Statistics] | None = None,
     record_selftest: bool = True,
     overwrite: bool = False,
@@ -78,6 +80,8 @@ def export(
     options choose the precision (default: the recipe fp32). All but fp32, and fp16 on a CPU, need statistics of this
     checkpoint's activations: calibration(checkpoint) loads or gathers them, after all that can be refused has been.
     record_selftest: run the FP32 reference on a small prompt and keep what it computes, for `trol_edge.verify`.
+    shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on
+    the device serves both engines; not with int4.
     Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
 
     Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
@@ -91,6 +95,8 @@ def export(
     require_context(context, spec)
     options = options or Options()
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
+    if shared_weights:
+        _require_shareable(plan, target)
     needed = plan.quantized or plan.compute == "fp16"
     if needed and calibration is None:
         raise UsageError(f"precision {plan.recipe} for target {target} needs the statistics of a calibration")
@@ -120,7 +126,8 @@ def export(
         written = storage.write(folder / WEIGHTS, layouts, stored.read, progress)
         stored.require_finite()
         found = places(layouts, written, plan)
-        infos = {name: _write_graph(folder, name, traced, target, lowered, found) for name, traced in models.items()}
+        shared = _shared(models) if shared_weights else set()
+        infos = {n: _write_graph(folder, n, traced, target, lowered, shared, found) for n, traced in models.items()}
         del models
         if record_selftest and not selftest.record(source, folder / SELFTEST, context, words, progress):
             source.notes.append(f"a context of {context} tokens is too short for a self-test")
@@ -220,31 +227,58 @@ def prepare(
     _fold_transposes(name, model)
     if plan.quantized:
         qdq.insert(model, plan, input_scales)
-        if target != "cpu":
-            qdq.separate_int4_readers(model)
+    if target != "cpu" and (target != "onnx" or plan.quantized):
+        qdq.separate_readers(model)
     if plan.compute == "fp16":
         half.convert(model, plan.kept_fp32, dtypes)
     return LOWERINGS[target](name, model) if target in LOWERINGS else {}
 
 
-def take_inputs(model: ir.Model, target: str, lowered: Collection[str]) -> tuple[tuple[str, ...], list[str], Costs]:
+def take_inputs(
+    model: ir.Model, target: str, lowered: Collection[str], shared: Collection[str] = ()
+) -> tuple[tuple[str, ...], list[str], Costs]:
     """Make weights graph inputs where the target wants them so: all weights, those that are inputs now, and the costs.
 
-    lowered: what `prepare` returned, of all graphs.
+    lowered: what `prepare` returned, of all graphs. shared: of traverse and step, see `export`.
     """
     weights = tuple(graphs.weight_names(model))
-    as_inputs: list[str] = []
+    as_inputs = [w for w in weights if w in shared]
     if target == "cpu":
         as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
     return weights, as_inputs, counts.count(model, weights, scores=target not in GPU_TARGETS)
 
 
+def _require_shareable(plan: Plan, target: str) -> None:
+    """Raise UsageError where no TensorRT would take the weights as inputs."""
+    if target not in GPU_TARGETS:
+        raise UsageError(f"shared weights are for TensorRT; target {target} holds them once anyway")
+    precisions = {linear.precision for name, linear in plan.linears.items() if name.startswith("decoder.")}
+    if "int4" in precisions:
+        raise UsageError(
+            "shared weights with int4: TensorRT takes no 4-bit inputs; choose int8 or fp16, or leave --shared-weights "
+            "out"
+        )
+
+
+def _shared(models: Mapping[str, ir.Model]) -> set[str]:
+    """Matrices that both traverse and step read: nearly all bytes that two engines would hold twice."""
+    step = models["step"].graph.initializers
+    both = set(graphs.weight_names(models["traverse"])) & set(graphs.weight_names(models["step"]))
+    return {name for name in both if is_shareable(name, tuple(step[name].shape or ()))}
+
+
 def _write_graph(
-    folder: Path, name: str, model: ir.Model, target: str, lowered: Collection[str], found: dict[str, Place]
+    folder: Path,
+    name: str,
+    model: ir.Model,
+    target: str,
+    lowered: Collection[str],
+    shared: Collection[str],
+    found: dict[str, Place],
 ) -> GraphInfo:
     inputs, outputs = ports(model.graph.inputs), ports(model.graph.outputs)
-    weights, as_inputs, costs = take_inputs(model, target, lowered)
-    graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()})
+    weights, as_inputs, costs = take_inputs(model, target, lowered, shared)
+    graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()}, as_inputs)
     if target in GPU_TARGETS:
         model = lower_trt.lower(model, GPU_TARGETS[target])
     file = f"{name}.onnx"

@@ -67,54 +67,79 @@ def insert(model: ir.Model, plan: Plan, input_scales: Mapping[str, float]) -> bo
     return bool(uses)
 
 
-def separate_int4_readers(model: ir.Model) -> bool:
-    """Let int4 Linears with one input between them read it in different shapes; returns whether there were any.
+def separate_readers(model: ir.Model) -> bool:
+    """Let Linears that stand in the graph twice read a common input in different shapes; returns whether any did.
 
-    TensorRT for RTX 1.7 merges gate and up into one product, and fails ("vector::_M_range_check") where the weights
-    of such a pair are used twice, as both passes of a traversal do. Weights standing there twice would build, at twice
-    the memory. In different shapes, [1, S, K] and [S, K], they are not merged.
+    TensorRT for RTX 1.7 merges products of one input (gate and up) into one, with a copy of their weights for each of
+    the two passes of a traversal: twice the memory and four times the time of a build; and with int4 it fails
+    ("vector::_M_range_check"). In different shapes, [1, S, K], [S, K], [1, 1, S, K], they are not merged.
     """
     changed = False
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
         weight = _stored_weight(node)
-        if weight is not None and weight.dtype == ir.DataType.INT4 and len(list(weight.uses())) > 1:
+        if weight is not None and len(list(weight.uses())) > 1:
             assert node.inputs[0] is not None
             readers.setdefault(node.inputs[0], []).append(node)
     for x, nodes in readers.items():
-        for node in nodes[1:]:
-            axis, y = _axis(model), node.outputs[0]
-            assert x.shape is not None and y.shape is not None and x.shape[0] == 1 and x.dtype is not None
-            name, uses = y.name, list(y.uses())
-            flat = _node("Squeeze", [x, axis], f"{name}.input", {}, ir.Shape(x.shape.dims[1:]), x.dtype)
-            y.name = f"{name}.flat"
-            back = _node("Unsqueeze", [y, axis], str(name), {}, y.shape, x.dtype)
-            back.name = f"node_{name}.back"  # the product keeps its own
-            y.shape = ir.Shape(y.shape.dims[1:])
-            for user, index in uses:
-                user.replace_input_with(index, back.outputs[0])
-            node.replace_input_with(0, flat.outputs[0])
-            model.graph.insert_before(node, flat)
-            model.graph.insert_after(node, back)
+        for index, node in enumerate(nodes[1:]):
+            _reshape_around(model, node, x, index)
             changed = True
     return changed
 
 
-def _axis(model: ir.Model) -> ir.Value:
-    name = "axis.0"
+def _reshape_around(model: ir.Model, node: ir.Node, x: ir.Value, added: int) -> None:
+    """Let a MatMul read x [1, S, K] as [S, K] (added: 0), or with so many leading dimensions more."""
+    y = node.outputs[0]
+    assert x.shape is not None and y.shape is not None and x.shape[0] == 1 and x.dtype is not None
+    name, uses, axes = y.name, list(y.uses()), _axes(model, max(added, 1))
+    there, back = ("Unsqueeze", "Squeeze") if added else ("Squeeze", "Unsqueeze")
+
+    def reshaped(shape: ir.Shape) -> ir.Shape:
+        return ir.Shape((1,) * added + tuple(shape.dims)) if added else ir.Shape(shape.dims[1:])
+
+    restore, rounding = x.producer(), None
+    if restore is not None and restore.op_type == "DequantizeLinear":
+        rounding = restore.inputs[0].producer() if restore.inputs[0] is not None else None
+    source = x if rounding is None else rounding.inputs[0]
+    assert source is not None and source.shape is not None and source.dtype is not None
+    # Before the pair that rounds the input, so that the pair still stands at the product.
+    new = [_node(there, [source, axes], f"{name}.input", {}, reshaped(source.shape), source.dtype)]
+    if rounding is not None and restore is not None:
+        for i, old in enumerate((rounding, restore)):
+            out = old.outputs[0]
+            assert out.dtype is not None
+            inputs = [new[-1].outputs[0], *(v for v in old.inputs[1:] if v is not None)]
+            new.append(_node(old.op_type, inputs, f"{name}.input.rounded_{i}", {}, new[0].outputs[0].shape, out.dtype))
+    node.replace_input_with(0, new[-1].outputs[0])
+    y.name = f"{name}.reshaped"
+    result = _node(back, [y, axes], str(name), {}, y.shape, x.dtype)
+    result.name = f"node_{name}.back"  # the product keeps its own
+    y.shape = reshaped(y.shape)
+    for user, index in uses:
+        user.replace_input_with(index, result.outputs[0])
+    model.graph.insert_before(node, new)
+    model.graph.insert_after(node, result)
+
+
+def _axes(model: ir.Model, count: int) -> ir.Value:
+    """The first `count` axes, as an initializer."""
+    name = f"axes.{count}"
     if name not in model.graph.initializers:
-        tensor = ir.tensor(np.zeros(1, np.int64), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape((1,)), const_value=tensor)
+        tensor = ir.tensor(np.arange(count, dtype=np.int64), name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape((count,)), const_value=tensor)
         model.graph.register_initializer(value)
     return model.graph.initializers[name]
 
 
 def _stored_weight(node: ir.Node) -> ir.Value | None:
-    """The quantized initializer that a MatMul multiplies by, None where there is none."""
+    """The initializer that a MatMul multiplies by, quantized or not; None where there is none."""
     if node.op_type != "MatMul" or node.inputs[1] is None:
         return None
     producer = node.inputs[1].producer()
-    return producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
+    if producer is None:
+        return node.inputs[1] if node.inputs[1].is_initializer() else None
+    return producer.inputs[0] if producer.op_type == "DequantizeLinear" else None
 
 
 def _rounded(model: ir.Model, before: ir.Node, x: ir.Value, point: str, scale: float, precision: str) -> ir.Value:

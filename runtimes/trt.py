@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.bundle import Bundle, GraphInfo, Port
-from trol_edge.engines import KERNELS, EngineSet, Key, differences, folder_of, read, verified
+from trol_edge.engines import KERNELS, EngineSet, Key, differences, folder_of, read, shared_weights, verified
 from trol_edge.errors import BackendError, BundleError, ContextError
+from trol_edge.runtimes import trt_weights
 from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda
 from trol_edge.runtimes.trt_api import Context, Engine, Library, TensorInfo, load
 from trol_edge.targets import target as target_of
@@ -47,7 +48,8 @@ class TrtBackend:
         device: Device | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        """threads and prefix_reuse are for a CPU and have no effect here; verify has none: engines are always hashed.
+        """threads and prefix_reuse are for a CPU and have no effect here. verify: hash weights that engines share;
+        engines are always hashed.
 
         library, cuda, device: to use instead of what this machine has. cuda_graphs: capture the step.
         Raises BackendError (no TensorRT, driver or GPU, not enough memory) and BundleError (no engines, engines of
@@ -83,6 +85,8 @@ class TrtBackend:
             for port in (*graphs[name].inputs, *graphs[name].outputs)
             if not port.name.startswith(("past_", "present_"))
         }
+        self.weights = trt_weights.upload(bundle, self.cuda, verify)
+        self._shared |= self.weights
         self._slots = np.arange(self.context, dtype=np.int64)
         self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
         self._kept = False
@@ -105,7 +109,8 @@ class TrtBackend:
             )
 
     def _require_memory(self, engines: EngineSet) -> None:
-        needed = sum(info.bytes for info in engines.engines.values()) + self.cache_bytes
+        shared = sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
+        needed = sum(info.bytes for info in engines.engines.values()) + shared + self.cache_bytes
         free, total = self.cuda.memory()
         if needed > free:
             raise BackendError(
@@ -125,7 +130,8 @@ class TrtBackend:
         graph = self.bundle.manifest.graphs[name]
         found = {info.name: info for info in engine.tensors()}
         wanted = {port.name: port for port in (*graph.inputs, *graph.outputs)}
-        wrong = sorted(found.keys() ^ wanted.keys()) + [
+        weights = set(graph.weights) - set(graph.constants)
+        wrong = sorted(found.keys() ^ (wanted.keys() | weights)) + [
             n for n, info in found.items() if n in wanted and info.dtype != wanted[n].dtype
         ]
         if wrong:
@@ -275,7 +281,7 @@ class TrtState:
         self._rope_offset = 0
         self._context = backend.new_context("step")
         for name in backend.infos["step"]:
-            self._context.address(name, self._own[name] if name in self._own else self._cache[name])
+            self._context.address(name, {**backend.weights, **self._own, **self._cache}[name])
         self._runs = 0
         self._graph: Any = None
 

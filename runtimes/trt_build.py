@@ -17,15 +17,29 @@ from pathlib import Path
 
 from trol_edge._version import __version__
 from trol_edge.bundle import Bundle, GraphInfo, sha256_of
-from trol_edge.engines import FORMAT_VERSION, EngineInfo, EngineSet, Key, Range, differences, folder_of, read, write
+from trol_edge.engines import (
+    ENGINES,
+    FORMAT_VERSION,
+    EngineInfo,
+    EngineSet,
+    Key,
+    Range,
+    differences,
+    folder_of,
+    read,
+    shared_weights,
+    weight_bytes,
+    write,
+)
 from trol_edge.errors import BackendError, BundleError
 from trol_edge.runtimes.cuda import Device, devices
 from trol_edge.runtimes.trt_api import Library, Network, Shape, load
 from trol_edge.targets import Target, refusals
 from trol_edge.targets import target as target_of
 
-GRAPHS = ("vision", "traverse", "step")  # traverse_text saves time on a CPU; here it would hold the weights once more
+GRAPHS = ENGINES
 SHORT = 64  # tokens: what a follow-up question has; longer chunks take the second profile
+PEAK = 3  # times the weights: memory of a build beside the weights file's own pages, which can be dropped
 COUNTED = ("MATRIX_MULTIPLY", "CONVOLUTION", "DEQUANTIZE", "QUANTIZE", "ATTENTION_INPUT")
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -135,6 +149,11 @@ def precision_of(bundle: Bundle) -> str:
     return bundle.manifest.plan.recipe
 
 
+def precisions_of(bundle: Bundle) -> set[str]:
+    """Precisions of the decoder's Linears."""
+    return {linear.precision for name, linear in bundle.manifest.plan.linears.items() if name.startswith("decoder.")}
+
+
 def compute_type(bundle: Bundle) -> str:
     """float32 or float16: the type that a bundle's graphs compute in."""
     return {"fp16": "float16", "fp32": "float32"}[bundle.manifest.plan.compute]
@@ -190,6 +209,7 @@ def _build_one(
             f"{graph.file}: {library.title} would ignore the input(s) {', '.join(unused)}, so its answers would be "
             "wrong; please report this"
         )
+    _require_room(bundle, graph)
     layers = count_layers(network)
     require_precision(bundle, graph, layers)
     ranges = profiles(bundle, graph)
@@ -205,11 +225,32 @@ def _build_one(
         bytes=(folder / file).stat().st_size,
         sha256=sha256_of(folder / file),
         graph_sha256=bundle.manifest.files[graph.file].sha256,
-        weight_bytes=weight_bytes(bundle, graph),
+        weight_bytes=weight_bytes(bundle, graph.constants),
         layers=layers,
         profiles=ranges,
         seconds=time.perf_counter() - start,
     )
+
+
+def _require_room(bundle: Bundle, graph: GraphInfo) -> None:
+    """Raise BackendError where building would run out of this machine's memory: it is killed then, without a word."""
+    needed, free = PEAK * weight_bytes(bundle, graph.constants), available_bytes()
+    if free is not None and needed > free:
+        raise BackendError(
+            f"{graph.file}: building its engine takes about {needed / 1e9:.1f} GB of memory ({PEAK} times its "
+            f"weights), {free / 1e9:.1f} GB are available here; close other programs, add swap, or export with a lower "
+            "--precision"
+        )
+
+
+def available_bytes() -> int | None:
+    """Memory and swap that this machine can give, None where it does not say (no Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if rest}
+    return 1024 * (sizes.get("MemAvailable", 0) + sizes.get("SwapFree", 0))
 
 
 def count_layers(network: Network) -> dict[str, int]:
@@ -235,24 +276,20 @@ def require_precision(bundle: Bundle, graph: GraphInfo, layers: Mapping[str, int
         raise BackendError(f"{graph.file}: {wanted} DequantizeLinear in the graph, the network has {found}")
 
 
-def weight_bytes(bundle: Bundle, graph: GraphInfo) -> int:
-    """Bytes of a graph's weights, each once, in the type that the engine computes with."""
-    tensors = bundle.weights().tensors
-    widen = 2 if compute_type(bundle) == "float32" else 1
-    return sum(tensors[w].nbytes * (widen if tensors[w].dtype in ("F16", "BF16") else 1) for w in graph.weights)
-
-
 def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineInfo], memory_bytes: int | None) -> None:
     """Raise BackendError where engines and K/V cache are larger than the device's memory."""
     if memory_bytes is None:
         return
     engines = sum(info.bytes for info in infos.values())
-    cache = cache_bytes(bundle)
-    if engines + cache > memory_bytes:
+    cache, shared = cache_bytes(bundle), sum(tensor.nbytes for tensor in shared_weights(bundle).values())
+    if engines + shared + cache > memory_bytes:
+        weights = f", the weights that they share {shared / 1e9:.2f} GB" if shared else ""
+        sharing = "" if shared or "int4" in precisions_of(bundle) else ", with --shared-weights"
         raise BackendError(
-            f"{bundle.folder}: engines {', '.join(infos)} take {engines / 1e9:.2f} GB and the K/V cache "
-            f"{cache / 1e9:.2f} GB, the memory of target {target.name} is {memory_bytes / 1e9:.2f} GB; "
-            "export with a lower --precision or a smaller --context"
+            f"{bundle.folder}: engines {', '.join(infos)} take {engines / 1e9:.2f} GB{weights} and the K/V cache "
+            f"{cache / 1e9:.2f} GB, together {(engines + shared + cache) / 1e9:.2f}; the memory of target "
+            f"{target.name} is {memory_bytes / 1e9:.2f} GB; export with a lower --precision{sharing} or a smaller "
+            "--context"
         )
 
 

@@ -404,7 +404,7 @@ def test_errors_that_are_raised_are_ours() -> None:
         "AssertionError": {"export/nano_report.py"},
         "error": {"trol_edge/spec.py"},  # a parameter: BundleError, or another of the family
         "BadParameter": {"trol_edge/cli.py"},
-        "Exit": {"trol_edge/cli.py", "export/bench.py"},
+        "Exit": {"trol_edge/cli.py", "export/bench.py", "export/engines_full.py"},
     }
     found = []
     for path in sources():

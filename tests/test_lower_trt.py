@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from tests import cases
+from tests import cases, test_phi3
 from tests.cases import TOLERANCE, Array, difference
-from tests.conftest import CHECKPOINTS, CONTEXT
+from tests.conftest import CHECKPOINTS, CONTEXT, NANOS
 from tests.golden import GOLDEN, requires_golden
 from trol_edge.bundle import Bundle, FileInfo, sha256_of, write_manifest
 from trol_edge.errors import ExportError
@@ -78,36 +78,53 @@ def golden_cases() -> list[str]:
     return sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))
 
 
+def prompts_of(case: str) -> Iterator[tuple[Array, Array | None, Array | None]]:
+    """Ids, pixels and, where the row has no padding, golden's logits behind it, of every prompt of a golden case."""
+    if case.startswith("phi3"):
+        for run in (test_phi3.Run(c, name) for c, name in test_phi3.RUNS if c == case):
+            for row in run.rows():
+                yield row.ids, row.pixels, _golden(run.expected, row.index, row.padding)
+    for loaded in (cases.load(c, name) for c, name in cases.names() if c == case):
+        for i, prompt in enumerate(loaded.rows):
+            yield prompt.ids, loaded.pixels(prompt), _golden(loaded.expected, i, prompt.padding)
+
+
+def _golden(expected: dict[str, Array], row: int, padding: int) -> Array | None:
+    return expected["cached_logits"][row][0] if "cached_logits" in expected and not padding else None
+
+
 @requires_golden
-@pytest.mark.parametrize("case", [c for c in golden_cases() if c.startswith("internlm2")])
+@pytest.mark.parametrize("case", golden_cases())
 def test_lowered_graphs_equal_the_canonical_ones(
-    case: str, canonical_bundle: Callable[..., Path], tmp_path: Path
+    case: str, canonical_bundle: Callable[..., Path], phi3_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Every prompt of every golden case, with steps after it: the plain operators of JetPack 6 against opset 23."""
-    limit = Checkpoint(GOLDEN / case).spec.max_position_embeddings
-    canonical = canonical_bundle(GOLDEN / case, min(CONTEXT, limit))
+    checkpoint = phi3_checkpoint(case) if case.startswith("phi3") else GOLDEN / case
+    limit = Checkpoint(checkpoint).spec.max_position_embeddings
+    most = test_phi3.CONTEXT if case.startswith("phi3") else CONTEXT
+    canonical = canonical_bundle(checkpoint, min(most, limit))
     runtimes = [Runtime(canonical), Runtime(lowered_bundle(canonical, tmp_path / "lowered"))]
     seen = 0
-    for name in [run for c, run in cases.names() if c == case]:
-        run = cases.load(case, name)
-        for row in run.rows:
-            if len(row.ids) >= runtimes[0].bundle.manifest.context:
-                continue
-            ours, plain = (answers(r, row.ids, run.pixels(row), 4) for r in runtimes)
-            assert [a.shape for a in ours] == [b.shape for b in plain]
-            assert max(difference(b, a) for a, b in zip(ours, plain, strict=True)) <= EXACT
-            if "cached_logits" in run.expected and not row.padding:
-                assert difference(plain[0], ours[0]) <= TOLERANCE
+    for ids, pixels, golden in prompts_of(case):
+        if len(ids) >= runtimes[0].bundle.manifest.context:
+            continue
+        ours, plain = (answers(r, ids, pixels, 4) for r in runtimes)
+        assert [a.shape for a in ours] == [b.shape for b in plain]
+        assert max(difference(b, a) for a, b in zip(ours, plain, strict=True)) <= EXACT
+        if golden is not None:
+            assert difference(plain[0], golden) <= TOLERANCE
             seen += 1
     assert seen
 
 
-def test_trol_nano_lowered_gives_the_same_answer(
-    nano: Runtime, canonical_bundle: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("model", NANOS)
+def test_nanos_lowered_give_the_same_answer(
+    model: str, bundle_of: Callable[[str], Path], canonical_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Text, tokens and features of the shipped model, about a picture and without one."""
-    picture = Path(__file__).resolve().parents[1] / "export" / "checkpoints" / "trol-nano" / "scene.png"
-    plain = Runtime(lowered_bundle(canonical_bundle(NANO), tmp_path / "lowered"))
+    """Text, tokens and features of the shipped models, about a picture and without one."""
+    picture = CHECKPOINTS / model / "scene.png"
+    nano = Runtime(bundle_of(model))
+    plain = Runtime(lowered_bundle(canonical_bundle(CHECKPOINTS / model), tmp_path / "lowered"))
     for images in (picture, None):
         prompt = "Describe the scene."
         assert plain.generate(prompt, images).token_ids == nano.generate(prompt, images).token_ids

@@ -242,34 +242,46 @@ def test_every_linear_of_the_model_is_quantized(traced: dict[str, ir.Model], rec
     assert seen == {name for name, linear in chosen.linears.items() if linear.precision in QUANTIZED}
 
 
-# -- int4 readers apart ------------------------------------------------------------------------------------------------
+# -- readers apart -----------------------------------------------------------------------------------------------------
 
 
-def test_int4_readers_of_one_input_are_set_apart() -> None:
-    """Same numbers, same names; the second reader works on [S, K]. Weights that are used once stay as they are."""
+@pytest.mark.parametrize("linear", [W4, W8A8, LinearPlan("fp32")], ids=["int4", "int8", "fp32"])
+def test_readers_of_one_input_are_set_apart(linear: LinearPlan) -> None:
+    """Same numbers, same names, three shapes; a rounded input is rounded at each product, in its shape."""
     b = Builder()
-    gate, up = b.weight("gate.weight", K, K), b.weight("up.weight", K, K)
+    weights = {name: b.weight(f"{name}.weight", K, K) for name in ("gate", "up", "side")}
     x = b.x
     for i in range(2):
-        g = b.node("MatMul", f"g{i}", x, gate, shape=(1, S, K))
-        u = b.node("MatMul", f"u{i}", x, up, shape=(1, S, K))
-        x = b.node("Add", f"x{i}", g, u, shape=(1, S, K))
+        g, u, s = (b.node("MatMul", f"{n}{i}", x, w, shape=(1, S, K)) for n, w in weights.items())
+        x = b.node("Add", f"x{i}", b.node("Add", f"y{i}", g, u, shape=(1, S, K)), s, shape=(1, S, K))
     model = b.model(x)
     values = {}
-    for name in ("gate.weight", "up.weight"):
-        values[name], values[f"{name}.scale"] = stored(RANDOM.normal(size=(K, K)).astype(np.float32), W4)
-    qdq.insert(model, plan({"gate.weight": W4, "up.weight": W4}), {})
+    for name in weights:
+        weight = RANDOM.normal(size=(K, K)).astype(np.float32)
+        if linear.precision == "fp32":
+            values[f"{name}.weight"] = weight
+        else:
+            values[f"{name}.weight"], values[f"{name}.weight.scale"] = stored(weight, linear)
+    plans = {f"{name}.weight": linear for name in weights}
+    qdq.insert(model, plan(plans), dict.fromkeys(plans, 0.02))
     data = RANDOM.normal(size=(1, S, K)).astype(np.float32)
-    (wanted,) = run(model.clone(), values, data)
+    (wanted,) = run(model.clone(), values, data, optimize=False)
     names = {v.name for node in model.graph for v in node.outputs}
-    assert qdq.separate_int4_readers(model)
-    assert operators(model).count("Squeeze") == operators(model).count("Unsqueeze") == 2
+    assert qdq.separate_readers(model)
+    assert operators(model).count("Squeeze") == operators(model).count("Unsqueeze") == 4
+    assert operators(model).count("QuantizeLinear") == (6 if linear.activations else 0)
     assert names < {v.name for node in model.graph for v in node.outputs}
-    (found,) = run(model, values, data)
+    shapes = [node.inputs[0].shape for node in model.graph if node.op_type == "MatMul" and node.inputs[0] is not None]
+    assert [len(shape) for shape in shapes if shape is not None] == [3, 2, 4] * 2
+    for node in model.graph:
+        if node.op_type == "MatMul" and linear.activations:
+            producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+            assert producer is not None and producer.op_type == "DequantizeLinear"
+    (found,) = run(model, values, data, optimize=False)
     assert np.allclose(found, wanted, rtol=1e-5, atol=1e-4)
     once = pair()
     qdq.insert(once, plan({"c.weight": W4}), {})
-    assert not qdq.separate_int4_readers(once)
+    assert not qdq.separate_readers(once)
 
 
 # -- FP16 --------------------------------------------------------------------------------------------------------------

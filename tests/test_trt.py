@@ -23,7 +23,7 @@ from tests.conftest import NANO
 from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
 from trol_edge.bundle import Bundle, sha256_of
-from trol_edge.engines import FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, write
+from trol_edge.engines import FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, shared_weights, write
 from trol_edge.errors import BackendError, BundleError, ContextError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import cuda as cuda_module
@@ -126,6 +126,64 @@ def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
     for ours, theirs in zip(tell(machine.open()), tell(nano), strict=True):
         assert ours.dtype == np.float32
         assert difference(ours, theirs) <= 1e-5
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def sharing_bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """trol-nano for classic TensorRT, its weights in both engines, and as inputs of both."""
+    pytest.importorskip("torch", reason="export is not installed")
+    from trol_edge.export import pipeline
+    from trol_edge.export.bench import made_up_statistics
+    from trol_edge.export.precision import Options
+
+    request.getfixturevalue("traces")
+    options = Options(recipe=request.param, scaling=False, clipping=False, observer="minmax")
+    folders = []
+    for shared in (False, True):
+        folders.append(tmp_path_factory.mktemp("sharing") / request.param)
+        pipeline.export(
+            NANO,
+            folders[-1],
+            target="tensorrt",
+            options=options,
+            calibration=made_up_statistics,
+            shared_weights=shared,
+        )
+    return folders[0], folders[1]
+
+
+def test_engines_that_share_their_weights(
+    sharing_bundles: tuple[Path, Path], nano: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block of device memory for both engines, uploaded once; the same answers as with weights in each of them."""
+    answers, used = [], []
+    for source, name in zip(sharing_bundles, ("apart", "shared"), strict=True):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        stand_in = CudaRuntime()
+        library = Library(trt_standin.module("tensorrt", "10.3.0", stand_in))
+        add_engines(folder, Key("tensorrt", library.title, GPU.name, GPU.capability, "12.6"))
+        monkeypatch.setattr(trt_module, "load", lambda name, library=library: library)
+        monkeypatch.setattr(trt_module, "open_cuda", lambda stand_in=stand_in: CudaPython(stand_in))
+        monkeypatch.setattr(trt_module, "devices", lambda: [GPU])
+        runtime = Runtime(folder)
+        answers.append([runtime.generate(q, p).token_ids for q, p in ((QUESTION, PICTURE), ("What is this?", None))])
+        used.append(backend(runtime))
+    assert answers[0] == answers[1]
+    if Bundle(sharing_bundles[0]).manifest.plan.recipe == "fp32":
+        assert answers[1][0] == nano.generate(QUESTION, PICTURE).token_ids
+    apart, shared = used
+    assert apart.weights == {} and shared.weights.keys() == shared_weights(shared.bundle).keys() != set()
+    state = shared.new_state()
+    assert {w: state._context._context.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
+    assert {w: shared._contexts["traverse"]._context.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
+    # Altered weights are found before anything is uploaded.
+    path = shared.bundle.path("weights.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"weights\.safetensors: altered since export"):
+        trt_module.TrtBackend(shared.bundle)
 
 
 def test_a_step_moves_little_and_allocates_nothing(machine: Machine) -> None:

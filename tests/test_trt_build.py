@@ -12,11 +12,15 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from tests.conftest import NANO
+from tests.conftest import CHECKPOINTS, NANO, NANOS
 from trol_edge import cli
 from trol_edge.bundle import Bundle, sha256_of
-from trol_edge.engines import Key, read, verified
+from trol_edge.engines import Key, device_bytes, read, shared_weights, verified, weight_bytes
 from trol_edge.errors import BackendError, BundleError, UsageError
+from trol_edge.export import engines_full, pipeline
+from trol_edge.export.bench import made_up_statistics
+from trol_edge.export.precision import Options
+from trol_edge.precision import BITS
 from trol_edge.runtimes import doctor, trt_build
 from trol_edge.runtimes.cuda import Device
 from trol_edge.runtimes.trt_api import LayerInfo, load
@@ -79,6 +83,78 @@ def test_engines_are_really_built(built: trt_build.Build, rtx_bundle: Path) -> N
     assert engines.engines["step"].profiles == ()
     # Nothing half-written is left, and the bundle is still what its manifest says.
     assert sorted(p.name for p in (rtx_bundle / "engines").iterdir()) == ["rtx"]
+
+
+def recipe(model: str, precision: str, folder: Path, shared: bool = False) -> Bundle:
+    """A shipped model exported for TensorRT for RTX, with made-up scales: engines do not depend on them."""
+    options = Options(recipe=precision, scaling=False, clipping=False, sensitive=None, observer="minmax")
+    pipeline.export(
+        CHECKPOINTS / model,
+        folder,
+        target="rtx",
+        context=256,
+        options=options,
+        shared_weights=shared,
+        calibration=made_up_statistics,
+    )
+    return Bundle(folder)
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("model", NANOS)
+def test_every_precision_is_really_built(model: str, precision: str, traces: dict[Any, Any], tmp_path: Path) -> None:
+    """Products in FP16, every weight and input rounded as the plan has it, and the weights once in each engine."""
+    library_or_skip()
+    bundle = recipe(model, precision, tmp_path / "bundle")
+    done = trt_build.build(bundle)
+    assert done.built and done.engines.precision == precision
+    quantized = [linear.precision for linear in bundle.manifest.plan.linears.values() if linear.precision in BITS]
+    stored = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
+    assert bool(quantized) == (precision != "fp16")
+    tensors = bundle.weights().tensors
+    for name, engine in done.engines.engines.items():
+        graph = bundle.manifest.graphs[name]
+        assert verified(bundle, done.engines, name).stat().st_size == engine.bytes > engine.weight_bytes
+        assert engine.weight_bytes == sum(tensors[w].nbytes for w in graph.weights)
+        assert {kind for kind in engine.layers if kind.startswith("MATRIX")} == {"MATRIX_MULTIPLY float16"}
+        assert engine.layers["MATRIX_MULTIPLY float16"] == graph.operators["MatMul"]
+        found = {kind.split()[1]: n for kind, n in engine.layers.items() if kind.startswith("DEQUANTIZE")}
+        assert sum(found.values()) == graph.operators.get("DequantizeLinear", 0)
+        assert set(found) <= {stored[kind] for kind in quantized}
+        if name != "vision" and precision in stored:
+            assert found[stored[precision]] > 0
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_shared_weights_are_really_built(precision: str, traces: dict[Any, Any], tmp_path: Path) -> None:
+    """Matrices that traverse and step both read are inputs of both engines, and in neither; nothing else changes."""
+    library = library_or_skip()
+    apart = recipe(NANOS[0], precision, tmp_path / "apart")
+    bundle = recipe(NANOS[0], precision, tmp_path / "shared", shared=True)
+    shared = shared_weights(bundle)
+    assert shared and shared_weights(apart) == {}
+    done = trt_build.build(bundle)
+    size = sum(tensor.nbytes for tensor in shared.values())
+    for name in ("traverse", "step"):
+        graph = bundle.manifest.graphs[name]
+        tensors = {t.name: t for t in library.parse(bundle.path(graph.file)).tensors() if t.is_input}
+        assert shared.keys() == tensors.keys() - {port.name for port in graph.inputs}
+        assert {tensors[w].dtype for w in shared} == {"float16" if precision == "fp16" else "int8"}
+        assert {w: tensors[w].shape for w in shared} == {w: t.shape for w, t in shared.items()}
+        whole = weight_bytes(apart, apart.manifest.graphs[name].constants)
+        assert done.engines.engines[name].weight_bytes == whole - size
+    vision = done.engines.engines["vision"]
+    assert vision.weight_bytes == weight_bytes(apart, apart.manifest.graphs["vision"].constants)
+    # What inspect says, of either bundle.
+    assert device_bytes(bundle) == device_bytes(apart)
+    before, after = device_bytes(bundle)
+    assert before - after == size
+    held = sum(engine.weight_bytes for engine in done.engines.engines.values())
+    assert after == held + size
+    with pytest.raises(BackendError, match=r", the weights that they share 0\.00 GB and the K/V cache 0\.00 GB"):
+        trt_build.build(bundle, memory_bytes=held, force=True)
 
 
 @pytest.mark.rtx
@@ -252,6 +328,48 @@ def test_networks_that_are_refused(network: MadeUpNetwork, message: str, plain_b
     library: Any = MadeUpLibrary(network=network)
     with pytest.raises(BackendError, match=message):
         trt_build.build(copy(plain_bundle, tmp_path), library=library)
+
+
+def test_too_little_memory_to_build(plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before TensorRT begins, with what it takes and what there is: a process without memory is killed."""
+    library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()]))
+    bundle = copy(plain_bundle, tmp_path)
+    needed = trt_build.PEAK * weight_bytes(bundle, bundle.manifest.graphs["traverse"].constants)
+    assert (trt_build.available_bytes() or 1 << 40) > 1 << 20
+    monkeypatch.setattr(trt_build, "available_bytes", lambda: needed - 1)
+    with pytest.raises(
+        BackendError, match=r"traverse\.onnx: building its engine takes about 0\.0 GB of memory"
+    ) as caught:
+        trt_build.build(bundle, library=library)
+    assert "(3 times its weights), 0.0 GB are available here; close other programs, add swap" in str(caught.value)
+    assert list((bundle.folder / "engines").iterdir()) == []
+    monkeypatch.setattr(trt_build, "available_bytes", lambda: needed)
+    assert trt_build.build(bundle, library=library).built
+
+
+def test_limits_of_full_size_builds() -> None:
+    """Each limit that a build misses is said, and none that it keeps."""
+    case = engines_full.Case("trol-1.8b", "fp16", seconds=240, peak_bytes=14e9)
+    engine = {"bytes": 1030, "weight_bytes": 1000}
+    good = engines_full.Built("trol-1.8b", "fp16", "", 1.0, 240.0, 14 * 10**9, {"step": engine}, ())
+    assert engines_full.misses(case, good) == []
+    bad = dataclasses.replace(good, seconds=241.0, peak_bytes=15 * 10**9, engines={"step": engine | {"bytes": 1031}})
+    assert engines_full.misses(case, bad) == [
+        "241 s, at most 240",
+        "peak memory 15.00 GB, at most 14.00",
+        "step: 1.031 times its weights, at most 1.03",
+    ]
+    machine = dataclasses.replace(good, peak_bytes=1 << 50)
+    assert "peak memory" in engines_full.misses(engines_full.Case("trol-3.8b", "int8"), machine)[0]
+
+
+def test_shared_weights_that_are_refused(tmp_path: Path) -> None:
+    """Where no TensorRT would take them."""
+    with pytest.raises(UsageError, match="shared weights are for TensorRT; target cpu holds them once anyway"):
+        pipeline.export(NANO, tmp_path / "it", shared_weights=True)
+    with pytest.raises(UsageError, match="TensorRT takes no 4-bit inputs; choose int8 or fp16"):
+        recipe(NANOS[0], "int4", tmp_path / "it", shared=True)
+    assert not (tmp_path / "it").exists()
 
 
 def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ TYPES = {
     "tensor(float16)": "HALF",
     "tensor(int64)": "INT64",
     "tensor(bool)": "BOOL",
+    "tensor(int8)": "INT8",
 }
-NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"}
+NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool", "INT8": "int8"}
 
 
 def engine_file(graph: Path, profiles: list[dict[str, list[int]]]) -> bytes:
@@ -223,6 +224,7 @@ class DataType(enum.Enum):
     HALF = 1
     INT64 = 2
     BOOL = 3
+    INT8 = 4
 
 
 class TensorIOMode(enum.Enum):

@@ -111,6 +111,13 @@ def export(
     selftest: Annotated[
         bool, typer.Option("--selftest/--no-selftest", help="Record what the FP32 reference computes, for verify.")
     ] = True,
+    shared_weights: Annotated[
+        bool,
+        typer.Option(
+            "--shared-weights",
+            help="TensorRT, 8 GB boards: traverse and step read one copy of their matrices (fp16, int8).",
+        ),
+    ] = False,
     checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CHECKPOINTS,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     force: Force = False,
@@ -144,6 +151,7 @@ def export(
             target=target,
             context=context,
             options=options,
+            shared_weights=shared_weights,
             calibration=statistics,
             record_selftest=selftest,
             overwrite=force,
@@ -230,6 +238,7 @@ def inspect(
     """Show what is in a bundle: graphs, operators, inputs and outputs, weights and the bytes a step reads."""
     from trol_edge.bundle import Bundle
     from trol_edge.derived import loaded_bytes
+    from trol_edge.engines import device_bytes, shared_weights
 
     opened = Bundle(bundle)
     manifest, tensors = opened.manifest, opened.weights().tensors
@@ -243,6 +252,9 @@ def inspect(
         data = dataclasses.asdict(manifest)
         data["weights"] = {n: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes} for n, t in tensors.items()}
         data["weight_bytes"], data["weight_bytes_float32"] = stored, as_float
+        if manifest.target not in ("cpu", "onnx"):
+            apart, shared = device_bytes(opened)
+            data["device_bytes"] = {"apart": apart, "shared": shared, "is_shared": bool(shared_weights(opened))}
         data["kv_bytes_per_token"] = kv  # of one set; prefix reuse keeps two
         _print_json(data)
         return
@@ -283,6 +295,13 @@ def inspect(
         out.print(table)
     form = "as computed" if manifest.plan.quantized else "float32"
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
+    if manifest.target not in ("cpu", "onnx"):
+        apart, shared = device_bytes(opened)
+        own = "shared" if shared_weights(opened) else "apart"
+        out.print(
+            f"Weights on a device: {apart / 1e6:.2f} MB with traverse and step apart, {shared / 1e6:.2f} MB with "
+            f"--shared-weights (not for int4); this bundle: {own}."
+        )
     out.print(
         f"A step reads {as_float['step'] / 1e6:.2f} MB of weights ({form}, each once, {lora['step']} LoRA tensors), "
         f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
@@ -737,7 +756,7 @@ def build(
         return
     out.print(f"built, because: {done.reason}", markup=False, soft_wrap=True)
     for name, engine in done.engines.engines.items():
-        ratio = engine.bytes / engine.weight_bytes
+        ratio = engine.bytes / engine.weight_bytes  # of what stands in it; shared weights do not
         out.print(
             f"{name:8} {engine.bytes / 1e6:9.1f} MB ({ratio:.3f} x its weights), {engine.seconds:5.1f} s, "
             f"{len(engine.profiles)} profile(s); {', '.join(f'{n} {kind}' for kind, n in engine.layers.items())}",

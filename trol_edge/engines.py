@@ -10,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trol_edge.bundle import Bundle, FileInfo, sha256_of
 from trol_edge.errors import BundleError
 from trol_edge.spec import from_dict
+from trol_edge.weights import TensorInfo
 
 FORMAT_VERSION = 1
+ENGINES = ("vision", "traverse", "step")  # traverse_text saves time on a CPU; here it would hold the weights once more
 FOLDER, MANIFEST, KERNELS = "engines", "engines.json", "kernels.cache"
 Range = tuple[int, int, int]  # smallest, best and largest size of a dynamic dimension
 
@@ -56,6 +59,33 @@ class EngineSet:
     key: Key
     precision: str
     engines: dict[str, EngineInfo]  # by graph
+
+
+def weight_bytes(bundle: Bundle, names: Iterable[str]) -> int:
+    """Bytes of weights inside an engine, each once, in the type that it computes with."""
+    tensors = bundle.weights().tensors
+    widen = 2 if bundle.manifest.plan.compute == "fp32" else 1
+    return sum(tensors[n].nbytes * (widen if tensors[n].dtype in ("F16", "BF16") else 1) for n in names)
+
+
+def shared_weights(bundle: Bundle) -> dict[str, TensorInfo]:
+    """Weights that traverse and step take as inputs, from one buffer on the device; none where engines hold them."""
+    step, tensors = bundle.manifest.graphs["step"], bundle.weights().tensors
+    return {name: tensors[name] for name in step.weights if name not in step.constants}
+
+
+def device_bytes(bundle: Bundle) -> tuple[int, int]:
+    """Bytes of the weights on a device: where each engine holds its own, and with `export --shared-weights`."""
+    graphs, tensors = bundle.manifest.graphs, bundle.weights().tensors
+    apart = sum(weight_bytes(bundle, graphs[name].weights) for name in ENGINES)
+    both = set(graphs["traverse"].weights) & set(graphs["step"].weights)
+    matrices = [name for name in both if name in tensors and is_shareable(name, tensors[name].shape)]
+    return apart, apart - 2 * weight_bytes(bundle, matrices) + sum(tensors[name].nbytes for name in matrices)
+
+
+def is_shareable(name: str, shape: Sequence[object]) -> bool:
+    """Whether a weight is a matrix, and so worth sharing; scales in blocks stay with the engine."""
+    return len(shape) == 2 and name.endswith((".weight", ".lora_a", ".lora_b"))
 
 
 def folder_of(bundle: Bundle, target: str) -> Path:
