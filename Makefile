@@ -111,6 +111,8 @@ test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime
 	$(BIN)/trol-edge export trol-nano-phi3 -o build/test-oldest-bundles/trol-nano-phi3 --force
 	rm -rf build/venv-oldest && $(PYTHON_OLDEST) -m venv build/venv-oldest
 	build/venv-oldest/bin/python -m pip install --quiet -e '.[cpu]' onnxruntime==$(ORT_OLDEST) 'pytest>=8,<10'
+	build/venv-oldest/bin/trol-edge verify build/test-oldest-bundles/trol-nano
+	build/venv-oldest/bin/trol-edge verify build/test-oldest-bundles/trol-nano-phi3
 	rm -rf build/test-oldest-lowered
 	TROL_EDGE_LOWERED_OUT=build/test-oldest-lowered $(BIN)/python -m pytest -q tests/test_lower_ort.py
 	build/venv-oldest/bin/python tests/replay_lowered.py build/test-oldest-lowered
