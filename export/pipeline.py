@@ -195,6 +195,8 @@ def _fold_transposes(name: str, model: ir.Model) -> None:
 def _write_graph(
     folder: Path, name: str, model: ir.Model, target: str, lowered: Collection[str], found: dict[str, Place]
 ) -> GraphInfo:
+    if target in GPU_TARGETS and name == "step":
+        lower_trt.add_token(model)
     inputs, outputs = (tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs))
     weights = tuple(graphs.weight_names(model))
     as_inputs: list[str] = []

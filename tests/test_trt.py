@@ -6,6 +6,7 @@ Nothing here ran on a GPU; tests/test_gpu.py does, where there is one.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import os
 import re
@@ -24,7 +25,7 @@ from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
 from trol_edge.bundle import Bundle, sha256_of
 from trol_edge.engines import FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, write
-from trol_edge.errors import BackendError, BundleError, ContextError
+from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import cuda as cuda_module
 from trol_edge.runtimes import trt as trt_module
@@ -103,7 +104,8 @@ def test_the_same_answers_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
         assert runtime.generate(prompt, picture).token_ids == nano.generate(prompt, picture).token_ids
     pixels = nano.preprocess([PICTURE, PICTURE])
     assert pixels is not None
-    assert difference(backend(runtime).encode_image(pixels), nano._backend.encode_image(pixels)) <= 1e-5
+    ours, theirs = (np.asarray(r._backend.encode_image(pixels)) for r in (runtime, nano))
+    assert difference(ours, theirs) <= 1e-5
 
 
 def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
@@ -129,20 +131,24 @@ def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
 
 
 def test_a_step_moves_little_and_allocates_nothing(machine: Machine) -> None:
-    """One embedding and one position up, the logits down; from the second step on one launch; no new memory."""
+    """One embedding and one position up, the token down, and the logits where asked; then one launch; no new memory."""
     runtime = machine.open()
     session = runtime.session()
     session.prefill(runtime.tokenize(QUESTION))
     machine.cuda.calls.clear()
-    session.step(1)
+    session.step_token(1)
     assert machine.cuda.calls == ["HostToDevice", "HostToDevice", "DeviceToHost", "wait"]
-    session.step(2)
+    session.step_token(2)
     held, reached = dict(machine.cuda.memory), machine.cuda.next
     pinned = len(machine.cuda.host)
     machine.cuda.calls.clear()
+    machine.cuda.bytes.clear()
+    for token in range(20):
+        session.step_token(token)
+    assert machine.cuda.calls == ["launch", "wait"] * 20
     for token in range(20):
         session.step(token)
-    assert machine.cuda.calls == ["launch", "wait"] * 20
+    assert machine.cuda.calls[40:] == ["launch", "DeviceToHost", "wait"] * 20
     assert machine.cuda.memory.keys() == held.keys() and machine.cuda.next == reached
     assert len(machine.cuda.host) == pinned
 
@@ -160,6 +166,122 @@ def test_without_cuda_graphs(machine: Machine, nano: Runtime, plain_bundle: Path
         logits.append([state.step(rows[i], 5 + i).copy() for i in range(4)])
     assert "launch" in machine.cuda.calls
     assert np.array_equal(logits[0], logits[1])
+
+
+def test_a_greedy_answer_downloads_tokens_only(machine: Machine, nano: Runtime) -> None:
+    """Eight bytes a token, and the logits of the prompt once a chunk; with logprobs the logits of every token."""
+    runtime = machine.open()
+    logits = 4 * runtime.bundle.manifest.spec.vocab_size
+    found = {}
+    for options in ({}, {"logprobs": 0}):
+        machine.cuda.bytes.clear()
+        answer = runtime.generate("Describe the scene.", PICTURE, **options)
+        assert answer.token_ids == nano.generate("Describe the scene.", PICTURE, **options).token_ids
+        found[len(options)] = machine.cuda.bytes["DeviceToHost"]
+    steps = len(answer.token_ids)  # the end token is chosen by the last of them
+    assert found == {0: logits + 8 * steps, 1: logits + (8 + logits) * steps}
+
+
+def test_features_stay_on_the_device(machine: Machine, nano: Runtime) -> None:
+    """A picture goes up once and its features never come down: not for the prompt, a second question, or a fork."""
+    runtime = machine.open()
+    cuda, spec = machine.cuda, runtime.bundle.manifest.spec
+    first = runtime.generate(QUESTION, PICTURE)
+    uploaded = cuda.bytes["HostToDevice"]
+    cuda.bytes.clear()
+    second = runtime.generate("What is this?", [PICTURE, PICTURE])
+    assert second.token_ids == nano.generate("What is this?", [PICTURE, PICTURE]).token_ids
+    size = 4 * spec.vision.tokens_per_image * spec.hidden_size
+    assert cuda.bytes["DeviceToDevice"] == 2 * size - first.cached_tokens * 0
+    pixels = 4 * 3 * spec.vision.image_size**2
+    assert uploaded - cuda.bytes["HostToDevice"] > pixels - 2 * size  # no pixels: they were in the vision cache
+    assert cuda.bytes["DeviceToHost"] < size
+    assert runtime.vision_cache.entries == 1 and runtime.vision_cache.bytes == size
+
+
+def test_pictures_are_known_by_their_pixels(machine: Machine, nano: Runtime) -> None:
+    """Token level: a prefix with the same picture is reused, another picture is another one; nothing is downloaded."""
+    runtime = machine.open()
+    pixels = nano.preprocess(PICTURE)
+    assert pixels is not None
+    ids = runtime.tokenize(QUESTION, 1)
+    session = runtime.session()
+    logits = session.prefill(ids, pixels)
+    assert difference(logits, nano.session().prefill(ids, pixels)) <= 1e-5
+    session.prefill(ids, pixels.copy(), reuse=True)
+    assert session.reused == len(ids) - 1
+    session.prefill(ids, pixels[..., ::-1].copy(), reuse=True)
+    assert 0 < session.reused < ids.index(runtime.bundle.manifest.spec.image_token_id) + 1
+    # Arrays are taken too, and so are several blocks; another Runtime's device memory is not.
+    features = np.asarray(runtime._backend.encode_image(pixels))
+    assert difference(session.prefill_features(ids, [features]), logits) <= 1e-5
+    other = machine.open()
+    with pytest.raises(UsageError, match="in the memory of another Runtime"):
+        session.prefill_features(ids, other._backend.encode_image(pixels))
+    assert difference(session.prefill(ids, pixels), logits) <= 1e-5
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_memory_follows_its_users(machine: Machine) -> None:
+    """Sessions, forks and features that are gone are given back at the next allocation; the cache bounds features."""
+    bundle = Bundle(machine.folder)
+    runtime = Runtime(machine.folder, vision_cache_bytes=100_000)
+    spec = bundle.manifest.spec
+    size = 4 * spec.vision.tokens_per_image * spec.hidden_size
+    rng = np.random.default_rng(0)
+    held = set()
+    for _ in range(8):
+        frame = rng.integers(0, 255, (64, 64, 3), np.uint8)
+        runtime.generate("What is this?", frame, max_new_tokens=3)
+        session = runtime.session()
+        session.prefill([1, 2, 3])
+        fork = session.fork()
+        fork.step(4)
+        fork.step(5)
+        del session, fork
+        held.add(machine.cuda._held())
+    assert runtime.vision_cache.entries == 100_000 // size
+    assert len(held) <= 1 + 100_000 // size  # it grew by features until the cache was full, and then no more
+    pinned = len(machine.cuda.host)
+    backend(runtime).new_state()
+    assert len(machine.cuda.host) <= pinned
+    del runtime
+    gc.collect()
+    assert machine.cuda.memory == {}
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_a_step_that_cannot_be_captured(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs plain, and says so."""
+    runtime = machine.open()
+    expected = runtime.generate(QUESTION, PICTURE).token_ids
+
+    def refuse(stream: int, mode: Any) -> Any:
+        return (trt_standin.Status.cudaErrorStreamCaptureInvalidated,)
+
+    monkeypatch.setattr(machine.cuda, "cudaStreamBeginCapture", refuse)
+    with pytest.warns(RuntimeWarning, match="steps run without a CUDA graph: CUDA: cudaStreamBeginCapture failed"):
+        assert machine.open().generate(QUESTION, PICTURE).token_ids == expected
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_both_sets_are_always_kept(machine: Machine) -> None:
+    """What halves the memory on a CPU would not here, and is refused."""
+    with pytest.raises(UsageError, match="prefix_reuse=False would save nothing with engines"):
+        Runtime(machine.folder, prefix_reuse=False)
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_a_board_that_shares_its_memory(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There CUDA counts files that Linux keeps in memory as used; what Linux would give up counts as free."""
+    machine.cuda.total = 1 << 20
+    monkeypatch.setattr(trt_module, "devices", lambda: [dataclasses.replace(GPU, integrated=True)])
+    monkeypatch.setattr(trt_module, "reclaimable", lambda: 1 << 34)
+    with pytest.raises(BackendError, match="what all sessions share needs"):  # past the check, and CUDA has the word
+        machine.open()
+    monkeypatch.setattr(trt_module, "reclaimable", lambda: 0)
+    with pytest.raises(BackendError, match="of GPU memory \(K/V cache"):
+        machine.open()
 
 
 def test_memory_is_given_back(machine: Machine) -> None:
@@ -283,8 +405,16 @@ def test_too_little_memory(machine: Machine) -> None:
     machine.cuda.total = 1 << 34
     runtime = machine.open()
     machine.cuda.total = machine.cuda._held() + 1000
-    with pytest.raises(BackendError, match=r"cudaMalloc failed \(cudaErrorMemoryAllocation\); GPU memory is short"):
-        runtime.session()
+    cache = backend(runtime).cache_bytes / 1e6
+    for what, run in (
+        (rf"a session \(both K/V sets for 2048 tokens\) needs {cache:.0f}", lambda: runtime.session()),
+        (r"features of 1 picture\(s\) or tile\(s\) needs 0\.0", lambda: runtime.generate(QUESTION, PICTURE)),
+    ):
+        with pytest.raises(BackendError, match=rf"cudaMalloc failed \(cudaErrorMemoryAllocation\): .*{what}") as caught:
+            run()
+        assert re.search(r"0\.0 of \d+\.\d MB are free; close sessions, forks and other", str(caught.value))
+    machine.cuda.total = 1 << 34
+    assert runtime.generate(QUESTION, PICTURE).text  # and it stays usable
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
@@ -364,7 +494,7 @@ def test_the_stand_ins_stream_is_late() -> None:
     """Work is done at the wait, in order; what is not awaited is not there; pageable memory is no part of a graph."""
     stand_in = CudaRuntime()
     cuda = CudaPython(stand_in)
-    pointer = cuda.allocate(8)
+    pointer = cuda.allocate(8, "a test")
     up, down = cuda.pinned((2,), np.float32), cuda.pinned((2,), np.float32)
     up[:] = 1, 2
     cuda.upload(pointer, up)
@@ -373,18 +503,23 @@ def test_the_stand_ins_stream_is_late() -> None:
     up[:] = 3, 4  # too early: the copy has not been made
     cuda.wait()
     assert down.tolist() == [3, 4]
-    cuda.begin_capture()
-    with pytest.raises(BackendError, match="cudaErrorStreamCaptureInvalidated"):
-        cuda.upload(pointer, np.zeros(2, np.float32))
+    with pytest.raises(BackendError, match=r"cudaMemcpyAsync failed \(cudaErrorStreamCaptureInvalidated\)"):
+        cuda.capture(lambda: cuda.upload(pointer, np.zeros(2, np.float32)))
     with pytest.raises(BackendError, match="cudaStreamSynchronize"):
-        cuda.wait()
-    cuda.upload(pointer, up)
-    cuda.download(down, pointer)
-    graph = cuda.end_capture()
+        cuda.capture(cuda.wait)
+    with pytest.raises(BackendError, match="cudaMalloc failed"):
+        cuda.capture(lambda: cuda.free(cuda.allocate(8, "a test")))
+
+    def copies() -> None:
+        cuda.upload(pointer, up)
+        cuda.download(down, pointer)
+
+    graph = cuda.capture(copies)
     up[:] = 5, 6
     cuda.launch(graph)
     cuda.wait()
     assert down.tolist() == [5, 6]
+    cuda.drop(graph)
     cuda.free(pointer)
     with pytest.raises(BackendError, match="cudaFree failed"):
         cuda.free(pointer)

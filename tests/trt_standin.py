@@ -14,6 +14,7 @@ import ctypes
 import enum
 import json
 import types
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,7 +76,9 @@ class CudaRuntime:
         self.next = 1 << 40
         self.queue: list[Callable[[], None]] = []
         self.recording: list[Callable[[], None]] | None = None
+        self.graphs: list[tuple[Callable[[], None], ...] | None] = []
         self.calls: list[str] = []
+        self.bytes: Counter[str] = Counter()  # copied, by direction
         self.streams = {7}
 
     # -- memory
@@ -96,6 +99,8 @@ class CudaRuntime:
         return OK, self.total - self._held(), self.total
 
     def cudaMalloc(self, size: int) -> tuple[Status, int | None]:
+        if self.recording is not None:
+            return Status.cudaErrorStreamCaptureInvalidated, None
         if size + self._held() > self.total:
             return Status.cudaErrorMemoryAllocation, None
         pointer = self.next
@@ -115,8 +120,7 @@ class CudaRuntime:
         return OK, pointer
 
     def cudaFreeHost(self, ptr: int) -> tuple[Status]:
-        # Kept, so that an array which still refers to it does not bring the test down.
-        return (OK if int(ptr) in self.host else Status.cudaErrorInvalidValue,)
+        return (OK if self.host.pop(int(ptr), None) is not None else Status.cudaErrorInvalidValue,)
 
     def _pinned(self, pointer: int) -> bool:
         return any(base <= pointer < base + len(block) for base, block in self.host.items())
@@ -164,6 +168,7 @@ class CudaRuntime:
         if host is not None and not self._pinned(host) and self.recording is not None:
             return (Status.cudaErrorStreamCaptureInvalidated,)  # pageable memory cannot be captured
         self.calls.append(kind.name.removeprefix("cudaMemcpy"))
+        self.bytes[kind.name.removeprefix("cudaMemcpy")] += count
 
         def array(pointer: int) -> np.ndarray[Any, Any]:
             return np.frombuffer(memoryview((ctypes.c_byte * count).from_address(pointer)), np.uint8)
@@ -193,21 +198,26 @@ class CudaRuntime:
     def cudaStreamEndCapture(self, stream: int) -> tuple[Status, Any]:
         if self.recording is None:
             return Status.cudaErrorStreamCaptureInvalidated, None
-        graph, self.recording = tuple(self.recording), None
-        return OK, graph
+        self.graphs.append(tuple(self.recording))
+        self.recording = None
+        return OK, len(self.graphs)
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Status, Any]:
-        return OK, graph
+        return OK, -graph
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[Status]:
         return (OK,)
 
     def cudaGraphExecDestroy(self, graphExec: Any) -> tuple[Status]:
+        self.graphs[-graphExec - 1] = None
         return (OK,)
 
     def cudaGraphLaunch(self, graphExec: Any, stream: int) -> tuple[Status]:
         self.calls.append("launch")
-        for work in graphExec:
+        works = self.graphs[-graphExec - 1]
+        if works is None:
+            return (Status.cudaErrorInvalidValue,)
+        for work in works:
             self.enqueue(work, stream)
         return (OK,)
 
