@@ -343,6 +343,11 @@ class TrtBackend:
         with self.lock:
             return TrtState(self)
 
+    def require_open(self) -> None:
+        """Raise BackendError after close: a captured graph would go on with memory that is no longer ours."""
+        if not self._closing.alive:
+            raise BackendError(f"{self.bundle.folder}: its engines have been closed; open the bundle again")
+
     def close(self) -> None:
         """Give all device and page-locked memory back; states must not be used any more."""
         with self.lock:
@@ -407,6 +412,7 @@ class TrtState:
     def _start(self, embedding: Float32, position: int) -> None:
         """Enqueue a step."""
         backend = self._backend
+        backend.require_open()
         self._host["inputs_embeds"][0, 0] = embedding
         self._host["position_ids"][0, 0] = position
         if "rope_offset" in self._host:

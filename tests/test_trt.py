@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +186,14 @@ def test_features_stay_on_the_device(machine: Machine, nano: Runtime) -> None:
     """A picture goes up once and its features never come down: not for the prompt, a second question, or a fork."""
     runtime = machine.open()
     cuda, spec = machine.cuda, runtime.bundle.manifest.spec
-    first = runtime.generate(QUESTION, PICTURE)
+    size = 4 * spec.vision.tokens_per_image * spec.hidden_size
+    runtime.generate(QUESTION, PICTURE)
+    assert cuda.bytes["DeviceToDevice"] == 2 * size  # out of the engine's buffer, and among the embeddings
     uploaded = cuda.bytes["HostToDevice"]
     cuda.bytes.clear()
     second = runtime.generate("What is this?", [PICTURE, PICTURE])
     assert second.token_ids == nano.generate("What is this?", [PICTURE, PICTURE]).token_ids
-    size = 4 * spec.vision.tokens_per_image * spec.hidden_size
-    assert cuda.bytes["DeviceToDevice"] == 2 * size - first.cached_tokens * 0
+    assert second.cached_tokens > spec.vision.tokens_per_image and cuda.bytes["DeviceToDevice"] == size
     pixels = 4 * 3 * spec.vision.image_size**2
     assert uploaded - cuda.bytes["HostToDevice"] > pixels - 2 * size  # no pixels: they were in the vision cache
     assert cuda.bytes["DeviceToHost"] < size
@@ -280,7 +281,7 @@ def test_a_board_that_shares_its_memory(machine: Machine, monkeypatch: pytest.Mo
     with pytest.raises(BackendError, match="what all sessions share needs"):  # past the check, and CUDA has the word
         machine.open()
     monkeypatch.setattr(trt_module, "reclaimable", lambda: 0)
-    with pytest.raises(BackendError, match="of GPU memory \(K/V cache"):
+    with pytest.raises(BackendError, match=r"of GPU memory \(K/V cache"):
         machine.open()
 
 
@@ -292,8 +293,10 @@ def test_memory_is_given_back(machine: Machine) -> None:
     session.step(1)
     backend(runtime).close()
     assert machine.cuda.memory == {}
-    with pytest.raises(BackendError):
+    with pytest.raises(BackendError, match="its engines have been closed"):
         session.step(2)
+    with pytest.raises(BackendError, match="cudaErrorInvalidValue"):
+        session.prefill(runtime.tokenize(QUESTION))
 
 
 def test_kernels_are_kept_in_the_bundle(machine: Machine) -> None:
@@ -405,10 +408,10 @@ def test_too_little_memory(machine: Machine) -> None:
     machine.cuda.total = 1 << 34
     runtime = machine.open()
     machine.cuda.total = machine.cuda._held() + 1000
-    cache = backend(runtime).cache_bytes / 1e6
+    cache, pixels = backend(runtime).cache_bytes / 1e6, runtime.preprocess(PICTURE)
     for what, run in (
         (rf"a session \(both K/V sets for 2048 tokens\) needs {cache:.0f}", lambda: runtime.session()),
-        (r"features of 1 picture\(s\) or tile\(s\) needs 0\.0", lambda: runtime.generate(QUESTION, PICTURE)),
+        (r"features of 1 picture\(s\) or tile\(s\) needs 0\.0", lambda: runtime._backend.encode_image(pixels)),
     ):
         with pytest.raises(BackendError, match=rf"cudaMalloc failed \(cudaErrorMemoryAllocation\): .*{what}") as caught:
             run()
@@ -454,11 +457,12 @@ def test_no_driver_no_gpu(plain_bundle: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.fixture
-def context(machine: Machine) -> tuple[Any, CudaRuntime, Library]:
+def context(machine: Machine) -> Iterator[tuple[Any, CudaRuntime, Library]]:
     """The step's execution context, bare, with good addresses."""
     runtime = machine.open()
     state = backend(runtime).new_state()
-    return state._context._context, machine.cuda, backend(runtime).library
+    yield state._context._context, machine.cuda, backend(runtime).library
+    del runtime  # until here: with it goes the memory
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
@@ -485,9 +489,10 @@ def test_the_stand_in_refuses(context: tuple[Any, CudaRuntime, Library]) -> None
     step.addresses = {n: p for n, p in good.items() if n != "logits"}
     assert "address not set for logits" in said(step.execute_async_v3(7))
     step.addresses = dict(good)
-    cuda.cudaFree(good["past_key_0"])  # use after free
+    freed = cuda.memory.pop(good["past_key_0"])  # use after free
     assert step.execute_async_v3(7) is True
     assert cuda.cudaStreamSynchronize(7) == (trt_standin.Status.cudaErrorIllegalAddress,)
+    cuda.memory[good["past_key_0"]] = freed
 
 
 def test_the_stand_ins_stream_is_late() -> None:

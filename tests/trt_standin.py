@@ -168,20 +168,26 @@ class CudaRuntime:
         if host is not None and not self._pinned(host) and self.recording is not None:
             return (Status.cudaErrorStreamCaptureInvalidated,)  # pageable memory cannot be captured
         self.calls.append(kind.name.removeprefix("cudaMemcpy"))
-        self.bytes[kind.name.removeprefix("cudaMemcpy")] += count
+
+        def counted(work: Callable[[], None]) -> Callable[[], None]:
+            def copy() -> None:
+                self.bytes[kind.name.removeprefix("cudaMemcpy")] += count
+                work()
+
+            return copy
 
         def array(pointer: int) -> np.ndarray[Any, Any]:
             return np.frombuffer(memoryview((ctypes.c_byte * count).from_address(pointer)), np.uint8)
 
         if kind is Kind.cudaMemcpyHostToDevice and not self._pinned(src):
             staged = array(src).copy()  # pageable: staged before the call returns
-            done = self.enqueue(lambda: self._put(dst, staged), stream)
+            done = self.enqueue(counted(lambda: self._put(dst, staged)), stream)
         elif kind is Kind.cudaMemcpyHostToDevice:
-            done = self.enqueue(lambda: self._put(dst, array(src)), stream)
+            done = self.enqueue(counted(lambda: self._put(dst, array(src))), stream)
         elif kind is Kind.cudaMemcpyDeviceToHost:
-            done = self.enqueue(lambda: array(dst).__setitem__(slice(None), self._find(src, count)), stream)
+            done = self.enqueue(counted(lambda: array(dst).__setitem__(slice(None), self._find(src, count))), stream)
         else:
-            done = self.enqueue(lambda: self._put(dst, self._find(src, count).copy()), stream)
+            done = self.enqueue(counted(lambda: self._put(dst, self._find(src, count).copy())), stream)
         return (OK if done else Status.cudaErrorInvalidValue,)
 
     def _put(self, pointer: int, data: np.ndarray[Any, Any]) -> None:
