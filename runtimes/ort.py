@@ -106,9 +106,7 @@ class OrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache of one state at full context: both sets, or one and a layer's scratch."""
-        step = self.bundle.manifest.graphs["step"]
-        row = sum(np.dtype(p.dtype).itemsize for p in step.inputs if p.name.startswith("past_"))
-        one_set = self.context * self.spec.num_kv_heads * self.spec.head_dim * row
+        one_set = self.bundle.manifest.kv_bytes_per_token * self.context
         return 2 * one_set if self.prefix_reuse else one_set + one_set // self.spec.num_layers
 
     def _require_memory(self) -> None:

@@ -69,10 +69,8 @@ class DeviceFeatures:
 
     def __getitem__(self, index: int) -> DeviceFeatures:
         """One picture of [N, T, D]."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         part = DeviceFeatures(self.backend, self.shape[1:], self.pointer, self._lease)
-        part.pointer += index * part.nbytes
+        part.pointer += range(len(self))[index] * part.nbytes  # which raises IndexError, as a sequence must
         return part
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:

@@ -41,15 +41,15 @@ def main(arguments: list[str]) -> int:
     bundles = [Path(name).resolve() for name in arguments[2:]]
     here = [str(path) for path in bundles]
     own = run([sys.executable, __file__, "--answer", *here])
-    work = root / "work"
+    work = root / "robot"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     shutil.copy(__file__, work)
     shutil.copy(ROOT / "export" / "checkpoints" / "trol-nano" / "scene.png", work)
     for path in bundles:
         shutil.copytree(path, work / path.name)
-    there = [f"/work/{path.name}" for path in bundles]
-    emulated = run(["chroot", str(root), "/venv/bin/python", "/work/aarch64.py", "--answer", *there])
+    there = [f"/robot/{path.name}" for path in bundles]
+    emulated = run(["chroot", str(root), "/venv/bin/python", "/robot/aarch64.py", "--answer", *there])
     shutil.rmtree(work)
     return report([path.name for path in bundles], json.loads(own), json.loads(emulated))
 
