@@ -299,7 +299,10 @@ class PyCuda:
 
 def fail(call: str, status: str, cause: BaseException | None = None) -> NoReturn:
     """Raise the error for a CUDA call that failed."""
-    raise BackendError(f"CUDA: {call} failed ({status}); run `trol-edge doctor`") from cause
+    advice = "run `trol-edge doctor`"
+    if "InsufficientDriver" in status:
+        advice = "the installed cuda-python is for a newer driver: pip install 'cuda-python<13', or update the driver"
+    raise BackendError(f"CUDA: {call} failed ({status}); {advice}") from cause
 
 
 @contextmanager

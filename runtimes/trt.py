@@ -241,6 +241,8 @@ class TrtBackend:
 
     def _sweep(self) -> None:
         """Give back what nothing refers to any more."""
+        if self.garbage:
+            self.cuda.wait()  # until what is enqueued, the zeroing of it perhaps, is done
         while self.garbage:
             blocks, graphs = self.garbage.popleft()
             for graph in graphs:

@@ -23,6 +23,7 @@ from tests.cases import difference
 from tests.conftest import NANO
 from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
+from trol_edge import cli
 from trol_edge.bundle import Bundle, sha256_of
 from trol_edge.engines import FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, write
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
@@ -266,10 +267,14 @@ def test_a_step_that_cannot_be_captured(machine: Machine, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
-def test_both_sets_are_always_kept(machine: Machine) -> None:
+def test_both_sets_are_always_kept(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     """What halves the memory on a CPU would not here, and is refused."""
     with pytest.raises(UsageError, match="prefix_reuse=False would save nothing with engines"):
         Runtime(machine.folder, prefix_reuse=False)
+    both = backend(machine.open()).cache_bytes
+    assert both == 2 * Bundle(machine.folder).manifest.kv_bytes_per_token * Bundle(machine.folder).manifest.context
+    assert cli.main(["inspect", str(machine.folder)]) == 0
+    assert f"two sets, {both / 1e6:.1f} MB, always: engines keep both" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
@@ -330,6 +335,7 @@ def rewrite(machine: Machine, **changes: Any) -> None:
     ("what", "changes", "message"),
     [
         ("library", {"library": "TensorRT 10.7.0"}, "built with library 'TensorRT 10.7.0', here is 'TensorRT 10.3.0'"),
+        ("major", {"library": "TensorRT 11.4.0"}, "built with library 'TensorRT 11.4.0', here is 'TensorRT 10.3.0'"),
         ("gpu", {"gpu": "RTX 4090"}, "built with gpu 'RTX 4090', here is 'stand-in for Orin'"),
         ("capability", {"capability": "8.9"}, "built with capability '8.9', here is '8.7'"),
         ("driver", {"driver": "13.0"}, "built with driver '13.0', here is '12.6'"),
@@ -417,6 +423,10 @@ def test_too_little_memory(machine: Machine) -> None:
             run()
         assert re.search(r"0\.0 of \d+\.\d MB are free; close sessions, forks and other", str(caught.value))
     machine.cuda.total = 1 << 34
+    machine.cuda.scratch = 1 << 35
+    with pytest.raises(BackendError, match=f"execution context: .*size was {1 << 35} bytes.; memory is short: close"):
+        runtime.session()
+    machine.cuda.scratch = 0
     assert runtime.generate(QUESTION, PICTURE).text  # and it stays usable
 
 
@@ -436,6 +446,14 @@ def test_shapes_beyond_every_profile(machine: Machine) -> None:
     with pytest.raises(ContextError, match=r"the traverse engine was built for other sizes than .*17"):
         session.prefill(np.arange(17))
     session.prefill(np.arange(3))  # and it stays usable
+
+
+def test_a_cuda_python_for_a_newer_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip brings where nothing bounds it, on JetPack 6."""
+    stand_in = CudaRuntime()
+    monkeypatch.setattr(stand_in, "cudaSetDevice", lambda device: (trt_standin.Status.cudaErrorInsufficientDriver,))
+    with pytest.raises(BackendError, match=r"cudaSetDevice failed \(cudaErrorInsufficientDriver\); .*'cuda-python<13'"):
+        CudaPython(stand_in)
 
 
 def test_no_driver_no_gpu(plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

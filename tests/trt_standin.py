@@ -43,6 +43,7 @@ class Status(enum.Enum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
     cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureInvalidated = 901
 
@@ -71,6 +72,7 @@ class CudaRuntime:
 
     def __init__(self, total: int = 1 << 34) -> None:
         self.total = total
+        self.scratch = 0  # what an execution context would take
         self.memory: dict[int, np.ndarray[Any, Any]] = {}
         self.host: dict[int, Any] = {}
         self.next = 1 << 40
@@ -321,6 +323,10 @@ class ICudaEngine:
         return IRuntimeConfig()
 
     def create_execution_context(self, strategy: Any = None) -> Any:
+        if self.cuda.scratch > self.cuda.total - self.cuda._held():
+            why = f"[executionContext.cpp] OutOfMemory: Requested size was {self.cuda.scratch} bytes."
+            self.logger.log(ILogger.Severity.ERROR, why)
+            return None
         return IExecutionContext(self, strategy)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -169,7 +169,8 @@ def run(
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
     provider: Annotated[
-        str | None, typer.Option(help="Run a GPU bundle's graphs by ONNX Runtime instead of engines: cuda, tensorrt, cpu.")
+        str | None,
+        typer.Option(help="Run a GPU bundle's graphs by ONNX Runtime instead of engines: cuda, tensorrt, cpu."),
     ] = None,
     fallback: Annotated[
         str | None, typer.Option(help="A provider to go over to, with a warning, where engines cannot be loaded.")
@@ -222,6 +223,7 @@ def inspect(
 ) -> None:
     """Show what is in a bundle: graphs, operators, inputs and outputs, weights and the bytes a step reads."""
     from trol_edge.bundle import Bundle
+    from trol_edge.targets import TARGETS
 
     opened = Bundle(bundle)
     manifest, tensors = opened.manifest, opened.weights().tensors
