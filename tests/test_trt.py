@@ -183,6 +183,17 @@ def test_a_greedy_answer_downloads_tokens_only(machine: Machine, nano: Runtime) 
     assert found == {0: logits + 8 * steps, 1: logits + (8 + logits) * steps}
 
 
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_logits_that_are_no_numbers(machine: Machine, nano: Runtime) -> None:
+    """The error of a CPU, from the logits, which are looked at then."""
+    for runtime in (machine.open(), nano):
+        state = runtime._backend.new_state()
+        state.traverse(runtime._embeddings[np.arange(3)], None)
+        broken = np.full(runtime.bundle.manifest.spec.hidden_size, np.nan, np.float32)
+        with pytest.raises(BackendError, match=r"logit 0 of \d+ is nan: the graph computed no usable numbers"):
+            state.step_token(broken, 3)
+
+
 def test_features_stay_on_the_device(machine: Machine, nano: Runtime) -> None:
     """A picture goes up once and its features never come down: not for the prompt, a second question, or a fork."""
     runtime = machine.open()
