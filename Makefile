@@ -21,7 +21,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu test-oldest test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
+.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -119,6 +119,12 @@ test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime
 	TROL_EDGE_NANO_BUNDLES=build/test-oldest-bundles build/venv-oldest/bin/python -m pytest -q \
 		tests/test_runtime.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
 		tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
+
+# Not part of CI: it needs root, and Debian's arm64 packages (once, 3 minutes).
+test-aarch64: wheel  ## the [cpu] install from aarch64 wheels, under emulation: both nanos answer as here; [jetson] resolves
+	$(BIN)/trol-edge export trol-nano -o build/aarch64/trol-nano --force
+	$(BIN)/trol-edge export trol-nano-phi3 -o build/aarch64/trol-nano-phi3 --force
+	$(BIN)/python tests/aarch64.py build/aarch64 "$$(ls dist/*.whl)" build/aarch64/trol-nano build/aarch64/trol-nano-phi3
 
 test-wheel: wheel  ## the wheel in an empty environment: imports, helps, and names the extras it lacks
 	rm -rf build/venv-wheel && $(PYTHON) -m venv build/venv-wheel

@@ -129,7 +129,7 @@ def _compare(
             for runtime, own in zip((a, b), values, strict=True):
                 own.clear()
                 if pixels is not None:
-                    own[FEATURES] = runtime._backend.encode_image(pixels)
+                    own[FEATURES] = np.asarray(runtime._backend.encode_image(pixels))
             logits = [s.prefill_features(ids, v.get(FEATURES)) for s, v in zip(sessions, values, strict=True)]
             for place, array in values[0].items():
                 ratios.setdefault(place, []).append(ratio_db(array, values[1][place]))

@@ -66,6 +66,34 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
     return model
 
 
+def add_token(model: ir.Model) -> None:
+    """Give a step the output `token` [1] int64: the id of its largest logit, the lowest of equal ones, as numpy has it.
+
+    -1 where a logit is NaN or infinite: then the logits have to be looked at. Not ArgMax, because which of equal ones
+    TensorRT's takes is nowhere written.
+    """
+    graph = model.graph
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    assert logits.dtype is not None and logits.shape is not None
+    vocabulary = logits.shape[1]
+    assert isinstance(vocabulary, int)
+    last = ir.node("Identity", [logits])  # stands behind all others; not kept
+    graph.append(last)
+    build = _Build(graph, last, _Shared(prefix="token"))
+    ids, axis = build.constant(np.arange(vocabulary)[None], ir.DataType.INT64), build.ints(1)
+    most = build.op("ReduceMax", [logits, axis], keepdims=1)
+    largest = build.constant(np.finfo(logits.dtype.numpy()).max, logits.dtype)
+    usable = build.op("LessOrEqual", [build.op("Abs", [logits]), largest], ir.DataType.BOOL)
+    smaller = build.op("Less", [logits, most], ir.DataType.BOOL)
+    beyond = build.constant(vocabulary, ir.DataType.INT64)
+    candidates = build.op("Where", [smaller, beyond, ids], ir.DataType.INT64)
+    candidates = build.op("Where", [usable, candidates, build.constant(-1, ir.DataType.INT64)], ir.DataType.INT64)
+    token = build.op("ReduceMin", [candidates, axis], keepdims=0)
+    graph.remove(last)
+    token.name, token.shape = "token", ir.Shape([1])
+    graph.outputs.append(token)
+
+
 def refusals(model: ir.Model, target: Target) -> list[str]:
     """Why the parser of a target would refuse, or silently misread, a graph: operators, types, restrictions."""
     assert target.operators is not None
@@ -114,6 +142,7 @@ class _Shared:
 
     values: dict[Any, ir.Value] = dataclasses.field(default_factory=dict)
     made: int = 0
+    prefix: str = "lowered"  # of their names
 
 
 class _Build:
@@ -139,7 +168,7 @@ class _Build:
 
     def _named(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
         self.shared.made += 1
-        value.name = f"lowered.{self.shared.made}"
+        value.name = f"{self.shared.prefix}.{self.shared.made}"
         value.type = None if dtype is None else ir.TensorType(dtype)
         return value
 
@@ -149,7 +178,7 @@ class _Build:
         key = ("constant", dtype, array.shape, array.tobytes())
         if key not in self.shared.values:
             self.shared.made += 1
-            name = f"lowered.constant.{self.shared.made}"
+            name = f"{self.shared.prefix}.constant.{self.shared.made}"
             value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
             value.const_value = ir.Tensor(array, name=name)
             self.graph.register_initializer(value)

@@ -231,6 +231,8 @@ def prepare(
         qdq.separate_readers(model)
     if plan.compute == "fp16":
         half.convert(model, plan.kept_fp32, dtypes)
+    if target in GPU_TARGETS and name == "step":
+        lower_trt.add_token(model)
     return LOWERINGS[target](name, model) if target in LOWERINGS else {}
 
 

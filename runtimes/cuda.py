@@ -10,6 +10,11 @@ import ctypes
 import dataclasses
 import importlib
 import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -17,7 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from trol_edge.errors import BackendError
 
-COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+COMPUTE_MAJOR, COMPUTE_MINOR, INTEGRATED = 75, 76, 18  # of CUdevice_attribute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Device:
     capability: str  # "8.7"
     memory_bytes: int
     driver: tuple[int, int]
+    integrated: bool = False  # it shares the system's memory, as a Jetson's does
 
 
 class Cuda(Protocol):
@@ -36,8 +42,8 @@ class Cuda(Protocol):
     stream: int
     graphs: bool  # whether capture and launch can be used
 
-    def allocate(self, size: int) -> int:
-        """Device memory of `size` bytes, zeroed; its address."""
+    def allocate(self, size: int, what: str) -> int:
+        """Device memory of `size` bytes, zeroed; its address. BackendError says how much of it was needed for what."""
         ...
 
     def free(self, pointer: int) -> None:
@@ -49,7 +55,7 @@ class Cuda(Protocol):
         ...
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A page-locked host array, which copies read and write directly; it lives as long as this object."""
+        """A page-locked host array, which copies read and write directly; given back some time after its last use."""
         ...
 
     def upload(self, pointer: int, array: NDArray[Any]) -> None:
@@ -68,16 +74,20 @@ class Cuda(Protocol):
         """Wait until the stream is idle."""
         ...
 
-    def begin_capture(self) -> None:
-        """Record what is enqueued from now on instead of running it."""
-        ...
+    def capture(self, enqueue: Callable[[], None]) -> Any:
+        """Record what a function enqueues instead of running it; returns a graph for `launch`.
 
-    def end_capture(self) -> Any:
-        """End recording; returns a graph for `launch`."""
+        It must neither allocate nor wait, and copy from and to page-locked memory only. Whatever it raises goes
+        through, and the stream is as it was before.
+        """
         ...
 
     def launch(self, graph: Any) -> None:
         """Enqueue a recorded graph."""
+        ...
+
+    def drop(self, graph: Any) -> None:
+        """Give a recorded graph back."""
         ...
 
     def close(self) -> None:
@@ -96,7 +106,8 @@ class CudaPython:
         self._stream = self._call("cudaStreamCreate")
         self.stream = int(self._stream)
         self._device: set[int] = set()
-        self._host: list[int] = []
+        self._host: set[int] = set()
+        self._unused: deque[int] = deque()  # page-locked memory to which no array refers any more
         self._graphs: list[Any] = []
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -105,9 +116,10 @@ class CudaPython:
             fail(name, getattr(status, "name", str(status)))
         return results[0] if len(results) == 1 else tuple(results)
 
-    def allocate(self, size: int) -> int:
+    def allocate(self, size: int, what: str) -> int:
         """See Cuda."""
-        pointer = int(self._call("cudaMalloc", size))
+        with _for(what, size, self.memory):
+            pointer = int(self._call("cudaMalloc", size))
         self._device.add(pointer)
         self._call("cudaMemsetAsync", pointer, 0, size, self._stream)
         return pointer
@@ -124,13 +136,22 @@ class CudaPython:
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See Cuda."""
+        self._free_unused()
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         pointer = int(self._call("cudaMallocHost", size))
-        self._host.append(pointer)
-        buffer = memoryview((ctypes.c_byte * size).from_address(pointer))
-        array: NDArray[Any] = np.frombuffer(buffer, dtype).reshape(shape)
+        self._host.add(pointer)
+        block = (ctypes.c_byte * size).from_address(pointer)
+        # Only noted: a garbage collection may come anywhere, and a capture must not be disturbed.
+        weakref.finalize(block, self._unused.append, pointer).atexit = False
+        array: NDArray[Any] = np.frombuffer(memoryview(block), dtype).reshape(shape)
         array[...] = 0
         return array
+
+    def _free_unused(self) -> None:
+        while self._unused:
+            pointer = self._unused.popleft()
+            self._host.discard(pointer)
+            self._call("cudaFreeHost", pointer)
 
     def upload(self, pointer: int, array: NDArray[Any]) -> None:
         """See Cuda."""
@@ -151,13 +172,17 @@ class CudaPython:
         """See Cuda."""
         self._call("cudaStreamSynchronize", self._stream)
 
-    def begin_capture(self) -> None:
+    def capture(self, enqueue: Callable[[], None]) -> Any:
         """See Cuda."""
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
-
-    def end_capture(self) -> Any:
-        """See Cuda."""
+        try:
+            enqueue()
+        except BaseException:
+            _, graph = self._rt.cudaStreamEndCapture(self._stream)  # says itself that the capture failed
+            if graph is not None and int(graph):
+                self._rt.cudaGraphDestroy(graph)
+            raise
         graph = self._call("cudaStreamEndCapture", self._stream)
         runnable = self._call("cudaGraphInstantiate", graph, 0)
         self._call("cudaGraphDestroy", graph)
@@ -168,16 +193,19 @@ class CudaPython:
         """See Cuda."""
         self._call("cudaGraphLaunch", graph, self._stream)
 
+    def drop(self, graph: Any) -> None:
+        """See Cuda."""
+        self._graphs.remove(graph)
+        self._call("cudaGraphExecDestroy", graph)
+
     def close(self) -> None:
         """See Cuda."""
         self.wait()
-        for graph in self._graphs:
-            self._call("cudaGraphExecDestroy", graph)
+        for graph in list(self._graphs):
+            self.drop(graph)
         for pointer in list(self._device):
             self.free(pointer)
-        for pointer in self._host:
-            self._call("cudaFreeHost", pointer)
-        self._graphs, self._host = [], []
+        self._free_unused()  # what arrays still refer to stays: reading one must not end the process
         self._call("cudaStreamDestroy", self._stream)
 
 
@@ -209,9 +237,10 @@ class PyCuda:
         except self._drv.Error as error:
             fail(name, str(error), error)
 
-    def allocate(self, size: int) -> int:
+    def allocate(self, size: int, what: str) -> int:
         """See Cuda."""
-        memory = self._call("mem_alloc", size)
+        with _for(what, size, self.memory):
+            memory = self._call("mem_alloc", size)
         pointer = int(memory)
         self._memory[pointer] = memory
         self._call("memset_d8_async", pointer, 0, size, self._stream)
@@ -247,17 +276,17 @@ class PyCuda:
         """See Cuda."""
         self._do(self._stream.synchronize, "synchronize")
 
-    def begin_capture(self) -> None:
+    def capture(self, enqueue: Callable[[], None]) -> Any:
         """See Cuda."""
         raise BackendError("pycuda has no CUDA graphs; install cuda-python, or open the Runtime without them")
 
-    def end_capture(self) -> Any:
-        """See Cuda."""
-        self.begin_capture()
-
     def launch(self, graph: Any) -> None:
         """See Cuda."""
-        self.begin_capture()
+        self.capture(lambda: None)
+
+    def drop(self, graph: Any) -> None:
+        """See Cuda."""
+        self.capture(lambda: None)
 
     def close(self) -> None:
         """See Cuda."""
@@ -271,9 +300,24 @@ class PyCuda:
 def fail(call: str, status: str, cause: BaseException | None = None) -> NoReturn:
     """Raise the error for a CUDA call that failed."""
     advice = "run `trol-edge doctor`"
-    if "memory" in status.lower():
-        advice = "GPU memory is short: close other programs, or export with a smaller --context or lower precision"
+    if "InsufficientDriver" in status:
+        advice = "the installed cuda-python is for a newer driver: pip install 'cuda-python<13', or update the driver"
     raise BackendError(f"CUDA: {call} failed ({status}); {advice}") from cause
+
+
+@contextmanager
+def _for(what: str, size: int, memory: Callable[[], tuple[int, int]]) -> Iterator[None]:
+    """Say of a failed allocation how much was needed for what, how much there is, and what to change."""
+    try:
+        yield
+    except BackendError as error:
+        free, total = memory()
+        said = str(error).partition(";")[0]
+        raise BackendError(
+            f"{said}: {what} needs {size / 1e6:.1f} MB of GPU memory, {free / 1e6:.1f} of {total / 1e6:.1f} MB are "
+            "free; close sessions, forks and other programs, give a smaller vision_cache_bytes, or export with a lower "
+            "precision or a smaller --context"
+        ) from error
 
 
 def open_cuda() -> Cuda:
@@ -318,9 +362,19 @@ def devices(library: str = "libcuda.so.1") -> list[Device] | str:
         text = ctypes.create_string_buffer(256)
         ask("cuDeviceGetName", text, 256, device)
         ask("cuDeviceTotalMem_v2", ctypes.byref(size), device)
-        parts = []
-        for attribute in (COMPUTE_MAJOR, COMPUTE_MINOR):
+        numbers = []
+        for attribute in (COMPUTE_MAJOR, COMPUTE_MINOR, INTEGRATED):
             ask("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
-            parts.append(str(value.value))
-        found.append(Device(text.value.decode(errors="replace"), ".".join(parts), size.value, version))
+            numbers.append(value.value)
+        name, capability = text.value.decode(errors="replace"), f"{numbers[0]}.{numbers[1]}"
+        found.append(Device(name, capability, size.value, version, bool(numbers[2])))
     return found or "the driver finds no GPU"
+
+
+def reclaimable() -> int:
+    """Bytes of the system's memory that programs could get (/proc/meminfo, MemAvailable); 0 where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 0

@@ -1,15 +1,19 @@
-"""ONNX Runtime on the CPU: the back end that runs everywhere.
+"""ONNX Runtime: on the CPU the back end that runs everywhere; on a GPU, through its providers, a second way to one.
 
-Weights are buffers that all sessions read (float32, or 8 bits of quantized ones): the graphs take them as inputs, and
-inputs are bound, not copied. 4-bit weights of a step are constants, which ONNX Runtime reads from the file and packs.
+Bundles of target cpu: weights are buffers that all sessions read (float32, or 8 bits of quantized ones), because the
+graphs take them as inputs, and inputs are bound, not copied. 4-bit weights of a step are constants, which ONNX Runtime
+reads from the file and packs. Graphs of all other targets hold their weights themselves: any provider takes them, and
+each session has a copy of its own.
 The KV cache is bound as past and as present, so it is written in place and nothing is copied per token.
+
+The providers for GPUs: not yet run on a GPU.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.bundle import WEIGHTS, Bundle
+from trol_edge.cache import Placed
 from trol_edge.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
-from trol_edge.errors import BackendError, BundleError
+from trol_edge.errors import BackendError, BundleError, UsageError
+from trol_edge.sampling import best_token
 from trol_edge.weights import TensorInfo, loaded_dtype
 
 try:
@@ -28,28 +34,41 @@ except ImportError as error:
 
 Float32 = NDArray[np.float32]
 OLDEST = (1, 23)  # RMSNormalization, RotaryEmbedding and Attention of opset 23
+# As a user names them -> ONNX Runtime's name, and its name of the memory that they compute in.
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider", "cpu"),
+    "cuda": ("CUDAExecutionProvider", "cuda"),
+    "tensorrt": ("TensorrtExecutionProvider", "cuda"),
+}
 
 
 class OrtBackend:
     """The graphs of one bundle, loaded. Thread-safe: its states are not, but any number of them may run at once."""
 
     def __init__(
-        self, bundle: Bundle, threads: int | None = None, verify: bool = True, prefix_reuse: bool = True
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        verify: bool = True,
+        prefix_reuse: bool = True,
+        provider: str = "cpu",
     ) -> None:
         """threads: of one inference call (default: the physical cores). verify: hash the weights while loading them.
 
-        prefix_reuse: whether states keep the second pass's keys and values.
+        prefix_reuse: whether states keep the second pass's keys and values. provider: "cpu", "cuda" or "tensorrt"; the
+        latter two take bundles of any target but cpu.
 
-        Raises BackendError (ONNX Runtime too old, not enough memory, graph refused) and BundleError (altered file).
+        Raises BackendError (ONNX Runtime too old, provider not there or without its libraries, not enough memory,
+        graph refused), BundleError (altered file, a bundle that the provider cannot take) and UsageError.
         """
         version = tuple(int(part) for part in ort.__version__.split(".")[:2])
         if version < OLDEST:
             raise BackendError(f"onnxruntime {ort.__version__} is too old for opset 23; install 1.23.2 or newer")
         manifest = bundle.manifest
-        if manifest.target != "cpu":
-            raise BundleError(f"{bundle.folder}: made for target {manifest.target!r}; export with --target cpu")
+        _require_provider(bundle, provider)
         self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
-        self.prefix_reuse, self.identity = prefix_reuse, f"onnxruntime {ort.__version__}"
+        self.prefix_reuse, self.provider, self.memory = prefix_reuse, provider, PROVIDERS[provider][1]
+        self.identity = f"onnxruntime {ort.__version__}" + ("" if provider == "cpu" else f", {provider}")
         file = bundle.weights()
         used = {name for graph in manifest.graphs.values() for name in graph.weights}
         constants = {name for graph in manifest.graphs.values() for name in graph.constants}
@@ -61,7 +80,14 @@ class OrtBackend:
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
         self.weight_bytes = sum(_loaded_bytes(file.tensors[name]) for name in kept)
-        self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
+        # Once in all sessions where they are inputs; else once in each, widened where a CPU computes in float32.
+        if manifest.target == "cpu":
+            self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
+        else:
+            tensors = [
+                file.tensors[w] for name in ("vision", "traverse", "step") for w in manifest.graphs[name].weights
+            ]
+            self.weight_bytes += sum(_loaded_bytes(t) if provider == "cpu" else t.nbytes for t in tensors)
         self.weight_bytes += sum(2 * file.tensors[parameter + NBITS].nbytes for parameter in derived)
         self._require_memory()
         arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None)
@@ -81,10 +107,12 @@ class OrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache of one state at full context: both sets, or one and a layer's scratch."""
-        one_set = self.spec.kv_bytes_per_token * self.context
+        one_set = self.bundle.manifest.kv_bytes_per_token * self.context
         return 2 * one_set if self.prefix_reuse else one_set + one_set // self.spec.num_layers
 
     def _require_memory(self) -> None:
+        if self.memory != "cpu":
+            return  # the provider says so itself
         needed, free = self.weight_bytes + self.cache_bytes, _available_memory()
         if free is not None and needed > free:
             raise BackendError(
@@ -102,8 +130,32 @@ class OrtBackend:
                 # ONNX Runtime plans memory once per combination of input shapes and never forgets a plan: with any
                 # prefix before any chunk that is a leak.
                 self._options.enable_mem_pattern = name == "step"
-                self._sessions[name] = _call(f"load {path.name}", _open, path, self._options)
+                self._sessions[name] = _call(f"load {path.name}", _open, path, self._options, self._providers(name))
+                self._require_used(self._sessions[name])
             return self._sessions[name]
+
+    def _providers(self, name: str) -> list[Any]:
+        """Provider of a graph, with its options; the CPU's behind it for operators that it lacks."""
+        if self.provider == "cpu":
+            return ["CPUExecutionProvider"]
+        options: dict[str, str] = {"device_id": "0"}
+        if self.provider == "tensorrt":
+            # No engine cache: an engine is a program, and ONNX Runtime loads one without looking at its hash.
+            options |= {"trt_fp16_enable": str(int(self.bundle.manifest.plan.compute == "fp16"))}
+            options |= _profile(self.bundle, name)
+        chain: list[Any] = [(PROVIDERS[self.provider][0], options)]
+        if self.provider == "tensorrt":
+            chain.append(("CUDAExecutionProvider", {"device_id": "0"}))
+        return [*chain, "CPUExecutionProvider"]
+
+    def _require_used(self, session: Any) -> None:
+        """BackendError where ONNX Runtime went over to another provider, which it does with a remark on stderr only."""
+        if session.get_providers()[0] != PROVIDERS[self.provider][0]:
+            raise BackendError(
+                f"onnxruntime {ort.__version__} could not start {PROVIDERS[self.provider][0]} (it printed why, and "
+                "would compute on the CPU): is there an NVIDIA driver, and are the CUDA, cuDNN and TensorRT libraries "
+                "there that this onnxruntime-gpu was built for? `trol-edge doctor` looks for the driver"
+            )
 
     def bind(self, name: str, values: Mapping[str, Any]) -> Any:
         """An IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
@@ -121,7 +173,7 @@ class OrtBackend:
         for output in watched:
             binding.bind_output(output)
         options = None
-        if shrink:
+        if shrink and self.memory == "cpu":
             options = ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         _call(f"run {name}", self.graph(name).run_with_iobinding, binding, options)
@@ -133,7 +185,7 @@ class OrtBackend:
         """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
         out = np.empty((len(pixel_values), self.spec.vision.tokens_per_image, self.spec.hidden_size), np.float32)
         binding = self.bind("vision", {"pixel_values": _value(pixel_values)})
-        binding.bind_ortvalue_output("image_features", _value(out))
+        binding.bind_ortvalue_output("image_features", _value(out))  # to the host, from wherever it is computed
         self.run("vision", binding, shrink=True)
         return out
 
@@ -145,32 +197,41 @@ class OrtBackend:
 class OrtState:
     """One KV cache, and the buffers of a step, bound once.
 
-    cache: float32 [1, G, C, E] per layer, keys and values in turn, of the first pass; second: the same of the second
-    pass, where the back end keeps it. The buffers keep their addresses for life.
+    cache: float32 or float16 [1, G, C, E] per layer, keys and values in turn, of the first pass; second: the same of
+    the second pass, where the back end keeps it. The buffers keep their addresses for life; they are OrtValues where
+    they lie on a GPU.
     """
 
     def __init__(self, backend: OrtBackend) -> None:
         self._backend = backend
-        self._partial_lora = "traverse_text" in backend.bundle.manifest.graphs
         spec, graphs = backend.spec, backend.bundle.manifest.graphs
-        shape = (1, spec.num_kv_heads, backend.context, spec.head_dim)
-        # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
-        self.cache = [np.zeros(shape, np.float32) for _ in range(2 * spec.num_layers)]
-        # Without reuse each layer of a traverse writes its second pass into the same scratch, and reads it at once.
-        own = 2 * spec.num_layers if backend.prefix_reuse else 2
-        self.second = [np.zeros(shape, np.float32) for _ in range(own)]
-        values = [_value(array) for array in (*self.cache, *self.second)]
-        values += values[-2:] * (spec.num_layers - own // 2)
-        past = [p.name for p in graphs["traverse"].inputs if p.name.startswith("past_")]
+        # Where graphs hold their weights, a zero mask says the same as traverse_text, without one more copy of them.
+        self._text = "traverse_text" in graphs and backend.bundle.manifest.target == "cpu"
+        past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
         present = [p.name for p in graphs["traverse"].outputs if p.name.startswith("present_")]
-        self._past, self._present = (dict(zip(names, values, strict=True)) for names in (past, present))
+        # Without reuse each layer of a traverse writes its second pass into the same scratch, and reads it at once.
+        sets, own = 2 * spec.num_layers, 2 * spec.num_layers if backend.prefix_reuse else 2
+        # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
+        shape = (1, spec.num_kv_heads, backend.context, spec.head_dim)
+        buffers: list[Any] = [np.zeros(shape, port.dtype) for port in past[: sets + own]]
+        values = [_value(array, backend.memory) for array in buffers]
+        if backend.memory != "cpu":
+            buffers = list(values)
+        self.cache, self.second = buffers[:sets], buffers[sets:]
+        values += values[-2:] * (spec.num_layers - own // 2)
+        self._past = dict(zip((p.name for p in past), values, strict=True))
+        self._present = dict(zip(present, values, strict=True))
         self._embedding = np.zeros((1, 1, spec.hidden_size), np.float32)
         self._position = np.zeros((1, 1), np.int64)
         self._slots = np.arange(backend.context, dtype=np.int64)
         self._logits = np.zeros((1, spec.vocab_size), np.float32)
         self._rope_offset = np.zeros(1, np.int64)  # rows of the rope tables to skip: 0, or to the long factor set
         self._long_rope_offset = spec.long_rope.short_rows(backend.context) if spec.long_rope else None
-        self._one = {"inputs_embeds": _value(self._embedding), "position_ids": _value(self._position)}
+        self._one = {
+            "inputs_embeds": _value(self._embedding),
+            "position_ids": _value(self._position),
+            "image_mask": _value(np.zeros((1, 1, 1), np.float32)),
+        }
         self._step = self._bind("step", self._one)
         self._traverse_one: Any = None  # bound at first use
 
@@ -179,34 +240,41 @@ class OrtState:
         given = {**self._past, **feeds, "rope_offset": _value(self._rope_offset)}
         binding = self._backend.bind(name, {p.name: given[p.name] for p in graph.inputs if p.name in given})
         binding.bind_ortvalue_output("logits", _value(self._logits))
-        for port in graph.outputs[1:]:
-            binding.bind_ortvalue_output(port.name, self._present[port.name])
+        for port in graph.outputs:
+            if port.name in self._present:
+                binding.bind_ortvalue_output(port.name, self._present[port.name])
+            elif port.name != "logits":
+                binding.bind_output(port.name)
         return binding
 
     def traverse(
-        self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False, start: int = 0
+        self,
+        embeddings: Float32,
+        image_mask: NDArray[np.bool_] | None,
+        long_rope: bool = False,
+        start: int = 0,
+        pictures: Sequence[Placed] = (),
     ) -> Float32:
-        """Both passes over embeddings [S, D] behind `start` cached tokens; image_mask [S] or None; logits [V].
-
-        long_rope: with the long factor set, and so all steps that follow. The returned array is overwritten by the
-        next call.
-        """
+        """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        for placed in pictures:
+            rows = np.asarray(placed.features[placed.first : placed.first + placed.count])
+            embeddings[placed.at : placed.at + placed.count] = rows
         self._rope_offset[0] = self._long_rope_offset if long_rope and self._long_rope_offset is not None else 0
         stop = start + len(embeddings)
-        name = "traverse_text" if self._partial_lora and image_mask is None else "traverse"
+        name = "traverse_text" if self._text and image_mask is None else "traverse"
         if len(embeddings) == 1 and image_mask is None:  # decoding with both passes: only the length to read is new
             self._embedding[0], self._position[0, 0] = embeddings, start
             self._traverse_one = self._traverse_one or self._bind(name, self._one)
             self._traverse_one.bind_ortvalue_input("slots", _value(self._slots[:stop]))
             self._backend.run(name, self._traverse_one)
             return self._logits[0]
+        mask = np.zeros(len(embeddings)) if image_mask is None else image_mask
         feeds = {
             "inputs_embeds": _value(embeddings[None]),
             "position_ids": _value(self._slots[None, start:stop]),
             "slots": _value(self._slots[:stop]),
+            "image_mask": _value(mask.astype(np.float32)[None, :, None]),
         }
-        if image_mask is not None:
-            feeds["image_mask"] = _value(image_mask.astype(np.float32)[None, :, None])
         self._backend.run(name, self._bind(name, feeds), shrink=True)
         return self._logits[0]
 
@@ -214,7 +282,12 @@ class OrtState:
         """Copy rows start..stop-1 of the first (which 0) or second set; with the first also the choice of factors."""
         mine, theirs = (self.second, source.second) if which else (self.cache, source.cache)
         for to, of in zip(mine, theirs, strict=True):
-            to[:, :, start:stop] = of[:, :, start:stop]
+            if isinstance(to, np.ndarray):
+                to[:, :, start:stop] = of[:, :, start:stop]
+            else:  # on a GPU, and ONNX Runtime's Python copies whole values between it and the host only
+                array = to.numpy()
+                array[:, :, start:stop] = of.numpy()[:, :, start:stop]
+                to.update_inplace(array)
         if not which:
             self._rope_offset[:] = source._rope_offset
 
@@ -231,14 +304,53 @@ class OrtState:
         self._backend.run("step", self._step)
         return self._logits[0]
 
+    def step_token(self, embedding: Float32, position: int) -> int:
+        """See trol_edge.cache.State."""
+        return best_token(self.step(embedding, position))
 
-def _value(array: NDArray[Any]) -> Any:
+
+def _require_provider(bundle: Bundle, provider: str) -> None:
+    """Raise where there is no such provider, it is not installed, or it cannot take the bundle's graphs."""
+    if provider not in PROVIDERS:
+        raise UsageError(f"provider {provider!r} is not one of {', '.join(PROVIDERS)}")
+    if provider == "cpu":
+        return
+    if bundle.manifest.target == "cpu":
+        raise BundleError(
+            f"{bundle.folder}: made for target cpu, whose operators and weights are for ONNX Runtime on a CPU; for its "
+            f"{provider} provider export with --target tensorrt"
+        )
+    name, there = PROVIDERS[provider][0], ort.get_available_providers()
+    if name not in there:
+        raise BackendError(
+            f"onnxruntime {ort.__version__} here has {', '.join(there)}, and not {name}: pip uninstall onnxruntime, "
+            "then pip install 'trol-edge[gpu]' (the two packages share a folder, so one at a time)"
+        )
+    ort.preload_dlls()  # CUDA and cuDNN out of pip packages, where they are installed that way
+
+
+def _profile(bundle: Bundle, name: str) -> dict[str, str]:
+    """TensorRT's range of every dynamic input of a graph, without which it would build anew for each longer prompt."""
+    manifest = bundle.manifest
+    most = {"images": manifest.image.most_tiles, "tokens": manifest.context, "slots": manifest.context}
+    sizes = {"min": dict.fromkeys(most, 1), "opt": {k: max(1, n // 2) for k, n in most.items()}, "max": most}
+    ports = [p for p in manifest.graphs[name].inputs if any(isinstance(d, str) for d in p.shape)]
+    return {
+        f"trt_profile_{end}_shapes": ",".join(
+            f"{p.name}:{'x'.join(str(d if isinstance(d, int) else size[d]) for d in p.shape)}" for p in ports
+        )
+        for end, size in sizes.items()
+        if ports
+    }
+
+
+def _value(array: NDArray[Any], memory: str = "cpu") -> Any:
     # On a CPU the value refers to the array's memory, so it must be contiguous and must live as long.
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), memory, 0)
 
 
-def _open(path: Path, options: Any) -> Any:
-    return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+def _open(path: Path, options: Any, providers: list[Any]) -> Any:
+    return ort.InferenceSession(os.fspath(path), options, providers=providers)
 
 
 def _call(what: str, function: Any, *args: Any) -> Any:

@@ -3,15 +3,21 @@
 Buffers are allocated once. The K/V cache is bound as past and as present, so an engine writes it where it lies:
 ScatterND puts the same rows at the same places however often it does so, which is what makes one address for both safe.
 (Two layers may not share a buffer, though: TensorRT knows nothing of it. So both K/V sets are always kept.)
-A step uploads one embedding and one position from page-locked memory, runs, and downloads the logits; from the second
-on it is one CUDA graph. Calls from several threads take turns.
+Image features stay in device memory, and are copied within it to their places among the embeddings. A step uploads one
+embedding and one position from page-locked memory, runs, and downloads the id of the best token, and the logits only
+where they are asked for; from the second on it is one CUDA graph. Calls from several threads take turns.
+Memory of sessions and features that nothing refers to any more is noted by the garbage collector, which may come at any
+time, and given back at the next allocation.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +25,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.bundle import Bundle, GraphInfo, Port
+from trol_edge.cache import Placed
 from trol_edge.engines import KERNELS, EngineSet, Key, differences, folder_of, read, shared_weights, verified
-from trol_edge.errors import BackendError, BundleError, ContextError
+from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtimes import trt_weights
-from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda
+from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda, reclaimable
 from trol_edge.runtimes.trt_api import Context, Engine, Library, TensorInfo, load
+from trol_edge.sampling import best_token
 from trol_edge.targets import target as target_of
 
 Float32 = NDArray[np.float32]
+_Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
 GRAPHS = ("vision", "traverse", "step")
 ALIGNMENT = 256  # bytes; TensorRT's rule for addresses, which cudaMalloc keeps
+
+
+class _Lease:
+    """Device memory and captured graphs of one object, noted as garbage when the object is gone."""
+
+    def __init__(self, garbage: deque[_Garbage]) -> None:
+        self.blocks: list[int] = []
+        self.graphs: list[Any] = []
+        weakref.finalize(self, garbage.append, (self.blocks, self.graphs)).atexit = False
+
+
+class DeviceFeatures:
+    """Image features in device memory: float32 [N, T, D], or of one picture [T, D]. `numpy.asarray` downloads them.
+
+    The memory is given back when neither this object nor a picture taken out of it is left.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, backend: TrtBackend, shape: tuple[int, ...], pointer: int, lease: _Lease) -> None:
+        self.backend, self.shape, self.pointer, self._lease = backend, shape, pointer, lease
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> DeviceFeatures:
+        """One picture of [N, T, D]."""
+        part = DeviceFeatures(self.backend, self.shape[1:], self.pointer, self._lease)
+        part.pointer += range(len(self))[index] * part.nbytes  # which raises IndexError, as a sequence must
+        return part
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        array = np.empty(self.shape, self.dtype)
+        with self.backend.lock:
+            self.backend.cuda.download(array, self.pointer)
+            self.backend.cuda.wait()
+        return array.astype(dtype or self.dtype, copy=False)
 
 
 class TrtBackend:
@@ -48,15 +99,21 @@ class TrtBackend:
         device: Device | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        """threads and prefix_reuse are for a CPU and have no effect here. verify: hash weights that engines share;
-        engines are always hashed.
+        """threads is for a CPU and has no effect. verify: hash weights that engines share; engines are always hashed.
 
         library, cuda, device: to use instead of what this machine has. cuda_graphs: capture the step.
-        Raises BackendError (no TensorRT, driver or GPU, not enough memory) and BundleError (no engines, engines of
-        another GPU, driver or TensorRT, altered ones).
+        Raises BackendError (no TensorRT, driver or GPU, not enough memory), BundleError (no engines, engines of
+        another GPU, driver or TensorRT, altered ones) and UsageError (prefix_reuse=False).
         """
+        if not prefix_reuse:
+            raise UsageError(
+                f"{bundle.folder}: prefix_reuse=False would save nothing with engines: each layer needs buffers of its "
+                "own for the second pass, so both K/V sets are always kept; leave it out"
+            )
         self.bundle, self.spec, self.context = bundle, bundle.manifest.spec, bundle.manifest.context
         target = target_of(bundle.manifest.target)
+        if "token" not in {port.name for port in bundle.manifest.graphs["step"].outputs}:
+            raise BundleError(f"{bundle.folder}: its step does not say the best token; export the bundle again")
         engines = read(bundle, target.name)
         self.library = library or load(target.module)
         if device is None and cuda is None:
@@ -71,25 +128,26 @@ class TrtBackend:
         paths = {name: verified(bundle, engines, name) for name in GRAPHS}
         self.cuda = cuda or open_cuda()
         self.cuda_graphs = cuda_graphs and self.cuda.graphs
-        self._require_memory(engines)
+        self._require_memory(engines, device)
         self.lock = threading.RLock()
+        self.garbage: deque[_Garbage] = deque()
         self._engines = {name: self.library.open(path) for name, path in paths.items()}
         self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
         self._contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
         self._profiles = dict.fromkeys(self._contexts, 0)
         graphs = bundle.manifest.graphs
         # What no state owns: inputs of a traverse at their largest, and of the vision engine.
-        self._shared = {
-            port.name: self.allocate(port)
-            for name in ("vision", "traverse")
-            for port in (*graphs[name].inputs, *graphs[name].outputs)
-            if not port.name.startswith(("past_", "present_"))
-        }
+        ports = (p for name in ("vision", "traverse") for p in (*graphs[name].inputs, *graphs[name].outputs))
+        self._lease = _Lease(self.garbage)
+        own = [p for p in ports if not p.name.startswith(("past_", "present_"))]
+        self._shared = self.allocate(own, "what all sessions share", self._lease)
         self.weights = trt_weights.upload(bundle, self.cuda, verify)
         self._shared |= self.weights
         self._slots = np.arange(self.context, dtype=np.int64)
         self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
         self._kept = False
+        self._closing = weakref.finalize(self, _close, self.cuda, self._contexts, self._engines)
+        self._closing.atexit = False  # the end of the process does it, and must not pull memory from under a thread
 
     def _require_fit(self, engines: EngineSet, device: Device | None) -> None:
         target = target_of(engines.key.target)
@@ -108,10 +166,12 @@ class TrtBackend:
                 f"{', '.join(target.capabilities)}; export for another target"
             )
 
-    def _require_memory(self, engines: EngineSet) -> None:
+    def _require_memory(self, engines: EngineSet, device: Device | None) -> None:
         shared = sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
         needed = sum(info.bytes for info in engines.engines.values()) + shared + self.cache_bytes
         free, total = self.cuda.memory()
+        if device is not None and device.integrated:
+            free = max(free, reclaimable())  # there CUDA does not count what Linux would give up: files it has read
         if needed > free:
             raise BackendError(
                 f"{self.bundle.folder}: needs {needed / 1e9:.2f} GB of GPU memory (K/V cache "
@@ -173,9 +233,30 @@ class TrtBackend:
             size *= d if isinstance(d, int) else sizes[d]
         return size
 
-    def allocate(self, port: Port) -> int:
-        """Zeroed device memory for a tensor at its largest. Zeros, because 0 times a stray NaN would still be NaN."""
-        return self.cuda.allocate(self._bytes(port))
+    def allocate(self, ports: Iterable[Port], what: str, lease: _Lease) -> dict[str, int]:
+        """Device memory for tensors at their largest, in one block of the lease's; the lock must be held.
+
+        Zeroed, because 0 times a stray NaN would still be NaN. what: it is for, if there is too little.
+        """
+        self._sweep()
+        offsets, size = dict[str, int](), 0
+        for port in ports:
+            offsets.setdefault(port.name, size)
+            size += -(-self._bytes(port) // ALIGNMENT) * ALIGNMENT
+        base = self.cuda.allocate(size, what)
+        lease.blocks.append(base)
+        return {name: base + offset for name, offset in offsets.items()}
+
+    def _sweep(self) -> None:
+        """Give back what nothing refers to any more."""
+        if self.garbage:
+            self.cuda.wait()  # until what is enqueued, the zeroing of it perhaps, is done
+        while self.garbage:
+            blocks, graphs = self.garbage.popleft()
+            for graph in graphs:
+                self.cuda.drop(graph)
+            for block in blocks:
+                self.cuda.free(block)
 
     def run(self, name: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
         """Enqueue vision or traverse with these shapes of its dynamic inputs; the lock must be held."""
@@ -200,21 +281,23 @@ class TrtBackend:
             "build the engines again with `trol-edge build --force`, or give a shorter prompt"
         )
 
-    def encode_image(self, pixel_values: Float32) -> Float32:
-        """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
-        graph = self.bundle.manifest.graphs["vision"]
-        most = self.bundle.manifest.image.most_tiles
-        shape = (len(pixel_values), self.spec.vision.tokens_per_image, self.spec.hidden_size)
-        features = np.empty(shape, np.float32)
-        for start in range(0, len(pixel_values), most):
-            part = np.ascontiguousarray(pixel_values[start : start + most], _dtype(graph, "pixel_values"))
-            out = np.empty((len(part), *shape[1:]), _dtype(graph, "image_features"))
+    def encode_image(self, pixel_values: Float32) -> DeviceFeatures:
+        """pixel_values [N, 3, P, P] -> image features [N, T, D], in device memory."""
+        count, most = len(pixel_values), self.bundle.manifest.image.most_tiles
+        shape = (count, self.spec.vision.tokens_per_image, self.spec.hidden_size)
+        lease = _Lease(self.garbage)
+        port = Port("features", "float32", shape)
+        with self.lock:
+            pointer = self.allocate([port], f"the features of {count} picture(s) or tile(s)", lease)["features"]
+        features = DeviceFeatures(self, shape, pointer, lease)
+        for start in range(0, count, most):
+            part = np.ascontiguousarray(pixel_values[start : start + most], np.float32)
+            rows = features[start]
             with self.lock:
                 self.cuda.upload(self._shared["pixel_values"], part)
                 self.run("vision", {"pixel_values": part.shape}, self._shared)
-                self.cuda.download(out, self._shared["image_features"])
-                self.cuda.wait()
-            features[start : start + most] = out
+                self.cuda.copy(rows.pointer, self._shared["image_features"], len(part) * rows.nbytes)
+                self.cuda.wait()  # until then `part` must stay
         return features
 
     def traverse(
@@ -224,6 +307,7 @@ class TrtBackend:
         image_mask: NDArray[np.bool_] | None,
         rope_offset: int,
         start: int,
+        pictures: Sequence[Placed],
     ) -> Float32:
         """Both passes over embeddings [S, D] behind `start` cached tokens; logits [V] of the last."""
         graph = self.bundle.manifest.graphs["traverse"]
@@ -241,23 +325,41 @@ class TrtBackend:
         with self.lock:
             for name, array in feeds.items():
                 self.cuda.upload(self._shared[name], array)
+            kept = [self._place(placed) for placed in pictures]
             shapes = {name: array.shape for name, array in feeds.items() if name in dynamic}
             self.run("traverse", shapes, {**self._shared, **cache})
             self.cuda.download(self._logits, self._shared["logits"])
             self.cuda.wait()
+            del kept
             return self._logits[0].astype(np.float32)
+
+    def _place(self, placed: Placed) -> Any:
+        """Enqueue the copy of image features among the embeddings; returns what must stay until the stream is idle."""
+        features, width = placed.features, self.spec.hidden_size * 4
+        target, size = self._shared["inputs_embeds"] + placed.at * width, placed.count * width
+        if isinstance(features, DeviceFeatures):
+            if features.backend is not self:
+                raise UsageError("these image features are in the memory of another Runtime; encode the picture here")
+            self.cuda.copy(target, features.pointer + placed.first * width, size)
+            return features
+        rows = np.ascontiguousarray(features[placed.first : placed.first + placed.count], np.float32)
+        self.cuda.upload(target, rows)
+        return rows
 
     def new_state(self) -> TrtState:
         """K/V buffers of its own, empty."""
         with self.lock:
             return TrtState(self)
 
+    def require_open(self) -> None:
+        """Raise BackendError after close: a captured graph would go on with memory that is no longer ours."""
+        if not self._closing.alive:
+            raise BackendError(f"{self.bundle.folder}: its engines have been closed; open the bundle again")
+
     def close(self) -> None:
         """Give all device and page-locked memory back; states must not be used any more."""
         with self.lock:
-            self._contexts.clear()
-            self._engines.clear()
-            self.cuda.close()
+            self._closing()
 
 
 class TrtState:
@@ -268,14 +370,18 @@ class TrtState:
         graphs, cuda = backend.bundle.manifest.graphs, backend.cuda
         past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
         self._ports = {p.name: p for p in past}
-        self._cache = {p.name: backend.allocate(p) for p in past}
-        # Past and present are one buffer: engines write in place.
-        self._cache |= {name.replace("past_", "present_", 1): pointer for name, pointer in self._cache.items()}
         step = graphs["step"]
         own = [p for p in (*step.inputs, *step.outputs) if not p.name.startswith(("past_", "present_"))]
-        self._own = {p.name: backend.allocate(p) for p in own}
+        self._lease = _Lease(backend.garbage)
+        what = f"a session (both K/V sets for {backend.context} tokens)"
+        found = backend.allocate((*past, *own), what, self._lease)
+        self._own = {p.name: found[p.name] for p in own}
+        self._cache = {p.name: found[p.name] for p in past}
+        # Past and present are one buffer: engines write in place.
+        self._cache |= {name.replace("past_", "present_", 1): pointer for name, pointer in self._cache.items()}
         # Page-locked, so that copies are part of the captured graph: it reads and writes these very addresses.
         self._host = {p.name: cuda.pinned(tuple(int(d) for d in p.shape), p.dtype) for p in own}
+        self._given = [p.name for p in step.inputs if p.name in self._host]
         rope = backend.spec.long_rope
         self._long_rows = rope.short_rows(backend.context) if rope else 0
         self._rope_offset = 0
@@ -286,43 +392,78 @@ class TrtState:
         self._graph: Any = None
 
     def traverse(
-        self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False, start: int = 0
+        self,
+        embeddings: Float32,
+        image_mask: NDArray[np.bool_] | None,
+        long_rope: bool = False,
+        start: int = 0,
+        pictures: Sequence[Placed] = (),
     ) -> Float32:
         """See trol_edge.cache.State."""
         self._rope_offset = self._long_rows if long_rope else 0
-        return self._backend.traverse(self._cache, embeddings, image_mask, self._rope_offset, start)
+        return self._backend.traverse(self._cache, embeddings, image_mask, self._rope_offset, start, pictures)
 
     def step(self, embedding: Float32, position: int) -> Float32:
         """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        with self._backend.lock:
+            self._start(embedding, position)
+            return self._logits()
+
+    def step_token(self, embedding: Float32, position: int) -> int:
+        """See trol_edge.cache.State; eight bytes are downloaded."""
+        with self._backend.lock:
+            self._start(embedding, position)
+            self._finish()
+            token = int(self._host["token"][0])
+            return token if token >= 0 else best_token(self._logits())  # below zero: not every logit is a number
+
+    def _start(self, embedding: Float32, position: int) -> None:
+        """Enqueue a step."""
         backend = self._backend
-        with backend.lock:
-            self._host["inputs_embeds"][0, 0] = embedding
-            self._host["position_ids"][0, 0] = position
-            if "rope_offset" in self._host:
-                self._host["rope_offset"][0] = self._rope_offset
-            if self._graph is not None:
-                backend.cuda.launch(self._graph)
-            elif self._runs and backend.cuda_graphs and self._context.capturable(backend.cuda.stream):
-                backend.cuda.begin_capture()  # the first run was plain: TensorRT sets itself up in it
-                self._enqueue()
-                self._graph = backend.cuda.end_capture()
-                backend.cuda.launch(self._graph)
-            else:
-                self._enqueue()
-            backend.cuda.wait()
-            self._runs += 1
-            if self._runs == 1:
-                backend.keep_kernels({"step": self._context})
-            logits: Float32 = self._host["logits"][0].astype(np.float32, copy=False)
-            return logits
+        backend.require_open()
+        self._host["inputs_embeds"][0, 0] = embedding
+        self._host["position_ids"][0, 0] = position
+        if "rope_offset" in self._host:
+            self._host["rope_offset"][0] = self._rope_offset
+        # The first run is plain: TensorRT sets itself up in it. Shapes and addresses are the same ever after.
+        if self._graph is None and self._runs and backend.cuda_graphs:
+            self._capture()
+        if self._graph is not None:
+            backend.cuda.launch(self._graph)
+        else:
+            self._enqueue()
+        self._runs += 1
+
+    def _capture(self) -> None:
+        """Make the step one CUDA graph, if TensorRT lets it."""
+        backend = self._backend
+        if not self._context.capturable(backend.cuda.stream):
+            return
+        try:
+            self._graph = backend.cuda.capture(self._enqueue)
+            self._lease.graphs.append(self._graph)
+        except BackendError as error:
+            backend.cuda_graphs = False
+            warnings.warn(f"steps run without a CUDA graph: {error}", RuntimeWarning, stacklevel=2)
 
     def _enqueue(self) -> None:
         cuda = self._backend.cuda
-        for name, array in self._host.items():
-            if name != "logits":
-                cuda.upload(self._own[name], array)
+        for name in self._given:
+            cuda.upload(self._own[name], self._host[name])
         self._context.run(cuda.stream)
-        cuda.download(self._host["logits"], self._own["logits"])
+        cuda.download(self._host["token"], self._own["token"])
+
+    def _logits(self) -> Float32:
+        """Download the logits of the last step."""
+        self._backend.cuda.download(self._host["logits"], self._own["logits"])
+        self._finish()
+        logits: Float32 = self._host["logits"][0].astype(np.float32, copy=False)
+        return logits
+
+    def _finish(self) -> None:
+        self._backend.cuda.wait()
+        if self._runs == 1:
+            self._backend.keep_kernels({"step": self._context})
 
     def copy_rows(self, source: TrtState, start: int, stop: int, which: int) -> None:
         """See trol_edge.cache.State; within the device, one copy per key or value head."""
@@ -352,6 +493,13 @@ class TrtState:
                     rows = host[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1)
                     found.append(rows.astype(np.float32))
         return found
+
+
+def _close(cuda: Cuda, contexts: dict[str, Context], engines: dict[str, Engine]) -> None:
+    """Give all memory back, when the back end is closed or gone, and with it all states and features."""
+    contexts.clear()
+    engines.clear()
+    cuda.close()
 
 
 def _dtype(graph: GraphInfo, name: str) -> str:

@@ -107,6 +107,8 @@ class Library:
         """Raise a BackendError that ends in what the library said last."""
         said = "; ".join(" ".join(message.split())[:400] for message in self.messages[-2:]) or "it said nothing more"
         self.messages.clear()
+        if "outofmemory" in said.lower().replace(" ", "").replace("_", ""):
+            advice = "memory is short: close sessions and other programs, or export with lower precision or --context"
         raise BackendError(f"{self.title} could not {what}: {said}; {advice}") from cause
 
     def parse(self, graph: Path) -> Network:

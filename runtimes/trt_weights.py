@@ -30,7 +30,7 @@ def upload(bundle: Bundle, cuda: Cuda, verify: bool = True) -> dict[str, int]:
     for name, tensor in tensors.items():
         offsets[name] = end
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    base = cuda.allocate(end)
+    base = cuda.allocate(end, "the weights that traverse and step share")
     for name, tensor in tensors.items():
         stored = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.nbytes,))  # mapped: no second copy of it all
         cuda.upload(base + offsets[name], stored)

@@ -75,6 +75,11 @@ class SlowState:
         self.slow.passes("step", self.slow.step_s)
         return self.state.step(*arguments)
 
+    def step_token(self, *arguments: Any) -> Any:
+        """See State."""
+        self.slow.passes("step", self.slow.step_s)
+        return self.state.step_token(*arguments)
+
     def copy_rows(self, source: SlowState, *more: Any) -> None:
         """See State."""
         self.state.copy_rows(source.state, *more)

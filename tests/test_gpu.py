@@ -40,7 +40,7 @@ def test_copies_and_graphs() -> None:
     if isinstance(found := devices(), str):
         pytest.skip(f"no NVIDIA GPU: {found}")
     cuda = open_cuda()
-    a, b = cuda.allocate(4096), cuda.allocate(4096)
+    a, b = cuda.allocate(4096, "a test"), cuda.allocate(4096, "a test")
     up, down = cuda.pinned((1024,), np.float32), cuda.pinned((1024,), np.float32)
     for seed in range(3):
         up[:] = np.random.default_rng(seed).standard_normal(1024)
@@ -50,11 +50,13 @@ def test_copies_and_graphs() -> None:
         cuda.wait()
         assert np.array_equal(up, down)
     if cuda.graphs:
-        cuda.begin_capture()
-        cuda.upload(a, up)
-        cuda.copy(b, a, 4096)
-        cuda.download(down, b)
-        graph = cuda.end_capture()
+
+        def copies() -> None:
+            cuda.upload(a, up)
+            cuda.copy(b, a, 4096)
+            cuda.download(down, b)
+
+        graph = cuda.capture(copies)
         up[:] = 7
         cuda.launch(graph)
         cuda.wait()
@@ -69,7 +71,7 @@ def test_the_same_answers_as_on_a_cpu(gpu: Runtime, nano: Runtime) -> None:
             assert gpu.generate(question, picture).token_ids == nano.generate(question, picture).token_ids
     pixels = nano.preprocess(PICTURE)
     assert pixels is not None
-    ours, theirs = gpu._backend.encode_image(pixels), nano._backend.encode_image(pixels)
+    ours, theirs = (np.asarray(r._backend.encode_image(pixels)) for r in (gpu, nano))
     assert difference(ours, theirs) <= CLOSE["float16"]
 
 
@@ -86,6 +88,18 @@ def test_captured_steps_equal_plain_ones(gpu: Runtime) -> None:
         backend.close()
     for other in found[1:]:
         assert difference(other, found[0]) <= 1e-5
+
+
+def test_tokens_are_those_of_the_logits(gpu: Runtime) -> None:
+    """The id that the device finds is the argmax of the logits that it would download."""
+    ids = gpu.tokenize(QUESTIONS[1])
+    asked, whole = gpu.session(), gpu.session()
+    token = int(asked.prefill(ids).argmax())
+    whole.prefill(ids)
+    for _ in range(12):
+        expected = int(whole.step(token).argmax())
+        token = asked.step_token(token)
+        assert token == expected
 
 
 def test_prefixes_go_on_exactly(gpu: Runtime) -> None:

@@ -22,7 +22,7 @@ from trol_edge.bundle import Bundle, FileInfo, sha256_of, write_manifest
 from trol_edge.errors import ExportError
 from trol_edge.export import lower_trt, pipeline
 from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.lower_trt import lower, refusals
+from trol_edge.export.lower_trt import add_token, lower, refusals
 from trol_edge.runtime import Runtime
 from trol_edge.targets import TARGETS
 
@@ -276,3 +276,22 @@ def test_int4_takes_the_newer_opset() -> None:
     plain = lower(model, PLAIN)
     assert (plain.opset_imports[""], plain.ir_version) == (21, 10)
     assert lower_trt.IR_VERSIONS[20] == 9
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+def test_the_token_is_numpys_argmax(dtype: ir.DataType) -> None:
+    """The first of equal ones; -1 where a logit is NaN or infinite, wherever it stands."""
+    given = ir.Value(name="x", shape=ir.Shape((1, 40)), type=ir.TensorType(dtype))
+    node = ir.node("Identity", [given])
+    logits = node.outputs[0]
+    logits.name, logits.shape, logits.type = "logits", given.shape, given.type
+    model = ir.Model(ir.Graph([given], [logits], nodes=[node], opset_imports={"": 20}, name="g"), ir_version=9)
+    add_token(model)
+    assert refusals(model, PLAIN) == []
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    for trial in range(50):
+        x = rng.integers(-3, 3, (1, 40)).astype(dtype.numpy())
+        assert session.run(["token"], {"x": x})[0].tolist() == [int(x.argmax())]
+        x[0, trial % 40] = (np.nan, np.inf, -np.inf)[trial % 3]
+        assert session.run(["token"], {"x": x})[0].tolist() == [-1]

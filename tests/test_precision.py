@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from tests.conftest import NANO
@@ -235,16 +234,22 @@ def test_quantized_bundles_answer(quantized: Callable[..., Path], nano: Runtime,
 
 
 def test_fp16_graphs_answer(quantized: Callable[..., Path], nano: Runtime) -> None:
-    """The FP16 graph by ONNX Runtime alone: image features as FP32 has them, to FP16's precision."""
+    """FP16 graphs, FP16 cache and all, by ONNX Runtime: features and logits as FP32 has them, to FP16's precision."""
     folder = quantized("fp16", "onnx")
     assert {t.dtype for t in WeightsFile(folder / WEIGHTS).tensors.values()} == {"F16", "F32"}
-    session = onnxruntime.InferenceSession(folder / "vision.onnx", providers=["CPUExecutionProvider"])
+    runtime = Runtime(folder, provider="cpu")
     pixels = nano.preprocess(NANO / "scene.png")
     assert pixels is not None
-    (found,) = session.run(None, {"pixel_values": pixels})
-    wanted = nano._backend.encode_image(pixels)
-    assert found.dtype == np.float32
-    assert 0 < np.abs(found - wanted).max() < 0.01 * np.abs(wanted).max()
+    ids = nano.tokenize("Describe the scene.", 1)
+    found, wanted = list[Any](), list[Any]()
+    for each, values in ((runtime, found), (nano, wanted)):
+        session = each.session()
+        values += [np.asarray(each._backend.encode_image(pixels)), session.prefill(ids, pixels), session.step(ids[-1])]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == np.float32
+        assert 0 < np.abs(ours - theirs).max() < 0.01 * np.abs(theirs).max()
+    state: Any = runtime.session()._state
+    assert state.cache[0].dtype == np.float16
 
 
 def test_statistics_of_another_checkpoint(traces: dict[Any, Any], tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ Nothing here ran on a GPU; tests/test_gpu.py does, where there is one.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from tests.cases import difference
 from tests.conftest import NANO
 from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
+from trol_edge import cli
 from trol_edge.bundle import Bundle, sha256_of
 from trol_edge.engines import FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, shared_weights, write
-from trol_edge.errors import BackendError, BundleError, ContextError
+from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import cuda as cuda_module
 from trol_edge.runtimes import trt as trt_module
@@ -103,7 +105,8 @@ def test_the_same_answers_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
         assert runtime.generate(prompt, picture).token_ids == nano.generate(prompt, picture).token_ids
     pixels = nano.preprocess([PICTURE, PICTURE])
     assert pixels is not None
-    assert difference(backend(runtime).encode_image(pixels), nano._backend.encode_image(pixels)) <= 1e-5
+    ours, theirs = (np.asarray(r._backend.encode_image(pixels)) for r in (runtime, nano))
+    assert difference(ours, theirs) <= 1e-5
 
 
 def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
@@ -187,20 +190,24 @@ def test_engines_that_share_their_weights(
 
 
 def test_a_step_moves_little_and_allocates_nothing(machine: Machine) -> None:
-    """One embedding and one position up, the logits down; from the second step on one launch; no new memory."""
+    """One embedding and one position up, the token down, and the logits where asked; then one launch; no new memory."""
     runtime = machine.open()
     session = runtime.session()
     session.prefill(runtime.tokenize(QUESTION))
     machine.cuda.calls.clear()
-    session.step(1)
+    session.step_token(1)
     assert machine.cuda.calls == ["HostToDevice", "HostToDevice", "DeviceToHost", "wait"]
-    session.step(2)
+    session.step_token(2)
     held, reached = dict(machine.cuda.memory), machine.cuda.next
     pinned = len(machine.cuda.host)
     machine.cuda.calls.clear()
+    machine.cuda.bytes.clear()
+    for token in range(20):
+        session.step_token(token)
+    assert machine.cuda.calls == ["launch", "wait"] * 20
     for token in range(20):
         session.step(token)
-    assert machine.cuda.calls == ["launch", "wait"] * 20
+    assert machine.cuda.calls[40:] == ["launch", "DeviceToHost", "wait"] * 20
     assert machine.cuda.memory.keys() == held.keys() and machine.cuda.next == reached
     assert len(machine.cuda.host) == pinned
 
@@ -220,6 +227,138 @@ def test_without_cuda_graphs(machine: Machine, nano: Runtime, plain_bundle: Path
     assert np.array_equal(logits[0], logits[1])
 
 
+def test_a_greedy_answer_downloads_tokens_only(machine: Machine, nano: Runtime) -> None:
+    """Eight bytes a token, and the logits of the prompt once a chunk; with logprobs the logits of every token."""
+    runtime = machine.open()
+    logits = 4 * runtime.bundle.manifest.spec.vocab_size
+    found = {}
+    for options in ({}, {"logprobs": 0}):
+        machine.cuda.bytes.clear()
+        answer = runtime.generate("Describe the scene.", PICTURE, **options)
+        assert answer.token_ids == nano.generate("Describe the scene.", PICTURE, **options).token_ids
+        found[len(options)] = machine.cuda.bytes["DeviceToHost"]
+    steps = len(answer.token_ids)  # the end token is chosen by the last of them
+    assert found == {0: logits + 8 * steps, 1: logits + (8 + logits) * steps}
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_logits_that_are_no_numbers(machine: Machine, nano: Runtime) -> None:
+    """The error of a CPU, from the logits, which are looked at then."""
+    for runtime in (machine.open(), nano):
+        state = runtime._backend.new_state()
+        state.traverse(runtime._embeddings[np.arange(3)], None)
+        broken = np.full(runtime.bundle.manifest.spec.hidden_size, np.nan, np.float32)
+        with pytest.raises(BackendError, match=r"logit 0 of \d+ is nan: the graph computed no usable numbers"):
+            state.step_token(broken, 3)
+
+
+def test_features_stay_on_the_device(machine: Machine, nano: Runtime) -> None:
+    """A picture goes up once and its features never come down: not for the prompt, a second question, or a fork."""
+    runtime = machine.open()
+    cuda, spec = machine.cuda, runtime.bundle.manifest.spec
+    size = 4 * spec.vision.tokens_per_image * spec.hidden_size
+    runtime.generate(QUESTION, PICTURE)
+    assert cuda.bytes["DeviceToDevice"] == 2 * size  # out of the engine's buffer, and among the embeddings
+    uploaded = cuda.bytes["HostToDevice"]
+    cuda.bytes.clear()
+    second = runtime.generate("What is this?", [PICTURE, PICTURE])
+    assert second.token_ids == nano.generate("What is this?", [PICTURE, PICTURE]).token_ids
+    assert second.cached_tokens > spec.vision.tokens_per_image and cuda.bytes["DeviceToDevice"] == size
+    pixels = 4 * 3 * spec.vision.image_size**2
+    assert uploaded - cuda.bytes["HostToDevice"] > pixels - 2 * size  # no pixels: they were in the vision cache
+    assert cuda.bytes["DeviceToHost"] < size
+    assert runtime.vision_cache.entries == 1 and runtime.vision_cache.bytes == size
+
+
+def test_pictures_are_known_by_their_pixels(machine: Machine, nano: Runtime) -> None:
+    """Token level: a prefix with the same picture is reused, another picture is another one; nothing is downloaded."""
+    runtime = machine.open()
+    pixels = nano.preprocess(PICTURE)
+    assert pixels is not None
+    ids = runtime.tokenize(QUESTION, 1)
+    session = runtime.session()
+    logits = session.prefill(ids, pixels)
+    assert difference(logits, nano.session().prefill(ids, pixels)) <= 1e-5
+    session.prefill(ids, pixels.copy(), reuse=True)
+    assert session.reused == len(ids) - 1
+    session.prefill(ids, pixels[..., ::-1].copy(), reuse=True)
+    assert 0 < session.reused < ids.index(runtime.bundle.manifest.spec.image_token_id) + 1
+    # Arrays are taken too, and so are several blocks; another Runtime's device memory is not.
+    features = np.asarray(runtime._backend.encode_image(pixels))
+    assert difference(session.prefill_features(ids, [features]), logits) <= 1e-5
+    other = machine.open()
+    with pytest.raises(UsageError, match="in the memory of another Runtime"):
+        session.prefill_features(ids, other._backend.encode_image(pixels))
+    assert difference(session.prefill(ids, pixels), logits) <= 1e-5
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_memory_follows_its_users(machine: Machine) -> None:
+    """Sessions, forks and features that are gone are given back at the next allocation; the cache bounds features."""
+    bundle = Bundle(machine.folder)
+    runtime = Runtime(machine.folder, vision_cache_bytes=100_000)
+    spec = bundle.manifest.spec
+    size = 4 * spec.vision.tokens_per_image * spec.hidden_size
+    rng = np.random.default_rng(0)
+    held = set()
+    for _ in range(8):
+        frame = rng.integers(0, 255, (64, 64, 3), np.uint8)
+        runtime.generate("What is this?", frame, max_new_tokens=3)
+        session = runtime.session()
+        session.prefill([1, 2, 3])
+        fork = session.fork()
+        fork.step(4)
+        fork.step(5)
+        del session, fork
+        held.add(machine.cuda._held())
+    assert runtime.vision_cache.entries == 100_000 // size
+    assert len(held) <= 1 + 100_000 // size  # it grew by features until the cache was full, and then no more
+    pinned = len(machine.cuda.host)
+    backend(runtime).new_state()
+    assert len(machine.cuda.host) <= pinned
+    del runtime
+    gc.collect()
+    assert machine.cuda.memory == {}
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_a_step_that_cannot_be_captured(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs plain, and says so."""
+    runtime = machine.open()
+    expected = runtime.generate(QUESTION, PICTURE).token_ids
+
+    def refuse(stream: int, mode: Any) -> Any:
+        return (trt_standin.Status.cudaErrorStreamCaptureInvalidated,)
+
+    monkeypatch.setattr(machine.cuda, "cudaStreamBeginCapture", refuse)
+    with pytest.warns(RuntimeWarning, match="steps run without a CUDA graph: CUDA: cudaStreamBeginCapture failed"):
+        assert machine.open().generate(QUESTION, PICTURE).token_ids == expected
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_both_sets_are_always_kept(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """What halves the memory on a CPU would not here, and is refused."""
+    with pytest.raises(UsageError, match="prefix_reuse=False would save nothing with engines"):
+        Runtime(machine.folder, prefix_reuse=False)
+    both = backend(machine.open()).cache_bytes
+    assert both == 2 * Bundle(machine.folder).manifest.kv_bytes_per_token * Bundle(machine.folder).manifest.context
+    assert cli.main(["inspect", str(machine.folder)]) == 0
+    assert f"two sets, {both / 1e6:.1f} MB, always: engines keep both" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_a_board_that_shares_its_memory(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There CUDA counts files that Linux keeps in memory as used; what Linux would give up counts as free."""
+    machine.cuda.total = 1 << 20
+    monkeypatch.setattr(trt_module, "devices", lambda: [dataclasses.replace(GPU, integrated=True)])
+    monkeypatch.setattr(trt_module, "reclaimable", lambda: 1 << 34)
+    with pytest.raises(BackendError, match="what all sessions share needs"):  # past the check, and CUDA has the word
+        machine.open()
+    monkeypatch.setattr(trt_module, "reclaimable", lambda: 0)
+    with pytest.raises(BackendError, match=r"of GPU memory \(K/V cache"):
+        machine.open()
+
+
 def test_memory_is_given_back(machine: Machine) -> None:
     """After close nothing is allocated; and a state that runs on nevertheless is an error, not a crash."""
     runtime = machine.open()
@@ -228,8 +367,10 @@ def test_memory_is_given_back(machine: Machine) -> None:
     session.step(1)
     backend(runtime).close()
     assert machine.cuda.memory == {}
-    with pytest.raises(BackendError):
+    with pytest.raises(BackendError, match="its engines have been closed"):
         session.step(2)
+    with pytest.raises(BackendError, match="cudaErrorInvalidValue"):
+        session.prefill(runtime.tokenize(QUESTION))
 
 
 def test_kernels_are_kept_in_the_bundle(machine: Machine) -> None:
@@ -263,6 +404,7 @@ def rewrite(machine: Machine, **changes: Any) -> None:
     ("what", "changes", "message"),
     [
         ("library", {"library": "TensorRT 10.7.0"}, "built with library 'TensorRT 10.7.0', here is 'TensorRT 10.3.0'"),
+        ("major", {"library": "TensorRT 11.4.0"}, "built with library 'TensorRT 11.4.0', here is 'TensorRT 10.3.0'"),
         ("gpu", {"gpu": "RTX 4090"}, "built with gpu 'RTX 4090', here is 'stand-in for Orin'"),
         ("capability", {"capability": "8.9"}, "built with capability '8.9', here is '8.7'"),
         ("driver", {"driver": "13.0"}, "built with driver '13.0', here is '12.6'"),
@@ -341,8 +483,20 @@ def test_too_little_memory(machine: Machine) -> None:
     machine.cuda.total = 1 << 34
     runtime = machine.open()
     machine.cuda.total = machine.cuda._held() + 1000
-    with pytest.raises(BackendError, match=r"cudaMalloc failed \(cudaErrorMemoryAllocation\); GPU memory is short"):
+    cache, pixels = backend(runtime).cache_bytes / 1e6, runtime.preprocess(PICTURE)
+    for what, run in (
+        (rf"a session \(both K/V sets for 2048 tokens\) needs {cache:.0f}", lambda: runtime.session()),
+        (r"features of 1 picture\(s\) or tile\(s\) needs 0\.0", lambda: runtime._backend.encode_image(pixels)),
+    ):
+        with pytest.raises(BackendError, match=rf"cudaMalloc failed \(cudaErrorMemoryAllocation\): .*{what}") as caught:
+            run()
+        assert re.search(r"0\.0 of \d+\.\d MB are free; close sessions, forks and other", str(caught.value))
+    machine.cuda.total = 1 << 34
+    machine.cuda.scratch = 1 << 35
+    with pytest.raises(BackendError, match=f"execution context: .*size was {1 << 35} bytes.; memory is short: close"):
         runtime.session()
+    machine.cuda.scratch = 0
+    assert runtime.generate(QUESTION, PICTURE).text  # and it stays usable
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
@@ -361,6 +515,14 @@ def test_shapes_beyond_every_profile(machine: Machine) -> None:
     with pytest.raises(ContextError, match=r"the traverse engine was built for other sizes than .*17"):
         session.prefill(np.arange(17))
     session.prefill(np.arange(3))  # and it stays usable
+
+
+def test_a_cuda_python_for_a_newer_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip brings where nothing bounds it, on JetPack 6."""
+    stand_in = CudaRuntime()
+    monkeypatch.setattr(stand_in, "cudaSetDevice", lambda device: (trt_standin.Status.cudaErrorInsufficientDriver,))
+    with pytest.raises(BackendError, match=r"cudaSetDevice failed \(cudaErrorInsufficientDriver\); .*'cuda-python<13'"):
+        CudaPython(stand_in)
 
 
 def test_no_driver_no_gpu(plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,11 +544,12 @@ def test_no_driver_no_gpu(plain_bundle: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.fixture
-def context(machine: Machine) -> tuple[Any, CudaRuntime, Library]:
+def context(machine: Machine) -> Iterator[tuple[Any, CudaRuntime, Library]]:
     """The step's execution context, bare, with good addresses."""
     runtime = machine.open()
     state = backend(runtime).new_state()
-    return state._context._context, machine.cuda, backend(runtime).library
+    yield state._context._context, machine.cuda, backend(runtime).library
+    del runtime  # until here: with it goes the memory
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
@@ -413,16 +576,17 @@ def test_the_stand_in_refuses(context: tuple[Any, CudaRuntime, Library]) -> None
     step.addresses = {n: p for n, p in good.items() if n != "logits"}
     assert "address not set for logits" in said(step.execute_async_v3(7))
     step.addresses = dict(good)
-    cuda.cudaFree(good["past_key_0"])  # use after free
+    freed = cuda.memory.pop(good["past_key_0"])  # use after free
     assert step.execute_async_v3(7) is True
     assert cuda.cudaStreamSynchronize(7) == (trt_standin.Status.cudaErrorIllegalAddress,)
+    cuda.memory[good["past_key_0"]] = freed
 
 
 def test_the_stand_ins_stream_is_late() -> None:
     """Work is done at the wait, in order; what is not awaited is not there; pageable memory is no part of a graph."""
     stand_in = CudaRuntime()
     cuda = CudaPython(stand_in)
-    pointer = cuda.allocate(8)
+    pointer = cuda.allocate(8, "a test")
     up, down = cuda.pinned((2,), np.float32), cuda.pinned((2,), np.float32)
     up[:] = 1, 2
     cuda.upload(pointer, up)
@@ -431,18 +595,23 @@ def test_the_stand_ins_stream_is_late() -> None:
     up[:] = 3, 4  # too early: the copy has not been made
     cuda.wait()
     assert down.tolist() == [3, 4]
-    cuda.begin_capture()
-    with pytest.raises(BackendError, match="cudaErrorStreamCaptureInvalidated"):
-        cuda.upload(pointer, np.zeros(2, np.float32))
+    with pytest.raises(BackendError, match=r"cudaMemcpyAsync failed \(cudaErrorStreamCaptureInvalidated\)"):
+        cuda.capture(lambda: cuda.upload(pointer, np.zeros(2, np.float32)))
     with pytest.raises(BackendError, match="cudaStreamSynchronize"):
-        cuda.wait()
-    cuda.upload(pointer, up)
-    cuda.download(down, pointer)
-    graph = cuda.end_capture()
+        cuda.capture(cuda.wait)
+    with pytest.raises(BackendError, match="cudaMalloc failed"):
+        cuda.capture(lambda: cuda.free(cuda.allocate(8, "a test")))
+
+    def copies() -> None:
+        cuda.upload(pointer, up)
+        cuda.download(down, pointer)
+
+    graph = cuda.capture(copies)
     up[:] = 5, 6
     cuda.launch(graph)
     cuda.wait()
     assert down.tolist() == [5, 6]
+    cuda.drop(graph)
     cuda.free(pointer)
     with pytest.raises(BackendError, match="cudaFree failed"):
         cuda.free(pointer)

@@ -14,6 +14,7 @@ import ctypes
 import enum
 import json
 import types
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,6 +44,7 @@ class Status(enum.Enum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
     cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureInvalidated = 901
 
@@ -71,12 +73,15 @@ class CudaRuntime:
 
     def __init__(self, total: int = 1 << 34) -> None:
         self.total = total
+        self.scratch = 0  # what an execution context would take
         self.memory: dict[int, np.ndarray[Any, Any]] = {}
         self.host: dict[int, Any] = {}
         self.next = 1 << 40
         self.queue: list[Callable[[], None]] = []
         self.recording: list[Callable[[], None]] | None = None
+        self.graphs: list[tuple[Callable[[], None], ...] | None] = []
         self.calls: list[str] = []
+        self.bytes: Counter[str] = Counter()  # copied, by direction
         self.streams = {7}
 
     # -- memory
@@ -97,6 +102,8 @@ class CudaRuntime:
         return OK, self.total - self._held(), self.total
 
     def cudaMalloc(self, size: int) -> tuple[Status, int | None]:
+        if self.recording is not None:
+            return Status.cudaErrorStreamCaptureInvalidated, None
         if size + self._held() > self.total:
             return Status.cudaErrorMemoryAllocation, None
         pointer = self.next
@@ -116,8 +123,7 @@ class CudaRuntime:
         return OK, pointer
 
     def cudaFreeHost(self, ptr: int) -> tuple[Status]:
-        # Kept, so that an array which still refers to it does not bring the test down.
-        return (OK if int(ptr) in self.host else Status.cudaErrorInvalidValue,)
+        return (OK if self.host.pop(int(ptr), None) is not None else Status.cudaErrorInvalidValue,)
 
     def _pinned(self, pointer: int) -> bool:
         return any(base <= pointer < base + len(block) for base, block in self.host.items())
@@ -166,18 +172,25 @@ class CudaRuntime:
             return (Status.cudaErrorStreamCaptureInvalidated,)  # pageable memory cannot be captured
         self.calls.append(kind.name.removeprefix("cudaMemcpy"))
 
+        def counted(work: Callable[[], None]) -> Callable[[], None]:
+            def copy() -> None:
+                self.bytes[kind.name.removeprefix("cudaMemcpy")] += count
+                work()
+
+            return copy
+
         def array(pointer: int) -> np.ndarray[Any, Any]:
             return np.frombuffer(memoryview((ctypes.c_byte * count).from_address(pointer)), np.uint8)
 
         if kind is Kind.cudaMemcpyHostToDevice and not self._pinned(src):
             staged = array(src).copy()  # pageable: staged before the call returns
-            done = self.enqueue(lambda: self._put(dst, staged), stream)
+            done = self.enqueue(counted(lambda: self._put(dst, staged)), stream)
         elif kind is Kind.cudaMemcpyHostToDevice:
-            done = self.enqueue(lambda: self._put(dst, array(src)), stream)
+            done = self.enqueue(counted(lambda: self._put(dst, array(src))), stream)
         elif kind is Kind.cudaMemcpyDeviceToHost:
-            done = self.enqueue(lambda: array(dst).__setitem__(slice(None), self._find(src, count)), stream)
+            done = self.enqueue(counted(lambda: array(dst).__setitem__(slice(None), self._find(src, count))), stream)
         else:
-            done = self.enqueue(lambda: self._put(dst, self._find(src, count).copy()), stream)
+            done = self.enqueue(counted(lambda: self._put(dst, self._find(src, count).copy())), stream)
         return (OK if done else Status.cudaErrorInvalidValue,)
 
     def _put(self, pointer: int, data: np.ndarray[Any, Any]) -> None:
@@ -194,21 +207,26 @@ class CudaRuntime:
     def cudaStreamEndCapture(self, stream: int) -> tuple[Status, Any]:
         if self.recording is None:
             return Status.cudaErrorStreamCaptureInvalidated, None
-        graph, self.recording = tuple(self.recording), None
-        return OK, graph
+        self.graphs.append(tuple(self.recording))
+        self.recording = None
+        return OK, len(self.graphs)
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Status, Any]:
-        return OK, graph
+        return OK, -graph
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[Status]:
         return (OK,)
 
     def cudaGraphExecDestroy(self, graphExec: Any) -> tuple[Status]:
+        self.graphs[-graphExec - 1] = None
         return (OK,)
 
     def cudaGraphLaunch(self, graphExec: Any, stream: int) -> tuple[Status]:
         self.calls.append("launch")
-        for work in graphExec:
+        works = self.graphs[-graphExec - 1]
+        if works is None:
+            return (Status.cudaErrorInvalidValue,)
+        for work in works:
             self.enqueue(work, stream)
         return (OK,)
 
@@ -307,6 +325,10 @@ class ICudaEngine:
         return IRuntimeConfig()
 
     def create_execution_context(self, strategy: Any = None) -> Any:
+        if self.cuda.scratch > self.cuda.total - self.cuda._held():
+            why = f"[executionContext.cpp] OutOfMemory: Requested size was {self.cuda.scratch} bytes."
+            self.logger.log(ILogger.Severity.ERROR, why)
+            return None
         return IExecutionContext(self, strategy)
 
 

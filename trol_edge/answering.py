@@ -172,11 +172,11 @@ class Answering:
         try:
             try:
                 session = self._begin()
-                logits = runtime._prefill(session, self._question, options, call, clock)
+                given: Float32 | int = runtime._prefill(session, self._question, options, call, clock)
                 rope, cached = session.rope, session.reused
                 since = now()
                 while True:
-                    token, piece = self._choose(session, logits)
+                    token, piece = self._choose(session, given)
                     if piece.finish_reason is not None:
                         break
                     clock.decode_ms += 1e3 * (now() - since)
@@ -188,9 +188,13 @@ class Answering:
                         self._take_turn()
                     since = now()
                     call.check()
-                    logits = session.extend([token]) if options.answer_mode == "traverse" else session.step_view(token)
-                    # extend may have gone over to the long factors
-                    rope = session.rope
+                    if options.answer_mode == "traverse":
+                        given = session.extend([token])
+                        rope = session.rope  # extend may have gone over to the long factors
+                    elif self._needs_logits:
+                        given = session.step_view(token)
+                    else:
+                        given = session.step_token(token)
                 clock.decode_ms += 1e3 * (now() - since)
             except UnfinishedError as over:
                 piece = Piece("", (), (), over.reason)
@@ -199,10 +203,27 @@ class Answering:
         text = piece.text + self._text.flush()
         yield dataclasses.replace(piece, text=text, timings=clock.timings, rope=rope, cached_tokens=cached)
 
-    def _choose(self, session: Session, logits: Float32) -> tuple[int, Piece]:
-        """The next token, and the piece that it makes; it has a finish_reason where it is the last."""
-        allowed = logits if self._constraint is None else self._constraint.mask(logits)
-        token = self._sampler.sample(allowed, self._ids)
+    @property
+    def _needs_logits(self) -> bool:
+        """Whether the next token depends on more than which logit is the largest, or logits are asked for."""
+        options = self._options
+        return (
+            options.temperature != 0
+            or options.repetition_penalty != 1
+            or options.logprobs is not None
+            or self._constraint is not None
+        )
+
+    def _choose(self, session: Session, given: Float32 | int) -> tuple[int, Piece]:
+        """The next token of these logits, or the one given, and the piece that it makes.
+
+        The piece has a finish_reason where it is the last.
+        """
+        if isinstance(given, int):
+            token = given
+        else:
+            allowed = given if self._constraint is None else self._constraint.mask(given)
+            token = self._sampler.sample(allowed, self._ids)
         if token in self._runtime._ends:
             return token, Piece("", (), (), "stop")
         self._ids.append(token)
@@ -216,9 +237,10 @@ class Answering:
             reason = "context"
         logprobs: tuple[TokenLogprob, ...] = ()
         if self._options.logprobs is not None:
-            normaliser = log_sum_exp(logits)
-            top = top_logprobs(logits, self._options.logprobs, normaliser)
-            logprobs = (TokenLogprob(token, float(logits[token]) - normaliser, top),)
+            assert not isinstance(given, int)
+            normaliser = log_sum_exp(given)
+            top = top_logprobs(given, self._options.logprobs, normaliser)
+            logprobs = (TokenLogprob(token, float(given[token]) - normaliser, top),)
         return token, Piece(text, (token,), logprobs, reason)
 
     def _begin(self) -> Session:

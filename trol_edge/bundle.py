@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trol_edge.costs import Costs
 from trol_edge.errors import BundleError, ExportError
 from trol_edge.images import ImageSpec
@@ -105,6 +107,13 @@ class Manifest:
     parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
     plan: Plan  # how each Linear is stored and computed
     calibration: CalibrationInfo | None  # what the scales were made of; None: nothing was calibrated
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one K/V set per token of context, in the types of the graphs."""
+        past = [port for port in self.graphs["step"].inputs if port.name.startswith("past_")]
+        row = self.spec.num_kv_heads * self.spec.head_dim
+        return row * sum(np.dtype(port.dtype).itemsize for port in past)
 
 
 class Bundle:

@@ -7,8 +7,10 @@ what is borrowed, in place; only where it would overwrite borrowed rows does it 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +18,42 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 FIRST, SECOND = 0, 1  # the K/V sets: of the first and of the second pass
+
+
+class Features(Protocol):
+    """Image features float32 [N, T, D] (of one picture: [T, D]) where a back end has them: an array, or device memory.
+
+    `numpy.asarray` makes an array of either.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, T, D] or [T, D]."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """float32."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Rows `first`..`first + count - 1` of a picture's features [T, D], which stand for tokens `at`, `at + 1` ..."""
+
+    features: Features
+    first: int
+    at: int
+    count: int
 
 
 class State(Protocol):
@@ -26,18 +64,31 @@ class State(Protocol):
     """
 
     def traverse(
-        self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool = False, start: int = 0
+        self,
+        embeddings: Float32,
+        image_mask: NDArray[np.bool_] | None,
+        long_rope: bool = False,
+        start: int = 0,
+        pictures: Sequence[Placed] = (),
     ) -> Float32:
         """Both passes over tokens at positions start..start+S-1, S >= 1, behind rows 0..start-1 of both sets.
 
         embeddings [S, D], image_mask [S] (None: no image tokens). Writes rows start..start+S-1 of both sets; logits of
         the last token. start > 0 only where the back end keeps the second set. long_rope: use the long factor set,
-        here and in the steps that follow (only where spec.long_rope is set).
+        here and in the steps that follow (only where spec.long_rope is set). pictures: image features that take the
+        place of rows of embeddings, which may be overwritten.
         """
         ...
 
     def step(self, embedding: Float32, position: int) -> Float32:
         """One pass over one token, embedding [D], at `position`: reads and writes the first set only."""
+        ...
+
+    def step_token(self, embedding: Float32, position: int) -> int:
+        """As step, but only the id of the largest logit (the lowest of equal ones), found where the logits are.
+
+        Raises BackendError where no logit is a usable number.
+        """
         ...
 
     def copy_rows(self, source: State, start: int, stop: int, which: int) -> None:
@@ -63,8 +114,8 @@ class Backend(Protocol):
     # What runs the graphs: library and version, GPU, driver, engines. Another one has to pass the self-test anew.
     identity: str
 
-    def encode_image(self, pixel_values: Float32) -> Float32:
-        """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
+    def encode_image(self, pixel_values: Float32) -> Features:
+        """pixel_values [N, 3, P, P] -> image features [N, T, D], where the back end wants them."""
         ...
 
     def new_state(self) -> State:
@@ -118,18 +169,26 @@ class Cache:
         return twin
 
     def traverse(
-        self, embeddings: Float32, image_mask: NDArray[np.bool_] | None, long_rope: bool, start: int
+        self,
+        embeddings: Float32,
+        image_mask: NDArray[np.bool_] | None,
+        long_rope: bool,
+        start: int,
+        pictures: Sequence[Placed],
     ) -> Float32:
         """See State; rows 0..start-1 of both sets must be there."""
         state = self._writable(start, start, both=True)
-        return state.traverse(embeddings, image_mask, long_rope, start)
+        return state.traverse(embeddings, image_mask, long_rope, start, pictures)
 
-    def step(self, embedding: Float32, position: int, traversed: int) -> Float32:
-        """See State; rows 0..position-1 of the first set must be there. traversed: valid rows of the second."""
+    def stepping(self, position: int, traversed: int) -> State:
+        """The State to step at `position`; rows 0..position-1 of the first set must be there.
+
+        traversed: valid rows of the second set.
+        """
         body = self._body
         if body is not None and not body.readers and FIRST not in self._borrowed:  # nobody shares: the usual case
-            return body.state.step(embedding, position)
-        return self._writable(position, traversed, both=False).step(embedding, position)
+            return body.state
+        return self._writable(position, traversed, both=False)
 
     def copy_rows(self, source: Cache, start: int, stop: int, traversed: int) -> None:
         """Take rows start..stop-1 of the first set, and start..traversed-1 of the second, from another cache."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -189,12 +189,19 @@ def run(
         bool, typer.Option("--long-context", help="Take the long rope factors from the first token on (trol-3.8b).")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(help="Run a GPU bundle's graphs by ONNX Runtime instead of engines: cuda, tensorrt, cpu."),
+    ] = None,
+    fallback: Annotated[
+        str | None, typer.Option(help="A provider to go over to, with a warning, where engines cannot be loaded.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask a bundle a question, with or without pictures; the answer streams to standard output."""
     from trol_edge.runtime import Runtime
 
-    runtime = Runtime(bundle, threads=threads)
+    runtime = Runtime(bundle, threads=threads, provider=cast(Any, provider), fallback=cast(Any, fallback))
     ids: list[int] = []
     text = ""
     for piece in runtime.stream(
@@ -239,13 +246,14 @@ def inspect(
     from trol_edge.bundle import Bundle
     from trol_edge.derived import loaded_bytes
     from trol_edge.engines import device_bytes, shared_weights
+    from trol_edge.targets import TARGETS
 
     opened = Bundle(bundle)
     manifest, tensors = opened.manifest, opened.weights().tensors
     graphs = manifest.graphs.items()
     stored = {name: sum(tensors[w].nbytes for w in graph.weights if w in tensors) for name, graph in graphs}
     as_float = {name: sum(loaded_bytes(w, tensors) for w in graph.weights) for name, graph in graphs}
-    kv = manifest.spec.kv_bytes_per_token
+    kv = manifest.kv_bytes_per_token
     lora = {name: sum(".lora_" in w for w in graph.weights) for name, graph in manifest.graphs.items()}
     used = {w for graph in manifest.graphs.values() for w in graph.weights}
     if as_json:
@@ -294,6 +302,9 @@ def inspect(
         )
         out.print(table)
     form = "as computed" if manifest.plan.quantized else "float32"
+    sets = "with prefix reuse (the default), one without"
+    if manifest.target in TARGETS and TARGETS[manifest.target].gpu:
+        sets = "always: engines keep both"
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     if manifest.target not in ("cpu", "onnx"):
         apart, shared = device_bytes(opened)
@@ -306,7 +317,7 @@ def inspect(
         f"A step reads {as_float['step'] / 1e6:.2f} MB of weights ({form}, each once, {lora['step']} LoRA tensors), "
         f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
         f"K/V cache, per session: {kv} bytes per token and set, {kv * manifest.context / 1e6:.1f} MB a set; two sets, "
-        f"{2 * kv * manifest.context / 1e6:.1f} MB, with prefix reuse (the default), one without.\n"
+        f"{2 * kv * manifest.context / 1e6:.1f} MB, {sets}.\n"
         f"In no graph: {', '.join(sorted(tensors.keys() - used))} (looked up by the runtime)."
     )
 

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ from trol_edge import verify as verify_numbers
 from trol_edge.answering import Answering, AnswerStream, Clock
 from trol_edge.answers import Answer, Choice, Option, Piece, YesNo
 from trol_edge.bundle import TOKENIZER, Bundle
+from trol_edge.cache import Features
 from trol_edge.choose import answer_logprobs, checked_options, softmax
 from trol_edge.constrain import Grammars
-from trol_edge.errors import BundleError, ContextError, UsageError
+from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.images import Picture, count_tiles, load_rgb, preprocess
 from trol_edge.lifetime import Lifetime
 from trol_edge.options import AnswerOptions, Options, options_from_keywords
@@ -41,6 +43,7 @@ Float32 = NDArray[np.float32]
 Pictures = Picture | Sequence[Picture]
 Prompt = str | Sequence[str | ImageMark]
 Color = Literal["rgb", "bgr"]
+Provider = Literal["cpu", "cuda", "tensorrt"]
 
 # Target of a bundle -> (module, class) that runs it; imported when a Runtime is made.
 BACKENDS = {"cpu": ("trol_edge.runtimes.ort", "OrtBackend")}
@@ -56,7 +59,7 @@ class Seen:
 
     key: bytes
     tiles: int
-    features: Float32 | None  # [tiles, T, D]
+    features: Features | None  # [tiles, T, D]
     pixels: Float32 | None  # [tiles, 3, P, P]
 
 
@@ -104,22 +107,29 @@ class Runtime:
         prefix_reuse: bool = True,
         vision_cache_bytes: int = 256 << 20,
         selftest: bool | None = None,
+        provider: Provider | None = None,
+        fallback: Provider | None = None,
     ) -> None:
         """Load a bundle folder.
 
         threads: of one inference call (default: the physical cores). verify: check the sha256 of the weights while
         they are read (the other files are always checked); False saves that time on a disk you trust. prefix_reuse:
         keep the keys and values of both passes, so that sessions can go on from a prefix (see trol_edge.Session); False
-        halves the K/V memory, and what needs the second set is refused. vision_cache_bytes: image features kept for
-        pictures that are asked about again, least recently used out first; 0: none. selftest: replay the bundle's
-        self-test (see trol_edge.verify) when this machine loads it for the first time; None: unless the environment has
-        TROL_EDGE_SELFTEST=0.
+        halves the K/V memory, and what needs the second set is refused (engines keep both always, so with them this is
+        refused). vision_cache_bytes: image features kept for pictures that are asked about again, least recently used
+        out first; 0: none. They lie where they are used: in the GPU's memory with engines. selftest: replay the
+        bundle's self-test (see trol_edge.verify) when this machine loads it for the first time; None: unless the
+        environment has TROL_EDGE_SELFTEST=0.
+        provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda" or "tensorrt" (not yet
+        run on a GPU), or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
+        fallback: a provider to go over to, with a RuntimeWarning that says why, where engines cannot be loaded; None:
+        that is an error.
         Raises BundleError (missing, half-copied, altered, other version), BackendError (library, memory) and
         VerifyError (the numbers are not the reference's).
         """
         self.bundle = Bundle(bundle)
         manifest = self.bundle.manifest
-        if manifest.target not in BACKENDS:
+        if manifest.target not in BACKENDS and provider is None:
             raise BundleError(
                 f"{self.bundle.folder}: made for target {manifest.target!r}, which this version cannot run; "
                 f"it runs {', '.join(BACKENDS)}: export with --target cpu"
@@ -135,9 +145,24 @@ class Runtime:
                     f"{self.bundle.folder}: {manifest.prompt.image} is token {image_id} in {TOKENIZER} and "
                     f"{manifest.spec.image_token_id} in the manifest; export the bundle again"
                 )
-        module, name = BACKENDS[manifest.target]
-        backend_class = getattr(importlib.import_module(module), name)
-        self._backend: Backend = backend_class(self.bundle, threads=threads, verify=verify, prefix_reuse=prefix_reuse)
+        settings = {"threads": threads, "verify": verify, "prefix_reuse": prefix_reuse}
+        self._backend: Backend
+        if provider is not None:
+            self._backend = _backend_class("cpu")(self.bundle, provider=provider, **settings)
+        elif fallback is None:
+            self._backend = _backend_class(manifest.target)(self.bundle, **settings)
+        else:
+            try:
+                self._backend = _backend_class(manifest.target)(self.bundle, **settings)
+            except (BackendError, BundleError) as error:
+                if manifest.target == "cpu":
+                    raise  # there is nothing else
+                self._backend = _backend_class("cpu")(self.bundle, provider=fallback, **settings)
+                warnings.warn(
+                    f"{error}. Answers come from ONNX Runtime's {fallback} provider instead, because of fallback=",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         self._embeddings = Embeddings(self.bundle)
         if verify_numbers.wanted(selftest):
             verify_numbers.first_load(self.bundle, self._backend, self._embeddings)
@@ -393,7 +418,7 @@ class Runtime:
         try:
             logits = session.prefill_features(
                 question.ids,
-                np.concatenate(features) if features else None,
+                features or None,
                 question.identities if features else None,
                 reuse=session.prefix_reuse,
                 on_chunk=on_chunk,
@@ -445,8 +470,8 @@ class Runtime:
             )
         return Question(ids, pictures)
 
-    def _features(self, picture: Seen, call: Call) -> Float32:
-        def encode() -> Float32:
+    def _features(self, picture: Seen, call: Call) -> Features:
+        def encode() -> Features:
             if picture.features is not None:  # dropped from the cache since the question was read
                 return picture.features
             assert picture.pixels is not None
@@ -501,6 +526,12 @@ class Runtime:
         if ids[:prompt] != question.ids or len(ids) == prompt:
             raise UsageError(f"option {text!r} has no tokens of its own behind the prompt; word it differently")
         return ids[prompt:]
+
+
+def _backend_class(target: str) -> Any:
+    """The class that runs a target's bundles, imported late: its library may be missing."""
+    module, name = BACKENDS[target]
+    return getattr(importlib.import_module(module), name)
 
 
 def _listed(images: Any) -> list[Any]:

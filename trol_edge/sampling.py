@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from trol_edge.errors import BackendError, UsageError
 
-__all__ = ["Sampler", "SamplingParams", "log_sum_exp", "top_logprobs"]
+__all__ = ["Sampler", "SamplingParams", "best_token", "log_sum_exp", "top_logprobs"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -75,7 +75,7 @@ class Sampler:
         Raises BackendError when the largest logit is NaN or infinite: such a graph has no next token.
         """
         params = self._params
-        best = _best_token(logits)
+        best = best_token(logits)
         if params.repetition_penalty != 1.0:
             logits = _penalise(logits, seen, params.repetition_penalty)
             best = int(np.argmax(logits))
@@ -107,8 +107,9 @@ def top_logprobs(logits: F32, count: int, normaliser: float) -> tuple[tuple[int,
     return tuple((int(i), float(logits[i]) - normaliser) for i in ids)
 
 
-def _best_token(logits: F32) -> int:
-    """Index of the largest logit; argmax returns the first NaN if there is one, so one value tells all."""
+def best_token(logits: F32) -> int:
+    """Id of the largest logit of [V], the lowest of equal ones. Raises BackendError where it is NaN or infinite."""
+    # argmax returns the first NaN if there is one, so one value tells all
     best = int(np.argmax(logits))
     value = float(logits[best])
     if math.isfinite(value):

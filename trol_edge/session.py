@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trol_edge.bundle import EMBEDDING, Bundle
-from trol_edge.cache import Backend, Cache, State
+from trol_edge.cache import Backend, Cache, Features, Placed, State
 from trol_edge.errors import BundleError, ContextError, UsageError
 from trol_edge.lifetime import Lifetime
 from trol_edge.weights import to_float32
@@ -140,22 +140,23 @@ class Session:
         longer than the short set serves takes the long one (as does every prompt with `long_context`), see `rope`;
         a prefix with the other set is not reused.
         """
-        features = None if pixel_values is None else self._backend.encode_image(self.check_pixels(pixel_values))
-        return self.prefill_features(token_ids, features, reuse=reuse, on_chunk=on_chunk)
+        features, identities = self._encoded(pixel_values)
+        return self.prefill_features(token_ids, features, identities, reuse=reuse, on_chunk=on_chunk)
 
     def prefill_features(
         self,
         token_ids: Sequence[int] | ArrayLike,
-        features: Float32 | None,
+        features: Features | Sequence[Features] | None,
         identities: Sequence[bytes] | None = None,
         *,
         reuse: bool = False,
         on_chunk: OnChunk | None = None,
     ) -> Float32:
-        """As prefill, with image features [N, T, D] (from the vision graph) instead of pixels.
+        """As prefill, with image features [N, T, D] (from the vision graph), or a list of such, instead of pixels.
 
         identities: one key per picture or tile, equal only where the features are equal, so that they need not be
-        hashed again (10 MB each for TroL-1.8B); None: a hash of the features.
+        hashed again (10 MB each for TroL-1.8B); None: a hash of the features. Features in device memory are never
+        copied to be hashed: without identities they are taken for new ones.
         """
         cache = self._open()
         ids = self.check_ids(token_ids)
@@ -167,8 +168,7 @@ class Session:
             self._require_both("reuse=True")
         long_rope = self._takes_long(len(ids))
         start = self._common(ids, mask, pictures) if reuse and long_rope == self._long else 0
-        rows = [p.features for p in pictures]
-        return self._traverse(cache, start, ids, mask, rows, pictures, long_rope, on_chunk)
+        return self._traverse(cache, start, ids, mask, pictures, long_rope, on_chunk)
 
     def extend(
         self,
@@ -185,13 +185,13 @@ class Session:
         token_ids need image tokens for these pictures only.
         Where the total length changes the rope factors (TroL-3.8B), everything is traversed again.
         """
-        features = None if pixel_values is None else self._backend.encode_image(self.check_pixels(pixel_values))
-        return self.extend_features(token_ids, features, on_chunk=on_chunk)
+        features, identities = self._encoded(pixel_values)
+        return self.extend_features(token_ids, features, identities, on_chunk=on_chunk)
 
     def extend_features(
         self,
         token_ids: Sequence[int] | ArrayLike,
-        features: Float32 | None,
+        features: Features | Sequence[Features] | None,
         identities: Sequence[bytes] | None = None,
         *,
         on_chunk: OnChunk | None = None,
@@ -213,7 +213,7 @@ class Session:
         start = self._traversed if long_rope == self._long else 0
         ids, mask = np.concatenate((self._ids[:held], new)), np.concatenate((self._filled[:held], new_mask))
         pictures = [*self._pictures, *pictures]
-        return self._traverse(cache, start, ids, mask, [p.features for p in pictures], pictures, long_rope, on_chunk)
+        return self._traverse(cache, start, ids, mask, pictures, long_rope, on_chunk)
 
     def step(self, token_id: int) -> Float32:
         """Append one token in one pass (no gate, no LoRA); returns the logits, float32 [V], of what follows it.
@@ -224,6 +224,23 @@ class Session:
 
     def step_view(self, token_id: int) -> Float32:
         """As step, but the array returned is overwritten by the next call (no allocation)."""
+        state, embedding = self._to_step(token_id)
+        logits = state.step(embedding, self._length)
+        self._stepped(token_id)
+        return logits
+
+    def step_token(self, token_id: int) -> int:
+        """As step, but returns only the id of the largest logit (the lowest of equal ones), which is greedy decoding.
+
+        On a GPU it is found there, and no logits are copied. Raises BackendError where no logit is a usable number.
+        """
+        state, embedding = self._to_step(token_id)
+        found = state.step_token(embedding, self._length)
+        self._stepped(token_id)
+        return found
+
+    def _to_step(self, token_id: int) -> tuple[State, Float32]:
+        """What a step needs, when all that may be wrong with it has been checked."""
         cache, length = self._open(), self._length
         if not length:
             raise UsageError("step before prefill; call prefill(token_ids) first")
@@ -238,10 +255,11 @@ class Session:
             )
         if not isinstance(token_id, (int, np.integer)) or not 0 <= token_id < self._spec.vocab_size:
             raise UsageError(f"token id {token_id!r} is not an int in 0..{self._spec.vocab_size - 1}")
-        logits = cache.step(self._embeddings[token_id], length, self._traversed)
-        self._ids[length], self._filled[length] = token_id, False
-        self._length = length + 1
-        return logits
+        return cache.stepping(length, self._traversed), self._embeddings[token_id]
+
+    def _stepped(self, token_id: int) -> None:
+        self._ids[self._length], self._filled[self._length] = token_id, False
+        self._length += 1
 
     def truncate(self, length: int) -> None:
         """Go back to the first `length` tokens (0: empty), from where step or extend go on. Nothing is copied.
@@ -312,19 +330,14 @@ class Session:
         start: int,
         ids: NDArray[np.int64],
         mask: NDArray[np.bool_],
-        rows: list[Float32 | None],
         pictures: list[_Picture],
         long_rope: bool,
         on_chunk: OnChunk | None,
     ) -> Float32:
-        """Make the session hold `ids` [S], of which the first `start` are cached; logits of the last.
-
-        rows: features [T, D] of each picture; those of pictures that are cached whole are not looked at.
-        """
+        """Make the session hold `ids` [S], of which the first `start` are cached; logits of the last."""
         size = self.prefill_chunk or len(ids)
         if self.prefill_chunk is not None:
             self._check_chunk(self.prefill_chunk, len(ids) - start)
-        per_picture = self._spec.vision.tokens_per_image
         order = np.cumsum(mask) - 1  # of the image tokens: which row of all pictures' features
         self._length = self._traversed = self.reused = start
         self._pictures, self._long = [p if self._spec.long_rope else _Picture(p.identity) for p in pictures], long_rope
@@ -335,43 +348,67 @@ class Session:
             if on_chunk is not None:
                 on_chunk(first, len(ids))
             part = slice(first, last)
-            embeddings = self._embeddings[ids[part]]
-            for i in np.unique(order[part][mask[part]] // per_picture):
-                at = mask[part] & (order[part] // per_picture == i)
-                features = rows[i]
-                assert features is not None
-                embeddings[at] = features[order[part][at] % per_picture]
-            pictured = mask[part] if mask[part].any() else None
-            logits = cache.traverse(embeddings, pictured, long_rope, first)
+            placed = self._placed(pictures, mask[part], order[part])
+            pictured = mask[part] if placed else None
+            logits = cache.traverse(self._embeddings[ids[part]], pictured, long_rope, first, placed)
             self._ids[part], self._filled[part] = ids[part], mask[part]
             self._length = self._traversed = last
         self._interrupted = False
         assert logits is not None
         return logits.copy()
 
+    def _placed(self, pictures: list[_Picture], mask: NDArray[np.bool_], order: NDArray[np.int64]) -> list[Placed]:
+        """Which rows of which picture stand where in a chunk, run by run."""
+        per_picture = self._spec.vision.tokens_per_image
+        at = np.flatnonzero(mask)
+        rows = order[at]
+        begins = np.flatnonzero((np.diff(at, prepend=-2) != 1) | (rows % per_picture == 0)).tolist()
+        placed = []
+        for begin, end in zip(begins, [*begins[1:], len(at)], strict=False):
+            picture, first = divmod(int(rows[begin]), per_picture)
+            features = pictures[picture].features
+            assert features is not None  # pictures without are cached whole
+            placed.append(Placed(features, first, int(at[begin]), end - begin))
+        return placed
+
     def _takes_long(self, total: int) -> bool:
         """Whether a prompt of so many tokens takes the long rope factors."""
         rope = self._spec.long_rope
         return rope is not None and (self.long_context or total > rope.original_max_position_embeddings)
 
-    def _identify(self, features: Float32 | None, identities: Sequence[bytes] | None) -> list[_Picture]:
+    def _encoded(self, pixel_values: Float32 | None) -> tuple[Features | None, list[bytes] | None]:
+        """Features of pictures; and, where these are in device memory, what to know them by: a hash of the pixels."""
+        if pixel_values is None:
+            return None, None
+        pixels = self.check_pixels(pixel_values)
+        features = self._backend.encode_image(pixels)
+        if isinstance(features, np.ndarray):
+            return features, None
+        return features, [hashlib.sha256(picture.data).digest() for picture in pixels]
+
+    def _identify(
+        self, features: Features | Sequence[Features] | None, identities: Sequence[bytes] | None
+    ) -> list[_Picture]:
         if features is None:
             return []
         shape = (self._spec.vision.tokens_per_image, self._spec.hidden_size)
-        if features.ndim != 3 or features.shape[1:] != shape or features.dtype != np.float32:
-            raise UsageError(
-                f"features should be float32 [N, {shape[0]}, {shape[1]}], found {features.dtype} {list(features.shape)}"
-            )
+        blocks: list[Any] = list(features) if isinstance(features, (list, tuple)) else [features]
+        for block in blocks:
+            if len(block.shape) != 3 or block.shape[1:] != shape or block.dtype != np.float32:
+                raise UsageError(
+                    f"features should be float32 [N, {shape[0]}, {shape[1]}], found {block.dtype} {list(block.shape)}"
+                )
+        squares: list[Features] = [block[i] for block in blocks for i in range(len(block))]
         if identities is None:
-            identities = [self._identity(f) for f in features]
-        if len(identities) != len(features):
-            raise UsageError(f"{len(identities)} identities for {len(features)} picture(s) or tile(s); one is for each")
-        return [_Picture(key, f) for key, f in zip(identities, features, strict=True)]
+            identities = [self._identity(square) for square in squares]
+        if len(identities) != len(squares):
+            raise UsageError(f"{len(identities)} identities for {len(squares)} picture(s) or tile(s); one is for each")
+        return [_Picture(key, square) for key, square in zip(identities, squares, strict=True)]
 
-    def _identity(self, features: Float32) -> bytes:
-        if self._backend.prefix_reuse:
+    def _identity(self, features: Features) -> bytes:
+        if self._backend.prefix_reuse and isinstance(features, np.ndarray):
             return hashlib.sha256(features.tobytes()).digest()
-        return b"%d" % next(_unhashed)  # only forks are compared then, and they share it
+        return b"%d" % next(_unhashed)  # equal to itself alone, and to what a fork has of it
 
     def _common(self, ids: NDArray[np.int64], mask: NDArray[np.bool_], pictures: list[_Picture]) -> int:
         """Tokens of a new prompt that are cached as traversed ones; at least the last is left to traverse."""
@@ -462,7 +499,7 @@ class _Picture:
     """A picture or tile of the prompt: what tells it from others, and its features [T, D] while they are needed."""
 
     identity: bytes
-    features: Float32 | None = None
+    features: Features | None = None
 
 
 def _same(equal: NDArray[np.bool_]) -> int:

@@ -302,7 +302,7 @@ def _stages(bundle: Bundle, backend: Backend, embeddings: Embeddings, test: Self
     file = bundle.weights()
     tables = np.stack([to_float32(file.rows(name)[test.rope_rows], file.tensors[name].dtype) for name in ROPE])
     yield _stage("rope", tables, test.rope, ALWAYS["rope"])
-    features = backend.encode_image(pixels).reshape(-1, manifest.spec.hidden_size)[test.feature_rows]
+    features = np.asarray(backend.encode_image(pixels)).reshape(-1, manifest.spec.hidden_size)[test.feature_rows]
     yield _stage("vision", features, test.features, _budget(manifest, "vision.").vision)
     budget = _budget(manifest, "")
     forced = test.cases["picture"].forced

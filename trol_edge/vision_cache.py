@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge.cache import Features
 from trol_edge.errors import UsageError
-
-Float32 = NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,10 @@ def content_key(picture: NDArray[np.uint8], salt: str) -> bytes:
 
 
 class VisionCache:
-    """Features by key, least recently used out first. Threads may share it."""
+    """Features by key, least recently used out first. Threads may share it.
+
+    It holds what the back end made: arrays, or device memory, which its capacity bounds then.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
         """capacity_bytes: of all features together; 0 keeps none. Raises UsageError for other than an int >= 0."""
@@ -61,7 +63,7 @@ class VisionCache:
             raise UsageError(f"vision_cache_bytes should be a whole number >= 0 (0: off), found {capacity_bytes!r}")
         self._capacity, self._bytes = capacity_bytes, 0
         self._hits = self._misses = 0
-        self._entries: OrderedDict[bytes, Float32] = OrderedDict()
+        self._entries: OrderedDict[bytes, Features] = OrderedDict()
         self._under_way: dict[bytes, Future[Any]] = {}
         self._lock = threading.Lock()
 
@@ -71,12 +73,12 @@ class VisionCache:
         with self._lock:
             return VisionCacheInfo(self._hits, self._misses, len(self._entries), self._bytes, self._capacity)
 
-    def peek(self, key: bytes) -> Float32 | None:
+    def peek(self, key: bytes) -> Features | None:
         """The features if they are here; counts for nothing."""
         with self._lock:
             return self._entries.get(key)
 
-    def get(self, key: bytes, encode: Callable[[], Float32]) -> Float32:
+    def get(self, key: bytes, encode: Callable[[], Features]) -> Features:
         """Features [N, T, D], read-only, of the picture with this key; `encode` makes them where they are missing.
 
         One caller encodes; others that ask for the same key meanwhile wait for it. Where it fails, its caller gets
@@ -94,17 +96,18 @@ class VisionCache:
                     mine = self._under_way[key] = Future()
             if other is None:
                 return self._encode(key, encode, mine)
-            features: Float32 | None = other.result()
+            features: Features | None = other.result()
             if features is not None:
                 with self._lock:
                     self._hits += 1
                 return features
 
-    def _encode(self, key: bytes, encode: Callable[[], Float32], mine: Future[Any]) -> Float32:
+    def _encode(self, key: bytes, encode: Callable[[], Features], mine: Future[Any]) -> Features:
         features = None
         try:
             features = encode()
-            features.flags.writeable = False
+            if isinstance(features, np.ndarray):
+                features.flags.writeable = False
             return features
         finally:
             with self._lock:
