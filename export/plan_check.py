@@ -116,8 +116,6 @@ def peer_subject(peer: Peer, context: int = CONTEXT) -> Subject:
         "vocab_size": peer.vocabulary,
     }
     spec: ModelSpec = internlm2.model_spec(config, None, {})
-    if spec.head_dim * peer.heads != peer.hidden:
-        raise ValueError(f"{peer}: heads do not divide the hidden size")
     family = dataclasses.replace(internlm2.FAMILY, decoder=OnePass)
     return Unbuilt("peer", family, spec, context).subject("jetson-jp6", peer.options)
 
