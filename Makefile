@@ -21,7 +21,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test bindings test-rtx engines-full test-gpu test-oldest test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
+.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu test-oldest test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -29,14 +29,15 @@ help:  ## show this list
 	@echo "       make engine MODEL=trol-7b CHECKPOINT=folder CONTEXT=4096"
 	@echo "       make engine TARGET=rtx PRECISION=fp16       (needs pip install tensorrt-rtx; trol-edge targets lists more)"
 
-engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, then ask it (MODEL=, TARGET=, PRECISION=, CHECKPOINT=, CONTEXT=)
+engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, verify it, then ask it (MODEL=, TARGET=, PRECISION=, CHECKPOINT=, CONTEXT=)
 	@target="$(TARGET)"; test -n "$$target" || target=$$($(BIN)/trol-edge targets --best) || exit 1; \
 	$(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL) --target $$target --force \
 		$(if $(PRECISION),--precision $(PRECISION)) $(if $(CONTEXT),--context $(CONTEXT)) || exit 1; \
 	case $$target in \
-		cpu) $(BIN)/trol-edge demo $(BUNDLE);; \
+		cpu) $(BIN)/trol-edge verify $(BUNDLE) && $(BIN)/trol-edge demo $(BUNDLE);; \
 		onnx) ;; \
-		*) $(BIN)/trol-edge build $(BUNDLE) && $(BIN)/trol-edge doctor $(BUNDLE);; \
+		*) $(BIN)/trol-edge build $(BUNDLE) && $(BIN)/trol-edge doctor $(BUNDLE) && \
+			{ test -n "$(TARGET)" || $(BIN)/trol-edge verify $(BUNDLE); };; \
 	esac
 
 test: $(VENV)/test.stamp lint  ## lint, types and the test suite
@@ -53,6 +54,10 @@ bench: $(VENV)/engine.stamp  ## prefill, decode, memory: our precisions beside t
 soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)
 	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
 	@$(BIN)/trol-edge soak $(BUNDLE) --minutes $(MINUTES)
+
+profile: $(VENV)/engine.stamp  ## stages, memory, energy of a bundle, and a page about it in build/profile (BUNDLE=, BUNDLES="a b", ARGS=--help)
+	@test -n "$(BUNDLES)" || test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
+	$(BIN)/trol-edge profile $(or $(BUNDLES),$(BUNDLE)) -o build/profile $(ARGS)
 
 accuracy: $(VENV)/engine.stamp  ## what fp16, int8 and int4 lose against fp32 on 2000 held-out questions (MODEL=, CHECKPOINT=, SCENES=)
 	for p in fp32 fp16 int8 int4; do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
@@ -75,6 +80,13 @@ nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, 
 	$(BIN)/trol-edge export $(MODEL) -o $(BUNDLE) --force
 	$(BIN)/trol-edge evaluate $(BUNDLE) --report export/checkpoints/$(MODEL)/REPORT.md
 	$(BIN)/trol-edge evaluate $(BUNDLE) --scale 2 --report export/checkpoints/$(MODEL)/REPORT.md
+
+# The system's Chromium, or Playwright's own, or the distribution's where this user may install packages.
+browser: $(VENV)/test.stamp  ## headless Chromium, in which the tests look at the page of a profile
+	@$(PIP) -e '.[browser]'
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| $(BIN)/python -m playwright install chromium \
+		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null
 
 bindings: $(VENV)/test.stamp  ## fetch TensorRT's Python bindings (4 MB, no libraries), to which the tests hold our calls
 	$(BIN)/python -m tests.bindings

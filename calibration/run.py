@@ -44,7 +44,8 @@ from trol_edge.calibration.statistics import (
 from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
 from trol_edge.export import tokenizer
 from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.model import EagerAttention, LoraLinear, rope_tables
+from trol_edge.export.layerwise import Layerwise, rope_of
+from trol_edge.export.model import EagerAttention, LoraLinear
 from trol_edge.images import count_tiles, preprocess
 from trol_edge.spec import ModelSpec
 from trol_edge.text import Tokenizer, build_prompt
@@ -138,15 +139,6 @@ def model_prompts(source: Checkpoint, chosen: SampleSet) -> tuple[list[Prompt], 
     return prompts, skipped
 
 
-def rope_of(spec: ModelSpec, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, [length, E/2] each, with the factors that a prompt of this length takes."""
-    rope = spec.long_rope
-    if rope is None:
-        return rope_tables(spec.head_dim, spec.rope_theta, length)
-    factors = rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor
-    return rope_tables(spec.head_dim, spec.rope_theta, length, factors, rope.amplitude)
-
-
 def _open_cache(folder: Path, state: State, overwrite: bool) -> None:
     """Make the cache folder ready for this run; whatever else it holds is refused, or removed with `overwrite`."""
     found = read_state(folder) if not overwrite or (folder / STATE).is_file() else None
@@ -173,11 +165,9 @@ class _Run:
     def __init__(
         self, source: Checkpoint, prompts: list[Prompt], folder: Path, compute: torch.dtype, progress: Progress
     ) -> None:
-        self.source, self.prompts, self.folder, self.compute, self.progress = source, prompts, folder, compute, progress
+        self.source, self.prompts, self.folder, self.progress = source, prompts, folder, progress
         self.spec: ModelSpec = source.spec
-        with torch.device("meta"):  # shapes only; each stage fills what it needs
-            self.vision: Any = source.family.vision(self.spec)
-            self.decoder: Any = source.family.decoder(self.spec)
+        self.model = Layerwise(source, compute)
         self.pictures = [p for p in prompts if p.squares]
 
     def stages(self) -> dict[str, Callable[[_Collector], None]]:
@@ -259,34 +249,17 @@ class _Run:
             raise CalibrationError(f"{path}: cannot be written ({error.strerror}); make room") from error
         unfinished.replace(path)
 
-    @contextlib.contextmanager
-    def _filled(self, module: nn.Module, prefix: str, only: Iterable[str] | None = None) -> Iterator[None]:
-        """Fill a module (or the tensors `only` of it) from the checkpoint, and empty it again."""
-        names = list(module.state_dict()) if only is None else list(only)
-        state = {}
-        for name in names:
-            tensor = self.source.tensor(f"{prefix}.{name}")
-            # Norms, biases and scales act on the float32 stream; only what is multiplied as a matrix may be narrow.
-            state[name] = tensor.to(self.compute if tensor.dim() > 1 and name.endswith(_MATRICES) else torch.float32)
-        module.load_state_dict(state, strict=only is None, assign=True)
-        try:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.compute == torch.bfloat16):
-                yield
-        finally:
-            module.to("meta")
-
     # -- vision ------------------------------------------------------------------------------------------------
 
     def _vision_embed(self, collector: _Collector) -> None:
         image = self.source.family.image(self.spec)
-        names = [n for n in self.vision.state_dict() if not n.startswith(("layers.", "proj"))]
-        with self._filled(self.vision, "vision", names), self._writer() as write:
+        with self.model.part("vision.embed") as tower, self._writer() as write:
             for i, prompt in enumerate(self.pictures):
                 try:
                     pixels = preprocess(prompt.sample.load(), image)
                 except TrolEdgeError as error:
                     raise CalibrationError(f"{prompt.name}: changed while calibrating ({error})") from error
-                x = self.vision.embed(torch.from_numpy(pixels))
+                x = tower.embed(torch.from_numpy(pixels))
                 collector.peak("vision.embed.residual", x, prompt.name)
                 write(x)
                 self._tick(i + 1, len(self.pictures))
@@ -299,8 +272,8 @@ class _Run:
 
     def _vision_layer(self, index: int) -> Callable[[_Collector], None]:
         def stage(collector: _Collector) -> None:
-            name, layer = f"vision.layers.{index}", self.vision.layers[index]
-            with self._filled(layer, name), collector.watch(layer, name), self._writer() as write:
+            name = f"vision.layers.{index}"
+            with self.model.part(name) as layer, collector.watch(layer, name), self._writer() as write:
                 for i, x in self._each(self._vision_shapes()):
                     with collector.sample(self.pictures[i].name):
                         x = layer(x)
@@ -310,24 +283,23 @@ class _Run:
         return stage
 
     def _vision_features(self, collector: _Collector) -> None:
-        names = [n for n in self.vision.state_dict() if n.startswith("proj")]
-        shapes = self._vision_shapes()
-        watched = collector.watch(self.vision, "vision", only=("proj1", "proj2"))
-        with self._filled(self.vision, "vision", names), watched, self._writer() as write:
+        shapes, name = self._vision_shapes(), "vision.features"
+        with (
+            self.model.part(name) as tower,
+            collector.watch(tower, "vision", only=("proj1", "proj2")),
+            self._writer() as write,
+        ):
             for i, x in self._each(shapes):
                 with collector.sample(self.pictures[i].name):
-                    x = self.vision.features(x)
-                    collector.peak("vision.features", x)
+                    x = tower.features(x)
+                    collector.peak(name, x)
                     write(x)
 
     # -- decoder -----------------------------------------------------------------------------------------------
 
     def _decoder_embed(self, collector: _Collector) -> None:
         used = np.unique(np.concatenate([p.ids for p in self.prompts]))
-        table = torch.empty(len(used), self.spec.hidden_size)
-        for start, block in self.source.blocks("embedding"):
-            first, last = np.searchsorted(used, (start, start + len(block)))
-            table[first:last] = block[torch.from_numpy(used[first:last] - start)].float()
+        table = self.model.embeddings(used)
         tokens, width = self.spec.vision.tokens_per_image, self.spec.hidden_size
         features = (x for _, x in self._each([(p.squares * tokens, width) for p in self.pictures]))
         with self._writer() as write:
@@ -340,10 +312,9 @@ class _Run:
 
     def _decoder_layer(self, index: int) -> Callable[[_Collector], None]:
         def stage(collector: _Collector) -> None:
-            name, layer = f"decoder.layers.{index}", self.decoder.layers[index]
-            gate_weight, gate_bias = (self.source.tensor(f"decoder.gate.{n}").float() for n in ("weight", "bias"))
+            name = f"decoder.layers.{index}"
             shapes = [(len(p.ids), self.spec.hidden_size) for p in self.prompts]
-            with self._filled(layer, name), collector.watch(layer, name), self._writer() as write:
+            with self.model.part(name) as layer, collector.watch(layer, name), self._writer() as write:
                 for i, x in self._each(shapes):
                     prompt = self.prompts[i]
                     mask = torch.from_numpy(prompt.ids == self.spec.image_token_id).float()[None, :, None]
@@ -351,21 +322,18 @@ class _Run:
                     with collector.sample(prompt.name):
                         attend = EagerAttention(self.spec, *rope_of(self.spec, len(prompt.ids)))
                         attend.positions = torch.arange(len(prompt.ids))
-                        o1 = layer(x[None], lora, 0, 0, attend)
-                        o2 = layer(o1, lora, 0, 1, attend)
-                        s = 0.5 * torch.tanh((o1 * gate_weight).sum(-1, keepdim=True) + gate_bias) + 0.5
-                        x = o1 * (1 - s) + o2 * s
-                        for hidden in (o1, o2, x):
+                        passes = self.model.traverse(layer, 0, x[None], lora, attend)
+                        for hidden in passes:
                             collector.peak(f"{name}.residual", hidden)
-                        write(x)
+                        write(passes[2])
 
         return stage
 
     def _lm_head(self, collector: _Collector) -> None:
         """Of the tokens behind the last picture: the only ones whose logits are ever asked for."""
-        name, norm = "decoder.lm_head", self.decoder.norm
+        name = "decoder.lm_head"
         hidden = []
-        with self._filled(norm, "decoder.norm"):
+        with self.model.part("decoder.norm") as norm:
             for i, x in self._each([(len(p.ids), self.spec.hidden_size) for p in self.prompts]):
                 pictures = np.flatnonzero(self.prompts[i].ids == self.spec.image_token_id)
                 with collector.sample(self.prompts[i].name):
@@ -375,9 +343,6 @@ class _Run:
         rows = torch.cat(hidden)
         for _, block in self.source.blocks("decoder.lm_head.weight"):
             collector.output(name, F.linear(rows, block.float()))
-
-
-_MATRICES = (".weight", ".lora_a", ".lora_b")
 
 
 class _Collector:

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trol_edge.calibration.run import model_prompts, rope_of
+from trol_edge.calibration.run import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.calibration.statistics import Statistics
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export.checkpoint import Checkpoint
+from trol_edge.export.layerwise import rope_of
 from trol_edge.export.model import EagerAttention
 from trol_edge.export.precision import LinearPlan, Options, make_plan
 from trol_edge.export.quantize import quantize, restore, round_to
@@ -58,19 +59,21 @@ class MixedPlan:
         """Whether the limit is kept."""
         return self.nats <= self.max_loss
 
+    def mixed(self) -> Options:
+        """The recipe with what was raised: options for an export."""
+        return dataclasses.replace(self.options, linears={**self.options.linears, **self.linears})
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as the JSON that `trol-edge export --precision` reads."""
-        data = {k: v for k, v in dataclasses.asdict(self.options).items() if k != "linears"}
-        data["linears"] = {name: dataclasses.asdict(linear) for name, linear in self.linears.items()}
         try:
-            Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            Path(path).write_text(json.dumps(dataclasses.asdict(self.mixed()), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
 
 def find_plan(
     checkpoint: str | os.PathLike[str],
-    statistics: Statistics,
+    calibration: Callable[[Checkpoint], Statistics],
     samples: SampleSet,
     options: Options,
     max_loss: float,
@@ -78,6 +81,7 @@ def find_plan(
 ) -> MixedPlan:
     """The recipe of `options`, with as few Linears raised as keep the loss within `max_loss` nats.
 
+    calibration(checkpoint) loads or gathers its statistics, after all that can be refused has been.
     Raises UsageError for a limit that is not above zero or a recipe that rounds nothing, CalibrationError for
     statistics of another checkpoint.
     """
@@ -89,6 +93,7 @@ def find_plan(
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, "cpu")
     if not plan.quantized:
         raise UsageError(f"recipe {options.recipe} rounds no Linear, so there is nothing to raise; choose int4 or int8")
+    statistics = calibration(source)
     if statistics.checkpoint != source.identity():
         raise CalibrationError("the statistics belong to another checkpoint; calibrate this one into another folder")
     scales = find_scales(source, plan, statistics, None, progress)

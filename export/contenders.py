@@ -85,7 +85,7 @@ class BundleContender:
     """The product: `trol_edge.Runtime`, without the second cache, which serves nothing here."""
 
     def __init__(self, job: Job) -> None:
-        self.runtime = trol_edge.Runtime(job.bundle, prefix_reuse=False)
+        self.runtime = trol_edge.Runtime(job.bundle, prefix_reuse=False, selftest=False)
         self.session = self.runtime.session()
         bundle = self.runtime.bundle
         backend: Any = self.runtime._backend

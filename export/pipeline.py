@@ -6,7 +6,7 @@ import dataclasses
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from trol_edge.bundle import (
     EMBEDDING,
     FORMAT,
     FORMAT_VERSION,
+    SELFTEST,
     TOKENIZER,
     WEIGHTS,
     FileInfo,
@@ -29,16 +30,20 @@ from trol_edge.bundle import (
     sha256_of,
     write_manifest,
 )
+from trol_edge.costs import Costs
 from trol_edge.engines import is_shareable
 from trol_edge.errors import CalibrationError, ExportError, UsageError
-from trol_edge.export import graphs, half, lower_ort, lower_trt, qdq, storage, tokenizer
+from trol_edge.export import counts, graphs, half, lower_ort, lower_trt, qdq, selftest, storage, tokenizer
 from trol_edge.export.checkpoint import Checkpoint
+from trol_edge.export.family import Family
 from trol_edge.export.models import MODELS
-from trol_edge.export.precision import TARGETS, Options, is_linear, make_plan
+from trol_edge.export.precision import TARGETS, Options, Plan, is_linear, make_plan
 from trol_edge.export.scales import find_scales
 from trol_edge.export.storage import Layout, Progress
 from trol_edge.export.stored import IR_TYPES, Place, StoredWeights, places
-from trol_edge.precision import CalibrationInfo, Plan
+from trol_edge.precision import CalibrationInfo
+from trol_edge.spec import ModelSpec
+from trol_edge.text import Tokenizer
 
 if TYPE_CHECKING:
     from trol_edge.calibration.statistics import Statistics
@@ -63,6 +68,7 @@ def export(
     options: Options | None = None,
     shared_weights: bool = False,
     calibration: Callable[[Checkpoint], Statistics] | None = None,
+    record_selftest: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
@@ -75,6 +81,7 @@ def export(
     checkpoint's activations: calibration(checkpoint) loads or gathers them, after all that can be refused has been.
     shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on
     the device serves both engines; not with int4.
+    record_selftest: run the FP32 reference on a small prompt and keep what it computes, for `trol_edge.verify`.
     Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
 
     Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
@@ -84,15 +91,8 @@ def export(
         raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
     source = Checkpoint(checkpoint, family=MODELS[model].family.name if model in MODELS else None)
     spec = source.spec
-    limit = spec.max_position_embeddings
-    if context is None:
-        picture = spec.vision.tokens_per_image * source.family.image(spec).most_tiles
-        context = min(max(MIN_DEFAULT_CONTEXT, -(-(picture + ROOM_FOR_TEXT) // 256) * 256), limit)
-    if not 2 <= context <= limit:
-        raise ExportError(
-            f"context {context}: this model knows positions 0..{limit - 1} (max_position_embeddings), and beyond them "
-            f"what its rotary embedding does depends on what ran before; choose 2..{limit}"
-        )
+    context = default_context(source.family, spec) if context is None else context
+    require_context(context, spec)
     options = options or Options()
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
     if shared_weights:
@@ -101,7 +101,7 @@ def export(
     if needed and calibration is None:
         raise UsageError(f"precision {plan.recipe} for target {target} needs the statistics of a calibration")
     with new_folder(bundle, overwrite) as folder:
-        _write_tokenizer(folder / TOKENIZER, source)
+        words = _write_tokenizer(folder / TOKENIZER, source)
         statistics = calibration(source) if calibration and needed else None
         if statistics is not None and statistics.checkpoint != source.identity():
             raise CalibrationError(
@@ -117,16 +117,9 @@ def export(
         stored = StoredWeights(source, context, plan, scales)
         models = _trace(source, context, progress)
         layouts, lowered = dict(stored.layouts), dict[str, Layout]()
+        dtypes = {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()}
         for name, traced in models.items():
-            _fold_transposes(name, traced)
-            if scales is not None:
-                qdq.insert(traced, plan, scales.inputs)
-            if target != "cpu" and (target != "onnx" or scales is not None):
-                qdq.separate_readers(traced)
-            if plan.compute == "fp16":
-                half.convert(traced, plan.kept_fp32, {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()})
-            if target in LOWERINGS:
-                lowered |= LOWERINGS[target](name, traced)
+            lowered |= prepare(name, traced, target, plan, scales.inputs if scales else {}, dtypes)
         used = {weight for traced in models.values() for weight in graphs.weight_names(traced)} | {EMBEDDING, *lowered}
         layouts |= lowered
         layouts = {name: layout for name, layout in layouts.items() if name in used}
@@ -135,6 +128,9 @@ def export(
         found = places(layouts, written, plan)
         shared = _shared(models) if shared_weights else set()
         infos = {n: _write_graph(folder, n, traced, target, lowered, shared, found) for n, traced in models.items()}
+        del models
+        if record_selftest and not selftest.record(source, folder / SELFTEST, context, words, progress):
+            source.notes.append(f"a context of {context} tokens is too short for a self-test")
         digests = _digests(folder, progress)
         manifest = Manifest(
             format=FORMAT,
@@ -160,15 +156,32 @@ def export(
     return manifest
 
 
-def _write_tokenizer(path: Path, source: Checkpoint) -> None:
+def default_context(family: Family, spec: ModelSpec) -> int:
+    """Tokens of K/V cache that a bundle gets where nobody says: one picture and some 700 tokens of text."""
+    picture = spec.vision.tokens_per_image * family.image(spec).most_tiles
+    return min(max(MIN_DEFAULT_CONTEXT, -(-(picture + ROOM_FOR_TEXT) // 256) * 256), spec.max_position_embeddings)
+
+
+def require_context(context: int, spec: ModelSpec) -> None:
+    """Raise ExportError where the model knows no such positions."""
+    limit = spec.max_position_embeddings
+    if not 2 <= context <= limit:
+        raise ExportError(
+            f"context {context}: this model knows positions 0..{limit - 1} (max_position_embeddings), and beyond them "
+            f"what its rotary embedding does depends on what ran before; choose 2..{limit}"
+        )
+
+
+def _write_tokenizer(path: Path, source: Checkpoint) -> Tokenizer | None:
     # Where no file lists the image token, the authors' loader adds it behind all others.
     image_token = (source.family.prompt(source.spec).image,)
     text = tokenizer.convert(source.folder, image_token)
     if text is None:
         source.notes.append("the checkpoint has no tokenizer: the bundle serves token ids only")
-        return
+        return None
     tokenizer.verify(text, source.folder, image_token)
     path.write_text(text, encoding="utf-8")
+    return Tokenizer(text, str(source.folder))
 
 
 def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:
@@ -218,6 +231,40 @@ def _shared(models: Mapping[str, ir.Model]) -> set[str]:
     return {name for name in both if is_shareable(name, tuple(step[name].shape or ()))}
 
 
+def prepare(
+    name: str,
+    model: ir.Model,
+    target: str,
+    plan: Plan,
+    input_scales: Mapping[str, float],
+    dtypes: Mapping[str, ir.DataType],
+) -> dict[str, Layout]:
+    """Quantize and lower a traced graph in place; returns the layouts of tensors written beside the parameters.
+
+    dtypes: of every parameter that is not quantized, as stored.
+    """
+    _fold_transposes(name, model)
+    if plan.quantized:
+        qdq.insert(model, plan, input_scales)
+    if target in GPU_TARGETS or (target == "onnx" and plan.quantized):
+        qdq.separate_readers(model)
+    if plan.compute == "fp16":
+        half.convert(model, plan.kept_fp32, dtypes)
+    return LOWERINGS[target](name, model) if target in LOWERINGS else {}
+
+
+def take_inputs(model: ir.Model, target: str, lowered: Collection[str]) -> tuple[tuple[str, ...], list[str], Costs]:
+    """Make weights graph inputs where the target wants them so: all weights, those that are inputs now, and the costs.
+
+    lowered: what `prepare` returned, of all graphs.
+    """
+    weights = tuple(graphs.weight_names(model))
+    as_inputs: list[str] = []
+    if target == "cpu":
+        as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
+    return weights, as_inputs, counts.count(model, weights, scores=target not in GPU_TARGETS)
+
+
 def _write_graph(
     folder: Path,
     name: str,
@@ -227,11 +274,9 @@ def _write_graph(
     shared: Collection[str],
     found: dict[str, Place],
 ) -> GraphInfo:
-    inputs, outputs = (tuple(_port(v) for v in values) for values in (model.graph.inputs, model.graph.outputs))
-    weights = tuple(graphs.weight_names(model))
-    as_inputs = [w for w in weights if w in shared]
-    if target == "cpu":
-        as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
+    inputs, outputs = ports(model.graph.inputs), ports(model.graph.outputs)
+    weights, as_inputs, costs = take_inputs(model, target, lowered)
+    as_inputs += [w for w in weights if w in shared]
     graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()}, as_inputs)
     if target in GPU_TARGETS:
         model = lower_trt.lower(model, GPU_TARGETS[target])
@@ -239,7 +284,12 @@ def _write_graph(
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
     operators = dict(Counter(node.op_type for node in model.graph))
     constants = tuple(w for w in weights if w not in as_inputs)
-    return GraphInfo(file, inputs, outputs, weights, constants, operators)
+    return GraphInfo(file, inputs, outputs, weights, constants, operators, costs)
+
+
+def ports(values: Iterable[ir.Value]) -> tuple[Port, ...]:
+    """Inputs or outputs of a graph, as the manifest has them."""
+    return tuple(_port(value) for value in values)
 
 
 def _port(value: ir.Value) -> Port:

@@ -36,6 +36,15 @@ IR_TYPES = {
 LARGEST_HALF = 65504.0
 
 
+def stored_dtype(name: str, shape: tuple[int, ...], published: str, plan: Plan, folded: bool) -> str:
+    """Stored dtype of a parameter that is not quantized; folded: channels of it were rescaled."""
+    half = plan.compute == "fp16"
+    if len(shape) == 1 and (folded or (half and "norm" in name)):
+        return "F32"  # few numbers, and norms compute in float32
+    precision = plan.linears[name].precision if name in plan.linears else plan.compute
+    return "F16" if precision == "fp16" or plan.recipe == "fp16" else published
+
+
 class StoredWeights:
     """The tensors of one bundle's weights file: `layouts` by name, and `read` for `storage.write`.
 
@@ -56,15 +65,8 @@ class StoredWeights:
 
     def dtype(self, name: str) -> str:
         """Stored dtype of a parameter that is not quantized."""
-        stored = self._source.dtype(name)
-        shape = self._source.shape(name)
-        precision = self._plan.linears[name].precision if name in self._plan.linears else self._plan.compute
         folded = self._scales is not None and name in self._scales.folding
-        if len(shape) == 1 and (folded or (self._half and "norm" in name)):
-            return "F32"  # few numbers, and norms compute in float32
-        if precision == "fp16" or self._plan.recipe == "fp16":
-            return "F16"
-        return stored
+        return stored_dtype(name, self._source.shape(name), self._source.dtype(name), self._plan, folded)
 
     def parts(self) -> dict[str, Part]:
         """What each part of the model is stored as, and the bytes that this takes at least."""

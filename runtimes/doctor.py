@@ -1,19 +1,28 @@
-"""What this machine can build and run, and whether a bundle fits it: the questions that `trol-edge doctor` asks."""
+"""What this machine is, what it can build and run, and whether a bundle fits it: what `trol-edge doctor` asks."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
+import os
+import platform
+import sys
 from importlib import metadata
+from pathlib import Path
 
-from trol_edge.bundle import Bundle
+from trol_edge import machine, verify
+from trol_edge._version import __version__
+from trol_edge.bundle import SELFTEST, WEIGHTS, Bundle, sha256_of
 from trol_edge.engines import differences, read, verified
 from trol_edge.errors import BackendError, BundleError, TrolEdgeError
+from trol_edge.machine import Jetson, Machine
 from trol_edge.runtimes.cuda import Device, devices
 from trol_edge.runtimes.trt_api import load
 from trol_edge.runtimes.trt_build import key_here
 from trol_edge.targets import NOT_YET, TARGETS, Target
 from trol_edge.trt_operators import Version
+from trol_edge.weights import WeightsFile, loaded_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +39,12 @@ class Status:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One finding of the doctor."""
+    """One finding of the doctor. needed: where it is not good, what was asked about does not work."""
 
     what: str
     good: bool
     text: str
+    needed: bool = False
 
 
 def status(target: Target, found: list[Device] | str) -> Status:
@@ -97,45 +107,180 @@ def best() -> tuple[str, str]:
     return "cpu", f"no GPU target runs here: {why['rtx']}"
 
 
-def examine(bundle: Bundle | None = None) -> list[Check]:
-    """Driver, GPU, libraries, and with a bundle its engines: what fits together and what does not."""
-    found = devices()
-    checks = [
+def examine(folder: str | os.PathLike[str] | None = None, root: str | os.PathLike[str] = "/") -> list[Check]:
+    """Machine, installation, driver, GPU, libraries, targets, and a bundle: what fits together and what does not.
+
+    A bundle that is damaged is a finding, not an error. root: where the files that describe the machine lie.
+    """
+    here, found = machine.read(root), devices()
+    checks = [*_machine(here), *_installation()]
+    checks.append(
         Check("driver", False, found)
         if isinstance(found, str)
         else Check("driver", True, f"serves CUDA {'.'.join(map(str, found[0].driver))}")
-    ]
+    )
     for gpu in found if isinstance(found, list) else ():
         checks.append(Check("GPU", True, f"{gpu.name}, capability {gpu.capability}, {gpu.memory_bytes / 1e9:.1f} GB"))
     bindings = [name for name in ("pycuda", "cuda") if _there(name)]
-    checks.append(Check("CUDA from Python", bool(bindings), ", ".join(bindings) or "neither pycuda nor cuda-python"))
+    how = "neither pycuda nor cuda-python; for a GPU: pip install 'trol-edge[jetson]' or 'trol-edge[rtx]'"
+    checks.append(Check("CUDA from Python", bool(bindings), ", ".join(bindings) or how))
     for module in ("tensorrt", "tensorrt_rtx"):
         try:
-            checks.append(Check(module, True, load(module).title))
+            library = load(module)
+            checks.append(Check(module, True, library.title))
+            if module == "tensorrt" and here.jetson is not None:
+                checks += _jetpack(here.jetson, library.version)
         except BackendError as error:
             checks.append(Check(module, False, str(error)))
-    if bundle is not None:
-        checks += _bundle(bundle, found)
+    known = {status.target: status for status in statuses()}
+    builds, runs = [s.target for s in known.values() if s.builds], [s.target for s in known.values() if s.runs]
+    checks.append(
+        Check(
+            "targets", bool(runs), f"builds for {', '.join(builds) or 'none'}; runs {', '.join(runs) or 'none'}", True
+        )
+    )
+    return checks if folder is None else [*checks, *_bundle(Path(folder), found, here, known)]
+
+
+def _machine(here: Machine) -> list[Check]:
+    parts = (here.model, here.cpu or f"{here.cores} cores", platform.machine(), here.system, f"Linux {here.kernel}")
+    memory = f"{here.memory_bytes / 1e9:.1f} GB of memory, {here.available_bytes / 1e9:.1f} available"
+    checks = [Check("machine", True, f"{', '.join(part for part in parts if part)}; {memory}")]
+    board = here.jetson
+    if board is None:
+        return checks
+    if not board.l4t:
+        text = "no /etc/nv_tegra_release, so JetPack's version is not known (in a container: mount that file)"
+        return [*checks, Check("Jetson", False, f"{board.module or 'unknown module'}; {text}")]
+    if board.tensorrt is None:
+        text = f"this version of trol-edge does not know which JetPack that is (it knows {', '.join(machine.JETPACKS)})"
+        return [*checks, Check("Jetson", False, f"{board.module}, Jetson Linux {board.l4t}; {text}")]
+    shipped = ".".join(map(str, board.tensorrt))
+    text = f"{board.module} ({board.part}), JetPack {board.jetpack} (Jetson Linux {board.l4t}) with TensorRT {shipped}"
+    serving = [target.name for target in TARGETS.values() if target.gpu and target.serves(board.tensorrt)]
+    if not serving:
+        return [
+            *checks,
+            Check("Jetson", False, f"{text}, which is too old for every target; install JetPack 6.1 or newer"),
+        ]
+    return [*checks, Check("Jetson", True, f"{text}: target {serving[-1]}")]
+
+
+def _jetpack(board: Jetson, version: Version) -> list[Check]:
+    """Whether the TensorRT that Python finds is the one that JetPack shipped."""
+    if board.tensorrt is None or version[:2] == board.tensorrt:
+        return []
+    ours, theirs = (".".join(map(str, v)) for v in (version, board.tensorrt))
+    text = f"Python finds TensorRT {ours}, JetPack {board.jetpack} ships {theirs}: engines serve one of the two only"
+    return [Check("TensorRT of JetPack", False, text)]
+
+
+# Optional installation -> modules that it brings, and what they are for.
+EXTRAS = {
+    "cpu": (("onnxruntime",), "bundles for a CPU"),
+    "formats": (("llguidance",), "response_format="),
+    "camera": (("cv2",), "the camera example"),
+    "export": (("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece"), "export and calibrate"),
+}
+
+
+def _installation() -> list[Check]:
+    """Python, this package and its optional parts."""
+    python = sys.version_info[:2]
+    good = (3, 10) <= python <= (3, 13)
+    text = f"trol-edge {__version__} in {Path(__file__).resolve().parents[1]}, Python {platform.python_version()}"
+    checks = [Check("trol-edge", good, text if good else f"{text}; it is made for Python 3.10 to 3.13", True)]
+    for name, (modules, use) in EXTRAS.items():
+        missing = [module for module in modules if not _there(module)]
+        if missing:
+            text = f"not installed (no {', '.join(missing)}), needed for {use}: pip install 'trol-edge[{name}]'"
+            checks.append(Check(f"extra {name}", False, text))
+        else:
+            checks.append(Check(f"extra {name}", True, f"installed, for {use}"))
+    broken = _broken("onnxruntime")
+    if broken:
+        text = f"installed, but it cannot be imported ({broken}); pip install --force-reinstall 'trol-edge[cpu]'"
+        checks.append(Check("onnxruntime", False, text, True))
     return checks
 
 
-def _bundle(bundle: Bundle, found: list[Device] | str) -> list[Check]:
-    target = TARGETS.get(bundle.manifest.target)
-    if target is None or not target.gpu:
-        return [Check("bundle", True, f"for target {bundle.manifest.target}: it needs no engines")]
+def _broken(module: str) -> str:
+    """Why a module that is installed cannot be imported; "" where it can, or is not there."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return ""
+    except Exception as error:  # a wheel for another processor or Python fails in its own ways
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _bundle(folder: Path, found: list[Device] | str, here: Machine, known: dict[str, Status]) -> list[Check]:
+    try:
+        bundle = Bundle(folder)
+        weights = bundle.weights()
+    except TrolEdgeError as error:
+        return [Check("bundle", False, str(error), True)]
+    manifest = bundle.manifest
+    text = (
+        f"{manifest.model}, {manifest.plan.recipe} for target {manifest.target}, "
+        f"{sum(info.bytes for info in manifest.files.values()) / 1e6:.1f} MB, made by {manifest.created_by}"
+    )
+    checks = [Check("bundle", True, text)]
+    whole = sha256_of(weights.path) == manifest.files[WEIGHTS].sha256
+    text = "as exported (sha256)" if whole else "altered since export (sha256 differs); copy the bundle again"
+    checks.append(Check("weights", whole, text, True))
+    status, target = known.get(manifest.target), TARGETS.get(manifest.target)
+    if status is None or target is None:
+        text = f"target {manifest.target!r} is for other tools; for a Runtime export with --target cpu"
+        return [*checks, Check("runs here", False, text, True)]
+    # Engines for a desktop GPU may be built where there is none.
+    checks.append(Check("runs here", status.runs, status.why_no_run or f"with {status.found}", not status.builds))
+    if target.gpu:
+        checks += _engines(bundle, target, found)
+    else:
+        checks.append(_memory(bundle, weights, here))
+    if SELFTEST not in manifest.files:
+        text = "the bundle has none, so nothing tells whether its numbers are right here; export it again"
+        return [*checks, Check("self-test", False, text)]
+    passed = verify.passed_here(bundle)
+    text = (
+        f"passed on this machine: {', '.join(passed)}"
+        if passed
+        else ("not yet passed on this machine: the first load replays it, or `trol-edge verify`")
+    )
+    return [*checks, Check("self-test", bool(passed), text)]
+
+
+def _memory(bundle: Bundle, weights: WeightsFile, here: Machine) -> Check:
+    """Weights as they are loaded, and a session's cache, against what is available."""
+    manifest = bundle.manifest
+    used = {name for graph in manifest.graphs.values() for name in graph.weights} & set(weights.tensors)
+    size = sum(math.prod(t.shape) * loaded_dtype(t.dtype).itemsize for t in (weights.tensors[name] for name in used))
+    cache = 2 * manifest.spec.kv_bytes_per_token * manifest.context
+    text = f"needs about {(size + cache) / 1e9:.1f} GB (weights {size / 1e9:.1f}, both K/V sets {cache / 1e9:.1f})"
+    free = here.available_bytes
+    if free and size + cache > free:
+        text += f", {free / 1e9:.1f} are available; close programs, export with a smaller --context or precision"
+        return Check("memory", False, text, True)
+    return Check("memory", True, f"{text}, {free / 1e9:.1f} are available")
+
+
+def _engines(bundle: Bundle, target: Target, found: list[Device] | str) -> list[Check]:
     try:
         engines = read(bundle, target.name)
         for name in engines.engines:
             verified(bundle, engines, name)
     except BundleError as error:
-        return [Check("engines", False, str(error))]
-    checks = [Check("engines", True, f"{', '.join(engines.engines)} by {engines.key.library}, hashes as recorded")]
+        return [Check("engines", False, str(error), True)]
+    built = f"{', '.join(engines.engines)} by {engines.key.library}, hashes as recorded"
+    checks = [Check("engines", True, built, True)]
     try:
         key = key_here(target, load(target.module), found[0] if isinstance(found, list) else None)
         problems = differences(bundle, engines, key)
         where = "for this GPU and driver" if isinstance(found, list) else "but there is no GPU to run them"
         text = "; ".join(problems) or f"built with this library of these graphs, {where}"
-        checks.append(Check("fit", not problems, text))
+        checks.append(Check("fit", not problems, text, True))
     except TrolEdgeError as error:
-        checks.append(Check("fit", False, str(error)))
+        checks.append(Check("fit", False, str(error), True))
     return checks

@@ -49,7 +49,7 @@ class OrtBackend:
         if manifest.target != "cpu":
             raise BundleError(f"{bundle.folder}: made for target {manifest.target!r}; export with --target cpu")
         self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
-        self.prefix_reuse = prefix_reuse
+        self.prefix_reuse, self.identity = prefix_reuse, f"onnxruntime {ort.__version__}"
         file = bundle.weights()
         used = {name for graph in manifest.graphs.values() for name in graph.weights}
         constants = {name for graph in manifest.graphs.values() for name in graph.constants}
@@ -217,6 +217,12 @@ class OrtState:
             to[:, :, start:stop] = of[:, :, start:stop]
         if not which:
             self._rope_offset[:] = source._rope_offset
+
+    def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
+        """See trol_edge.cache.State."""
+        if which and not self._backend.prefix_reuse:
+            return []
+        return [a[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1) for a in (self.cache, self.second)[which]]
 
     def step(self, embedding: Float32, position: int) -> Float32:
         """One pass over one token. embedding [D] at `position`; logits [V], overwritten by the next call."""

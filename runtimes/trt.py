@@ -65,6 +65,9 @@ class TrtBackend:
                 raise BackendError(f"no usable NVIDIA GPU: {found}; `trol-edge doctor` looks for the cause")
             device = found[0]
         self._require_fit(engines, device)
+        built = hashlib.sha256("".join(sorted(e.sha256 for e in engines.engines.values())).encode()).hexdigest()
+        gpu = f"{device.name}, driver {'.'.join(map(str, device.driver))}" if device else "a GPU"
+        self.identity = f"{self.library.title} on {gpu}, engines {built[:12]}"
         paths = {name: verified(bundle, engines, name) for name in GRAPHS}
         self.cuda = cuda or open_cuda()
         self.cuda_graphs = cuda_graphs and self.cuda.graphs
@@ -336,6 +339,19 @@ class TrtState:
             backend.cuda.wait()
         if not which:
             self._rope_offset = source._rope_offset
+
+    def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
+        """See trol_edge.cache.State; each buffer comes down whole."""
+        backend, found = self._backend, []
+        with backend.lock:
+            for name, port in self._ports.items():
+                if name.startswith("past_second_") == bool(which):
+                    host = np.empty([int(d) for d in port.shape], port.dtype)
+                    backend.cuda.download(host, self._cache[name])
+                    backend.cuda.wait()
+                    rows = host[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1)
+                    found.append(rows.astype(np.float32))
+        return found
 
 
 def _dtype(graph: GraphInfo, name: str) -> str:

@@ -21,7 +21,17 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import CHECKPOINTS, NANO
 from trol_edge import bundle as bundle_module
-from trol_edge.bundle import MANIFEST, TOKENIZER, WEIGHTS, Bundle, FileInfo, Manifest, new_folder, write_manifest
+from trol_edge.bundle import (
+    MANIFEST,
+    SELFTEST,
+    TOKENIZER,
+    WEIGHTS,
+    Bundle,
+    FileInfo,
+    Manifest,
+    new_folder,
+    write_manifest,
+)
 from trol_edge.errors import BackendError, BundleError, ExportError, UsageError
 from trol_edge.export import pipeline
 from trol_edge.images import ImageSpec
@@ -31,7 +41,7 @@ from trol_edge.spec import LongRope, ModelSpec, VisionSpec
 from trol_edge.text import PromptSpec
 from trol_edge.weights import WeightsFile
 
-FILES = ("step.onnx", TOKENIZER, "traverse.onnx", "traverse_text.onnx", "vision.onnx", WEIGHTS)
+FILES = (SELFTEST, "step.onnx", TOKENIZER, "traverse.onnx", "traverse_text.onnx", "vision.onnx", WEIGHTS)
 
 
 @pytest.fixture
@@ -694,13 +704,16 @@ def test_context_limits(export: Callable[..., Manifest], place: Path) -> None:
     assert listing(place.parent) == []
 
 
+STAGES = ("weights", "trace", "selftest", "hash")
+
+
 def test_progress_reports_every_stage(export: Callable[..., Manifest], place: Path) -> None:
     """Each stage counts up to its total, and says when it is done."""
     calls: list[tuple[str, int, int]] = []
     export(place, progress=lambda *call: calls.append(call))
-    for stage in ("weights", "trace", "hash"):
+    for stage in STAGES:
         done = [(d, t) for what, d, t in calls if what == stage]
         assert done == sorted(done)
         assert done[-1][0] == done[-1][1] > 0
         assert len({t for _, t in done}) == 1
-    assert len(calls) == sum(call[0] in ("weights", "trace", "hash") for call in calls)
+    assert {what for what, _, _ in calls} == set(STAGES)

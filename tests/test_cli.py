@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCENE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
 VERBS = (
-    *("export", "run", "inspect", "synth", "calibrate", "mix", "outliers", "evaluate", "compare", "demo", "soak"),
-    *("targets", "build", "doctor", "version"),
+    *("export", "run", "inspect", "synth", "calibrate", "mix", "outliers", "evaluate", "compare", "demo", "verify"),
+    *("soak", "profile", "plan", "targets", "build", "doctor", "version"),
 )
 
 
@@ -387,3 +387,26 @@ def test_demo(cli: Callable[..., Result], each_nano: Runtime) -> None:
     assert cli(*shlex.split(commands[1])[1:]).code == 0
     assert said["answer"] in process(code=shlex.split(commands[2])[2]).out
     cli("demo", bundle / "nowhere").failed(1, r"no bundle\.json here")
+
+
+def test_a_limit_on_the_loss_raises_linears(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mix` writes the plan that `export --max-loss` takes by itself."""
+    monkeypatch.setattr("trol_edge.cli.SENSITIVITY_SAMPLES", 1)
+    statistics, plan = tmp_path / "statistics", tmp_path / "int4.json"
+    assert cli("calibrate", NANO, "--samples", 2, "-o", statistics, "--json").code == 0
+    rest = {"vision": "fp32", "lora": "fp32", "lm_head": "fp32", "scaling": False, "clipping": False}
+    plan.write_text(json.dumps({"recipe": "int4", **rest}), encoding="utf-8")
+    chosen = (NANO, "--calibration", statistics, "--precision", plan)
+    loose = cli("mix", *chosen, "--max-loss", 9, "--samples", 1, "-o", tmp_path / "mixed.json", "--json").json()
+    limit = loose["recipe_nats"] / 2
+    assert loose["reached"] and not loose["linears"]
+    export = ("export", *chosen, "-o", tmp_path / "bundle", "--json")
+    assert cli(*export, "--max-loss", limit).code == 0
+    plans = Bundle(tmp_path / "bundle").manifest.plan.linears
+    raised = [name for name in loose["sensitivity"] if plans[name].precision != "int4"]
+    assert 0 < len(raised) < len(loose["sensitivity"])
+    assert max(loose["sensitivity"], key=loose["sensitivity"].get) in raised
+    cli(*export, "--max-loss", 0, "--force").failed(1, "choose a limit above 0")
+    assert Bundle(tmp_path / "bundle").manifest.plan.linears == plans

@@ -52,11 +52,13 @@ FORBIDDEN = {
 OPEN = {
     # the training renders scenes, packs questions about them, and asks held-out ones
     *((f"export/nano_{part}.py", "trol_edge.calibration") for part in ("data", "recipes", "report", "stages", "text")),
+    ("export/selftest.py", "trol_edge.calibration"),  # renders a scene
     ("runtimes/trt_api.py", "tensorrt"),  # for type checkers; imported by name when a Library is made
     ("runtimes/cuda.py", "cuda"),  # each in a function, when a GPU is opened
     ("runtimes/cuda.py", "pycuda"),
     ("export/contenders.py", "trol_edge.runtime"),  # measures what a user would call
     ("export/contenders.py", "transformers"),  # makes a model for OpenVINO
+    ("export/plan_check.py", "trol_edge.runtimes"),  # measures this machine, and bundles on it
     ("calibration/run.py", "torch"),  # runs the reference, layer by layer
     ("calibration/run.py", "trol_edge.export"),
     ("calibration/sensitivity.py", "torch"),  # rounds one Linear of the reference at a time

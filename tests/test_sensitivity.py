@@ -38,9 +38,9 @@ def test_a_plan_keeps_its_limit_with_few_raised(
     statistics: Statistics, samples: sampling.SampleSet, tmp_path: Path
 ) -> None:
     """Half of what int4 loses is the limit: some Linears are raised, not all, and the costliest first."""
-    loose = find_plan(NANO, statistics, samples, INT4, 1e9)
+    loose = find_plan(NANO, lambda source: statistics, samples, INT4, 1e9)
     assert not loose.linears and loose.reached and loose.nats == loose.recipe_nats > 0
-    found = find_plan(NANO, statistics, samples, INT4, loose.nats / 2)
+    found = find_plan(NANO, lambda source: statistics, samples, INT4, loose.nats / 2)
     assert found.reached and found.nats <= loose.nats / 2 and found.sensitivity == loose.sensitivity
     assert 0 < len(found.linears) < len(found.sensitivity) == 25
     order = sorted(found.sensitivity, key=lambda name: -found.sensitivity[name])
@@ -75,14 +75,14 @@ def test_rounding_is_undone(statistics: Statistics, samples: sampling.SampleSet)
 def test_unusable_limits_and_recipes(statistics: Statistics, samples: sampling.SampleSet) -> None:
     for limit in (0.0, -1.0, float("nan")):
         with pytest.raises(UsageError, match="choose a limit above 0"):
-            find_plan(NANO, statistics, samples, INT4, limit)
+            find_plan(NANO, lambda source: statistics, samples, INT4, limit)
     with pytest.raises(UsageError, match="rounds no Linear"):
-        find_plan(NANO, statistics, samples, Options(recipe="fp32"), 0.1)
+        find_plan(NANO, lambda source: statistics, samples, Options(recipe="fp32"), 0.1)
     stranger = Statistics(
         statistics.points, statistics.peaks, dataclasses.replace(statistics.state, checkpoint="0" * 64)
     )
     with pytest.raises(CalibrationError, match="another checkpoint"):
-        find_plan(NANO, stranger, samples, INT4, 0.1)
+        find_plan(NANO, lambda source: stranger, samples, INT4, 0.1)
 
 
 def test_bisection_finds_the_fewest() -> None:

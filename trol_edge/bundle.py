@@ -5,6 +5,8 @@
     weights.safetensors     every tensor of the checkpoint once, Linear weights transposed: in the checkpoint's dtype,
                             or quantized as the manifest's plan says, with their scales beside them
     tokenizer.json          for the `tokenizers` library; absent: token level only
+    selftest.safetensors    what the FP32 reference computes, see selftest.py; absent: nothing to verify against
+    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify.py
 
 A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
 """
@@ -25,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trol_edge.costs import Costs
 from trol_edge.errors import BundleError, ExportError
 from trol_edge.images import ImageSpec
 from trol_edge.precision import CalibrationInfo, Part, Plan
@@ -38,7 +41,10 @@ FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
-BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, "*.onnx", "engines")  # patterns of all that export writes
+SELFTEST = "selftest.safetensors"
+VERIFIED = "verified-*.json"
+# Patterns of all that a bundle's folder may hold.
+BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, SELFTEST, VERIFIED, "*.onnx", "engines")
 EMBEDDING = "embedding"  # looked up by the runtime, in no graph
 
 
@@ -64,6 +70,7 @@ class GraphInfo:
     """One graph: its file, its inputs and outputs, the weights it reads, its operators (type -> count).
 
     `constants` are those of `weights` that the graph file itself points into the weights file; the others are inputs.
+    `costs` are what a run of it does; None in bundles made before they were counted.
     """
 
     file: str
@@ -72,6 +79,7 @@ class GraphInfo:
     weights: tuple[str, ...]
     constants: tuple[str, ...]
     operators: dict[str, int]
+    costs: Costs | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +133,8 @@ class Bundle:
                 f"{path}: bundle format {data.get('format_version')!r}, this trol-edge reads format {FORMAT_VERSION}; "
                 "export the bundle again with this version"
             )
-        if data.pop("manifest_sha256", None) != _digest(data):
+        self.identity = data.pop("manifest_sha256", None)  # of the manifest, and so of every file that it lists
+        if self.identity != _digest(data):
             raise BundleError(f"{path}: altered since export (its own hash differs); copy or export the bundle again")
         self.manifest: Manifest = from_dict(Manifest, data, str(path))
         self._check_files()

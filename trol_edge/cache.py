@@ -47,12 +47,21 @@ class State(Protocol):
         """
         ...
 
+    def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
+        """Some rows of one set as they are cached: keys and values in turn, layer by layer, [R, G*E] each.
+
+        For `verify`: it may take its time. Empty for a set that is not kept.
+        """
+        ...
+
 
 class Backend(Protocol):
     """The graphs of one bundle on some inference library; the one seam between runtime and accelerators."""
 
     # Whether states keep both K/V sets, so that a traverse may start behind a prefix.
     prefix_reuse: bool
+    # What runs the graphs: library and version, GPU, driver, engines. Another one has to pass the self-test anew.
+    identity: str
 
     def encode_image(self, pixel_values: Float32) -> Float32:
         """pixel_values [N, 3, P, P] -> image features [N, T, D]."""

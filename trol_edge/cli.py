@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -28,7 +29,7 @@ from rich.progress import (
 from rich.table import Table
 
 from trol_edge._version import __version__
-from trol_edge.errors import BackendError, TrolEdgeError
+from trol_edge.errors import BackendError, TrolEdgeError, UsageError
 
 app = typer.Typer(
     help="TroL vision-language models on robots: checkpoint -> ONNX graphs -> bundle -> answers.",
@@ -39,6 +40,7 @@ app = typer.Typer(
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 CHECKPOINTS = Path("build/checkpoints")  # where downloads are kept
+SENSITIVITY_SAMPLES = 8  # on which it is measured what each Linear costs: a run of the model each
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 
@@ -109,6 +111,13 @@ def export(
             help="TensorRT, 8 GB boards: traverse and step read one copy of their matrices (fp16, int8).",
         ),
     ] = False,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Raise as few Linears as keep the logits' KL divergence within this, nats (trol-edge mix)."),
+    ] = None,
+    selftest: Annotated[
+        bool, typer.Option("--selftest/--no-selftest", help="Record what the FP32 reference computes, for verify.")
+    ] = True,
     checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CHECKPOINTS,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     force: Force = False,
@@ -116,7 +125,6 @@ def export(
 ) -> None:
     """Trace a checkpoint into ONNX graphs and write a bundle."""
     with _extra("export"):
-        from trol_edge.calibration.statistics import Statistics
         from trol_edge.export import pipeline
         from trol_edge.export.precision import read_options
     options = read_options(precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling)
@@ -124,14 +132,18 @@ def export(
     model = model or known
     start = time.perf_counter()
     with _progress(quiet=as_json) as progress:
+        statistics = _statistics(calibration, folder, None, _calibration_of(folder, output), progress)
+        if max_loss is not None:
+            from trol_edge.calibration import samples as sampling
+            from trol_edge.calibration.sensitivity import find_plan
 
-        def statistics(source: Any) -> Any:
-            if calibration is not None:
-                return Statistics.load(calibration, source.identity())
-            from trol_edge.calibration.run import calibrate as gather
-
-            return gather(folder, None, _calibration_of(folder, output), progress=progress)
-
+            found = find_plan(folder, statistics, sampling.load(None, SENSITIVITY_SAMPLES), options, max_loss, progress)
+            if not found.reached:
+                raise UsageError(
+                    f"--max-loss {max_loss:g} nats: {found.nats:.2e} are lost even with {len(found.linears)} of "
+                    f"{len(found.sensitivity)} Linears raised; choose a higher limit, or a recipe of more bits"
+                )
+            options = found.mixed()
         manifest = pipeline.export(
             folder,
             output,
@@ -141,6 +153,7 @@ def export(
             options=options,
             shared_weights=shared_weights,
             calibration=statistics,
+            record_selftest=selftest,
             overwrite=force,
             progress=progress,
         )
@@ -224,13 +237,14 @@ def inspect(
 ) -> None:
     """Show what is in a bundle: graphs, operators, inputs and outputs, weights and the bytes a step reads."""
     from trol_edge.bundle import Bundle
+    from trol_edge.derived import loaded_bytes
     from trol_edge.engines import device_bytes, shared_weights
 
     opened = Bundle(bundle)
     manifest, tensors = opened.manifest, opened.weights().tensors
     graphs = manifest.graphs.items()
     stored = {name: sum(tensors[w].nbytes for w in graph.weights if w in tensors) for name, graph in graphs}
-    as_float = {name: sum(_loaded_bytes(w, tensors) for w in graph.weights) for name, graph in graphs}
+    as_float = {name: sum(loaded_bytes(w, tensors) for w in graph.weights) for name, graph in graphs}
     kv = manifest.spec.kv_bytes_per_token
     lora = {name: sum(".lora_" in w for w in graph.weights) for name, graph in manifest.graphs.items()}
     used = {w for graph in manifest.graphs.values() for w in graph.weights}
@@ -372,12 +386,11 @@ def mix(
         Path | None,
         typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="To measure on: at most so many.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="To measure on: at most so many.")] = SENSITIVITY_SAMPLES,
     as_json: Json = False,
 ) -> None:
     """Find which Linears need more bits: measure what each costs, raise as few as keep the loss within --max-loss."""
     with _extra("export"):
-        from trol_edge.calibration import run as running
         from trol_edge.calibration import samples as sampling
         from trol_edge.calibration.sensitivity import find_plan
         from trol_edge.export.precision import read_options
@@ -385,7 +398,7 @@ def mix(
     folder, _ = _checkpoint(checkpoint)
     with _progress(quiet=as_json) as progress:
         cache = calibration or _calibration_of(folder, output)
-        statistics = running.calibrate(folder, data, cache, progress=progress)
+        statistics = _statistics(calibration, folder, data, cache, progress)
         found = find_plan(folder, statistics, sampling.load(data, samples), options, max_loss, progress)
     found.save(output)
     if as_json:
@@ -530,6 +543,31 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
     print(f'  {tools}/python -c "{code}"')
 
 
+@app.command(epilog="Example: trol-edge verify build/trol-nano --json")
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    every: Annotated[bool, typer.Option("--all", help="One line per stage instead of one per layer.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay the self-test that export recorded; exit code 1 where a stage drifts more than its precision may."""
+    from trol_edge.verify import verify as replay
+
+    report = replay(bundle, threads)
+    if as_json:
+        _print_json(report.json())
+    else:
+        table = Table("", "stage", "drift", "budget", "", box=None, padding=(0, 1))
+        for title, stage in report.lines(every):
+            mark = "ok" if stage.good else "[red]--[/red]"
+            table.add_row(mark, title, f"{stage.drift:.1e}", f"{stage.budget:.0e}", escape(stage.text))
+        out.print(table)
+        where = f"{report.target}, {report.precision}, {report.runs_on}; {report.machine}; {report.seconds:.1f} s"
+        out.print(f"{where}\n{report.verdict}", markup=False, soft_wrap=True)
+    if report.first_wrong is not None:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: trol-edge soak build/trol-nano --minutes 10")
 def soak(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, with a tokenizer.")],
@@ -567,6 +605,75 @@ def soak(
             out.print(f"wrong: {line}", markup=False)
         out.print("passed" if report.passed else "FAILED")
     if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: trol-edge profile build/trol-nano --size 640x480 --size none -o build/profile")
+def profile(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders: precisions, models, as many as you like.")],
+    size: Annotated[
+        list[str] | None, typer.Option(help="Picture size, or none; repeat for a sweep.  [default: 640x480]")
+    ] = None,
+    prompt_tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Length of the whole prompt; repeat for a sweep.  [default: a short question]"),
+    ] = None,
+    image: Annotated[Path | None, typer.Option("-i", "--image", help="Picture file, instead of --size.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
+    warmup: Annotated[int, typer.Option(min=0, help="Answers before those that count.")] = 2,
+    runs: Annotated[int, typer.Option(min=1, help="Answers that count, of each case.")] = 10,
+    starts: Annotated[int, typer.Option(min=0, help="Fresh processes, page cache cold and warm each.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    interval_ms: Annotated[float, typer.Option(min=5, help="Between two samples of the machine.")] = 100.0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for profile.json and the page, profile.html.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="An older profile.json: exit code 1 where something became slower.")
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Where proc and sys lie, to read a recorded tree.")] = Path("/"),
+    as_json: Json = False,
+) -> None:
+    """Measure latency, memory and energy of bundles on this machine, stage by stage; writes a page to look at."""
+    from trol_edge import profile as profiles
+    from trol_edge import profile_run
+    from trol_edge.profile_compare import compare as compared
+    from trol_edge.profile_page import page
+    from trol_edge.profile_samples import summary
+
+    old = None if baseline is None else profiles.load(baseline)
+    with _phases(quiet=as_json) as progress:
+        found = profile_run.profile(
+            bundles,
+            sizes=[_size(text) for text in size or ["640x480"]],
+            prompt_tokens=prompt_tokens or [None],
+            image=image,
+            tokens=tokens,
+            warmup=warmup,
+            runs=runs,
+            starts=starts,
+            threads=threads,
+            interval_s=interval_ms / 1e3,
+            root=root,
+            progress=lambda line: progress(line, 0, 0),
+        )
+    if output is not None:  # before the comparison, which may refuse: minutes of measuring are not thrown away
+        found.save(output / profiles.FILE)
+        profiles.write(output / "profile.html", page(found))
+    comparison = None if old is None else compared(old, found)
+    if output is not None and old is not None:
+        profiles.write(output / "profile.html", page(found, old, comparison))
+    rows = summary(found)
+    if as_json:
+        against = None if comparison is None else dataclasses.asdict(comparison)
+        _print_json({"machine": found.machine_name, "runs": rows, "baseline": against})
+    else:
+        _show_profile(found, rows)
+        if comparison is not None:
+            _show_comparison(comparison)
+        if output is not None:
+            out.print(f"{escape(str(output))}/profile.json, profile.html", soft_wrap=True)
+    if comparison is not None and (comparison.slower or comparison.unjudged):
         raise typer.Exit(1)
 
 
@@ -662,29 +769,209 @@ def build(
     )
 
 
-@app.command(epilog="Example: trol-edge doctor build/trol-nano-rtx")
+@app.command(epilog="Example: trol-edge doctor build/trol-nano")
 def doctor(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder whose engines to look at, too.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder to look at, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check that driver, GPU, TensorRT, engines and bundle fit together; exit code 1 where the bundle does not run."""
-    from trol_edge.bundle import Bundle
+    """Say what this machine is, what runs here and what is wrong; exit code 1 where something needed does not work."""
     from trol_edge.runtimes import doctor as room
 
-    checks = room.examine(None if bundle is None else Bundle(bundle))
+    checks = room.examine(bundle)
     if as_json:
         _print_json([dataclasses.asdict(check) for check in checks])
     else:
         for check in checks:
-            out.print(f"{'ok' if check.good else '--':2} {check.what}: {check.text}", markup=False, soft_wrap=True)
-    if not all(check.good for check in checks if check.what in ("engines", "fit")):
+            mark = "ok" if check.good else "!!" if check.needed else "--"
+            out.print(f"{mark} {check.what}: {check.text}", markup=False, soft_wrap=True)
+        wrong = [check.what for check in checks if check.needed and not check.good]
+        out.print(f"does not work: {', '.join(wrong)}" if wrong else "nothing that is needed is wrong", markup=False)
+    if any(check.needed and not check.good for check in checks):
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: trol-edge plan --model trol-3.8b --device orin-nano-8gb --precision int4 --context 2048")
+def plan(
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; or --model, before there is one.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="trol-nano, trol-nano-phi3, trol-1.8b, trol-3.8b or trol-7b.")
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name, name:mode or a JSON file; several are compared. host: this machine, measured. "
+            "[default: every Jetson; host for a bundle made for the CPU]"
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="As for export; several are compared.  [default: all the device has]")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    tiles: Annotated[
+        int | None, typer.Option(min=0, help="Pictures or tiles in the prompt.  [default: as many as one picture has]")
+    ] = None,
+    text: Annotated[int, typer.Option(min=1, help="Tokens of text in the prompt.")] = 84,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 64,
+    goal_ms: Annotated[float | None, typer.Option(help="Time to the first token that is wanted, milliseconds.")] = None,
+    goal_tokens_per_second: Annotated[float | None, typer.Option(help="Speed of the answer that is wanted.")] = None,
+    desktop: Annotated[bool, typer.Option("--desktop", help="The device shows a desktop, too.")] = False,
+    reserve: Annotated[float, typer.Option(min=0, help="GB that must remain for the rest of the robot.")] = 0.5,
+    show_device: Annotated[
+        str | None, typer.Option(help="Print a device as JSON, to change and pass as --device.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell before owning the board: does it fit, how long would it take, and which precision is best."""
+    from trol_edge import devices
+    from trol_edge import plan as planning
+    from trol_edge.bundle import Bundle
+    from trol_edge.targets import TARGETS
+
+    if show_device is not None:
+        print(devices.to_json(devices.find(show_device)[0]))
+        return
+    if (bundle is None) == (model is None):
+        raise typer.BadParameter("give either a bundle folder or --model")
+    if bundle is not None and (precision or context):
+        raise typer.BadParameter("a bundle has its precision and context already; use --model to choose")
+    fixed = None if bundle is None else planning.subject_of(Bundle(bundle))
+    if not device:
+        on_cpu = fixed is not None and fixed.target == "cpu"
+        device = ["host"] if on_cpu else [n for n, d in devices.DEVICES.items() if d.target.startswith("jetson")]
+    machines = []
+    for name in device:
+        if name == "host":
+            from trol_edge.runtimes import rates
+
+            machines.append(rates.host())
+        else:
+            machines.append(planning.machine_of(*devices.find(name)))
+    work = planning.Workload(tiles, text, answer)
+    subjects: dict[tuple[str, str], Any] = {}
+    if fixed is None:
+        assert model is not None
+        with _extra("export"):
+            from trol_edge.export import unbuilt
+            from trol_edge.export.precision import read_options
+        shape = unbuilt.published(model, context)
+
+    def subject(target: str, recipe: str) -> Any:
+        if fixed is not None:
+            return fixed
+        if (target, recipe) not in subjects:
+            subjects[target, recipe] = shape.subject(target, read_options(recipe))
+        return subjects[target, recipe]
+
+    plans, chosen = [], {}
+    with _phases(quiet=as_json) as progress:
+        for machine in machines:
+            wanted = precision or ([fixed.precision] if fixed else [*machine.precisions])
+            found = []
+            for recipe in wanted:
+                progress(f"{machine.name} {recipe}", 1, 1)
+                finer = [p for p in planning.QUALITY if p in machine.precisions]
+                lone = len(wanted) == 1 and recipe in finer and fixed is None
+                below = finer[finer.index(recipe) + 1 :] if lone else []
+                found.append(
+                    planning.plan(
+                        subject(machine.target, recipe),
+                        machine,
+                        work,
+                        desktop=desktop,
+                        reserve=int(reserve * 1e9),
+                        smaller=functools.partial(map, functools.partial(subject, machine.target), below),
+                    )
+                )
+            plans += found
+            goal = None if goal_ms is None else goal_ms / 1000
+            chosen[machine.name] = planning.best(found, goal, goal_tokens_per_second)
+    if as_json:
+        _print_json(
+            {
+                "plans": [planning.to_dict(p) for p in plans],
+                "best": {name: None if p is None else p.subject.precision for name, p in chosen.items()},
+            }
+        )
+        return
+    _print_plans(plans, TARGETS)
+    for name, p in chosen.items():
+        if len([q for q in plans if q.machine.name == name]) > 1 or goal_ms or goal_tokens_per_second:
+            goals = " and reaches the goal" if goal_ms or goal_tokens_per_second else ""
+            said = (
+                f"no precision here fits{goals}"
+                if p is None
+                else f"{p.subject.precision} is the finest that fits{goals}"
+            )
+            out.print(f"{name}: {said}", markup=False)
 
 
 @app.command("version", epilog="Example: trol-edge version")
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    """ "640x480" as numbers; "none": no picture."""
+    width, x, height = text.lower().partition("x")
+    if text.lower() == "none":
+        return None
+    if not (x and width.isdecimal() and height.isdecimal()):
+        raise typer.BadParameter(f"--size {text}: write it as 640x480 (width, height), or none")
+    return int(width), int(height)
+
+
+def _show_profile(profile: Any, rows: list[dict[str, Any]]) -> None:
+    """Tables of a profile: the stages of every run, and what to know about them."""
+    from trol_edge.profile import STAGES, STARTS, case_name
+    from trol_edge.profile_figures import number
+
+    peaks = profile.peaks
+    rates = f"; {peaks.flops_per_s / 1e9:.0f} GFLOP/s, {peaks.bytes_per_s / 1e9:.0f} GB/s measured" if peaks else ""
+    out.print(f"{profile.machine_name}{rates}", markup=False)
+    titles = STAGES | STARTS
+    runs = [(measured, run) for measured in profile.bundles for run in measured.runs]
+    for (measured, run), row in zip(runs, rows, strict=True):
+        title = f"{measured.bundle.folder} ({measured.bundle.precision}), {case_name(run.case)}"
+        table = Table(title=escape(title), title_justify="left", box=None, padding=(0, 2))
+        table.add_column("ms")
+        for column in ("p50", "p90", "p99", "values"):
+            table.add_column(column, justify="right")
+        for key in (key for key in titles if key in row):
+            table.add_row(titles[key], *(number(row[key][p]) for p in ("p50", "p90", "p99")), str(row[key]["n"]))
+        out.print(table)
+        rate, peak, used = row["tokens_per_s"], row["peak_rss_bytes"], row["energy"]
+        said = [f"{number(rate)} tokens/s"] if rate else []
+        said += [f"peak memory {peak / 1e6:.0f} MB"] if peak else []
+        if used:
+            said.append(f"{number(1e3 * used['token_j'])} mJ per token, {number(used['answer_j'])} J per answer")
+        out.print(f"{', '.join(said)}; the projector is a part of the vision graph", markup=False, soft_wrap=True)
+        for text in row["invalid"]:
+            out.print(f"INVALID: {text}", markup=False, soft_wrap=True, style="bold red")
+        out.print()
+    for kind, style in (("partial", "yellow"), ("remarks", "dim")):
+        for text in dict.fromkeys(text for row in rows for text in row[kind]):
+            count = sum(text in row[kind] for row in rows)
+            where = "" if count == len(rows) else f" ({count} of {len(rows)} runs)"
+            out.print(f"{kind.removesuffix('s')}: {text}{where}", markup=False, soft_wrap=True, style=style)
+
+
+def _show_comparison(comparison: Any) -> None:
+    """What became slower against a baseline, and what could not be judged."""
+    for text in comparison.remarks:
+        out.print(f"remark: {text}", markup=False, soft_wrap=True, style="dim")
+    for text in comparison.unjudged:
+        out.print(f"not judged, invalid: {text}", markup=False, soft_wrap=True, style="bold red")
+    for change in comparison.slower:
+        out.print(
+            f"slower: {change.where}: {change.what} {change.old:.4g} -> {change.new:.4g} {change.unit} "
+            f"({100 * (change.new / change.old - 1):+.0f} %, noise {100 * change.threshold:.0f} %)",
+            markup=False,
+            soft_wrap=True,
+            style="red",
+        )
+    if not comparison.slower:
+        out.print(f"nothing of {len(comparison.changes)} figures became slower beyond noise")
 
 
 def _checkpoint(given: str, downloads: Path = CHECKPOINTS, revision: str | None = None) -> tuple[Path, str | None]:
@@ -698,21 +985,89 @@ def _checkpoint(given: str, downloads: Path = CHECKPOINTS, revision: str | None 
     return models.fetch(given, downloads / given, revision), given
 
 
+def _statistics(given: Path | None, checkpoint: Path, data: Path | None, cache: Path, progress: Any) -> Any:
+    """A function that loads the statistics of a Checkpoint from the folder given, or gathers them into `cache`."""
+
+    def statistics(source: Any) -> Any:
+        from trol_edge.calibration.run import calibrate
+        from trol_edge.calibration.statistics import Statistics
+
+        if given is not None:
+            return Statistics.load(given, source.identity())
+        return calibrate(checkpoint, data, cache, progress=progress)
+
+    return statistics
+
+
 def _calibration_of(checkpoint: Path, output: Path) -> Path:
     """Where statistics of a checkpoint are kept that no folder was named for: beside what is made with them."""
     return output.parent / f"calibration-{checkpoint.resolve().name}"
 
 
-def _loaded_bytes(name: str, tensors: Any) -> int:
-    """Bytes of a weight in memory: floating point as float32, quantized as stored, derived (see derived.py) as made."""
-    from trol_edge.derived import INT8, INT8_SCALE, NBITS
-    from trol_edge.weights import FLOATS
+def _print_plans(plans: Any, targets: Any) -> None:
+    """A table with a row for each plan; where there is one plan only, all of it."""
+    first = plans[0].subject
+    out.print(f"{first.name}, context {first.context}; times expected (floor); GB = 1e9 bytes", markup=False)
+    table = Table(box=None, padding=(0, 1))
+    for column in ("device", "precision", "weights", "K/V", "remains", "first token, s", "tokens/s", "verdict"):
+        words = column in ("device", "precision", "verdict")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column != "verdict")
+    for p in plans:
+        m = p.memory
+        table.add_row(
+            escape(p.machine.name),
+            p.subject.precision,
+            f"{m.weights / 1e9:.2f}",
+            f"{m.cache / 1e9:.2f}",
+            f"{m.remains / 1e9:.2f}",
+            f"{p.first_token[1]:.2f} ({p.first_token[0]:.2f})",
+            f"{p.tokens_per_second[1]:.1f} ({p.tokens_per_second[0]:.1f})",
+            p.verdict,
+        )
+    out.print(table)
+    for p in plans if len(plans) == 1 else []:
+        m, gpu = p.memory, targets[p.machine.target].gpu
+        for what, size in (
+            ("weights", m.weights),
+            (f"K/V cache, {m.cache_sets} sets", m.cache),
+            ("activations", m.activations),
+            ("runtime and libraries", m.runtime),
+            ("operating system", m.system),
+            ("remains for the rest of the robot", m.remains),
+            ("peak of building the engines, alone", m.build),
+        ):
+            out.print(f"  {what:36}{size / 1e9:8.2f} GB", markup=False)
+        for s in p.stages:
+            dims = ", ".join(f"{n} {name}" for name, n in s.dims.items())
+            out.print(
+                f"  {s.graph} ({dims}): {s.expected * 1e3:.1f} ms expected, {s.floor * 1e3:.1f} at least; "
+                f"{s.flops / 1e9:.1f} G operations, {s.bytes / 1e9:.2f} GB; most of it is {s.bound}",
+                markup=False,
+                soft_wrap=True,
+            )
+        if p.next_question is not None:
+            out.print(f"  a second question about the picture: {p.next_question * 1e3:.0f} ms", markup=False)
+        for note in p.machine.notes:
+            out.print(f"  {note}", markup=False, style="dim", soft_wrap=True)
+        if gpu:
+            from trol_edge import plan as planning
+            from trol_edge.targets import NOT_YET
 
-    if name in tensors:
-        tensor = tensors[name]
-        return 4 * math.prod(tensor.shape) if tensor.dtype in FLOATS else int(tensor.nbytes)
-    packed = tensors[name.removesuffix(INT8).removesuffix(INT8_SCALE) + NBITS]
-    return int(2 * packed.nbytes if name.endswith(INT8) else 4 * packed.shape[0])
+            out.print(
+                f"  expected: {planning.BANDWIDTH:.0%} of the bandwidth, "
+                + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in planning.ARITHMETIC.items())
+                + f", from others' figures for other models (CONTRIBUTING.md); {NOT_YET}",
+                markup=False,
+                style="dim",
+                soft_wrap=True,
+            )
+    for p in plans:
+        if p.changes:
+            out.print(
+                f"{p.machine.name} {p.subject.precision} fits with: {'; '.join(p.changes)}",
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def _precision(manifest: Any) -> str:

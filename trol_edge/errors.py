@@ -10,6 +10,7 @@
     ├── CalibrationError      statistics that cannot be gathered, or that belong to another checkpoint or other samples
     ├── ExportError           a graph could not be made, or it disagrees with the reference
     ├── BackendError          the inference library is missing, refuses the graph or lacks memory
+    ├── VerifyError           the self-test's numbers are not the reference's on this machine
     └── UnfinishedError       a call met its deadline or was stopped before it had a result
 
 A message says what was found, in which file or value, what was expected, and what to do.
@@ -29,6 +30,7 @@ __all__ = [
     "TrolEdgeError",
     "UnfinishedError",
     "UsageError",
+    "VerifyError",
 ]
 
 
@@ -70,6 +72,10 @@ class ExportError(TrolEdgeError):
 
 class BackendError(TrolEdgeError):
     """The inference library is missing, refuses the graph or lacks memory."""
+
+
+class VerifyError(TrolEdgeError):
+    """The self-test's numbers are not the reference's on this machine."""
 
 
 class UnfinishedError(TrolEdgeError):

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge import aio
+from trol_edge import verify as verify_numbers
 from trol_edge.answering import Answering, AnswerStream, Clock
 from trol_edge.answers import Answer, Choice, Option, Piece, YesNo
 from trol_edge.bundle import TOKENIZER, Bundle
@@ -102,6 +103,7 @@ class Runtime:
         verify: bool = True,
         prefix_reuse: bool = True,
         vision_cache_bytes: int = 256 << 20,
+        selftest: bool | None = None,
     ) -> None:
         """Load a bundle folder.
 
@@ -109,8 +111,11 @@ class Runtime:
         they are read (the other files are always checked); False saves that time on a disk you trust. prefix_reuse:
         keep the keys and values of both passes, so that sessions can go on from a prefix (see trol_edge.Session); False
         halves the K/V memory, and what needs the second set is refused. vision_cache_bytes: image features kept for
-        pictures that are asked about again, least recently used out first; 0: none.
-        Raises BundleError (missing, half-copied, altered, other version) and BackendError (library, memory).
+        pictures that are asked about again, least recently used out first; 0: none. selftest: replay the bundle's
+        self-test (see trol_edge.verify) when this machine loads it for the first time; None: unless the environment has
+        TROL_EDGE_SELFTEST=0.
+        Raises BundleError (missing, half-copied, altered, other version), BackendError (library, memory) and
+        VerifyError (the numbers are not the reference's).
         """
         self.bundle = Bundle(bundle)
         manifest = self.bundle.manifest
@@ -134,6 +139,8 @@ class Runtime:
         backend_class = getattr(importlib.import_module(module), name)
         self._backend: Backend = backend_class(self.bundle, threads=threads, verify=verify, prefix_reuse=prefix_reuse)
         self._embeddings = Embeddings(self.bundle)
+        if verify_numbers.wanted(selftest):
+            verify_numbers.first_load(self.bundle, self._backend, self._embeddings)
         self._lifetime = Lifetime()
         self._clock = time.perf_counter
         self._turns = Turns()

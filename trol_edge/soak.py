@@ -5,7 +5,6 @@ Every answer is compared with one that was made before, alone: equal, or its beg
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge import machine
 from trol_edge.answers import Piece
 from trol_edge.errors import ImageError, UnfinishedError, UsageError
 from trol_edge.runtime import Runtime
@@ -137,12 +137,7 @@ def resident_bytes() -> int:
     Free pages that the C allocator keeps for itself are given back first (glibc): with threads they come and go by
     whole arenas, tens of MB that nobody holds, and would hide a leak or look like one.
     """
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):  # another C library
-        pass
-    else:
-        trim(0)
+    machine.free_pages()
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

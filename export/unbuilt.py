@@ -1,0 +1,118 @@
+"""What a bundle of a published model would hold and do, before there is a checkpoint: traced, never exported.
+
+The graphs are those that `pipeline.export` writes, prepared by the same code. Layers are alike, so models of one and of
+two layers are traced instead of the whole (seconds instead of a minute), and what the second layer adds stands for the
+others; a plan that tells layers apart is traced whole. What only calibration knows (Linears that INT4 would hurt and
+that get 8 bits, what overflows FP16) is not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import onnx_ir as ir
+
+from trol_edge.bundle import EMBEDDING
+from trol_edge.costs import Costs
+from trol_edge.export import counts, graphs, pipeline
+from trol_edge.export.checkpoint import Checkpoint
+from trol_edge.export.family import Family
+from trol_edge.export.models import find, shipped_folder
+from trol_edge.export.precision import Options, make_plan
+from trol_edge.export.qdq import scale_name
+from trol_edge.export.stored import IR_TYPES, stored_dtype
+from trol_edge.plan import Subject, cache_bytes
+from trol_edge.spec import ModelSpec
+
+PUBLISHED = "F16"  # what the published checkpoints hold
+
+
+class Unbuilt:
+    """A model by its shape. Traces are kept, so that several precisions cost one."""
+
+    def __init__(self, name: str, family: Family, spec: ModelSpec, context: int | None = None) -> None:
+        """context: tokens that the cache holds (default: as export has it)."""
+        self.name, self.family, self.spec = name, family, spec
+        self.context = pipeline.default_context(family, spec) if context is None else context
+        self._traces: dict[tuple[str, int], ir.Model] = {}
+
+    def subject(self, target: str, options: Options) -> Subject:
+        """What there is to plan for one target and precision. Raises UsageError where they do not go together."""
+        layers = self.spec.num_layers
+        if options.linears:
+            return self._subject(target, options, layers, self.spec.vision.num_layers)
+        one, two = (self._subject(target, options, n, n) for n in (1, 2))
+        towers = {"vision": self.spec.vision.num_layers}
+        depth = {name: towers.get(name, layers) for name in one.graphs}
+
+        def grown(a: int, b: int, count: int) -> int:
+            return a + (count - 1) * (b - a)
+
+        return dataclasses.replace(
+            two,
+            graphs={name: counts.repeat(one.graphs[name], two.graphs[name], n) for name, n in depth.items()},
+            weights={name: grown(one.weights[name], two.weights[name], n) for name, n in depth.items()},
+            decoder_bytes=grown(one.decoder_bytes, two.decoder_bytes, layers),
+            cache_bytes=grown(one.cache_bytes, two.cache_bytes, layers),
+        )
+
+    def _subject(self, target: str, options: Options, layers: int, tower: int) -> Subject:
+        vision = dataclasses.replace(self.spec.vision, num_layers=tower)
+        spec = dataclasses.replace(self.spec, num_layers=layers, vision=vision)
+        shapes = {name: source.shape for name, source in self.family.sources(spec).items()}
+        shapes |= {"decoder.gate.weight": (1, spec.hidden_size), "decoder.gate.bias": (1,)}
+        plan = make_plan(options, shapes, target)
+        dtypes = {n: IR_TYPES[stored_dtype(n, s, PUBLISHED, plan, False)] for n, s in shapes.items()}
+        dtypes |= dict.fromkeys(graphs.ROPE, ir.DataType.FLOAT)
+        scale_type = ir.DataType.FLOAT16 if plan.compute == "fp16" else ir.DataType.FLOAT
+        dtypes |= {scale_name(linear): scale_type for linear in plan.linears}
+        models = {name: self._trace(name, spec).clone() for name in graphs.TRACED}
+        if spec.lora_rank:
+            models["traverse_text"] = graphs.without_lora(models["traverse"])
+        lowered: set[str] = set()
+        for name, model in models.items():
+            lowered |= pipeline.prepare(name, model, target, plan, defaultdict(lambda: 1.0), dtypes).keys()
+        costs: dict[str, Costs] = {}
+        sizes: dict[str, dict[str, int]] = {}
+        caches = 0
+        for name, model in models.items():
+            if name == "step":
+                caches = cache_bytes(pipeline.ports(model.graph.inputs))
+            names, _, costs[name] = pipeline.take_inputs(model, target, lowered)
+            values = {v.name: v for v in (*model.graph.initializers.values(), *model.graph.inputs)}
+            sizes[name] = {w: counts.bytes_of(values[w]) for w in names}
+        decoder = {w: n for name, found in sizes.items() if name != "vision" for w, n in found.items()}
+        embedding = IR_TYPES[stored_dtype(EMBEDDING, shapes[EMBEDDING], PUBLISHED, plan, False)]
+        return Subject(
+            name=self.name,
+            target=target,
+            precision=plan.recipe,
+            context=self.context,
+            layers=layers,
+            tokens_per_tile=spec.vision.tokens_per_image,
+            most_tiles=self.family.image(spec).most_tiles,
+            graphs=costs,
+            weights={name: sum(found.values()) for name, found in sizes.items()},
+            decoder_bytes=sum(decoder.values()),
+            embedding_bytes=shapes[EMBEDDING][0] * shapes[EMBEDDING][1] * round(embedding.itemsize),
+            cache_bytes=caches,
+        )
+
+    def _trace(self, name: str, spec: ModelSpec) -> ir.Model:
+        layers = spec.vision.num_layers if name == "vision" else spec.num_layers
+        if (name, layers) not in self._traces:
+            self._traces[name, layers] = graphs.trace(name, self.family, spec, self.context)
+        return self._traces[name, layers]
+
+
+def published(name: str, context: int | None = None) -> Unbuilt:
+    """A model by its published name. Raises UsageError for another name, or a context it has no positions for."""
+    model = find(name)
+    if model.repository is None:
+        spec = Checkpoint(shipped_folder(name)).spec
+    else:
+        spec = model.family.model_spec(model.config, None, model.family.published(model.config))
+    if context is not None:
+        pipeline.require_context(context, spec)
+    return Unbuilt(name, model.family, spec, context)

@@ -1,0 +1,244 @@
+"""`trol-edge plan`: verdicts, times and the device table, and the errors a user meets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trol_edge import devices, plan
+from trol_edge.bundle import MANIFEST, Bundle, write_manifest
+from trol_edge.cli import main
+from trol_edge.costs import Costs, Operation
+from trol_edge.errors import BundleError, UsageError
+from trol_edge.targets import TARGETS
+
+GB = 1_000_000_000
+NANO = "orin-nano-8gb"
+
+
+def graph(weights: int, peak: int = 0) -> Costs:
+    """One product per token that reads all weights, attention over the cache."""
+    linear = Operation("linear", "float16", "float16", 1, {"tokens": 10**9, "1": 10**9}, weights, {"tokens": 100}, {})
+    attend = Operation("attention", "float16", None, 4, {"tokens*slots": 1000}, 0, {}, {"slots": 2000})
+    return Costs((linear, attend), ({"1": peak},), {"tokens": 1, "slots": 2048})
+
+
+def subject(weights: float = 1.0, precision: str = "fp16", **changes: Any) -> plan.Subject:
+    """A model whose decoder takes so many GB, and 0.5 GB of cache."""
+    size = round(weights * GB)
+    given = plan.Subject(
+        name="made-up",
+        target="jetson-jp6",
+        precision=precision,
+        context=2048,
+        layers=10,
+        tokens_per_tile=256,
+        most_tiles=4,
+        graphs={"vision": graph(GB // 10, GB // 20), "traverse": graph(size, GB // 10), "step": graph(size)},
+        weights={"vision": GB // 10, "traverse": size, "step": size},
+        decoder_bytes=size,
+        embedding_bytes=GB // 5,
+        cache_bytes=GB // 2,
+    )
+    return dataclasses.replace(given, **changes)
+
+
+@pytest.fixture
+def nano() -> plan.Machine:
+    return plan.machine_of(*devices.find(NANO))
+
+
+def test_table_follows_its_rule() -> None:
+    """Dense TFLOPS of FP16 and TOPS of INT8 as the makers state them."""
+    stated = {"orin-nano-8gb:MAXN_SUPER": (16.7, 33), "orin-nx-16gb": (15.0, 30), "agx-orin-64gb": (42.6, 85)}
+    stated |= {"agx-thor": (258, 516), "rtx-4090": (165, 330), "rtx-a2000": (32, 64)}
+    for name, (fp16, int8) in stated.items():
+        device, mode = devices.find(name)
+        assert device.flops(mode, "float16") / 1e12 == pytest.approx(fp16, rel=0.02)
+        assert device.flops(mode, "int8") / 1e12 == pytest.approx(int8, rel=0.03)
+    for name, device in devices.DEVICES.items():
+        assert device.name == name
+        assert device.target in TARGETS and device.sources and device.modes
+
+
+def test_unknown_device_says_how_to_add_one() -> None:
+    with pytest.raises(UsageError, match=r"'xavier' is not in the table .*--show-device .*--device mine\.json"):
+        devices.find("xavier")
+    with pytest.raises(UsageError, match="no mode '99W' in the table; there are 15W, MAXN_SUPER"):
+        devices.find(f"{NANO}:99W")
+
+
+def test_own_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--show-device", NANO]) == 0
+    mine = tmp_path / "mine.json"
+    mine.write_text(capsys.readouterr().out)
+    assert devices.find(str(mine)) == devices.find(NANO)
+    assert devices.find(f"{mine}:maxn_super")[1].name == "MAXN_SUPER"
+    data = json.loads(mine.read_text())
+    for change, said in (
+        ({"sms": 0}, "sms 0 is not above 0"),
+        ({"modes": []}, "no modes"),
+        ({"watts": 5}, "unknown key 'watts'"),
+        ({"target": "abacus"}, "target 'abacus' is not one of"),
+        ({"os_bytes": -1}, "os_bytes -1 is below 0"),
+    ):
+        mine.write_text(json.dumps(data | change))
+        with pytest.raises(UsageError, match=said):
+            devices.find(str(mine))
+    mine.write_text("{")
+    with pytest.raises(UsageError, match="not readable as JSON"):
+        devices.find(str(mine))
+
+
+def test_times(nano: plan.Machine) -> None:
+    """By hand: a step of 1 GB of weights and 8 MB of cache at 68.3 GB/s; five kernels to start."""
+    found = plan.stage("step", graph(GB), GB, nano, slots=1000)
+    moved = GB + 4 * 2000 * 1000
+    assert found.floor == pytest.approx(moved / 68.3e9)
+    start = 5 * plan.OPERATOR_CYCLES / 612e6
+    assert found.expected == pytest.approx(moved / (68.3e9 * plan.BANDWIDTH) + start, rel=1e-3)
+    assert found.bound == "memory"
+    prompt = plan.stage("traverse", graph(GB), GB, nano, tokens=2000, slots=2000)
+    flops = 2001 * 10**9 + 4 * 1000 * 2000**2
+    peak = 2 * 8 * 1024 * 612e6
+    assert prompt.floor == pytest.approx(flops / peak)
+    assert prompt.bound == "arithmetic"
+    assert prompt.expected > prompt.floor / plan.ARITHMETIC["float16"]
+
+
+def test_rates_between_points() -> None:
+    points = ((10, 1.0), (1000, 100.0))
+    assert [plan._at(points, n) for n in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 100])
+
+
+def test_verdicts(nano: plan.Machine) -> None:
+    fits = plan.plan(subject(1.0), nano)
+    assert (fits.verdict, fits.changes) == ("fits", ())
+    memory = fits.memory
+    assert memory.weights == 2.1 * GB, "traverse and step hold their weights each"
+    assert (memory.cache, memory.activations) == (GB, GB // 10 + GB // 20)
+    assert memory.remains == memory.usable - memory.system - 3_250_000_000 - plan.RUNTIME_BYTES["gpu"]
+
+    desktop = plan.plan(subject(1.9, cache_bytes=GB), nano, desktop=True)
+    assert desktop.verdict == "fits with these changes"
+    assert desktop.changes == ("boot without a desktop",)
+    assert desktop.memory.remains < plan.RESERVE_BYTES, "the numbers are those of what was asked for"
+
+    fewer = plan.plan(subject(2.3, cache_bytes=2 * GB), nano, desktop=True)
+    assert fewer.changes == ("at most 1 tile(s) a picture and a context of 512 tokens", "boot without a desktop")
+    assert plan.plan(subject(2.3, cache_bytes=2 * GB), nano, reserve=10 * GB).verdict == "does not fit"
+
+    building = plan.plan(subject(2.4), nano)
+    assert building.verdict == "fits with these changes"
+    assert [text.split(" ", 2)[2] for text in building.changes] == ["of swap while the engines are built"]
+
+    smaller = plan.plan(subject(5.0), nano, smaller=lambda: iter([subject(1.0, "int4")]))
+    assert smaller.changes == ("precision int4",)
+    assert plan.plan(subject(5.0), nano).verdict == "does not fit"
+
+
+def test_shorter_context(nano: plan.Machine) -> None:
+    found = plan.plan(subject(1.0, cache_bytes=5 * GB), nano, plan.Workload(tiles=1))
+    assert found.changes[-1] == "a context of 512 tokens"
+
+
+def test_one_set_on_a_cpu() -> None:
+    """Only ONNX Runtime's back end can do without the second set; weights are shared by its graphs."""
+    rates = dataclasses.replace(plan.machine_of(*devices.find(NANO)).reached, fused=False)
+    found = plan.plan(subject(1.0, target="cpu", cache_bytes=GB), plan.machine_of_host(rates, 4 * GB, 3_000_000_000))
+    assert found.memory.weights == 1.1 * GB
+    assert [text.split(" (")[0] for text in found.changes] == ["one K/V set"]
+    assert found.memory.build == 0
+    assert found.next_question is not None
+
+
+def test_question_beyond_context(nano: plan.Machine) -> None:
+    with pytest.raises(UsageError, match=r"9 tile\(s\) of 256 tokens.*do not fit a context of 2048"):
+        plan.plan(subject(), nano, plan.Workload(tiles=9))
+
+
+def test_other_target_says_nothing(nano: plan.Machine) -> None:
+    with pytest.raises(UsageError, match="made for target cpu"):
+        plan.plan(subject(target="cpu"), nano)
+
+
+def test_best_precision_for_a_goal(nano: plan.Machine) -> None:
+    plans = [plan.plan(subject(w, p), nano) for w, p in ((9.0, "fp16"), (2.0, "int8"), (1.0, "int4"))]
+    fast = plans[2].tokens_per_second[1]
+    assert plan.best(plans, None, None) is plans[1], "FP16 does not fit"
+    assert plan.best(plans, None, fast - 1) is plans[2]
+    assert plan.best(plans, None, fast + 1) is None
+    assert plan.best(plans, 1e-6, None) is None
+
+
+def test_bundle_on_the_robot(nano_bundle: Path) -> None:
+    """No torch and no onnx: from the manifest, on a machine whose rates are measured."""
+    code = f"""
+import sys
+from trol_edge.runtimes import rates
+rates.SECONDS, rates.WORKING_SETS, rates.TENSORS = 0.002, (1 << 20, 4 << 20), (1 << 16, 1 << 20)
+from trol_edge.cli import main
+code = main(["plan", {str(nano_bundle)!r}, "--json"])
+assert not {{"torch", "onnx", "onnx_ir"}} & set(sys.modules), "the thin side imported the workshop"
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["plans"]
+    assert (found["device"], found["precision"]) == ("host", "fp32")
+    reached = found["reached"]
+    assert all(rate > 0 for points in (reached["reads"], reached["touches"]) for _, rate in points)
+    assert {kind: len(points) for kind, points in reached["arithmetic"].items()} == {
+        "float32": 4,
+        "int8": 4,
+        "attention": 2,
+    }
+    assert set(reached["stored"]) == {"int8", "int4"}
+    stages = {stage["graph"]: stage for stage in found["stages"]}
+    assert stages.keys() == {"vision", "traverse", "step"}
+    assert all(stage["expected"] > 0 for stage in stages.values())
+
+
+def test_bundle_without_counts(nano_bundle: Path, tmp_path: Path) -> None:
+    """One that an older version wrote: it opens, and plan says what to do."""
+    manifest = Bundle(nano_bundle).manifest
+    graphs = {name: dataclasses.replace(info, costs=None) for name, info in manifest.graphs.items()}
+    for file in nano_bundle.iterdir():
+        if file.name != MANIFEST:
+            (tmp_path / file.name).symlink_to(file)
+    write_manifest(tmp_path, dataclasses.replace(manifest, graphs=graphs))
+    data = json.loads((tmp_path / MANIFEST).read_text())
+    for info in data["graphs"].values():
+        del info["costs"]
+    from trol_edge.bundle import _digest
+
+    data["manifest_sha256"] = _digest({k: v for k, v in data.items() if k != "manifest_sha256"})
+    (tmp_path / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=r"never counted.*export it again"):
+        plan.subject_of(Bundle(tmp_path))
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model, two devices, two precisions, one goal; the table and the JSON say the same."""
+    given = ["plan", "--model", "trol-nano-phi3", "--device", NANO, "--device", "agx-thor", "--tiles", "1"]
+    given += ["--precision", "fp16", "--precision", "int4", "--goal-tokens-per-second", "10"]
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(p["device"], p["precision"]) for p in found["plans"]] == [
+        (device, precision) for device in (f"{NANO}:15W", "agx-thor:MAXN") for precision in ("fp16", "int4")
+    ]
+    assert found["best"] == {f"{NANO}:15W": "fp16", "agx-thor:MAXN": "fp16"}
+    for p in found["plans"]:
+        assert p["verdict"] == "fits"
+        assert 0 < p["first_token"]["floor"] < p["first_token"]["expected"]
+        assert p["tokens_per_second"]["floor"] > p["tokens_per_second"]["expected"] > 10
+    assert main(["plan"]) == 2
+    assert "either a bundle folder or --model" in capsys.readouterr().err
+    assert main(["plan", "--model", "trol-nano-phi3", "--device", "xavier"]) == 1
+    assert "not in the table" in capsys.readouterr().err

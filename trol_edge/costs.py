@@ -1,0 +1,123 @@
+"""What one run of a graph costs: operations and bytes, exact in its dynamic dimensions. Pure data, counted by export.
+
+A polynomial is a dict from monomial to whole coefficient: {"tokens*slots": 4096, "tokens": 12, "1": 7} is
+4096*tokens*slots + 12*tokens + 7. Its variables are the dynamic dimensions of the graph's ports: images (or tiles) of
+vision; tokens, and slots (tokens in the cache behind the run, these included), of traverse. A step of the CPU target
+has slots, too: no port shows it, but its attention reads only as much of the cache as is filled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from trol_edge.errors import UsageError
+
+Polynomial = dict[str, int]
+
+# Operation.kind. "linear": a product with weights; "pointwise": element by element; "move": copies and reorders.
+KINDS = ("linear", "convolution", "attention", "norm", "pointwise", "move")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Totals of one run. A multiply-add is two operations, a function of one element (Sigmoid, Tanh) is one.
+
+    weight_bytes: weights read, in the type in which they are loaded, once by each operator that reads them: both
+    passes of a traverse. activation_bytes: tensors between operators, written once and read by each reader.
+    cache_bytes: rows of the K/V cache, written and read.
+    """
+
+    flops: int
+    weight_bytes: int
+    activation_bytes: int
+    cache_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """All that is read and written."""
+        return self.weight_bytes + self.activation_bytes + self.cache_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """`count` operators that cost the same; the numbers are those of one."""
+
+    kind: str  # of KINDS
+    arithmetic: str  # what is multiplied: "float32", "float16", "int8" or "fp8" (both sides are)
+    stored: str | None  # type of its weights: "float32", "float16", "int8", "int4", "fp8"; None: it has none
+    count: int
+    flops: Polynomial
+    weight_bytes: int
+    activation_bytes: Polynomial
+    cache_bytes: Polynomial
+
+    def at(self, dims: Mapping[str, int]) -> Cost:
+        """What one of these operators costs."""
+        return Cost(
+            evaluate(self.flops, dims),
+            self.weight_bytes,
+            evaluate(self.activation_bytes, dims),
+            evaluate(self.cache_bytes, dims),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Everything that one graph does.
+
+    peak: bytes of tensors that are alive together (without weights, cache, inputs and outputs of the graph) at the
+    places that can be the fullest. defaults: dimensions that need not be given, and what they are then.
+    """
+
+    operations: tuple[Operation, ...]
+    peak: tuple[Polynomial, ...]
+    defaults: dict[str, int]
+
+    def dims(self, given: Mapping[str, int]) -> dict[str, int]:
+        """The dimensions with their defaults. Raises UsageError for one that is missing."""
+        polynomials = [*self.peak, *(p for o in self.operations for p in (o.flops, o.activation_bytes, o.cache_bytes))]
+        needed = {name for polynomial in polynomials for term in polynomial for name in term.split("*")} - {"1"}
+        found = self.defaults | dict(given)
+        if missing := sorted(needed - found.keys()):
+            raise UsageError(f"costs of a graph: no value for its dimension {', '.join(missing)}")
+        return found
+
+    def at(self, **dims: int) -> Cost:
+        """Totals of one run: at(tokens=1300, slots=1300), at(images=1), or at() for a step on a full cache.
+
+        Dimensions that the graph does not have are ignored. Raises UsageError for one that is missing.
+        """
+        return _total(self.operations, self.dims(dims))
+
+    def by_kind(self, **dims: int) -> dict[str, Cost]:
+        """The same for each kind of operator that the graph has."""
+        sizes = self.dims(dims)
+        kinds = [kind for kind in KINDS if any(o.kind == kind for o in self.operations)]
+        return {kind: _total(tuple(o for o in self.operations if o.kind == kind), sizes) for kind in kinds}
+
+    def peak_bytes(self, **dims: int) -> int:
+        """Bytes of the tensors that are alive together where these are most."""
+        sizes = self.dims(dims)
+        return max((evaluate(polynomial, sizes) for polynomial in self.peak), default=0)
+
+
+def evaluate(polynomial: Polynomial, dims: Mapping[str, int]) -> int:
+    """Value of a polynomial; every variable must be in dims."""
+    total = 0
+    for term, coefficient in polynomial.items():
+        for name in term.split("*"):
+            if name != "1":
+                coefficient *= dims[name]
+        total += coefficient
+    return total
+
+
+def _total(operations: tuple[Operation, ...], dims: Mapping[str, int]) -> Cost:
+    parts = [(o.count, o.at(dims)) for o in operations]
+    return Cost(
+        sum(n * c.flops for n, c in parts),
+        sum(n * c.weight_bytes for n, c in parts),
+        sum(n * c.activation_bytes for n, c in parts),
+        sum(n * c.cache_bytes for n, c in parts),
+    )

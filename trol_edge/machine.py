@@ -1,0 +1,130 @@
+"""What this machine is, read from procfs and a few files: for doctor, profile and the record of a passed self-test.
+
+All paths lie under a root, so that a recorded tree of another machine can be read. What a file does not say stays empty
+or 0; nothing here raises. Module and release numbers are those that NVIDIA's jetson tools and jetson-stats know.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+# Part number of a Jetson module, from its device tree -> its name.
+MODULES = {
+    "p3767-0000": "Orin NX 16GB",
+    "p3767-0001": "Orin NX 8GB",
+    "p3767-0003": "Orin Nano 8GB",
+    "p3767-0004": "Orin Nano 4GB",
+    "p3767-0005": "Orin Nano 8GB (developer kit)",
+    "p3701-0000": "AGX Orin 32GB (developer kit)",
+    "p3701-0004": "AGX Orin 32GB",
+    "p3701-0005": "AGX Orin 64GB",
+    "p3834-0008": "AGX Thor / T5000",
+}
+# Jetson Linux (L4T) release, its longest beginning that is listed -> JetPack, and the TensorRT that comes with it.
+JETPACKS: dict[str, tuple[str, tuple[int, int]]] = {
+    "36.3": ("6.0", (8, 6)),
+    "36.4.0": ("6.1", (10, 3)),
+    "36.4": ("6.2", (10, 3)),
+    "36.5": ("6.2.2", (10, 3)),
+    "38.2": ("7.0", (10, 13)),
+    "38.4": ("7.1", (10, 13)),
+    "39.2": ("7.2", (10, 16)),
+}
+# (implementer, part) of an ARM core, as /proc/cpuinfo has them: it gives no name.
+CORES = {("0x41", "0xd42"): "Cortex-A78AE", ("0x41", "0xd83"): "Neoverse-V3AE", ("0x41", "0xd0b"): "Cortex-A76"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Jetson:
+    """The Jetson module of this machine."""
+
+    module: str  # "Orin Nano 8GB", or the part number where it is not in MODULES
+    part: str  # "p3767-0003"
+    l4t: str  # "36.4.3"
+    jetpack: str  # "6.2"; "" for a release that is not in JETPACKS
+    tensorrt: tuple[int, int] | None  # what that JetPack ships
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What this machine is."""
+
+    model: str  # of the board or the computer: "NVIDIA Jetson Orin Nano Developer Kit"
+    system: str  # "Ubuntu 22.04.5 LTS"
+    kernel: str  # release: "5.15.148-tegra"
+    cpu: str  # "6 x Cortex-A78AE"
+    cores: int  # online
+    memory_bytes: int
+    available_bytes: int
+    jetson: Jetson | None
+    fingerprint: str  # sha256 (hex) of serial number or machine id, and CPU: this very machine, but not which
+
+
+def read(root: str | os.PathLike[str] = "/") -> Machine:
+    """This machine, or the one whose files lie under `root`."""
+    at = Path(root)
+
+    def text(path: str) -> str:
+        try:
+            return (at / path).read_bytes().replace(b"\0", b"\n").decode("utf-8", "replace").strip()
+        except OSError:
+            return ""
+
+    memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", text("proc/meminfo"), re.MULTILINE))
+    size, available = (1024 * int(memory.get(name, 0)) for name in ("MemTotal", "MemAvailable"))
+    name = re.search(r'^PRETTY_NAME="?([^"\n]*)', text("etc/os-release"), re.MULTILINE)
+    core, cores = _cpu(text("proc/cpuinfo"))
+    identity = text("proc/device-tree/serial-number") or text("etc/machine-id") or text("proc/sys/kernel/hostname")
+    return Machine(
+        model=text("proc/device-tree/model") or text("sys/class/dmi/id/product_name"),
+        system=name[1] if name else "",
+        kernel=text("proc/sys/kernel/osrelease"),
+        cpu=f"{cores} x {core}" if core else "",
+        cores=cores,
+        memory_bytes=size,
+        available_bytes=available,
+        jetson=_jetson(text),
+        fingerprint=hashlib.sha256(f"{identity}\n{core}".encode()).hexdigest(),
+    )
+
+
+def free_pages() -> None:
+    """Give memory that is freed, but kept by the C library between what is in use, back to the machine."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # not glibc
+        return
+    trim(0)
+
+
+def _cpu(cpuinfo: str) -> tuple[str, int]:
+    """Name of the cores, and how many are online: a Jetson's power mode may turn some off."""
+    cores = len(re.findall(r"^processor\s*:", cpuinfo, re.MULTILINE))
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    arm = re.findall(r"^CPU (?:implementer|part)\s*:\s*(\w+)$", cpuinfo, re.MULTILINE)
+    name = named[1].strip() if named else ""
+    if arm and not name:
+        name = CORES.get((arm[0], arm[1]), f"ARM core {arm[0]}/{arm[1]}") if len(arm) > 1 else ""
+    return name, cores
+
+
+def _jetson(text: Callable[[str], str]) -> Jetson | None:
+    """A Jetson, by its device tree (a container sees it, too) or its release file."""
+    compatible, release = text("proc/device-tree/compatible"), text("etc/nv_tegra_release")
+    if "nvidia,tegra" not in compatible and not release:
+        return None
+    parts = re.findall(r"p\d{4}-\d{4}", compatible)  # carrier board and module, the module listed again by itself
+    # Some releases name carrier boards only; the flashing tool's note then has the module.
+    parts += [f"p{part}" for part in re.findall(r"^TNSPEC\s+(\d{4}-\d{4})", text("etc/nv_boot_control.conf"), re.M)]
+    part = next((p for p in parts if p in MODULES), parts[-1] if parts else "")
+    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release)
+    l4t = f"{found[1]}.{found[2]}" if found else ""
+    known = [prefix for prefix in JETPACKS if f"{l4t}.".startswith(f"{prefix}.")]
+    jetpack, tensorrt = JETPACKS[max(known, key=len)] if known else ("", None)
+    return Jetson(MODULES.get(part, part), part, l4t, jetpack, tensorrt)
