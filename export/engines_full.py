@@ -112,6 +112,7 @@ def prepare() -> None:
         target="rtx",
         options=options,
         calibration=bench.made_up_statistics,
+        record_selftest=False,
         overwrite=True,
     )
 

@@ -227,7 +227,7 @@ def prepare(
     _fold_transposes(name, model)
     if plan.quantized:
         qdq.insert(model, plan, input_scales)
-    if target != "cpu" and (target != "onnx" or plan.quantized):
+    if target in GPU_TARGETS or (target == "onnx" and plan.quantized):
         qdq.separate_readers(model)
     if plan.compute == "fp16":
         half.convert(model, plan.kept_fp32, dtypes)

@@ -151,6 +151,7 @@ def sharing_bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
             options=options,
             calibration=made_up_statistics,
             shared_weights=shared,
+            record_selftest=False,
         )
     return folders[0], folders[1]
 

@@ -95,6 +95,7 @@ def recipe(model: str, precision: str, folder: Path, shared: bool = False) -> Bu
         context=256,
         options=options,
         shared_weights=shared,
+        record_selftest=False,
         calibration=made_up_statistics,
     )
     return Bundle(folder)
