@@ -483,6 +483,22 @@ def test_a_wrong_bundle_is_not_loaded(copy: Path, replays: list[str]) -> None:
         assert runtime.generate("What is this?", max_new_tokens=1).token_ids
 
 
+def test_worse_rounding_is_a_warning(
+    rounded: Path, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A large model may round more than the small ones; what no rounding does is refused."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(rounded, copy)
+    tight = verify.Budget(embedding=1e-3, vision=1e-6, keys=1e-6, values=1e-6, logits=1e-6)
+    monkeypatch.setattr(verify, "BUDGETS", dict.fromkeys(verify.BUDGETS, tight))
+    with caplog.at_level(logging.WARNING):
+        Runtime(copy).close()
+    assert "goes wrong at vision" in caplog.text and "good enough" in caplog.text and not list(copy.glob("verified-*"))
+    monkeypatch.setattr(verify, "UNRELATED", 1e-9)
+    with pytest.raises(VerifyError, match="goes wrong at vision"):
+        Runtime(copy)
+
+
 def test_read_only_bundles(
     copy: Path, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
