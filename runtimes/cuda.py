@@ -14,7 +14,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -369,12 +368,3 @@ def devices(library: str = "libcuda.so.1") -> list[Device] | str:
         name, capability = text.value.decode(errors="replace"), f"{numbers[0]}.{numbers[1]}"
         found.append(Device(name, capability, size.value, version, bool(numbers[2])))
     return found or "the driver finds no GPU"
-
-
-def reclaimable() -> int:
-    """Bytes of the system's memory that programs could get (/proc/meminfo, MemAvailable); 0 where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return 0

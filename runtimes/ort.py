@@ -24,6 +24,7 @@ from trol_edge.bundle import WEIGHTS, Bundle
 from trol_edge.cache import Placed
 from trol_edge.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.errors import BackendError, BundleError, UsageError
+from trol_edge.machine import available_memory
 from trol_edge.sampling import best_token
 from trol_edge.weights import TensorInfo, loaded_dtype
 
@@ -113,7 +114,7 @@ class OrtBackend:
     def _require_memory(self) -> None:
         if self.memory != "cpu":
             return  # the provider says so itself
-        needed, free = self.weight_bytes + self.cache_bytes, _available_memory()
+        needed, free = self.weight_bytes + self.cache_bytes, available_memory()
         if free is not None and needed > free:
             raise BackendError(
                 f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights {self.weight_bytes / 1e9:.1f}, "
@@ -362,11 +363,3 @@ def _call(what: str, function: Any, *args: Any) -> Any:
 
 def _loaded_bytes(tensor: TensorInfo) -> int:
     return int(np.prod(tensor.shape)) * loaded_dtype(tensor.dtype).itemsize
-
-
-def _available_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.errors import BackendError
+from trol_edge.machine import available_memory
 from trol_edge.plan import Machine, Rates, machine_of_host
 
 try:
@@ -42,12 +42,7 @@ Node = tuple[str, str, Sequence[str], str, dict[str, int]]  # domain, operator, 
 def host(threads: int | None = None) -> Machine:
     """This machine: measured now, with the memory that is free now."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        free = total
-    return machine_of_host(measure(threads), total, free)
+    return machine_of_host(measure(threads), total, available_memory() or total)
 
 
 def measure(

@@ -28,8 +28,9 @@ from trol_edge.bundle import Bundle, GraphInfo, Port
 from trol_edge.cache import Placed
 from trol_edge.engines import KERNELS, EngineSet, Key, differences, folder_of, read, shared_weights, verified
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
+from trol_edge.machine import available_memory
 from trol_edge.runtimes import trt_weights
-from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda, reclaimable
+from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda
 from trol_edge.runtimes.trt_api import Context, Engine, Library, TensorInfo, load
 from trol_edge.sampling import best_token
 from trol_edge.targets import target as target_of
@@ -171,7 +172,9 @@ class TrtBackend:
         needed = sum(info.bytes for info in engines.engines.values()) + shared + self.cache_bytes
         free, total = self.cuda.memory()
         if device is not None and device.integrated:
-            free = max(free, reclaimable())  # there CUDA does not count what Linux would give up: files it has read
+            free = max(
+                free, available_memory() or 0
+            )  # there CUDA does not count what Linux would give up: files it has read
         if needed > free:
             raise BackendError(
                 f"{self.bundle.folder}: needs {needed / 1e9:.2f} GB of GPU memory (K/V cache "

@@ -32,6 +32,7 @@ from trol_edge.engines import (
     write,
 )
 from trol_edge.errors import BackendError, BundleError
+from trol_edge.machine import available_memory
 from trol_edge.runtimes.cuda import Device, devices
 from trol_edge.runtimes.trt_api import Library, Network, Shape, load
 from trol_edge.targets import Target, refusals
@@ -234,23 +235,13 @@ def _build_one(
 
 def _require_room(bundle: Bundle, graph: GraphInfo) -> None:
     """Raise BackendError where building would run out of this machine's memory: it is killed then, without a word."""
-    needed, free = PEAK * weight_bytes(bundle, graph.constants), available_bytes()
+    needed, free = PEAK * weight_bytes(bundle, graph.constants), available_memory(swap=True)
     if free is not None and needed > free:
         raise BackendError(
             f"{graph.file}: building its engine takes about {needed / 1e9:.1f} GB of memory ({PEAK} times its "
             f"weights), {free / 1e9:.1f} GB are available here; close other programs, add swap, or export with a lower "
             "--precision"
         )
-
-
-def available_bytes() -> int | None:
-    """Memory and swap that this machine can give, None where it does not say (no Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if rest}
-    return 1024 * (sizes.get("MemAvailable", 0) + sizes.get("SwapFree", 0))
 
 
 def count_layers(network: Network) -> dict[str, int]:

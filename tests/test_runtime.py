@@ -634,10 +634,10 @@ def test_too_little_memory(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch) -
     """Said before loading, with the numbers and the ways out."""
     from trol_edge.runtimes import ort
 
-    monkeypatch.setattr(ort, "_available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(ort, "available_memory", lambda: 1_000_000)
     with pytest.raises(BackendError, match=r"needs 0\.\d GB .* 0\.0 GB are free; .*--context"):
         Runtime(nano_bundle)
-    monkeypatch.setattr(ort, "_available_memory", lambda: None)  # unknown: try
+    monkeypatch.setattr(ort, "available_memory", lambda: None)  # unknown: try
     Runtime(nano_bundle)
 
 

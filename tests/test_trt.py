@@ -352,10 +352,10 @@ def test_a_board_that_shares_its_memory(machine: Machine, monkeypatch: pytest.Mo
     """There CUDA counts files that Linux keeps in memory as used; what Linux would give up counts as free."""
     machine.cuda.total = 1 << 20
     monkeypatch.setattr(trt_module, "devices", lambda: [dataclasses.replace(GPU, integrated=True)])
-    monkeypatch.setattr(trt_module, "reclaimable", lambda: 1 << 34)
+    monkeypatch.setattr(trt_module, "available_memory", lambda: 1 << 34)
     with pytest.raises(BackendError, match="what all sessions share needs"):  # past the check, and CUDA has the word
         machine.open()
-    monkeypatch.setattr(trt_module, "reclaimable", lambda: 0)
+    monkeypatch.setattr(trt_module, "available_memory", lambda: 0)
     with pytest.raises(BackendError, match=r"of GPU memory \(K/V cache"):
         machine.open()
 

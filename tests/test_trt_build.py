@@ -336,15 +336,15 @@ def test_too_little_memory_to_build(plain_bundle: Path, tmp_path: Path, monkeypa
     library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()]))
     bundle = copy(plain_bundle, tmp_path)
     needed = trt_build.PEAK * weight_bytes(bundle, bundle.manifest.graphs["traverse"].constants)
-    assert (trt_build.available_bytes() or 1 << 40) > 1 << 20
-    monkeypatch.setattr(trt_build, "available_bytes", lambda: needed - 1)
+    assert (trt_build.available_memory(swap=True) or 1 << 40) > 1 << 20
+    monkeypatch.setattr(trt_build, "available_memory", lambda swap: needed - 1)
     with pytest.raises(
         BackendError, match=r"traverse\.onnx: building its engine takes about 0\.0 GB of memory"
     ) as caught:
         trt_build.build(bundle, library=library)
     assert "(3 times its weights), 0.0 GB are available here; close other programs, add swap" in str(caught.value)
     assert list((bundle.folder / "engines").iterdir()) == []
-    monkeypatch.setattr(trt_build, "available_bytes", lambda: needed)
+    monkeypatch.setattr(trt_build, "available_memory", lambda swap: needed)
     assert trt_build.build(bundle, library=library).built
 
 

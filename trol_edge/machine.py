@@ -94,6 +94,18 @@ def read(root: str | os.PathLike[str] = "/") -> Machine:
     )
 
 
+def available_memory(swap: bool = False) -> int | None:
+    """Bytes of memory (and swap) that programs could get now; None where the system does not say (no Linux)."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE))
+    if "MemAvailable" not in kilobytes:
+        return None
+    return 1024 * (int(kilobytes["MemAvailable"]) + (int(kilobytes.get("SwapFree", 0)) if swap else 0))
+
+
 def free_pages() -> None:
     """Give memory that is freed, but kept by the C library between what is in use, back to the machine."""
     try:
