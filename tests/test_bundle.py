@@ -200,6 +200,7 @@ SMALL: dict[str, Any] = {
             "weights": ["a.weight", "b"],
             "constants": ["b"],
             "operators": {"Add": 2},
+            "costs": None,
         }
     },
     "files": {"step.onnx": {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}},
@@ -218,7 +219,7 @@ SMALL: dict[str, Any] = {
     },
     "calibration": {"samples": 7, "checkpoint": "abc"},
 }
-SMALL_SHA256 = "3ef446e7bb0bac37f76e8fb6c208418a9d087f6c63afeb057e428daf0de9000a"
+SMALL_SHA256 = "da6b9a042fcee67fe5364368ede1c131418c99819befce3998f3ded6464badfd"
 
 
 def test_manifest_is_this_json(tmp_path: Path) -> None:

@@ -488,7 +488,7 @@ def test_worse_rounding_is_a_warning(
 ) -> None:
     """A large model may round more than the small ones; what no rounding does is refused."""
     copy = tmp_path / "bundle"
-    shutil.copytree(rounded, copy)
+    shutil.copytree(rounded, copy, ignore=shutil.ignore_patterns("verified-*"))
     tight = verify.Budget(embedding=1e-3, vision=1e-6, keys=1e-6, values=1e-6, logits=1e-6)
     monkeypatch.setattr(verify, "BUDGETS", dict.fromkeys(verify.BUDGETS, tight))
     with caplog.at_level(logging.WARNING):

@@ -131,6 +131,7 @@ class CudaRuntime:
     # -- the stream
 
     def cudaStreamCreate(self) -> tuple[Status, int]:
+        self.streams.add(7)
         return OK, 7
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Status]:
