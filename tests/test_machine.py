@@ -58,7 +58,7 @@ def tree(folder: Path, name: str) -> Path:
     [
         ("orin-nano", ("Orin Nano 8GB (developer kit)", "p3767-0005", "36.4.3", "6.2", (10, 3)), "6 x Cortex-A78AE"),
         ("agx-orin", ("AGX Orin 64GB", "p3701-0005", "39.2.0", "7.2", (10, 16)), "12 x Cortex-A78AE"),
-        ("thor", ("AGX Thor / T5000", "p3834-0008", "38.4.0", "7.1", (10, 13)), "6 x Neoverse-V3AE"),
+        ("thor", ("AGX Thor (T5000)", "p3834-0008", "38.4.0", "7.1", (10, 13)), "6 x Neoverse-V3AE"),
         ("pc", None, "2 x AMD EPYC"),
         ("silent", None, ""),
     ],

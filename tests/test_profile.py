@@ -555,3 +555,18 @@ def test_the_command(nano_bundle: Path, tmp_path: Path, capsys: Any, monkeypatch
     assert "write it as 640x480" in capsys.readouterr().err
     assert main(["profile", str(nano_bundle), "--baseline", str(tmp_path / "gone.json")]) == 1
     assert "gone.json: not readable" in capsys.readouterr().err
+
+
+def test_peaks_of_a_jetson(tree: Callable[..., Path]) -> None:
+    """The table's, in the power mode that is set; none where the table does not know the mode."""
+    for board, changes, tera, giga in (
+        ("orin-nano", {}, 16.7, 102.4),
+        ("orin-nano", {"var/lib/nvpmodel/status": "pmode:0000 fmode:fanNull\n"}, 10.0, 68.3),
+        ("agx-orin", {}, 42.6, 204.8),
+        ("agx-orin", {"var/lib/nvpmodel/status": "pmode:0002 fmode:quiet\n"}, 20.1, 204.8),
+        ("thor", {"var/lib/nvpmodel/status": "pmode:0000 fmode:default\n"}, 258, 273),
+    ):
+        peaks = profile_run.table_peaks(jetson.Machine(tree(board, changes)))
+        assert peaks is not None and peaks.source.startswith("table of devices: Jetson ")
+        assert (peaks.flops_per_s / 1e12, peaks.bytes_per_s / 1e9) == (pytest.approx(tera, rel=0.01), giga)
+    assert profile_run.table_peaks(jetson.Machine(tree("thor"))) is None

@@ -24,7 +24,7 @@ MODULES = {
     "p3701-0000": "AGX Orin 32GB (developer kit)",
     "p3701-0004": "AGX Orin 32GB",
     "p3701-0005": "AGX Orin 64GB",
-    "p3834-0008": "AGX Thor / T5000",
+    "p3834-0008": "AGX Thor (T5000)",
 }
 # Jetson Linux (L4T) release, its longest beginning that is listed -> JetPack, and the TensorRT that comes with it.
 JETPACKS: dict[str, tuple[str, tuple[int, int]]] = {

@@ -35,8 +35,10 @@ import trol_edge
 from trol_edge import jetson
 from trol_edge.answering import Clock
 from trol_edge.bundle import MANIFEST, Bundle, sha256_of
+from trol_edge.devices import DEVICES
 from trol_edge.errors import BackendError, ContextError, TrolEdgeError, UsageError
 from trol_edge.images import load_rgb
+from trol_edge.machine import read as identify
 from trol_edge.options import Options
 from trol_edge.profile import (
     SCHEMA,
@@ -556,14 +558,29 @@ def cached_share(files: Sequence[Path]) -> float | None:
 
 
 def machine_peaks(machine: jetson.Machine, bundles: Sequence[Bundle]) -> Peaks | None:
-    """What the machine can do at most: measured on a CPU; None for a GPU that no table here knows."""
+    """What the machine can do at most: measured on a CPU, from the table of devices on a Jetson's GPU; else None."""
     gpu = [t for b in bundles if (t := TARGETS.get(b.manifest.target)) is not None and t.gpu]
     if gpu:
-        return None
+        return table_peaks(machine)
     threads = len(os.sched_getaffinity(0))
     return Peaks(
         matmul_rate(), read_rate(threads), f"measured: numpy's float32 MatMul, memory read by {threads} threads"
     )
+
+
+def table_peaks(machine: jetson.Machine) -> Peaks | None:
+    """FP16 and memory of this Jetson in its power mode; None where `trol_edge.devices` has not both."""
+    here = identify(machine.root).jetson
+    if here is None:
+        return None
+    title = "Jetson " + here.module.removesuffix(" (developer kit)")
+    name = str(machine.identity()["power_mode_name"]).removeprefix("MODE_")
+    for device in DEVICES.values():
+        for mode in device.modes:
+            if (device.title, mode.name) == (title, name):
+                source = f"table of devices: {device.title}, {mode.name}, FP16"
+                return Peaks(device.flops(mode, "float16"), 1e9 * mode.gb_per_s, source)
+    return None
 
 
 def read_rate(threads: int, size: int = 256 << 20, repeats: int = 5) -> float:
