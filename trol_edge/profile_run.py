@@ -65,6 +65,7 @@ Progress = Callable[[str], None]  # one line about what is being done
 Picture = NDArray[np.uint8]  # [H, W, 3]
 
 QUESTIONS = ("Describe the scene.", "How many objects are there?")
+SAMPLER_START_S = 30.0  # to wait for the sampler's first line at most
 IDLE_S = 1.0  # of rest before a bundle is loaded: what the machine draws without us
 SMALLEST_TEXT = 16  # tokens of a question that is made of random ids
 
@@ -242,6 +243,10 @@ def _sampled(root: str, interval_s: float) -> Iterator[list[dict[str, float | No
     with tempfile.TemporaryFile("w+") as file:
         sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file)
         assert sampler.stdin is not None
+        # On a busy machine it may take longer to start than a short run lasts.
+        latest = time.monotonic() + SAMPLER_START_S
+        while sampler.poll() is None and not os.fstat(file.fileno()).st_size and time.monotonic() < latest:
+            time.sleep(0.005)
         try:
             yield samples
         finally:
