@@ -262,7 +262,7 @@ def main() -> None:
     while True:
         print(json.dumps(machine.sample(pid)), flush=True)
         due = max(due + interval, time.monotonic())
-        if select.select([0], [], [], due - time.monotonic())[0]:
+        if select.select([0], [], [], max(0.0, due - time.monotonic()))[0]:
             return
 
 
