@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,12 +38,14 @@ from trol_edge.bundle import TOKENIZER, Bundle
 from trol_edge.errors import BackendError, TrolEdgeError, UsageError
 from trol_edge.export import models
 from trol_edge.export.contenders import CONTENDERS, OURS, QUESTION, Job, Shape
+from trol_edge.profile_run import read_rate
 from trol_edge.text import Tokenizer, build_prompt
 
 Report = Callable[[str], None]  # one line about what is being done
 
 FOLDER = Path("build/bench")
 BUSY = 0.1  # processors that others may use before numbers are called too low
+READ_BYTES = 512 << 20  # of memory, to measure its bandwidth
 TEXT_TOKENS = 84  # of a prompt at a published size: the template and a short question
 LONG_TOKENS = 1300  # of a prompt of words only: what prefill is compared by
 BLOCK = 128  # weights that share a scale in int4, ours and OpenVINO's
@@ -125,7 +126,7 @@ def bench(
         ready = list(jobs)
         samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
         for i in range(rounds):
-            rates.append(read_bandwidth(machine_cores()))
+            rates.append(read_rate(machine_cores(), READ_BYTES) / 1e9)
             for name in ready[i % len(ready) :] + ready[: i % len(ready)]:  # nobody always goes first
                 if not any("error" in sample for sample in samples[name]):
                     report(f"{jobs[name].shape.model}: round {i + 1} of {rounds}, {CONTENDERS[name].label} {name}")
@@ -173,10 +174,7 @@ def _prepare(
         checkpoint = models.shipped_folder(shape.model)
         picture = checkpoint / "scene.png"
     else:
-        checkpoint = folder / f"{shape.model}-checkpoint"
-        if not (checkpoint / "config.json").is_file():
-            report(f"{shape.model}: a checkpoint of random weights ...")
-            run_python("-m", "trol_edge", "synth", "--model", shape.model, "-o", str(checkpoint), "--json")
+        checkpoint = random_checkpoint(shape.model, folder, report)
     made = {
         name: str(bundles.get(name) or _exported(shape.model, name, checkpoint, folder, report))
         for name in dict.fromkeys((*(n for n in names if n in OURS), *(() if set(names) & set(OURS) else OURS[:1])))
@@ -219,6 +217,15 @@ def _prepare(
             name, str(checkpoint), bundle, model, prompts, str(picture) if picture else None, shape, machine_cores()
         )
     return jobs
+
+
+def random_checkpoint(model: str, folder: Path, report: Report) -> Path:
+    """A checkpoint of random weights of a published model's shapes in `folder`, made where it is not there yet."""
+    checkpoint = folder / f"{model}-checkpoint"
+    if not (checkpoint / "config.json").is_file():
+        report(f"{model}: a checkpoint of random weights ...")
+        run_python("-m", "trol_edge", "synth", "--model", model, "-o", str(checkpoint), "--json")
+    return checkpoint
 
 
 def _exported(model: str, name: str, checkpoint: Path, folder: Path, report: Report) -> Path:
@@ -437,18 +444,6 @@ def machine_cores() -> int:
     packages = [line for line in lines if line.startswith("physical id")]
     ids = [line for line in lines if line.startswith("core id")]
     return min(usable, len(set(zip(packages, ids, strict=False))) or usable)
-
-
-def read_bandwidth(threads: int, size: int = 512 << 20, repeats: int = 5) -> float:
-    """Best of several reads of `size` bytes of memory by all threads, in GB/s."""
-    parts = np.array_split(np.ones(size // 8), threads)
-    rates = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            rates.append(size / (time.perf_counter() - start) / 1e9)
-    return max(rates)
 
 
 def _proc(file: str, key: str) -> str | None:

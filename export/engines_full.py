@@ -70,10 +70,7 @@ def measure(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
-        checkpoint = folder / f"{case.model}-checkpoint"
-        if not (checkpoint / "config.json").is_file():
-            report(f"{case.model}: a checkpoint of random weights ...")
-            bench.run_python("-m", "trol_edge", "synth", "--model", case.model, "-o", str(checkpoint), "--json")
+        checkpoint = bench.random_checkpoint(case.model, folder, report)
     bundle = (folder / f"{case.model}-{case.precision}").resolve()
     report(f"{case.model} {case.precision}: export ...")
     start = time.perf_counter()

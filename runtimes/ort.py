@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from trol_edge.bundle import WEIGHTS, Bundle
 from trol_edge.cache import Placed
 from trol_edge.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
+from trol_edge.engines import ENGINES
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.machine import available_memory
 from trol_edge.sampling import best_token
@@ -85,9 +86,7 @@ class OrtBackend:
         if manifest.target == "cpu":
             self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
         else:
-            tensors = [
-                file.tensors[w] for name in ("vision", "traverse", "step") for w in manifest.graphs[name].weights
-            ]
+            tensors = [file.tensors[w] for name in ENGINES for w in manifest.graphs[name].weights]
             self.weight_bytes += sum(_loaded_bytes(t) if provider == "cpu" else t.nbytes for t in tensors)
         self.weight_bytes += sum(2 * file.tensors[parameter + NBITS].nbytes for parameter in derived)
         self._require_memory()

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from trol_edge.bundle import Bundle, GraphInfo, Port
 from trol_edge.cache import Placed
-from trol_edge.engines import KERNELS, EngineSet, Key, differences, folder_of, read, shared_weights, verified
+from trol_edge.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, read, shared_weights, verified
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.machine import available_memory
 from trol_edge.runtimes import trt_weights
@@ -37,8 +37,6 @@ from trol_edge.targets import target as target_of
 
 Float32 = NDArray[np.float32]
 _Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
-GRAPHS = ("vision", "traverse", "step")
-ALIGNMENT = 256  # bytes; TensorRT's rule for addresses, which cudaMalloc keeps
 
 
 class _Lease:
@@ -126,7 +124,7 @@ class TrtBackend:
         built = hashlib.sha256("".join(sorted(e.sha256 for e in engines.engines.values())).encode()).hexdigest()
         gpu = f"{device.name}, driver {'.'.join(map(str, device.driver))}" if device else "a GPU"
         self.identity = f"{self.library.title} on {gpu}, engines {built[:12]}"
-        paths = {name: verified(bundle, engines, name) for name in GRAPHS}
+        paths = {name: verified(bundle, engines, name) for name in ENGINES}
         self.cuda = cuda or open_cuda()
         self.cuda_graphs = cuda_graphs and self.cuda.graphs
         self._require_memory(engines, device)
@@ -245,7 +243,7 @@ class TrtBackend:
         offsets, size = dict[str, int](), 0
         for port in ports:
             offsets.setdefault(port.name, size)
-            size += -(-self._bytes(port) // ALIGNMENT) * ALIGNMENT
+            size += -(-self._bytes(port) // trt_weights.ALIGNMENT) * trt_weights.ALIGNMENT
         base = self.cuda.allocate(size, what)
         lease.blocks.append(base)
         return {name: base + offset for name, offset in offsets.items()}

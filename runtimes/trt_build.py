@@ -38,7 +38,6 @@ from trol_edge.runtimes.trt_api import Library, Network, Shape, load
 from trol_edge.targets import Target, refusals
 from trol_edge.targets import target as target_of
 
-GRAPHS = ENGINES
 SHORT = 64  # tokens: what a follow-up question has; longer chunks take the second profile
 PEAK = 3  # times the weights: memory of a build beside the weights file's own pages, which can be dropped
 COUNTED = ("MATRIX_MULTIPLY", "CONVOLUTION", "DEQUANTIZE", "QUANTIZE", "ATTENTION_INPUT")
@@ -99,7 +98,7 @@ def build(
     part = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", suffix=".part", dir=final.parent))
     try:
         infos = {}
-        for name in GRAPHS:
+        for name in ENGINES:
             infos[name] = _build_one(bundle, name, library, part, workspace_bytes, progress)
             _require_memory(bundle, entry, infos, memory_bytes)
         engines = EngineSet(FORMAT_VERSION, f"trol-edge {__version__}", key, precision_of(bundle), infos)

@@ -12,7 +12,7 @@ from trol_edge.engines import shared_weights
 from trol_edge.errors import BundleError
 from trol_edge.runtimes.cuda import Cuda
 
-ALIGNMENT = 256  # bytes; TensorRT's rule for addresses
+ALIGNMENT = 256  # bytes; TensorRT's rule for addresses, which cudaMalloc keeps
 
 
 def upload(bundle: Bundle, cuda: Cuda, verify: bool = True) -> dict[str, int]:

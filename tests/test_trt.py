@@ -25,7 +25,17 @@ from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
 from trol_edge import cli
 from trol_edge.bundle import Bundle, sha256_of
-from trol_edge.engines import FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, shared_weights, write
+from trol_edge.engines import (
+    ENGINES,
+    FORMAT_VERSION,
+    EngineInfo,
+    EngineSet,
+    Key,
+    folder_of,
+    read,
+    shared_weights,
+    write,
+)
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import cuda as cuda_module
@@ -52,7 +62,7 @@ def add_engines(folder: Path, key: Key) -> None:
     target = folder_of(bundle, key.target)
     target.mkdir(parents=True)
     infos = {}
-    for name in trt_build.GRAPHS:
+    for name in ENGINES:
         graph = bundle.manifest.graphs[name]
         ranges = trt_build.profiles(bundle, graph)
         path = target / f"{name}.engine"

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import CHECKPOINTS, NANO, NANOS
 from trol_edge import cli
 from trol_edge.bundle import Bundle, sha256_of
-from trol_edge.engines import Key, device_bytes, read, shared_weights, verified, weight_bytes
+from trol_edge.engines import ENGINES, Key, device_bytes, read, shared_weights, verified, weight_bytes
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.export import engines_full, pipeline
 from trol_edge.export.bench import made_up_statistics
@@ -55,7 +55,7 @@ def built(rtx_bundle: Path) -> trt_build.Build:
     library_or_skip()
     phases: list[tuple[str, int, int]] = []
     done = trt_build.build(Bundle(rtx_bundle), progress=lambda *report: phases.append(report))
-    assert {what.split(":")[0] for what, _, _ in phases} == set(trt_build.GRAPHS)
+    assert {what.split(":")[0] for what, _, _ in phases} == set(ENGINES)
     assert any("Building engine" in what for what, _, _ in phases)
     assert all(0 <= now <= steps for _, now, steps in phases)
     return done
@@ -183,7 +183,7 @@ def test_plain_graphs_are_taken_too(plain_bundle: Path, tmp_path: Path) -> None:
     """The graphs for JetPack 6 pass the real parser, with every input read, and the step the real builder."""
     library = library_or_skip()
     bundle = Bundle(plain_bundle)
-    for name in trt_build.GRAPHS:
+    for name in ENGINES:
         graph = bundle.manifest.graphs[name]
         network = library.parse(plain_bundle / graph.file)
         assert network.unused_inputs() == []

@@ -76,8 +76,8 @@ def read(root: str | os.PathLike[str] = "/") -> Machine:
         except OSError:
             return ""
 
-    memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", text("proc/meminfo"), re.MULTILINE))
-    size, available = (1024 * int(memory.get(name, 0)) for name in ("MemTotal", "MemAvailable"))
+    memory = _meminfo(text("proc/meminfo"))
+    size, available = (memory.get(name, 0) for name in ("MemTotal", "MemAvailable"))
     name = re.search(r'^PRETTY_NAME="?([^"\n]*)', text("etc/os-release"), re.MULTILINE)
     core, cores = _cpu(text("proc/cpuinfo"))
     identity = text("proc/device-tree/serial-number") or text("etc/machine-id") or text("proc/sys/kernel/hostname")
@@ -100,10 +100,15 @@ def available_memory(swap: bool = False) -> int | None:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
         return None
-    kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE))
-    if "MemAvailable" not in kilobytes:
+    memory = _meminfo(text)
+    if "MemAvailable" not in memory:
         return None
-    return 1024 * (int(kilobytes["MemAvailable"]) + (int(kilobytes.get("SwapFree", 0)) if swap else 0))
+    return memory["MemAvailable"] + (memory.get("SwapFree", 0) if swap else 0)
+
+
+def _meminfo(text: str) -> dict[str, int]:
+    """What /proc/meminfo says, in bytes."""
+    return {name: 1024 * int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
 
 
 def free_pages() -> None:
