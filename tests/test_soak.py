@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +92,34 @@ def test_sessions_left_behind_fail_it(nano_bundle: Path) -> None:
         assert soak._left_behind(runtime) == ["1 sessions reserved, 0 calls queued"]
         stream.close()
         assert soak._left_behind(runtime) == []
+
+
+LARGE_BLOCKS = """
+import ctypes, sys
+import numpy as np
+import trol_edge
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "a b c d hblkhd f g h i j".split()]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+runtime = trol_edge.Runtime(sys.argv[1])
+for _ in range(3):  # a block that was freed raises glibc's own limit to its size
+    block = np.empty(16 << 20, np.uint8)
+    del block
+before = mallinfo().hblkhd
+block = np.empty(16 << 20, np.uint8)
+print(mallinfo().hblkhd - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc, or one before 2.33")
+@pytest.mark.parametrize(("own_limit", "apart"), [("", True), ("33554432", False)])
+def test_large_blocks_are_given_back(nano_bundle: Path, own_limit: str, apart: bool) -> None:
+    """A Runtime has them taken from the machine, each by itself, unless the user set the limit."""
+    env = dict(os.environ) | ({"MALLOC_MMAP_THRESHOLD_": own_limit} if own_limit else {})
+    out = subprocess.run(
+        [sys.executable, "-c", LARGE_BLOCKS, nano_bundle], env=env, capture_output=True, text=True, check=True
+    ).stdout
+    assert (int(out) >= 16 << 20) == apart
