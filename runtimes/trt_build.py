@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trol_edge._version import __version__
-from trol_edge.bundle import Bundle, GraphInfo, sha256_of
+from trol_edge.bundle import WEIGHTS, Bundle, GraphInfo, sha256_of
 from trol_edge.engines import (
     ENGINES,
     FORMAT_VERSION,
@@ -101,7 +101,8 @@ def build(
         for name in ENGINES:
             infos[name] = _build_one(bundle, name, library, part, workspace_bytes, progress)
             _require_memory(bundle, entry, infos, memory_bytes)
-        engines = EngineSet(FORMAT_VERSION, f"trol-edge {__version__}", key, precision_of(bundle), infos)
+        weights = bundle.manifest.files[WEIGHTS].sha256
+        engines = EngineSet(FORMAT_VERSION, f"trol-edge {__version__}", key, precision_of(bundle), weights, infos)
         write(part, engines)
         part.chmod(0o755)
         shutil.rmtree(final, ignore_errors=True)

@@ -24,7 +24,7 @@ from tests.conftest import NANO
 from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
 from trol_edge import cli
-from trol_edge.bundle import Bundle, sha256_of
+from trol_edge.bundle import WEIGHTS, Bundle, sha256_of
 from trol_edge.engines import (
     ENGINES,
     FORMAT_VERSION,
@@ -71,7 +71,8 @@ def add_engines(folder: Path, key: Key) -> None:
         )
         sha = bundle.manifest.files[graph.file].sha256
         infos[name] = EngineInfo(path.name, path.stat().st_size, sha256_of(path), sha, 0, {}, ranges, 0.0)
-    write(target, EngineSet(FORMAT_VERSION, "a test", key, "fp32", infos))
+    weights = bundle.manifest.files[WEIGHTS].sha256
+    write(target, EngineSet(FORMAT_VERSION, "a test", key, "fp32", weights, infos))
 
 
 @dataclasses.dataclass
@@ -440,6 +441,7 @@ def test_engines_of_another_machine(what: str, changes: dict[str, str], message:
         ("manifest", "engines.json: altered since the build"),
         ("nothing", "no engines for target tensorrt; make them with `trol-edge build`"),
         ("graph", "built from another step graph than the bundle now holds"),
+        ("weights", "built from other weights than the bundle now holds"),
     ],
 )
 def test_harmed_engines_are_not_loaded(
@@ -461,6 +463,8 @@ def test_harmed_engines_are_not_loaded(
         (folder / "engines.json").write_text(text.replace("stand-in for Orin", "something else"))
     elif harm == "nothing":
         shutil.rmtree(folder)
+    elif harm == "weights":
+        write(folder, dataclasses.replace(read(Bundle(machine.folder), "tensorrt"), weights_sha256="0" * 64))
     else:
         bundle = Bundle(machine.folder)
         engines = read(bundle, "tensorrt")

@@ -1,8 +1,8 @@
 """Engines in a bundle: `engines/TARGET/engines.json` says what was built of which graphs, by whom and for which GPU.
 
-A TensorRT engine is a program: it is loaded only where its sha256 is the one written here, and where library, GPU and
-graphs are those that it was built with; otherwise the difference is named. Several targets' engines may stand in one
-bundle, one set each.
+A TensorRT engine is a program: it is loaded only where its sha256 is the one written here, and where library, GPU,
+graphs and weights are those that it was built with; otherwise the difference is named. Several targets' engines may
+stand in one bundle, one set each.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trol_edge.bundle import Bundle, FileInfo, sha256_of
+from trol_edge.bundle import WEIGHTS, Bundle, FileInfo, sha256_of
 from trol_edge.errors import BundleError
 from trol_edge.spec import from_dict
 from trol_edge.weights import TensorInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ENGINES = ("vision", "traverse", "step")  # traverse_text saves time on a CPU; here it would hold the weights once more
 FOLDER, MANIFEST, KERNELS = "engines", "engines.json", "kernels.cache"
 Range = tuple[int, int, int]  # smallest, best and largest size of a dynamic dimension
@@ -58,6 +58,7 @@ class EngineSet:
     created_by: str
     key: Key
     precision: str
+    weights_sha256: str  # of the weights file that the engines were built from
     engines: dict[str, EngineInfo]  # by graph
 
 
@@ -127,6 +128,8 @@ def differences(bundle: Bundle, engines: EngineSet, key: Key) -> list[str]:
         built, here = getattr(engines.key, field), getattr(key, field)
         if built != here and built:  # empty: any
             found.append(f"built with {field} {built!r}, here is {here or 'nothing'!r}")
+    if bundle.manifest.files[WEIGHTS].sha256 != engines.weights_sha256:
+        found.append("built from other weights than the bundle now holds")
     for name, engine in engines.engines.items():
         graph = bundle.manifest.graphs.get(name)
         if graph is None or bundle.manifest.files[graph.file].sha256 != engine.graph_sha256:
