@@ -25,7 +25,7 @@ from trol_edge.cache import Placed
 from trol_edge.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.engines import ENGINES
 from trol_edge.errors import BackendError, BundleError, UsageError
-from trol_edge.machine import available_memory, keep_large_blocks_apart
+from trol_edge.machine import available_memory, share_arenas
 from trol_edge.sampling import best_token
 from trol_edge.weights import TensorInfo, loaded_dtype
 
@@ -90,7 +90,7 @@ class OrtBackend:
             self.weight_bytes += sum(_loaded_bytes(t) if provider == "cpu" else t.nbytes for t in tensors)
         self.weight_bytes += sum(2 * file.tensors[parameter + NBITS].nbytes for parameter in derived)
         self._require_memory()
-        keep_large_blocks_apart()
+        share_arenas()
         arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None)
         derive_int8(arrays, derived, keep=kept)
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}

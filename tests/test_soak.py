@@ -94,32 +94,29 @@ def test_sessions_left_behind_fail_it(nano_bundle: Path) -> None:
         assert soak._left_behind(runtime) == []
 
 
-LARGE_BLOCKS = """
-import ctypes, sys
-import numpy as np
+ARENAS = """
+import ctypes, os, sys, threading
 import trol_edge
 
-class Info(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "a b c d hblkhd f g h i j".split()]
-
-mallinfo = ctypes.CDLL(None).mallinfo2
-mallinfo.restype = Info
 runtime = trol_edge.Runtime(sys.argv[1])
-for _ in range(3):  # a block that was freed raises glibc's own limit to its size
-    block = np.empty(16 << 20, np.uint8)
-    del block
-before = mallinfo().hblkhd
-block = np.empty(16 << 20, np.uint8)
-print(mallinfo().hblkhd - before)
+hold = threading.Barrier(9)
+for _ in range(8):
+    threading.Thread(target=lambda: (bytearray(100_000), hold.wait(), hold.wait())).start()
+hold.wait()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = libc.fopen(sys.argv[2].encode(), b"w")
+libc.malloc_info(0, ctypes.c_void_p(file))
+libc.fclose(ctypes.c_void_p(file))
+hold.wait()
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc, or one before 2.33")
-@pytest.mark.parametrize(("own_limit", "apart"), [("", True), ("33554432", False)])
-def test_large_blocks_are_given_back(nano_bundle: Path, own_limit: str, apart: bool) -> None:
-    """A Runtime has them taken from the machine, each by itself, unless the user set the limit."""
-    env = dict(os.environ) | ({"MALLOC_MMAP_THRESHOLD_": own_limit} if own_limit else {})
-    out = subprocess.run(
-        [sys.executable, "-c", LARGE_BLOCKS, nano_bundle], env=env, capture_output=True, text=True, check=True
-    ).stdout
-    assert (int(out) >= 16 << 20) == apart
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="no glibc")
+@pytest.mark.parametrize(("own_limit", "fewest", "most"), [(None, 1, 2), ("4", 3, 4)])
+def test_threads_share_arenas(nano_bundle: Path, tmp_path: Path, own_limit: str | None, fewest: int, most: int) -> None:
+    """A Runtime bounds how many the C library makes, unless the user did."""
+    env = dict(os.environ) | ({"MALLOC_ARENA_MAX": own_limit} if own_limit else {})
+    told = tmp_path / "arenas.xml"
+    subprocess.run([sys.executable, "-c", ARENAS, nano_bundle, told], env=env, check=True)
+    assert fewest <= told.read_text().count("<heap nr=") <= most
