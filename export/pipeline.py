@@ -254,8 +254,7 @@ def _require_shareable(plan: Plan, target: str) -> None:
     """Raise UsageError where no TensorRT would take the weights as inputs."""
     if target not in GPU_TARGETS:
         raise UsageError(f"shared weights are for TensorRT; target {target} holds them once anyway")
-    precisions = {linear.precision for name, linear in plan.linears.items() if name.startswith("decoder.")}
-    if "int4" in precisions:
+    if "int4" in plan.decoder_precisions:
         raise UsageError(
             "shared weights with int4: TensorRT takes no 4-bit inputs; choose int8 or fp16, or leave --shared-weights "
             "out"

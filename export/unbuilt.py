@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from trol_edge.bundle import EMBEDDING
 from trol_edge.costs import Costs
+from trol_edge.engines import is_shareable
 from trol_edge.export import counts, graphs, pipeline
 from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.family import Family
@@ -54,6 +55,7 @@ class Unbuilt:
             graphs={name: counts.repeat(one.graphs[name], two.graphs[name], n) for name, n in depth.items()},
             weights={name: grown(one.weights[name], two.weights[name], n) for name, n in depth.items()},
             decoder_bytes=grown(one.decoder_bytes, two.decoder_bytes, layers),
+            shareable_bytes=grown(one.shareable_bytes, two.shareable_bytes, layers),
             cache_bytes=grown(one.cache_bytes, two.cache_bytes, layers),
         )
 
@@ -83,6 +85,8 @@ class Unbuilt:
             values = {v.name: v for v in (*model.graph.initializers.values(), *model.graph.inputs)}
             sizes[name] = {w: counts.bytes_of(values[w]) for w in names}
         decoder = {w: n for name, found in sizes.items() if name != "vision" for w, n in found.items()}
+        can_share = target in pipeline.GPU_TARGETS and "int4" not in plan.decoder_precisions
+        both = [n for w, n in sizes["step"].items() if w in sizes["traverse"] and is_shareable(w, shapes.get(w, ()))]
         embedding = IR_TYPES[stored_dtype(EMBEDDING, shapes[EMBEDDING], PUBLISHED, plan, False)]
         return Subject(
             name=self.name,
@@ -95,6 +99,8 @@ class Unbuilt:
             graphs=costs,
             weights={name: sum(found.values()) for name, found in sizes.items()},
             decoder_bytes=sum(decoder.values()),
+            shareable_bytes=sum(both) if can_share else 0,
+            shared=False,
             embedding_bytes=shapes[EMBEDDING][0] * shapes[EMBEDDING][1] * round(embedding.itemsize),
             cache_bytes=caches,
         )

@@ -150,11 +150,6 @@ def precision_of(bundle: Bundle) -> str:
     return bundle.manifest.plan.recipe
 
 
-def precisions_of(bundle: Bundle) -> set[str]:
-    """Precisions of the decoder's Linears."""
-    return {linear.precision for name, linear in bundle.manifest.plan.linears.items() if name.startswith("decoder.")}
-
-
 def compute_type(bundle: Bundle) -> str:
     """float32 or float16: the type that a bundle's graphs compute in."""
     return {"fp16": "float16", "fp32": "float32"}[bundle.manifest.plan.compute]
@@ -275,7 +270,7 @@ def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineIn
     cache, shared = cache_bytes(bundle), sum(tensor.nbytes for tensor in shared_weights(bundle).values())
     if engines + shared + cache > memory_bytes:
         weights = f", the weights that they share {shared / 1e9:.2f} GB" if shared else ""
-        sharing = "" if shared or "int4" in precisions_of(bundle) else ", with --shared-weights"
+        sharing = "" if shared or "int4" in bundle.manifest.plan.decoder_precisions else ", with --shared-weights"
         raise BackendError(
             f"{bundle.folder}: engines {', '.join(infos)} take {engines / 1e9:.2f} GB{weights} and the K/V cache "
             f"{cache / 1e9:.2f} GB, together {(engines + shared + cache) / 1e9:.2f}; the memory of target "

@@ -43,6 +43,8 @@ def subject(weights: float = 1.0, precision: str = "fp16", **changes: Any) -> pl
         graphs={"vision": graph(GB // 10, GB // 20), "traverse": graph(size, GB // 10), "step": graph(size)},
         weights={"vision": GB // 10, "traverse": size, "step": size},
         decoder_bytes=size,
+        shareable_bytes=0,
+        shared=False,
         embedding_bytes=GB // 5,
         cache_bytes=GB // 2,
     )
@@ -137,6 +139,14 @@ def test_verdicts(nano: plan.Machine) -> None:
     building = plan.plan(subject(2.4), nano)
     assert building.verdict == "fits with these changes"
     assert [text.split(" ", 2)[2] for text in building.changes] == ["of swap while the engines are built"]
+
+    shareable = subject(3.2, shareable_bytes=3 * GB)
+    assert plan.plan(shareable, nano).changes == (
+        "one copy of the decoder's weights for both engines (--shared-weights)",
+    )
+    shared = plan.plan(dataclasses.replace(shareable, shared=True), nano)
+    assert (shared.verdict, shared.memory.weights) == ("fits", 3.5 * GB)
+    assert shared.memory.build < plan.plan(shareable, nano).memory.build, "weights outside are not built in"
 
     smaller = plan.plan(subject(5.0), nano, smaller=lambda: iter([subject(1.0, "int4")]))
     assert smaller.changes == ("precision int4",)

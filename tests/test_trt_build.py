@@ -20,6 +20,8 @@ from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.export import engines_full, pipeline
 from trol_edge.export.bench import made_up_statistics
 from trol_edge.export.precision import Options
+from trol_edge.export.unbuilt import published
+from trol_edge.plan import subject_of
 from trol_edge.precision import BITS
 from trol_edge.runtimes import doctor, trt_build
 from trol_edge.runtimes.cuda import Device
@@ -154,6 +156,11 @@ def test_shared_weights_are_really_built(precision: str, traces: dict[Any, Any],
     assert before - after == size
     held = sum(engine.weight_bytes for engine in done.engines.engines.values())
     assert after == held + size
+    # What plan says, of either bundle and of the model before it is exported.
+    unbuilt = published("trol-nano").subject("rtx", Options(recipe=precision))
+    of_apart, of_shared = subject_of(apart), subject_of(bundle)
+    assert (of_apart.shared, of_shared.shared, unbuilt.shared) == (False, True, False)
+    assert {s.shareable_bytes for s in (of_apart, of_shared, unbuilt)} == {size}
     with pytest.raises(BackendError, match=r", the weights that they share 0\.00 GB and the K/V cache 0\.00 GB"):
         trt_build.build(bundle, memory_bytes=held, force=True)
 

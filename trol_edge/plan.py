@@ -18,6 +18,7 @@ from trol_edge.bundle import Bundle, Port
 from trol_edge.costs import Costs, Operation
 from trol_edge.derived import loaded_bytes
 from trol_edge.devices import Device, Mode
+from trol_edge.engines import device_bytes, shared_weights
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.targets import TARGETS
 
@@ -57,6 +58,8 @@ class Subject:
     graphs: dict[str, Costs]
     weights: dict[str, int]  # by graph
     decoder_bytes: int  # weights of all graphs but vision, each once
+    shareable_bytes: int  # of them, what the engines of traverse and step could share (`export --shared-weights`)
+    shared: bool  # they do
     embedding_bytes: int  # of a table that is mapped from the file, and read a row at a time
     cache_bytes: int  # one K/V set at full context
 
@@ -228,6 +231,7 @@ def subject_of(bundle: Bundle) -> Subject:
 
     sizes = {name: {w: size(w) for w in info.weights} for name, info in manifest.graphs.items()}
     decoder = {w: n for name, found in sizes.items() if name != "vision" for w, n in found.items()}
+    apart, together = device_bytes(bundle) if on_gpu else (0, 0)
     return Subject(
         name=manifest.model,
         target=manifest.target,
@@ -239,6 +243,8 @@ def subject_of(bundle: Bundle) -> Subject:
         graphs=graphs,
         weights={name: sum(found.values()) for name, found in sizes.items()},
         decoder_bytes=sum(decoder.values()),
+        shareable_bytes=0 if "int4" in manifest.plan.decoder_precisions else apart - together,
+        shared=on_gpu and bool(shared_weights(bundle)),
         embedding_bytes=tensors["embedding"].nbytes,
         cache_bytes=cache_bytes(manifest.graphs["step"].inputs),
     )
@@ -309,9 +315,9 @@ def _at(points: Points, amount: int) -> float:
 
 
 def memory_of(
-    subject: Subject, machine: Machine, dims: Mapping[str, int], context: int, reuse: bool, desktop: bool
+    subject: Subject, machine: Machine, dims: Mapping[str, int], context: int, reuse: bool, desktop: bool, shared: bool
 ) -> Memory:
-    """Bytes by use. Engines hold their weights each; on a CPU all graphs share them.
+    """Bytes by use. Engines hold their weights each, but those that they share; on a CPU all graphs share them.
 
     TensorRT reserves scratch memory for the longest prompt, once per engine; ONNX Runtime takes what a run needs.
     """
@@ -320,9 +326,10 @@ def memory_of(
     one_set = subject.cache_bytes * context // subject.context
     longest = {"images": dims["images"], "tokens": context, "slots": context}
     if gpu:
-        weights = sum(subject.weights[name] for name in graphs)
+        outside = subject.shareable_bytes if shared else 0  # of the engines of traverse and step, once for both
+        weights = sum(subject.weights[name] for name in graphs) - outside
         activations = sum(subject.graphs[name].peak_bytes(**longest) for name in graphs)
-        largest = max(subject.weights[name] for name in graphs)
+        largest = max(subject.weights["vision"], subject.weights["traverse"] - outside)
     else:
         weights = subject.weights["vision"] + subject.decoder_bytes
         activations = max(subject.graphs[name].peak_bytes(**dims) for name in graphs)
@@ -408,6 +415,8 @@ def _fit(
     """Memory as asked for, the verdict, and the fewest changes that make it fit, those first that hurt least."""
     gpu = TARGETS[machine.target].gpu
     switches: list[tuple[str, dict[str, Any]]] = [("boot without a desktop", {"desktop": False})] if desktop else []
+    if gpu and subject.shareable_bytes and not subject.shared:
+        switches.append(("one copy of the decoder's weights for both engines (--shared-weights)", {"shared": True}))
     if not gpu:  # TensorRT's back end always keeps both
         switches.append(("one K/V set (prefix_reuse=False: no second question for free)", {"reuse": False}))
     subsets = [chosen for n in range(len(switches) + 1) for chosen in itertools.combinations(switches, n)]
@@ -417,11 +426,11 @@ def _fit(
         if tokens < min(contexts) and (tiles or not dims["images"]):
             fewer = f"at most {tiles} tile(s) a picture and " if tiles < dims["images"] else ""
             contexts[tokens] = f"{fewer}a context of {tokens} tokens"
-    as_asked = memory_of(subject, machine, dims, subject.context, True, desktop)
+    as_asked = memory_of(subject, machine, dims, subject.context, True, desktop, subject.shared)
     for candidate in itertools.chain((subject,), smaller()):
         for context, shorter in contexts.items():
             for chosen in subsets:
-                given: dict[str, Any] = {"reuse": True, "desktop": desktop}
+                given: dict[str, Any] = {"reuse": True, "desktop": desktop, "shared": subject.shared}
                 for _, change in chosen:
                     given |= change
                 memory = memory_of(candidate, machine, dims, context, **given)

@@ -55,6 +55,11 @@ class Plan:
         """Whether any Linear is."""
         return any(linear.precision in QUANTIZED for linear in self.linears.values())
 
+    @property
+    def decoder_precisions(self) -> set[str]:
+        """Precisions of the decoder's Linears. Engines cannot share weights where "int4" is among them."""
+        return {linear.precision for name, linear in self.linears.items() if name.startswith("decoder.")}
+
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationInfo:
