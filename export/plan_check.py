@@ -250,6 +250,7 @@ def _better(a: Rates, b: Rates) -> Rates:
         touches=points(a.touches, b.touches),
         stored={kind: max(rate, b.stored[kind]) for kind, rate in a.stored.items()},
         operator=min(a.operator, b.operator),
+        attention=min(a.attention, b.attention),
         run=min(a.run, b.run),
     )
 

@@ -71,12 +71,12 @@ Points = tuple[tuple[int, float], ...]
 class Rates:
     """What a machine does per second, by how much it does: points (amount, per second), between which is interpolated.
 
-    arithmetic: operations, by type and by the size of one product; "attention" has an entry of its own where its
-    rate is another. reads: bytes of weights or cache, by the weights of
-    the graph (what fits the processor's caches is read faster). touches: bytes of tensors between operators, by those
-    of one operator. stored: bytes of weights of a type whose unpacking is slower than memory. operator, product, run:
-    seconds to start an element-wise operator, a product, a graph. fused: element-wise operators and copies are part of
-    what stands beside them, and take no time.
+    arithmetic: operations, by type and by the size of one product; "attention" has an entry of its own where its rate
+    is another. reads: bytes of weights or cache, by the weights of the graph (what fits the processor's caches is read
+    faster). touches: bytes of tensors between operators, by those of one operator; what products read and write waits
+    for no arithmetic on a CPU. stored: bytes of weights of a type whose unpacking is slower than memory. operator,
+    product, attention, run: seconds to start an element-wise operator, a product, an attention, a graph. fused:
+    element-wise operators and copies are part of what stands beside them, and take no time.
     """
 
     arithmetic: dict[str, Points]
@@ -85,6 +85,7 @@ class Rates:
     stored: dict[str, float]
     operator: float
     product: float
+    attention: float
     run: float
     fused: bool
 
@@ -182,6 +183,7 @@ def machine_of(device: Device, mode: Mode) -> Machine:
         0.0,
         0.0,
         0.0,
+        0.0,
         True,
     )
     reached = dataclasses.replace(
@@ -191,6 +193,7 @@ def machine_of(device: Device, mode: Mode) -> Machine:
         touches=((1, mode.gb_per_s * 1e9 * BANDWIDTH),),
         operator=OPERATOR_CYCLES / (mode.gpu_mhz * 1e6),
         product=OPERATOR_CYCLES / (mode.gpu_mhz * 1e6),
+        attention=OPERATOR_CYCLES / (mode.gpu_mhz * 1e6),
     )
     target = TARGETS[device.target]
     precisions = tuple(p for p in target.precisions if p != "fp32" and (p != "fp8" or device.fp8))
@@ -290,7 +293,10 @@ def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Ra
     memory = (cost.weight_bytes + cost.cache_bytes) / read + touched
     points = rates.arithmetic.get("attention") if o.kind == "attention" else None
     arithmetic = cost.flops / _at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
-    return o.count * arithmetic, o.count * memory, o.count * (rates.product if product else rates.operator)
+    if o.kind != "attention":  # whose rate was measured with its scores
+        arithmetic += touched
+    starts = {"attention": rates.attention, "linear": rates.product, "convolution": rates.product}
+    return o.count * arithmetic, o.count * memory, o.count * starts.get(o.kind, rates.operator)
 
 
 def _points(rates: Rates, arithmetic: str) -> Points:
