@@ -16,6 +16,7 @@ from trol_edge.bundle import MANIFEST, Bundle, write_manifest
 from trol_edge.cli import main
 from trol_edge.costs import Costs, Operation
 from trol_edge.errors import BundleError, UsageError
+from trol_edge.export import plan_check
 from trol_edge.targets import TARGETS
 
 GB = 1_000_000_000
@@ -252,3 +253,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "either a bundle folder or --model" in capsys.readouterr().err
     assert main(["plan", "--model", "trol-nano-phi3", "--device", "xavier"]) == 1
     assert "not in the table" in capsys.readouterr().err
+
+
+def test_published_figures() -> None:
+    """What others measured with comparable models on a board comes out within 30 percent, in both power modes."""
+    rows = plan_check.published_rows()
+    assert {row["peer"] for row in rows} == set(plan_check.PEERS) and len(rows) == len(plan_check.FIGURES)
+    assert max(abs(row["off_percent"]) for row in rows) < 30
