@@ -27,10 +27,11 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 	@echo "  e.g. make engine MODEL=trol-1.8b            (fetches the published checkpoint)"
 	@echo "       make engine MODEL=trol-7b CHECKPOINT=folder CONTEXT=4096"
-	@echo "       make engine TARGET=rtx PRECISION=fp16       (needs pip install tensorrt-rtx; trol-edge targets lists more)"
+	@echo "       make engine TARGET=rtx PRECISION=fp16       (fetches TensorRT for RTX; trol-edge targets lists more)"
 
 engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, verify it, then ask it (MODEL=, TARGET=, PRECISION=, CHECKPOINT=, CONTEXT=)
 	@target="$(TARGET)"; test -n "$$target" || target=$$($(BIN)/trol-edge targets --best) || exit 1; \
+	test $$target != rtx || $(BIN)/python -c "import tensorrt_rtx" 2>/dev/null || $(PIP) -e '.[rtx]' || exit 1; \
 	$(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL) --target $$target --force \
 		$(if $(PRECISION),--precision $(PRECISION)) $(if $(CONTEXT),--context $(CONTEXT)) || exit 1; \
 	case $$target in \
