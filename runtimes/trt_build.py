@@ -24,6 +24,7 @@ from trol_edge.engines import (
     EngineSet,
     Key,
     Range,
+    build_bytes,
     differences,
     folder_of,
     read,
@@ -39,7 +40,6 @@ from trol_edge.targets import Target, refusals
 from trol_edge.targets import target as target_of
 
 SHORT = 64  # tokens: what a follow-up question has; longer chunks take the second profile
-PEAK = 3  # times the weights: memory of a build beside the weights file's own pages, which can be dropped
 COUNTED = ("MATRIX_MULTIPLY", "CONVOLUTION", "DEQUANTIZE", "QUANTIZE", "ATTENTION_INPUT")
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -230,12 +230,11 @@ def _build_one(
 
 def _require_room(bundle: Bundle, graph: GraphInfo) -> None:
     """Raise BackendError where building would run out of this machine's memory: it is killed then, without a word."""
-    needed, free = PEAK * weight_bytes(bundle, graph.constants), available_memory(swap=True)
+    needed, free = build_bytes(weight_bytes(bundle, graph.constants)), available_memory(swap=True)
     if free is not None and needed > free:
         raise BackendError(
-            f"{graph.file}: building its engine takes about {needed / 1e9:.1f} GB of memory ({PEAK} times its "
-            f"weights), {free / 1e9:.1f} GB are available here; close other programs, add swap, or export with a lower "
-            "--precision"
+            f"{graph.file}: building its engine takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
+            "available here; close other programs, add swap, or export with a lower --precision"
         )
 
 

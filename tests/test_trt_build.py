@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import CHECKPOINTS, NANO, NANOS
 from trol_edge import cli
 from trol_edge.bundle import Bundle, sha256_of
-from trol_edge.engines import ENGINES, Key, device_bytes, read, shared_weights, verified, weight_bytes
+from trol_edge.engines import ENGINES, Key, build_bytes, device_bytes, read, shared_weights, verified, weight_bytes
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.export import engines_full, pipeline
 from trol_edge.export.bench import made_up_statistics
@@ -342,14 +342,14 @@ def test_too_little_memory_to_build(plain_bundle: Path, tmp_path: Path, monkeypa
     """Said before TensorRT begins, with what it takes and what there is: a process without memory is killed."""
     library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()]))
     bundle = copy(plain_bundle, tmp_path)
-    needed = trt_build.PEAK * weight_bytes(bundle, bundle.manifest.graphs["traverse"].constants)
+    needed = build_bytes(weight_bytes(bundle, bundle.manifest.graphs["traverse"].constants))
     assert (trt_build.available_memory(swap=True) or 1 << 40) > 1 << 20
     monkeypatch.setattr(trt_build, "available_memory", lambda swap: needed - 1)
     with pytest.raises(
-        BackendError, match=r"traverse\.onnx: building its engine takes about 0\.0 GB of memory"
+        BackendError, match=r"traverse\.onnx: building its engine takes about 0\.6 GB of memory"
     ) as caught:
         trt_build.build(bundle, library=library)
-    assert "(3 times its weights), 0.0 GB are available here; close other programs, add swap" in str(caught.value)
+    assert ", 0.6 GB are available here; close other programs, add swap" in str(caught.value)
     assert list((bundle.folder / "engines").iterdir()) == []
     monkeypatch.setattr(trt_build, "available_memory", lambda swap: needed)
     assert trt_build.build(bundle, library=library).built

@@ -18,7 +18,7 @@ from trol_edge.bundle import Bundle, Port
 from trol_edge.costs import Costs, Operation
 from trol_edge.derived import loaded_bytes
 from trol_edge.devices import Device, Mode
-from trol_edge.engines import device_bytes, shared_weights
+from trol_edge.engines import build_bytes, device_bytes, shared_weights
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.targets import TARGETS
 
@@ -30,9 +30,6 @@ BANDWIDTH = 0.85
 ARITHMETIC = {"float32": 0.45, "float16": 0.45, "int8": 0.29, "fp8": 0.29}
 OPERATOR_CYCLES = 12_000  # of the GPU's clock, to start a kernel and let it drain: 12 us at 1 GHz
 
-# Peak memory of a TensorRT build, by the weights of the engine: of three builds of the decoder of TroL-1.8B's shape by
-# TensorRT for RTX 1.7 (FP16 3.40 GB of weights: 10.1; INT8 1.70: 5.4; INT4 0.88: 3.1). Other versions: not measured.
-BUILD_BYTES, BUILD_FACTOR = 0.7e9, 2.76
 # CUDA context, TensorRT and Python: from one run of another runtime on Orin Nano (Cosmos-Reason2-2B W4A16: 3.72 GB, of
 # which 2.9 are weights and cache); ONNX Runtime and Python on a CPU: this library's trol-nano, rounded up.
 RUNTIME_BYTES = {"gpu": 600_000_000, "cpu": 150_000_000}
@@ -348,7 +345,7 @@ def memory_of(
         runtime=RUNTIME_BYTES["gpu" if gpu else "cpu"],
         system=machine.os_bytes + (machine.desktop_bytes if desktop else 0),
         usable=machine.memory_bytes,
-        build=round(BUILD_BYTES + BUILD_FACTOR * largest) if largest and not TARGETS[machine.target].rtx else 0,
+        build=build_bytes(largest) if largest and not TARGETS[machine.target].rtx else 0,
     )
 
 
