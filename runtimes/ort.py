@@ -183,11 +183,18 @@ class OrtBackend:
             self.watcher(name, {key: value.numpy() for key, value in zip(watched, values, strict=True)})
 
     def encode_image(self, pixel_values: Float32) -> Float32:
-        """pixel_values [N, 3, P, P] -> image features [N, T, D]."""
+        """pixel_values [N, 3, P, P] -> image features [N, T, D].
+
+        On a CPU one picture or tile after the other: one fills its cores, and the scratch memory of seven tiles of
+        TroL-3.8B is 1.5 GB instead of 0.2.
+        """
         out = np.empty((len(pixel_values), self.spec.vision.tokens_per_image, self.spec.hidden_size), np.float32)
-        binding = self.bind("vision", {"pixel_values": _value(pixel_values)})
-        binding.bind_ortvalue_output("image_features", _value(out))  # to the host, from wherever it is computed
-        self.run("vision", binding, shrink=True)
+        at_once = 1 if self.memory == "cpu" else max(1, len(pixel_values))
+        for i in range(0, len(pixel_values), at_once):
+            binding = self.bind("vision", {"pixel_values": _value(pixel_values[i : i + at_once])})
+            # To the host, from wherever it is computed.
+            binding.bind_ortvalue_output("image_features", _value(out[i : i + at_once]))
+            self.run("vision", binding, shrink=i + at_once >= len(pixel_values))
         return out
 
     def new_state(self) -> OrtState:

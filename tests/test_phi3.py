@@ -431,6 +431,28 @@ def test_pictures_of_several_tiles_in_one_prompt(runtime: Any) -> None:
         session.prefill(ids, rt.preprocess(square))
 
 
+def test_a_cpu_encodes_one_tile_after_the_other(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory of one, whatever the picture; the same features as all at once, to the bit."""
+    rt = runtime("phi3-tiles")
+    pixels = rt.preprocess(np.random.default_rng(0).integers(0, 256, (60, 120, 3), np.uint8))
+    sizes: list[int] = []
+    bind = rt._backend.bind
+
+    def watched(name: str, values: dict[str, Any]) -> Any:
+        sizes.append(values["pixel_values"].shape()[0])
+        return bind(name, values)
+
+    monkeypatch.setattr(rt._backend, "bind", watched)
+    features = rt._backend.encode_image(pixels)
+    assert sizes == [1, 1, 1]
+    monkeypatch.setattr(rt._backend, "memory", "cuda")  # which takes them together
+    monkeypatch.setattr(
+        rt._backend, "run", lambda name, binding, shrink: type(rt._backend).run(rt._backend, name, binding)
+    )
+    assert np.array_equal(rt._backend.encode_image(pixels), features)
+    assert sizes == [1, 1, 1, 3]
+
+
 @pytest.mark.parametrize(("width", "height", "tiles"), [(20000, 40, 7), (40, 20000, 7), (1, 1, 1), (1, 3, 4)])
 def test_extreme_pictures_are_stretched_never_cropped(runtime: Any, width: int, height: int, tiles: int) -> None:
     rt = runtime("phi3-tiles")

@@ -426,6 +426,19 @@ def test_rounded_weights(rounded: Path, tmp_path: Path) -> None:
     assert first_wrong(folder) == "vision"
 
 
+def test_budgets_of_deep_models() -> None:
+    """As measured up to the depth of the small models; then more, but never what unrelated values drift."""
+    keys, values = verify.BUDGETS["int8"].keys, verify.BUDGETS["int8"].values
+    assert [verify._behind(layers, keys) for layers in (1, verify.SMALL)] == [keys, keys]
+    assert verify._behind(4 * verify.SMALL, keys) == pytest.approx(2 * keys)
+    assert verify._behind(32, values) == 0.9 < verify.UNRELATED
+    # TroL-3.8B's shape, int8, random weights: keys of layer 0 to 31, logits, tower.
+    for layers, found in ((1, 0.057), (8, 0.146), (16, 0.158), (32, 0.253)):
+        assert found < verify._behind(layers, keys) < 4.5 * found
+    assert verify._behind(32, verify.BUDGETS["int8"].logits) > 0.224
+    assert verify._behind(24, verify.BUDGETS["int8"].vision) > 0.033
+
+
 # -- the first load ----------------------------------------------------------------------------------------------------
 
 

@@ -335,7 +335,8 @@ def memory_of(
         largest = max(subject.weights["vision"], subject.weights["traverse"] - outside)
     else:
         weights = subject.weights["vision"] + subject.decoder_bytes
-        activations = max(subject.graphs[name].peak_bytes(**dims) for name in graphs)
+        one = dict(dims) | {"images": min(1, dims["images"])}  # one tile after the other
+        activations = max(subject.graphs[name].peak_bytes(**one) for name in graphs)
         largest = 0
     return Memory(
         weights=weights,
