@@ -79,9 +79,10 @@ def calibrate(
     if compute not in COMPUTE:
         raise UsageError(f"compute {compute!r} is not one of {', '.join(COMPUTE)}")
     source = Checkpoint(checkpoint)
-    chosen = samples if isinstance(samples, SampleSet) else sampling.load(samples, count, progress)
-    prompts, skipped = model_prompts(source, chosen)
     spec = source.spec
+    side = spec.vision.image_size
+    chosen = samples if isinstance(samples, SampleSet) else sampling.load(samples, count, progress, side)
+    prompts, skipped = model_prompts(source, chosen)
     run = _Run(source, prompts, Path(cache), COMPUTE[compute], progress)
     state = State(
         checkpoint=source.identity(),

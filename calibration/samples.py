@@ -67,19 +67,21 @@ def load(
     source: str | os.PathLike[str] | Iterable[tuple[Any, str]] | None,
     count: int | None = DEFAULT_COUNT,
     progress: Progress = lambda what, done, total: None,
+    side: int = scenes.PIXELS,
 ) -> SampleSet:
     """Choose and read samples.
 
     source: None (rendered scenes), a folder of pictures (read with all folders below it, asked PROMPTS in turn), a
     JSONL file whose lines are {"image": path or list of paths or null, "prompt": text, "answer": text, optional},
     paths relative to the file, or a Python iterable of (picture or None, prompt). count: at most so many, chosen at
-    random but always the same ones (None: all). A picture that cannot be read is skipped and listed.
+    random but always the same ones (None: all). side: pixels that a rendered scene is at least wide and high, because
+    one that is enlarged has no fine detail. A picture that cannot be read is skipped and listed.
 
     Raises CalibrationError for a source that is missing, malformed, empty, or of which nothing is usable.
     """
     if count is not None and count < 1:
         raise CalibrationError(f"{count} samples asked for; calibration needs at least 1, better {DEFAULT_COUNT}")
-    candidates = _candidates(source, count)
+    candidates = _candidates(source, count, side)
     if not candidates:
         raise CalibrationError(f"{_name(source)}: no samples here; give pictures ({', '.join(sorted(SUFFIXES))})")
     if source is not None:
@@ -107,9 +109,9 @@ def load(
     return SampleSet(tuple(usable), tuple(skipped), digest.hexdigest())
 
 
-def _candidates(source: Any, count: int | None) -> list[Sample]:
+def _candidates(source: Any, count: int | None, side: int) -> list[Sample]:
     if source is None:
-        return list(_scenes(DEFAULT_COUNT if count is None else count))
+        return list(_scenes(DEFAULT_COUNT if count is None else count, -(-side // scenes.PIXELS)))
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.is_dir():
@@ -120,10 +122,10 @@ def _candidates(source: Any, count: int | None) -> list[Sample]:
     return list(_pairs(source))
 
 
-def _scenes(count: int) -> Iterator[Sample]:
+def _scenes(count: int, scale: int) -> Iterator[Sample]:
     """Rendered scenes, one question of every kind in turn, with its answer."""
     for i in range(count):
-        pixels, scene = scenes.render(CALIBRATION_SEED + i)
+        pixels, scene = scenes.render(CALIBRATION_SEED + i, scale)
         options = scenes.questions(scene, random.Random(CALIBRATION_SEED + i))
         wanted = scenes.KINDS[i % len(scenes.KINDS)]
         _, question, answer = next((q for q in options if q[0] == wanted), options[i % len(options)])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -431,3 +432,22 @@ def test_observers_on_histograms_without_shape(observer: str) -> None:
         one[position] = 7
         found = observers.OBSERVERS[observer](one, 3.0)
         assert 3.0 * position / 2048 < found <= 3.0, position
+
+
+def test_scenes_are_as_large_as_the_tower_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An enlarged picture has no fine detail; what is asked about it stays the same."""
+    small, large = (sampling.load(None, 2, side=side).samples for side in (112, 490))
+    assert [s.load()[0].shape for s in (*small, *large)] == 2 * [(112, 112, 3)] + 2 * [(560, 560, 3)]
+    assert [(s.prompt, s.answer) for s in small] == [(s.prompt, s.answer) for s in large]
+    sides = []
+
+    def load(source: Any, count: Any, progress: Any, side: int) -> Any:
+        sides.append(side)
+        raise CalibrationError("enough")
+
+    monkeypatch.setattr(sampling, "load", load)
+    tower = SimpleNamespace(spec=SimpleNamespace(vision=SimpleNamespace(image_size=448)))
+    monkeypatch.setattr(run, "Checkpoint", lambda folder: tower)
+    with pytest.raises(CalibrationError, match="enough"):
+        run.calibrate(NANO, None, tmp_path / "cache")
+    assert sides == [448]
