@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -231,7 +232,7 @@ def _compare(bundle: Bundle, tokens: int, steps: int, rounds: int) -> list[dict[
     prefill = [_seconds(lambda: state.traverse(embeddings[:tokens], mask)) for _ in range(rounds)]
     state.step(embeddings[0], tokens)
     decode = [_seconds(lambda i=i: state.step(embeddings[i], tokens + i)) for i in range(1, 1 + steps)]
-    machine = dataclasses.replace(before, reached=_better(before.reached, rates.measure()))
+    machine = dataclasses.replace(before, reached=_between(before.reached, rates.measure()))
     rows = []
     for graph, dims, measured in (
         ("traverse", {"tokens": tokens, "slots": tokens}, statistics.median(prefill)),
@@ -255,21 +256,21 @@ def _compare(bundle: Bundle, tokens: int, steps: int, rounds: int) -> list[dict[
     return rows
 
 
-def _better(a: Rates, b: Rates) -> Rates:
-    """The better of two measurements, number by number: what else runs on the machine can only make them worse."""
+def _between(a: Rates, b: Rates) -> Rates:
+    """Between two measurements, number by number: how fast a shared machine is changes from minute to minute."""
 
     def points(first: Points, second: Points) -> Points:
-        return tuple((size, max(rate, other)) for (size, rate), (_, other) in zip(first, second, strict=True))
+        return tuple((size, math.sqrt(rate * other)) for (size, rate), (_, other) in zip(first, second, strict=True))
 
     return dataclasses.replace(
         a,
         arithmetic={kind: points(a.arithmetic[kind], b.arithmetic[kind]) for kind in a.arithmetic},
         reads=points(a.reads, b.reads),
         touches=points(a.touches, b.touches),
-        stored={kind: max(rate, b.stored[kind]) for kind, rate in a.stored.items()},
-        operator=min(a.operator, b.operator),
-        attention=min(a.attention, b.attention),
-        run=min(a.run, b.run),
+        stored={kind: math.sqrt(rate * b.stored[kind]) for kind, rate in a.stored.items()},
+        operator=(a.operator + b.operator) / 2,
+        attention=(a.attention + b.attention) / 2,
+        run=(a.run + b.run) / 2,
     )
 
 

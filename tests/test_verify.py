@@ -21,7 +21,7 @@ from tests import trt_standin
 from tests.conftest import CHECKPOINTS, NANO
 from trol_edge import cli, machine, selftest, verify
 from trol_edge.bundle import MANIFEST, SELFTEST, WEIGHTS, Bundle, FileInfo, Manifest, sha256_of, write_manifest
-from trol_edge.engines import Key
+from trol_edge.engines import Key, folder_of, read, write
 from trol_edge.errors import BundleError, VerifyError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import trt as trt_module
@@ -323,7 +323,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
 
 def test_engines(exported: Callable[..., Path], stand_in: Callable[..., Path], tmp_path: Path) -> None:
-    """They pass; of another TensorRT they are told by their key, and of another checkpoint by their numbers."""
+    """They pass; of another TensorRT or checkpoint they are told by their key, wrong ones by their numbers."""
     folder = tmp_path / "bundle"
     shutil.copytree(exported(NANO, target="tensorrt"), folder)
     report = verify.verify(stand_in(folder))
@@ -342,7 +342,13 @@ def test_engines(exported: Callable[..., Path], stand_in: Callable[..., Path], t
     alter(
         other, "vision.layers.2.out.weight", lambda bits: np.negative(bits.view(np.float16), out=bits.view(np.float16))
     )
-    shutil.copytree(stand_in(other) / "engines", folder / "engines")  # same graphs, so the key fits
+    shutil.copytree(stand_in(other) / "engines", folder / "engines")
+    report = verify.verify(folder)
+    assert report.first_wrong is not None and report.first_wrong.name == "engines"
+    assert "built from other weights than the bundle now holds" in report.verdict
+    bundle = Bundle(folder)
+    weights = bundle.manifest.files[WEIGHTS].sha256
+    write(folder_of(bundle, "tensorrt"), dataclasses.replace(read(bundle, "tensorrt"), weights_sha256=weights))
     assert first_wrong(folder) == "vision"
 
 
