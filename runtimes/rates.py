@@ -8,7 +8,6 @@ on a robot.
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,8 +27,9 @@ except ImportError as error:
 SECONDS = 0.3  # spent on each measurement, at least
 WIDTH = 2048  # of the matrices, where size does not matter
 PRODUCTS = ((128, 128, 16), (128, 128, 128), (128, 512, 512), (512, 2048, 2048))  # [S, K] x [K, N]
-WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30)  # bytes
-MATRICES = 64  # of a working set
+WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30, 8 << 30)  # bytes
+MATRICES = 64  # of a working set; of one above MOST as many as fit into that: the larger, the faster they are read
+MOST = 1 << 30
 ATTENTIONS = ((128, 4, 32), (256, 16, 128))  # tokens, heads, head size
 CAPACITY = 2048  # tokens of the cache meanwhile
 TENSORS = (1 << 16, 1 << 20, 4 << 20, 16 << 20, 64 << 20)  # bytes
@@ -71,11 +71,11 @@ def measure(
     reads = []
     for size in WORKING_SETS:
         width = int((size // 4 // MATRICES) ** 0.5)
-        count = size // (4 * width * width)
+        count = min(size, MOST) // (4 * width * width)
         weights = {f"w{i}": np.full((width, width), 1 / width, np.float32) for i in range(count)}
         feeds = {"x": rng.random((1, width), np.float32), **weights}
         nodes: list[Node] = [("", "MatMul", [f"y{i - 1}" if i else "x", w], f"y{i}", {}) for i, w in enumerate(weights)]
-        reads.append((size, size / (_seconds(nodes, feeds, {}, threads) - run)))
+        reads.append((size, min(size, MOST) / (_seconds(nodes, feeds, {}, threads) - run)))
         next_step()
     touches = []
     for size in TENSORS:
@@ -158,7 +158,7 @@ def _attention(rng: Any, tokens: int, heads: int, size: int, threads: int | None
 
 
 def _seconds(nodes: Sequence[Node], feeds: dict[str, Array], constants: dict[str, Array], threads: int | None) -> float:
-    """The median time of one run, of as many as fit into SECONDS (three at least)."""
+    """The least time of one run, of as many as fit into SECONDS (three at least)."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
@@ -180,7 +180,7 @@ def _seconds(nodes: Sequence[Node], feeds: dict[str, Array], constants: dict[str
         start = time.perf_counter()
         session.run_with_iobinding(binding)
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return min(taken)
 
 
 # -- protobuf: field numbers of onnx.proto ---------------------------------------------------------------------
