@@ -126,7 +126,7 @@ def export(
         written = storage.write(folder / WEIGHTS, layouts, stored.read, progress)
         stored.require_finite()
         found = places(layouts, written, plan)
-        shared = _shared(models) if shared_weights else set()
+        shared = shareable(models) if shared_weights else set()
         infos = {n: _write_graph(folder, n, traced, target, lowered, shared, found) for n, traced in models.items()}
         del models
         if record_selftest and not selftest.record(source, folder / SELFTEST, context, words, progress):
@@ -254,14 +254,14 @@ def _require_shareable(plan: Plan, target: str) -> None:
     """Raise UsageError where no TensorRT would take the weights as inputs."""
     if target not in GPU_TARGETS:
         raise UsageError(f"shared weights are for TensorRT; target {target} holds them once anyway")
-    if "int4" in plan.decoder_precisions:
+    if not plan.can_share_weights:
         raise UsageError(
             "shared weights with int4: TensorRT takes no 4-bit inputs; choose int8 or fp16, or leave --shared-weights "
             "out"
         )
 
 
-def _shared(models: Mapping[str, ir.Model]) -> set[str]:
+def shareable(models: Mapping[str, ir.Model]) -> set[str]:
     """Matrices that both traverse and step read: nearly all bytes that two engines would hold twice."""
     step = models["step"].graph.initializers
     both = set(graphs.weight_names(models["traverse"])) & set(graphs.weight_names(models["step"]))

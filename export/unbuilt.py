@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from trol_edge.bundle import EMBEDDING
 from trol_edge.costs import Costs
-from trol_edge.engines import is_shareable
 from trol_edge.export import counts, graphs, pipeline
 from trol_edge.export.checkpoint import Checkpoint
 from trol_edge.export.family import Family
@@ -75,6 +74,8 @@ class Unbuilt:
         lowered: set[str] = set()
         for name, model in models.items():
             lowered |= pipeline.prepare(name, model, target, plan, defaultdict(lambda: 1.0), dtypes).keys()
+        can_share = target in pipeline.GPU_TARGETS and plan.can_share_weights
+        shared = pipeline.shareable(models) if can_share else set()
         costs: dict[str, Costs] = {}
         sizes: dict[str, dict[str, int]] = {}
         caches = 0
@@ -85,8 +86,6 @@ class Unbuilt:
             values = {v.name: v for v in (*model.graph.initializers.values(), *model.graph.inputs)}
             sizes[name] = {w: counts.bytes_of(values[w]) for w in names}
         decoder = {w: n for name, found in sizes.items() if name != "vision" for w, n in found.items()}
-        can_share = target in pipeline.GPU_TARGETS and "int4" not in plan.decoder_precisions
-        both = [n for w, n in sizes["step"].items() if w in sizes["traverse"] and is_shareable(w, shapes.get(w, ()))]
         embedding = IR_TYPES[stored_dtype(EMBEDDING, shapes[EMBEDDING], PUBLISHED, plan, False)]
         return Subject(
             name=self.name,
@@ -99,7 +98,7 @@ class Unbuilt:
             graphs=costs,
             weights={name: sum(found.values()) for name, found in sizes.items()},
             decoder_bytes=sum(decoder.values()),
-            shareable_bytes=sum(both) if can_share else 0,
+            shareable_bytes=sum(sizes["step"][name] for name in shared),
             shared=False,
             embedding_bytes=shapes[EMBEDDING][0] * shapes[EMBEDDING][1] * round(embedding.itemsize),
             cache_bytes=caches,

@@ -64,24 +64,25 @@ def measure(
         progress("rates", done, steps)
 
     tiny = {f"x{i}": np.ones((1, 8), np.float32) for i in range(65)}
-    run = _seconds([_product_of(0)], dict(list(tiny.items())[:1]), {}, threads)
-    chain = [_product_of(i) for i in range(65)]
+    run = _seconds([_link(0)], {"x0": tiny["x0"]}, {}, threads)
+    chain = [_link(i) for i in range(65)]
     operator = max(0.0, (_seconds(chain, tiny, {}, threads) - run) / 64)  # and to bind a weight
     next_step()
     reads = []
     for size in WORKING_SETS:
         width = int((size // 4 // MATRICES) ** 0.5)
-        count = min(size, MOST) // (4 * width * width)
+        held = min(size, MOST)
+        count = held // (4 * width * width)
         weights = {f"w{i}": np.full((width, width), 1 / width, np.float32) for i in range(count)}
         feeds = {"x": rng.random((1, width), np.float32), **weights}
         nodes: list[Node] = [("", "MatMul", [f"y{i - 1}" if i else "x", w], f"y{i}", {}) for i, w in enumerate(weights)]
-        reads.append((size, min(size, MOST) / (_seconds(nodes, feeds, {}, threads) - run)))
+        reads.append((size, held / (_seconds(nodes, feeds, {}, threads) - run)))
         next_step()
     touches = []
     for size in TENSORS:
         count = max(5, COLD // size)  # in a graph, too, products have swept the fastest caches since x was written
         feeds = {f"x{i}": rng.random((1, size // 4), np.float32) for i in range(count)}
-        nodes = [_product_of(i) for i in range(count)]
+        nodes = [_link(i) for i in range(count)]
         spent = _seconds(nodes, feeds, {}, threads) - run - count * operator
         touches.append((3 * size, count * 3 * size / max(spent, 1e-9)))
         next_step()
@@ -132,7 +133,7 @@ def measure(
     return Rates(products, tuple(reads), tuple(touches), stored, operator, 0.0, start, run, fused=False)
 
 
-def _product_of(i: int) -> Node:
+def _link(i: int) -> Node:
     """Link i of a chain: what is behind it, times an input of its own."""
     return "", "Mul", [f"y{i - 1}" if i else "x0", f"x{i}"], f"y{i}", {}
 

@@ -269,7 +269,7 @@ def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineIn
     cache, shared = cache_bytes(bundle), sum(tensor.nbytes for tensor in shared_weights(bundle).values())
     if engines + shared + cache > memory_bytes:
         weights = f", the weights that they share {shared / 1e9:.2f} GB" if shared else ""
-        sharing = "" if shared or "int4" in bundle.manifest.plan.decoder_precisions else ", with --shared-weights"
+        sharing = ", with --shared-weights" if not shared and bundle.manifest.plan.can_share_weights else ""
         raise BackendError(
             f"{bundle.folder}: engines {', '.join(infos)} take {engines / 1e9:.2f} GB{weights} and the K/V cache "
             f"{cache / 1e9:.2f} GB, together {(engines + shared + cache) / 1e9:.2f}; the memory of target "

@@ -446,9 +446,6 @@ def test_a_cpu_encodes_one_tile_after_the_other(runtime: Any, monkeypatch: pytes
     features = rt._backend.encode_image(pixels)
     assert sizes == [1, 1, 1]
     monkeypatch.setattr(rt._backend, "memory", "cuda")  # which takes them together
-    monkeypatch.setattr(
-        rt._backend, "run", lambda name, binding, shrink: type(rt._backend).run(rt._backend, name, binding)
-    )
     assert np.array_equal(rt._backend.encode_image(pixels), features)
     assert sizes == [1, 1, 1, 3]
 

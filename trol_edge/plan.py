@@ -243,7 +243,7 @@ def subject_of(bundle: Bundle) -> Subject:
         graphs=graphs,
         weights={name: sum(found.values()) for name, found in sizes.items()},
         decoder_bytes=sum(decoder.values()),
-        shareable_bytes=0 if "int4" in manifest.plan.decoder_precisions else apart - together,
+        shareable_bytes=apart - together if manifest.plan.can_share_weights else 0,
         shared=on_gpu and bool(shared_weights(bundle)),
         embedding_bytes=tensors["embedding"].nbytes,
         cache_bytes=cache_bytes(manifest.graphs["step"].inputs),

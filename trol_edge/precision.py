@@ -56,9 +56,9 @@ class Plan:
         return any(linear.precision in QUANTIZED for linear in self.linears.values())
 
     @property
-    def decoder_precisions(self) -> set[str]:
-        """Precisions of the decoder's Linears. Engines cannot share weights where "int4" is among them."""
-        return {linear.precision for name, linear in self.linears.items() if name.startswith("decoder.")}
+    def can_share_weights(self) -> bool:
+        """Whether two engines could read the decoder's matrices from one buffer: TensorRT takes no 4-bit inputs."""
+        return all(p.precision != "int4" for name, p in self.linears.items() if name.startswith("decoder."))
 
 
 @dataclasses.dataclass(frozen=True)
