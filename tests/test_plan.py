@@ -115,6 +115,22 @@ def test_times(nano: plan.Machine) -> None:
     assert prompt.expected > prompt.floor / plan.ARITHMETIC["float16"]
 
 
+def test_element_wise_operators_wait_for_memory(nano: plan.Machine) -> None:
+    """On a CPU, where they take time; what a product reads and writes adds to its arithmetic there."""
+    peak = dataclasses.replace(nano.peak, touches=((1, 1e9),))
+    reached = dataclasses.replace(nano.reached, touches=((1, 1e9),), fused=False, operator=0.0, product=0.0)
+    cpu = dataclasses.replace(nano, peak=peak, reached=reached)
+
+    def run(kind: str) -> plan.Stage:
+        one = Operation(kind, "float16", None, 1, {"1": 10**9}, 0, {"1": 10**7}, {})
+        return plan.stage("step", Costs((one,), ({"1": 0},), {}), 0, cpu)
+
+    assert (run("pointwise").expected, run("pointwise").bound) == (pytest.approx(0.01), "memory")
+    assert (run("norm").expected, run("norm").bound) == (pytest.approx(0.01), "memory")
+    rate = cpu.reached.arithmetic["float16"][0][1]
+    assert (run("linear").expected, run("linear").bound) == (pytest.approx(0.01 + 1e9 / rate), "arithmetic")
+
+
 def test_rates_between_points() -> None:
     points = ((10, 1.0), (1000, 100.0))
     assert [plan._at(points, n) for n in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 100])

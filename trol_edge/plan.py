@@ -290,7 +290,7 @@ def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Ra
     memory = (cost.weight_bytes + cost.cache_bytes) / read + touched
     points = rates.arithmetic.get("attention") if o.kind == "attention" else None
     arithmetic = cost.flops / _at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
-    if o.kind != "attention":  # whose rate was measured with its scores
+    if product and o.kind != "attention":  # whose rate was measured with its scores
         arithmetic += touched
     starts = {"attention": rates.attention, "linear": rates.product, "convolution": rates.product}
     return o.count * arithmetic, o.count * memory, o.count * starts.get(o.kind, rates.operator)
