@@ -96,6 +96,7 @@ class OrtBackend:
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
+        self._options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `placement`
         self._options.intra_op_num_threads = threads or 0
         self._lock = threading.Lock()
         self._sessions: dict[str, Any] = {}
@@ -135,18 +136,37 @@ class OrtBackend:
                 self._require_used(self._sessions[name])
             return self._sessions[name]
 
+    def placement(self) -> dict[str, dict[str, dict[str, int]]]:
+        """What runs where: graph -> ONNX Runtime's name of a provider -> operator -> count.
+
+        Of the graphs loaded so far. Raises BackendError where this ONNX Runtime cannot tell (before 1.24).
+        """
+        found: dict[str, dict[str, dict[str, int]]] = {}
+        for name, session in self._sessions.items():
+            if not hasattr(session, "get_provider_graph_assignment_info"):
+                raise BackendError(
+                    f"onnxruntime {ort.__version__} does not tell where operators run; 1.24 and newer do"
+                )
+            for part in _call("say where operators run", session.get_provider_graph_assignment_info):
+                operators = found.setdefault(name, {}).setdefault(part.ep_name, {})
+                for node in part.get_nodes():
+                    operators[node.op_type] = operators.get(node.op_type, 0) + 1
+        return found
+
     def _providers(self, name: str) -> list[Any]:
         """Provider of a graph, with its options; the CPU's behind it for operators that it lacks."""
         if self.provider == "cpu":
             return ["CPUExecutionProvider"]
-        options: dict[str, str] = {"device_id": "0"}
+        # Device memory in the sizes asked for, not in powers of two: sessions share it with other programs.
+        cuda = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
+        options = dict(cuda) if self.provider == "cuda" else {"device_id": "0"}
         if self.provider == "tensorrt":
             # No engine cache: an engine is a program, and ONNX Runtime loads one without looking at its hash.
             options |= {"trt_fp16_enable": str(int(self.bundle.manifest.plan.compute == "fp16"))}
             options |= _profile(self.bundle, name)
         chain: list[Any] = [(PROVIDERS[self.provider][0], options)]
         if self.provider == "tensorrt":
-            chain.append(("CUDAExecutionProvider", {"device_id": "0"}))
+            chain.append(("CUDAExecutionProvider", cuda))
         return [*chain, "CPUExecutionProvider"]
 
     def _require_used(self, session: Any) -> None:

@@ -127,10 +127,11 @@ def test_what_providers_are_given(gpu_bundle: Path) -> None:
     bundle = Bundle(gpu_bundle)
     backend: Any = OrtBackend.__new__(OrtBackend)
     backend.bundle, backend.provider = bundle, "cuda"
-    assert backend._providers("step") == [(CUDA, {"device_id": "0"}), "CPUExecutionProvider"]
+    given = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
+    assert backend._providers("step") == [(CUDA, given), "CPUExecutionProvider"]
     backend.provider = "tensorrt"
     (name, options), *others = backend._providers("traverse")
-    assert name == TENSORRT and others == [(CUDA, {"device_id": "0"}), "CPUExecutionProvider"]
+    assert name == TENSORRT and others == [(CUDA, given), "CPUExecutionProvider"]
     assert options["trt_fp16_enable"] == "0" and not any("cache" in key for key in options)
     width, context = bundle.manifest.spec.hidden_size, bundle.manifest.context
     assert options["trt_profile_min_shapes"].startswith(f"inputs_embeds:1x1x{width},position_ids:1x1,slots:1")

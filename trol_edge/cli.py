@@ -42,6 +42,12 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 CHECKPOINTS = Path("build/checkpoints")  # where downloads are kept
 SENSITIVITY_SAMPLES = 8  # on which it is measured what each Linear costs: a run of the model each
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+OfOrt = Annotated[
+    str | None,
+    typer.Option(
+        "--provider", help="Run a GPU bundle's graphs by ONNX Runtime instead of engines: cuda, tensorrt, cpu."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 
 
@@ -189,10 +195,7 @@ def run(
         bool, typer.Option("--long-context", help="Take the long rope factors from the first token on (trol-3.8b).")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
-    provider: Annotated[
-        str | None,
-        typer.Option(help="Run a GPU bundle's graphs by ONNX Runtime instead of engines: cuda, tensorrt, cpu."),
-    ] = None,
+    provider: OfOrt = None,
     fallback: Annotated[
         str | None, typer.Option(help="A provider to go over to, with a warning, where engines cannot be loaded.")
     ] = None,
@@ -559,12 +562,13 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     every: Annotated[bool, typer.Option("--all", help="One line per stage instead of one per layer.")] = False,
     threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    provider: OfOrt = None,
     as_json: Json = False,
 ) -> None:
     """Replay the self-test that export recorded; exit code 1 where a stage drifts more than its precision may."""
     from trol_edge.verify import verify as replay
 
-    report = replay(bundle, threads)
+    report = replay(bundle, threads, cast(Any, provider))
     if as_json:
         _print_json(report.json())
     else:
@@ -583,6 +587,7 @@ def verify(
 def soak(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, with a tokenizer.")],
     minutes: Annotated[float, typer.Option(help="How long.", min=0.01)] = 10.0,
+    provider: OfOrt = None,
     as_json: Json = False,
 ) -> None:
     """Ask, stop, fork, miss deadlines and feed bad frames from four threads; exit 1 for wrong answers or leaks."""
@@ -595,7 +600,7 @@ def soak(
             shown[0] = seconds
             err.print(f"{seconds:6.0f} s  {resident / 1e6:8.1f} MB resident", markup=False)
 
-    report = run_soak(bundle, 60 * minutes, progress)
+    report = run_soak(bundle, 60 * minutes, progress, cast(Any, provider))
     if as_json:
         _print_json({**dataclasses.asdict(report), "passed": report.passed})
     else:
@@ -643,6 +648,7 @@ def profile(
         Path | None, typer.Option(help="An older profile.json: exit code 1 where something became slower.")
     ] = None,
     root: Annotated[Path, typer.Option(help="Where proc and sys lie, to read a recorded tree.")] = Path("/"),
+    provider: OfOrt = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency, memory and energy of bundles on this machine, stage by stage; writes a page to look at."""
@@ -666,6 +672,7 @@ def profile(
             threads=threads,
             interval_s=interval_ms / 1e3,
             root=root,
+            provider=cast(Any, provider),
             progress=lambda line: progress(line, 0, 0),
         )
     if output is not None:  # before the comparison, which may refuse: minutes of measuring are not thrown away

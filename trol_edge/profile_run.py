@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,7 @@ from trol_edge.profile import (
     Start,
     Work,
 )
-from trol_edge.runtime import PREFILL_CHUNK, Question, Runtime
+from trol_edge.runtime import PREFILL_CHUNK, Provider, Question, Runtime
 from trol_edge.sampling import Sampler
 from trol_edge.session import Session
 from trol_edge.spec import from_dict
@@ -84,6 +84,7 @@ class Job:
     threads: int | None
     interval_s: float
     root: str
+    provider: str | None = None  # of ONNX Runtime, instead of engines
 
 
 def profile(
@@ -99,6 +100,7 @@ def profile(
     threads: int | None = None,
     interval_s: float = 0.1,
     root: str | os.PathLike[str] = "/",
+    provider: Provider | None = None,
     progress: Progress = lambda line: None,
 ) -> Profile:
     """Measure every bundle in every case (sizes x prompt lengths).
@@ -106,6 +108,7 @@ def profile(
     sizes: of made-up pictures, (width, height) in pixels, None for none; image: a picture file instead. prompt_tokens:
     of the whole prompt, None for a short question. tokens: of each answer. starts: fresh processes, for each of page
     cache cold and warm. interval_s: between two samples of the machine. root: where its proc and sys folders lie.
+    provider: of ONNX Runtime, as Runtime takes it, for bundles of a GPU target.
     Raises UsageError, ImageError, ContextError for bad arguments, BundleError and BackendError as Runtime does.
     """
     if not bundles:
@@ -135,6 +138,7 @@ def profile(
             threads=threads,
             interval_s=interval_s,
             root=os.fspath(root),
+            provider=provider,
         )
         measured = from_dict(BundleProfile, _process("measure_job", job, progress), name)
         begun = []
@@ -275,7 +279,7 @@ def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
         time.sleep(IDLE_S)
         idle = 0.0, time.monotonic() - zero
         progress("load")
-        with Runtime(job.bundle, threads=job.threads) as runtime:
+        with _opened(job) as runtime:
             load = idle[1], time.monotonic() - zero
             bench = _Bench(runtime, job.tokens, zero)
             pictures: list[tuple[tuple[int, int] | None, Picture | None]]
@@ -290,12 +294,17 @@ def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
                 where = "no picture" if size is None else f"{size[0]}x{size[1]}"
                 progress(f"{where}, {'short question' if length is None else f'{length} tokens'}")
                 runs.append(bench.run(size, picture, length, job.warmup, job.runs))
-            identity, library = bundle_id(runtime.bundle), _library(runtime.bundle.manifest.target)
+            identity = bundle_id(runtime.bundle)
+            library = runtime._backend.identity if job.provider else _library(runtime.bundle.manifest.target)
     names = list(dict.fromkeys(name for row in rows for name in row))
     samples = {name: tuple(row.get(name) for row in rows) for name in names}
     samples["t_s"] = tuple(None if t is None else t - zero for t in samples["t_s"])
     total = jetson.Machine(job.root).total_power()
     return BundleProfile(identity, library, load, idle, (), tuple(runs), samples, total)
+
+
+def _opened(job: Job) -> Runtime:
+    return Runtime(job.bundle, threads=job.threads, provider=cast(Any, job.provider))
 
 
 def bundle_id(bundle: Bundle) -> BundleId:
@@ -528,7 +537,7 @@ def first_token(began: float) -> None:
         job = _told()
         size = next((s for s in job.sizes if s is not None), None)
         picture = load_rgb(job.image) if job.image is not None else None if size is None else made_up(*size)
-        with Runtime(job.bundle, threads=job.threads) as runtime:
+        with _opened(job) as runtime:
             loaded = time.monotonic()
             bench = _Bench(runtime, 1, loaded)
             bench._answer(bench._prompts(picture, None)[0], picture)

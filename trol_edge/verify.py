@@ -30,7 +30,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ from trol_edge.images import preprocess
 from trol_edge.selftest import Case, SelfTest, read
 from trol_edge.session import Embeddings
 from trol_edge.weights import to_float32
+
+if TYPE_CHECKING:
+    from trol_edge.runtime import Provider
 
 Float32 = NDArray[np.float32]
 log = logging.getLogger(__name__)
@@ -167,20 +170,20 @@ def _placed(stage: Stage, layer: str) -> Stage:
     return dataclasses.replace(stage, text=f"{place}: {stage.text}" if stage.text else place)
 
 
-def verify(folder: str | os.PathLike[str], threads: int | None = None) -> Report:
+def verify(folder: str | os.PathLike[str], threads: int | None = None, provider: Provider | None = None) -> Report:
     """Load a bundle and replay its self-test; what passes is noted for later loads, see `first_load`.
 
-    threads: as Runtime takes it. Raises BundleError for a bundle that is damaged or has no self-test, and BackendError
-    where its target does not run here. Engines that do not serve here (stale ones) are a stage that fails.
+    threads, provider: as Runtime takes them. Raises BundleError for a bundle that is damaged or has no self-test, and
+    BackendError where its target does not run here. Engines that do not serve here (stale ones) are a stage that fails.
     """
     from trol_edge.runtime import Runtime  # it imports this file
 
     bundle = Bundle(folder)
     test = read(bundle)
     try:
-        runtime = Runtime(folder, threads=threads, selftest=False)
+        runtime = Runtime(folder, threads=threads, selftest=False, provider=provider)
     except BundleError as error:
-        if bundle.manifest.target == "cpu":
+        if bundle.manifest.target == "cpu" or provider is not None:
             raise
         return _report(bundle, "nothing: no engine was loaded", [Stage("engines", math.inf, 0.0, str(error))], 0.0)
     with runtime:
