@@ -260,6 +260,7 @@ class OrtState:
             "position_ids": _value(self._position),
             "image_mask": _value(np.zeros((1, 1, 1), np.float32)),
         }
+        self._anew = {**self._one, "rope_offset": _value(self._rope_offset)}  # what is other in every run
         self._step = self._bind("step", self._one)
         self._traverse_one: Any = None  # bound at first use
 
@@ -274,6 +275,14 @@ class OrtState:
             elif port.name != "logits":
                 binding.bind_output(port.name)
         return binding
+
+    def _run_again(self, name: str, binding: Any) -> None:
+        """Run a graph that was bound before, on what its input arrays hold now."""
+        if self._backend.memory != "cpu":  # there ONNX Runtime copies an input when it is bound, not when it runs
+            for port in self._backend.bundle.manifest.graphs[name].inputs:
+                if port.name in self._anew:
+                    binding.bind_ortvalue_input(port.name, self._anew[port.name])
+        self._backend.run(name, binding)
 
     def traverse(
         self,
@@ -294,7 +303,7 @@ class OrtState:
             self._embedding[0], self._position[0, 0] = embeddings, start
             self._traverse_one = self._traverse_one or self._bind(name, self._one)
             self._traverse_one.bind_ortvalue_input("slots", _value(self._slots[:stop]))
-            self._backend.run(name, self._traverse_one)
+            self._run_again(name, self._traverse_one)
             return self._logits[0]
         mask = np.zeros(len(embeddings)) if image_mask is None else image_mask
         feeds = {
@@ -323,13 +332,17 @@ class OrtState:
         """See trol_edge.cache.State."""
         if which and not self._backend.prefix_reuse:
             return []
-        return [a[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1) for a in (self.cache, self.second)[which]]
+        found = []
+        for buffer in (self.cache, self.second)[which]:
+            array = buffer if isinstance(buffer, np.ndarray) else buffer.numpy()
+            found.append(array[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1).astype(np.float32))
+        return found
 
     def step(self, embedding: Float32, position: int) -> Float32:
         """One pass over one token. embedding [D] at `position`; logits [V], overwritten by the next call."""
         self._embedding[0, 0] = embedding
         self._position[0, 0] = position
-        self._backend.run("step", self._step)
+        self._run_again("step", self._step)
         return self._logits[0]
 
     def step_token(self, embedding: Float32, position: int) -> int:

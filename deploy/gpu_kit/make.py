@@ -32,6 +32,7 @@ PYTHON = "3.12"
 WHEELS: tuple[dict[str, str], ...] = (
     {"what": "cuda-bindings==13.0.3", "unless": "cuda.bindings.runtime"},
     {"what": "onnxruntime-gpu==1.31.1"},
+    {"what": "tensorrt-rtx-cu13==1.7.1.116", "source": "plain Python"},  # the package itself comes as source only
     {"what": "tensorrt-rtx-cu13-bindings==1.7.1.116"},
     {"what": "tensorrt-rtx-cu13-libs==1.7.1.116"},
 )
@@ -57,8 +58,8 @@ def make(folder: Path, piece_bytes: int, jetson: bool, wheels: bool, engines: bo
     files[packed.name] = entry(packed, pieces, piece_bytes, kind="bundles")
     for wanted in WHEELS if wheels and not jetson else ():
         note(f"{wanted['what']} ...")
-        wheel = downloaded(wanted["what"], cache)
-        own = {"kind": "wheel", **{key: value for key, value in wanted.items() if key != "what"}}
+        wheel = downloaded(wanted["what"], cache, "source" in wanted)
+        own = {"kind": "wheel", **{key: value for key, value in wanted.items() if key == "unless"}}
         if "-cp" in wheel.name:
             own["python"] = PYTHON
         files[wheel.name] = entry(wheel, pieces, piece_bytes, **own)
@@ -126,9 +127,12 @@ def project_wheel(cache: Path) -> Path:
     return wheel
 
 
-def downloaded(what: str, cache: Path) -> Path:
-    """A wheel for the other machine's Python, from the package index."""
+def downloaded(what: str, cache: Path, source: bool) -> Path:
+    """A wheel for the other machine's Python, from the package index; source: made here of plain Python."""
     out = cache / "wheels" / what
+    if source and not list(out.glob("*.whl")):
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", os.fspath(out), what]
+        called(command, f"make a wheel of {what}")
     if not list(out.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--python-version", PYTHON, "--implementation", "cp", "-d", os.fspath(out), what]

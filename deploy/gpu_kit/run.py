@@ -255,7 +255,12 @@ class Run:
             "file": os.fspath(out),
             "dry": self.options.dry,
         }
-        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "ORT_DISABLE_TELEMETRY": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": path,
+            "LD_LIBRARY_PATH": os.pathsep.join(p for p in (*cuda_folders(), os.environ.get("LD_LIBRARY_PATH")) if p),
+            "PYTHONUNBUFFERED": "1",
+            "ORT_DISABLE_TELEMETRY": "1",
+        }
         with (self.out / "logs" / f"{stage.name}.log").open("wb") as log:
             child = subprocess.Popen(
                 [sys.executable, os.fspath(Path(__file__).resolve().with_name("stages.py"))],
@@ -351,6 +356,11 @@ class Run:
                 self.note(stage.name, {"status": "not run", "line": "the budget was used up before it"})
             else:
                 self.begin(stage)
+
+
+def cuda_folders() -> list[str]:
+    """Folders of CUDA libraries that came as Python packages: onnxruntime looks for them beside itself only."""
+    return [os.fspath(path) for entry in sys.path if entry for path in sorted(Path(entry).glob("nvidia/*/lib"))]
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
