@@ -129,7 +129,7 @@ def _compare(
             for runtime, own in zip((a, b), values, strict=True):
                 own.clear()
                 if pixels is not None:
-                    own[FEATURES] = np.asarray(runtime._backend.encode_image(pixels))
+                    own[FEATURES] = np.asarray(runtime.model.backend.encode_image(pixels))
             logits = [s.prefill_features(ids, v.get(FEATURES)) for s, v in zip(sessions, values, strict=True)]
             for place, array in values[0].items():
                 ratios.setdefault(place, []).append(ratio_db(array, values[1][place]))
@@ -140,7 +140,7 @@ def _compare(
                 token, others_token = (int(x.argmax()) for x in logits)
                 top.append(token == others_token)
                 agreed &= top[-1]
-                if token in a._ends:
+                if token in a.model.ends:
                     break
                 logits = [s.step(token) for s in sessions]
             same.append(agreed)
@@ -303,5 +303,5 @@ def _require_same_model(reference: Path, a: Runtime, other: Path, b: Runtime) ->
             f"{reference} is {one.model} and {other} is {two.model}, of other sizes; compare bundles of one checkpoint"
         )
     for path, runtime in ((reference, a), (other, b)):
-        if runtime._tokenizer is None:
+        if runtime.model.tokenizer is None:
             raise BundleError(f"{path}: has no tokenizer, so it cannot be asked; export with the tokenizer files")

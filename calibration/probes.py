@@ -64,7 +64,7 @@ def probed(
             files[graph.file] = FileInfo(path.stat().st_size, sha256_of(path))
         write_manifest(copy, dataclasses.replace(manifest, files=files))
         runtime = Runtime(copy, threads=threads, verify=False, selftest=False)
-        backend: Any = runtime._backend
+        backend: Any = runtime.model.backend
         backend.watched = {name: tuple(values) for name, values in places.items()}
 
         def watcher(graph: str, values: dict[str, Any]) -> None:

@@ -48,7 +48,8 @@ from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.layerwise import Layerwise, rope_of
 from trol_edge.export.reference.model import EagerAttention, LoraLinear
 from trol_edge.prompt.images import count_tiles, preprocess
-from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
+from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.tokenizer import Tokenizer
 
 HIDDEN = "hidden"
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}

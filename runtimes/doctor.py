@@ -23,7 +23,7 @@ from trol_edge.machine.identity import Jetson, Machine
 from trol_edge.runtimes.cuda import Device, devices
 from trol_edge.runtimes.trt.api import load
 from trol_edge.runtimes.trt.build import key_here
-from trol_edge.verify import replay as verify
+from trol_edge.verify.passed import passed_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _bundle(folder: Path, found: list[Device] | str, here: Machine, known: dict[
     if SELFTEST not in manifest.files:
         text = "the bundle has none, so nothing tells whether its numbers are right here; export it again"
         return [*checks, Check("self-test", False, text)]
-    passed = verify.passed_here(bundle)
+    passed = passed_here(bundle)
     text = (
         f"passed on this machine: {', '.join(passed)}"
         if passed

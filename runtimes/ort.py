@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
+from trol_edge.backend import Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.manifest import WEIGHTS, Bundle
 from trol_edge.bundle.weights import TensorInfo, loaded_dtype
-from trol_edge.cache import Placed
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.machine.identity import available_memory, share_arenas
 
@@ -98,7 +98,7 @@ class OrtBackend:
         self._options.log_severity_level = 3
         self._options.intra_op_num_threads = threads or 0
         self._lock = threading.Lock()
-        self._sessions: dict[str, Any] = {}
+        self.sessions: dict[str, Any] = {}
         # For measurements: outputs of a graph beyond those that the manifest lists, and who gets their values.
         self.watched: dict[str, tuple[str, ...]] = {}
         self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
@@ -126,14 +126,14 @@ class OrtBackend:
     def graph(self, name: str) -> Any:
         """The session of a graph; made on first use (vision and traverse_text may never be)."""
         with self._lock:
-            if name not in self._sessions:
+            if name not in self.sessions:
                 path = self.bundle.path(self.bundle.manifest.graphs[name].file)
                 # ONNX Runtime plans memory once per combination of input shapes and never forgets a plan: with any
                 # prefix before any chunk that is a leak.
                 self._options.enable_mem_pattern = name == "step"
-                self._sessions[name] = _call(f"load {path.name}", _open, path, self._options, self._providers(name))
-                self._require_used(self._sessions[name])
-            return self._sessions[name]
+                self.sessions[name] = _call(f"load {path.name}", _open, path, self._options, self._providers(name))
+                self._require_used(self.sessions[name])
+            return self.sessions[name]
 
     def _providers(self, name: str) -> list[Any]:
         """Provider of a graph, with its options; the CPU's behind it for operators that it lacks."""
@@ -263,7 +263,7 @@ class OrtState:
         start: int = 0,
         pictures: Sequence[Placed] = (),
     ) -> Float32:
-        """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        """See trol_edge.backend.State; the returned array is overwritten by the next call."""
         for placed in pictures:
             rows = np.asarray(placed.features[placed.first : placed.first + placed.count])
             embeddings[placed.at : placed.at + placed.count] = rows
@@ -300,7 +300,7 @@ class OrtState:
             self._rope_offset[:] = source._rope_offset
 
     def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
-        """See trol_edge.cache.State."""
+        """See trol_edge.backend.State."""
         if which and not self._backend.prefix_reuse:
             return []
         return [a[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1) for a in (self.cache, self.second)[which]]
@@ -313,7 +313,7 @@ class OrtState:
         return self._logits[0]
 
     def step_token(self, embedding: Float32, position: int) -> int:
-        """See trol_edge.cache.State."""
+        """See trol_edge.backend.State."""
         return best_token(self.step(embedding, position))
 
 

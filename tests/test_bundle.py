@@ -38,7 +38,7 @@ from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BackendError, BundleError, ExportError, UsageError
 from trol_edge.export import pipeline
 from trol_edge.prompt.images import ImageSpec
-from trol_edge.prompt.tokenizer import PromptSpec
+from trol_edge.prompt.template import PromptSpec
 from trol_edge.runtime import Runtime
 
 FILES = (SELFTEST, "step.onnx", TOKENIZER, "traverse.onnx", "traverse_text.onnx", "vision.onnx", WEIGHTS)

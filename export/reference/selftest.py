@@ -25,7 +25,8 @@ from trol_edge.export.reference.layerwise import Layerwise, rope_of
 from trol_edge.export.reference.model import EagerAttention, graph_rope_tables
 from trol_edge.export.storage import Progress
 from trol_edge.prompt.images import count_tiles, preprocess
-from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
+from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.tokenizer import Tokenizer
 
 # A rendered scene, as default calibration has them, but another one: within the range that scales were made for.
 SCENE = 3 * scenes.HELD_OUT_SEED

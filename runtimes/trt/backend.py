@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
+from trol_edge.backend import Placed
 from trol_edge.bundle.engines import (
     ENGINES,
     KERNELS,
@@ -38,7 +39,6 @@ from trol_edge.bundle.engines import (
 )
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
 from trol_edge.bundle.targets import target as target_of
-from trol_edge.cache import Placed
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.machine.identity import available_memory
 from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda
@@ -410,18 +410,18 @@ class TrtState:
         start: int = 0,
         pictures: Sequence[Placed] = (),
     ) -> Float32:
-        """See trol_edge.cache.State."""
+        """See trol_edge.backend.State."""
         self._rope_offset = self._long_rows if long_rope else 0
         return self._backend.traverse(self._cache, embeddings, image_mask, self._rope_offset, start, pictures)
 
     def step(self, embedding: Float32, position: int) -> Float32:
-        """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        """See trol_edge.backend.State; the returned array is overwritten by the next call."""
         with self._backend.lock:
             self._start(embedding, position)
             return self._logits()
 
     def step_token(self, embedding: Float32, position: int) -> int:
-        """See trol_edge.cache.State; eight bytes are downloaded."""
+        """See trol_edge.backend.State; eight bytes are downloaded."""
         with self._backend.lock:
             self._start(embedding, position)
             self._finish()
@@ -477,7 +477,7 @@ class TrtState:
             self._backend.keep_kernels({"step": self._context})
 
     def copy_rows(self, source: TrtState, start: int, stop: int, which: int) -> None:
-        """See trol_edge.cache.State; within the device, one copy per key or value head."""
+        """See trol_edge.backend.State; within the device, one copy per key or value head."""
         backend = self._backend
         with backend.lock:
             for name, port in self._ports.items():
@@ -493,7 +493,7 @@ class TrtState:
             self._rope_offset = source._rope_offset
 
     def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
-        """See trol_edge.cache.State; each buffer comes down whole."""
+        """See trol_edge.backend.State; each buffer comes down whole."""
         backend, found = self._backend, []
         with backend.lock:
             for name, port in self._ports.items():

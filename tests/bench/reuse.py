@@ -54,7 +54,7 @@ def prompts(runtime: trol_edge.Runtime) -> list[list[int]]:
 
 def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, Any]:
     """Milliseconds (medians over rounds) and bytes, by name."""
-    backend, spec = runtime._backend, runtime.bundle.manifest.spec
+    backend, spec = runtime.model.backend, runtime.bundle.manifest.spec
     asked = prompts(runtime)
     size = spec.vision.image_size
     pixels = np.random.default_rng(1).normal(size=(1, 3, size, size)).astype(np.float32)
@@ -114,9 +114,11 @@ def decoded(
     runtime: trol_edge.Runtime, session: Session, logits: Float32, go_on: Callable[[Session, int], Float32]
 ) -> str:
     """A greedy answer, token by token."""
-    tokenizer = runtime._text()
+    tokenizer = runtime.model.text
     ids: Sequence[int] = ()
-    while len(ids) < 96 and session.length < session.limit and (token := int(logits.argmax())) not in runtime._ends:
+    while (
+        len(ids) < 96 and session.length < session.limit and (token := int(logits.argmax())) not in runtime.model.ends
+    ):
         ids = (*ids, token)
         logits = go_on(session, token)
     return tokenizer.decode(ids)

@@ -39,7 +39,8 @@ from trol_edge.bundle.manifest import TOKENIZER, Bundle
 from trol_edge.errors import BackendError, TrolEdgeError, UsageError
 from trol_edge.export.reference import hub as models
 from trol_edge.measure.run import read_rate
-from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
+from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.tokenizer import Tokenizer
 
 Report = Callable[[str], None]  # one line about what is being done
 

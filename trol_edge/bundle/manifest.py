@@ -35,7 +35,7 @@ from trol_edge.bundle.spec import ModelSpec, from_dict
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BundleError, ExportError
 from trol_edge.prompt.images import ImageSpec
-from trol_edge.prompt.tokenizer import PromptSpec
+from trol_edge.prompt.template import PromptSpec
 
 FORMAT = "trol-edge-bundle"
 # 2: traverse goes on from a prefix (slots, and a cache of the second pass); a plan of precisions

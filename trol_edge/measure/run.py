@@ -32,8 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import trol_edge
-from trol_edge.answering.loop import Clock
+from trol_edge.answering.asking import PREFILL_CHUNK, Question, ask, look, prefill
 from trol_edge.answering.options import Options
+from trol_edge.answering.results import Clock
 from trol_edge.answering.sampling import Sampler
 from trol_edge.bundle.manifest import MANIFEST, Bundle, sha256_of
 from trol_edge.bundle.spec import from_dict
@@ -58,7 +59,7 @@ from trol_edge.measure.record import (
 )
 from trol_edge.prompt.images import load_rgb
 from trol_edge.prompt.tokenizer import TextStream
-from trol_edge.runtime import PREFILL_CHUNK, Question, Runtime
+from trol_edge.runtime import Runtime
 from trol_edge.session import Session
 
 Progress = Callable[[str], None]  # one line about what is being done
@@ -336,7 +337,7 @@ class _Bench:
 
     def __init__(self, runtime: Runtime, tokens: int, zero: float) -> None:
         self._runtime, self._tokens, self._zero = runtime, tokens, zero
-        self._has_text = runtime._tokenizer is not None
+        self._has_text = runtime.model.tokenizer is not None
         self._session = runtime.session()
         self._rng = np.random.default_rng(0)
 
@@ -351,7 +352,7 @@ class _Bench:
             start = time.monotonic() - self._zero
             pairs = [self._pair(prompts, picture) for _ in range(runs)]
             end = time.monotonic() - self._zero
-        peak = jetson.Machine()._process(os.getpid())["peak_rss_bytes"]
+        peak = jetson.Machine().process(os.getpid())["peak_rss_bytes"]
         self._session = self._runtime.session()
         question = self._question(prompts[0], picture)
         image = question.ids.count(self._runtime.bundle.manifest.spec.image_token_id)
@@ -367,7 +368,7 @@ class _Bench:
         )
 
     def _pair(self, prompts: Sequence[Any], picture: Picture | None) -> tuple[Answer, Answer]:
-        self._runtime._vision_cache.clear()
+        self._runtime.desk.vision_cache.clear()
         self._session.truncate(0)
         return self._answer(prompts[0], picture), self._answer(prompts[1], picture)
 
@@ -377,11 +378,11 @@ class _Bench:
         sampler = Sampler(options.sampling)
         steps, samples, texts = [], [], []
         start = now()
-        call = runtime._call(options)
+        call = runtime.desk.call(options)
         question = self._question(prompt, picture)
         looked = now()
-        logits = runtime._prefill(session, question, options, call, clock)
-        text = TextStream(runtime._text()) if self._has_text else None
+        logits = prefill(runtime.desk, session, question, options, call, clock)
+        text = TextStream(runtime.model.text) if self._has_text else None
         ids, first = list(question.ids), 0.0
         self._check_room(session)
         for i in range(self._tokens):
@@ -422,9 +423,9 @@ class _Bench:
     # -- prompts: text, or where the bundle has no tokenizer the ids that stand for it ---------------------------------
 
     def _question(self, prompt: Any, picture: Picture | None) -> Question:
-        seen = self._runtime._look(picture, "rgb")
+        seen = look(self._runtime.desk, picture, "rgb")
         if isinstance(prompt, str):
-            return self._runtime._question(prompt, seen)
+            return ask(self._runtime.desk, prompt, seen)
         return Question(prompt, seen)
 
     def _prompts(self, picture: Picture | None, length: int | None) -> tuple[Any, Any]:
