@@ -19,7 +19,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trol_edge.bundle.manifest import MANIFEST, Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
+from trol_edge.bundle.names import MANIFEST
 from trol_edge.errors import BundleError
 from trol_edge.runtime import Runtime
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trol_edge.bundle.precision import QUANTIZED
-from trol_edge.calibration.run import model_prompts
+from trol_edge.calibration.prompts import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export.quantize.recipes import LinearPlan, Options, make_plan

@@ -14,7 +14,7 @@ from collections import defaultdict
 import onnx_ir as ir
 
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.manifest import EMBEDDING
+from trol_edge.bundle.names import EMBEDDING
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.export import pipeline
 from trol_edge.export.graphs import counts
@@ -25,7 +25,7 @@ from trol_edge.export.quantize.stored import IR_TYPES, stored_dtype
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import find, shipped_folder
-from trol_edge.plan.estimate import Subject, cache_bytes
+from trol_edge.plan.subject import Subject, cache_bytes
 
 PUBLISHED = "F16"  # what the published checkpoints hold
 

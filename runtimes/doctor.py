@@ -13,7 +13,9 @@ from pathlib import Path
 
 from trol_edge._version import __version__
 from trol_edge.bundle.engines import differences, read, verified
-from trol_edge.bundle.manifest import SELFTEST, WEIGHTS, Bundle, sha256_of
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import SELFTEST, WEIGHTS
 from trol_edge.bundle.targets import NOT_YET, TARGETS, Target
 from trol_edge.bundle.trt_operators import Version
 from trol_edge.bundle.weights import WeightsFile, loaded_dtype

@@ -24,7 +24,8 @@ from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
-from trol_edge.bundle.manifest import WEIGHTS, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.weights import TensorInfo, loaded_dtype
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.machine.identity import available_memory, share_arenas

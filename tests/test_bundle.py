@@ -21,17 +21,9 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import CHECKPOINTS, NANO
 from trol_edge.bundle import manifest as bundle_module
-from trol_edge.bundle.manifest import (
-    MANIFEST,
-    SELFTEST,
-    TOKENIZER,
-    WEIGHTS,
-    Bundle,
-    FileInfo,
-    Manifest,
-    new_folder,
-    write_manifest,
-)
+from trol_edge.bundle.folder import new_folder
+from trol_edge.bundle.manifest import Bundle, FileInfo, Manifest, write_manifest
+from trol_edge.bundle.names import MANIFEST, SELFTEST, TOKENIZER, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, LinearPlan, Part, Plan
 from trol_edge.bundle.spec import LongRope, ModelSpec, VisionSpec
 from trol_edge.bundle.weights import WeightsFile

@@ -16,7 +16,8 @@ import pytest
 
 import trol_edge
 from tests.conftest import CHECKPOINTS, NANO, NANOS
-from trol_edge.bundle.manifest import MANIFEST, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import MANIFEST
 from trol_edge.calibration.evaluate import heading
 from trol_edge.cli.main import app, main
 from trol_edge.runtime import Runtime

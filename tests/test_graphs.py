@@ -22,7 +22,8 @@ from tests.conftest import NANO
 from tests.golden import GOLDEN, requires_all_golden, requires_golden
 from tests.reference import Reference, reference
 from trol_edge.bundle.embedding import Embeddings
-from trol_edge.bundle.manifest import WEIGHTS, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, ContextError, UsageError
 from trol_edge.export.reference.checkpoint import Checkpoint

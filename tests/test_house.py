@@ -35,7 +35,7 @@ NOT_FOR = {"export": {"trol_edge.runtime"}, "runtimes": {"trol_edge.runtime"}}
 LATE = "trol_edge/cli/"
 # The only files or folders that know each of these libraries.
 HOME: dict[str, tuple[str, ...]] = {
-    "torch": ("export/", "calibration/run.py", "calibration/sensitivity.py", "calibration/outliers.py"),
+    "torch": ("export/", *(f"calibration/{name}.py" for name in ("run", "collect", "sensitivity", "outliers"))),
     "onnx": (),  # onnx_ir is what we use
     "onnx_ir": ("export/", "calibration/probes.py"),
     "onnxscript": ("export/graphs/trace.py",),

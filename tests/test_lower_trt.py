@@ -18,7 +18,8 @@ from tests import cases, test_phi3
 from tests.cases import TOLERANCE, Array, difference
 from tests.conftest import CHECKPOINTS, CONTEXT, NANOS
 from tests.golden import GOLDEN, requires_golden
-from trol_edge.bundle.manifest import Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import ExportError
 from trol_edge.export import pipeline

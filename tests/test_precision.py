@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import NANO
 from tests.statistics import statistics_of
-from trol_edge.bundle.manifest import WEIGHTS, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.precision import tensor_bytes
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.cli import main as cli

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, models, normalizers
 
 from tests.golden import GOLDEN, requires_all_golden, requires_golden
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.prompt.template import IMAGE, PromptSpec, build_prompt, end_ids
 from trol_edge.prompt.tokenizer import TextStream, Tokenizer

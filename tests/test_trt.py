@@ -34,7 +34,9 @@ from trol_edge.bundle.engines import (
     shared_weights,
     write,
 )
-from trol_edge.bundle.manifest import WEIGHTS, Bundle, sha256_of
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtime import Runtime

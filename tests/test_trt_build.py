@@ -25,7 +25,8 @@ from trol_edge.bundle.engines import (
     verified,
     weight_bytes,
 )
-from trol_edge.bundle.manifest import Bundle, sha256_of
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.precision import BITS
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli import main as cli
@@ -33,7 +34,7 @@ from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.export import pipeline
 from trol_edge.export.quantize.recipes import Options
 from trol_edge.export.unbuilt import published
-from trol_edge.plan.estimate import subject_of
+from trol_edge.plan.subject import subject_of
 from trol_edge.runtimes import doctor
 from trol_edge.runtimes.cuda import Device
 from trol_edge.runtimes.trt import build as trt_build

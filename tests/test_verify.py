@@ -21,8 +21,10 @@ from tests import trt_standin
 from tests.conftest import CHECKPOINTS, NANO
 from trol_edge.bundle import selftest
 from trol_edge.bundle.engines import Key, folder_of, read, write
-from trol_edge.bundle.manifest import MANIFEST, SELFTEST, WEIGHTS, Bundle, FileInfo, Manifest, sha256_of, write_manifest
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, FileInfo, Manifest, write_manifest
+from trol_edge.bundle.names import MANIFEST, SELFTEST, WEIGHTS
+from trol_edge.bundle.strict import from_dict
 from trol_edge.cli import main as cli
 from trol_edge.errors import BundleError, VerifyError
 from trol_edge.machine import identity as machine

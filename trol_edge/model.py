@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from trol_edge.backend import Backend
 from trol_edge.bundle.embedding import Embeddings
-from trol_edge.bundle.manifest import TOKENIZER, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import TOKENIZER
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import Lifetime

@@ -31,7 +31,9 @@ from trol_edge.bundle.engines import (
     weight_bytes,
     write,
 )
-from trol_edge.bundle.manifest import WEIGHTS, Bundle, GraphInfo, sha256_of
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, GraphInfo
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.targets import Target, refusals
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError

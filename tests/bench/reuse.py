@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import trol_edge
-from trol_edge.bundle.manifest import TOKENIZER
+from trol_edge.bundle.names import TOKENIZER
 from trol_edge.errors import TrolEdgeError
 from trol_edge.export import scenes
 from trol_edge.session import Session

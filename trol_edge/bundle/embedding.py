@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.manifest import EMBEDDING, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import EMBEDDING
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError
 

@@ -14,8 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trol_edge.bundle.manifest import WEIGHTS, Bundle, FileInfo, sha256_of
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, FileInfo
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.weights import TensorInfo
 from trol_edge.errors import BundleError
 

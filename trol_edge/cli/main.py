@@ -530,7 +530,7 @@ def compare(
 @app.command(epilog="Example: trol-edge demo build/trol-nano")
 def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None:
     """Ask a bundle about the picture that ships with this project, and say what to type next."""
-    from trol_edge.bundle.manifest import TOKENIZER
+    from trol_edge.bundle.names import TOKENIZER
     from trol_edge.runtime import Runtime
 
     with _extra("export"):
@@ -646,6 +646,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure latency, memory and energy of bundles on this machine, stage by stage; writes a page to look at."""
+    from trol_edge.bundle import folder as folder_module
     from trol_edge.measure import record as profiles
     from trol_edge.measure import run as profile_run
     from trol_edge.measure.compare import compare as compared
@@ -670,10 +671,10 @@ def profile(
         )
     if output is not None:  # before the comparison, which may refuse: minutes of measuring are not thrown away
         found.save(output / profiles.FILE)
-        profiles.write(output / "profile.html", page(found))
+        folder_module.write_text(output / "profile.html", page(found))
     comparison = None if old is None else compared(old, found)
     if output is not None and old is not None:
-        profiles.write(output / "profile.html", page(found, old, comparison))
+        folder_module.write_text(output / "profile.html", page(found, old, comparison))
     rows = summary(found)
     if as_json:
         against = None if comparison is None else dataclasses.asdict(comparison)
@@ -837,6 +838,8 @@ def plan(
     from trol_edge.bundle.targets import TARGETS
     from trol_edge.machine import devices
     from trol_edge.plan import estimate as planning
+    from trol_edge.plan import rates as rates_module
+    from trol_edge.plan import subject as subject_module
 
     if show_device is not None:
         print(devices.to_json(devices.find(show_device)[0]))
@@ -845,7 +848,7 @@ def plan(
         raise typer.BadParameter("give either a bundle folder or --model")
     if bundle is not None and (precision or context):
         raise typer.BadParameter("a bundle has its precision and context already; use --model to choose")
-    fixed = None if bundle is None else planning.subject_of(Bundle(bundle))
+    fixed = None if bundle is None else subject_module.subject_of(Bundle(bundle))
     if not device:
         on_cpu = fixed is not None and fixed.target == "cpu"
         device = ["host"] if on_cpu else [n for n, d in devices.DEVICES.items() if d.target.startswith("jetson")]
@@ -856,8 +859,8 @@ def plan(
 
             machines.append(rates.host())
         else:
-            machines.append(planning.machine_of(*devices.find(name)))
-    work = planning.Workload(tiles, text, answer)
+            machines.append(rates_module.machine_of(*devices.find(name)))
+    work = subject_module.Workload(tiles, text, answer)
     subjects: dict[tuple[str, str], Any] = {}
     if fixed is None:
         assert model is not None
@@ -934,8 +937,8 @@ def _size(text: str) -> tuple[int, int] | None:
 
 def _show_profile(profile: Any, rows: list[dict[str, Any]]) -> None:
     """Tables of a profile: the stages of every run, and what to know about them."""
-    from trol_edge.measure.figures import number
     from trol_edge.measure.record import STAGES, STARTS, case_name
+    from trol_edge.svg import number
 
     peaks = profile.peaks
     rates = f"; {peaks.flops_per_s / 1e9:.0f} GFLOP/s, {peaks.bytes_per_s / 1e9:.0f} GB/s measured" if peaks else ""
@@ -1062,11 +1065,11 @@ def _print_plans(plans: Any, targets: Any) -> None:
             out.print(f"  {note}", markup=False, style="dim", soft_wrap=True)
         if gpu:
             from trol_edge.bundle.targets import NOT_YET
-            from trol_edge.plan import estimate as planning
+            from trol_edge.plan import rates as rates_module
 
             out.print(
-                f"  expected: {planning.BANDWIDTH:.0%} of the bandwidth, "
-                + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in planning.ARITHMETIC.items())
+                f"  expected: {rates_module.BANDWIDTH:.0%} of the bandwidth, "
+                + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in rates_module.ARITHMETIC.items())
                 + f", from others' figures for other models (CONTRIBUTING.md); {NOT_YET}",
                 markup=False,
                 style="dim",

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 from trol_edge._version import __version__
-from trol_edge.bundle.manifest import VERIFIED, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import VERIFIED
 from trol_edge.machine import identity as machine
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.backend import FIRST, SECOND
-from trol_edge.bundle.manifest import SELFTEST, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import SELFTEST
 from trol_edge.bundle.selftest import Case, SelfTest, read
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, VerifyError
