@@ -207,7 +207,7 @@ def test_export_of_a_published_model_without_network(tmp_path: Path) -> None:
 MISSING = """
 import sys
 sys.modules[{library!r}] = None
-from trol_edge.cli import main
+from trol_edge.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -395,7 +395,7 @@ def test_a_limit_on_the_loss_raises_linears(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`mix` writes the plan that `export --max-loss` takes by itself."""
-    monkeypatch.setattr("trol_edge.cli.main.SENSITIVITY_SAMPLES", 1)
+    monkeypatch.setattr("trol_edge.cli.export.SENSITIVITY_SAMPLES", 1)
     statistics, plan = tmp_path / "statistics", tmp_path / "int4.json"
     assert cli("calibrate", NANO, "--samples", 2, "-o", statistics, "--json").code == 0
     rest = {"vision": "fp32", "lora": "fp32", "lm_head": "fp32", "scaling": False, "clipping": False}

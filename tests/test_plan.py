@@ -19,7 +19,7 @@ from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli.main import main
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.machine import devices
-from trol_edge.plan import duration
+from trol_edge.plan import compare, duration
 from trol_edge.plan import estimate as plan
 from trol_edge.plan import memory as memory_module
 from trol_edge.plan import rates as rates_module
@@ -206,10 +206,10 @@ def test_other_target_says_nothing(nano: rates_module.Machine) -> None:
 def test_best_precision_for_a_goal(nano: rates_module.Machine) -> None:
     plans = [plan.plan(subject(w, p), nano) for w, p in ((9.0, "fp16"), (2.0, "int8"), (1.0, "int4"))]
     fast = plans[2].tokens_per_second[1]
-    assert plan.best(plans, None, None) is plans[1], "FP16 does not fit"
-    assert plan.best(plans, None, fast - 1) is plans[2]
-    assert plan.best(plans, None, fast + 1) is None
-    assert plan.best(plans, 1e-6, None) is None
+    assert compare.best(plans, None, None) is plans[1], "FP16 does not fit"
+    assert compare.best(plans, None, fast - 1) is plans[2]
+    assert compare.best(plans, None, fast + 1) is None
+    assert compare.best(plans, 1e-6, None) is None
 
 
 def test_bundle_on_the_robot(nano_bundle: Path) -> None:
@@ -218,7 +218,7 @@ def test_bundle_on_the_robot(nano_bundle: Path) -> None:
 import sys
 from trol_edge.runtimes import rates
 rates.SECONDS, rates.WORKING_SETS, rates.TENSORS = 0.002, (1 << 20, 4 << 20), (1 << 16, 1 << 20)
-from trol_edge.cli import main
+from trol_edge.cli.main import main
 code = main(["plan", {str(nano_bundle)!r}, "--json"])
 assert not {{"torch", "onnx", "onnx_ir"}} & set(sys.modules), "the thin side imported the workshop"
 sys.exit(code)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from trol_edge.bundle.targets import TARGETS
@@ -139,16 +139,6 @@ def _fit(
                 )
                 return as_asked, "fits with these changes" if changes else "fits", changes
     return as_asked, "does not fit", ()
-
-
-def best(plans: Sequence[Planned], first_token: float | None, tokens_per_second: float | None) -> Planned | None:
-    """The finest precision on a machine that fits and is expected to reach the goals (seconds, tokens per second)."""
-    for found in sorted(plans, key=lambda p: (*QUALITY, p.subject.precision).index(p.subject.precision)):
-        early = first_token is None or found.first_token[1] <= first_token
-        fast = tokens_per_second is None or found.tokens_per_second[1] >= tokens_per_second
-        if found.verdict != "does not fit" and early and fast:
-            return found
-    return None
 
 
 def to_dict(planned: Planned) -> dict[str, Any]:
