@@ -26,7 +26,7 @@ from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, deriv
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
-from trol_edge.bundle.weights import TensorInfo, loaded_dtype
+from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.machine.identity import available_memory, share_arenas
 
@@ -82,14 +82,12 @@ class OrtBackend:
         missing = [name for name in sorted(kept | sources | constants) if name not in file.tensors]
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
-        self.weight_bytes = sum(_loaded_bytes(file.tensors[name]) for name in kept)
-        # Once in all sessions where they are inputs; else once in each, widened where a CPU computes in float32.
-        if manifest.target == "cpu":
-            self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
+        # Once for all sessions, but where graphs for a GPU hold weights of their own: these once in each.
+        held = [used] if manifest.target == "cpu" else [inputs, *(manifest.graphs[name].constants for name in ENGINES)]
+        if self.memory == "cpu":
+            self.weight_bytes = sum(cpu_bytes(bundle, names) for names in held)
         else:
-            tensors = [file.tensors[w] for name in ENGINES for w in manifest.graphs[name].weights]
-            self.weight_bytes += sum(_loaded_bytes(t) if provider == "cpu" else t.nbytes for t in tensors)
-        self.weight_bytes += sum(2 * file.tensors[parameter + NBITS].nbytes for parameter in derived)
+            self.weight_bytes = sum(file.tensors[name].nbytes for names in held for name in names)
         self._require_memory()
         share_arenas()
         arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None)
@@ -109,7 +107,7 @@ class OrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache of one state at full context: both sets, or one and a layer's scratch."""
-        one_set = self.bundle.manifest.kv_bytes_per_token * self.context
+        one_set = cache_bytes(self.bundle.manifest.graphs["step"].inputs, self.context)
         return 2 * one_set if self.prefix_reuse else one_set + one_set // self.spec.num_layers
 
     def _require_memory(self) -> None:
@@ -367,7 +365,3 @@ def _call(what: str, function: Any, *args: Any) -> Any:
         return function(*args)
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
-
-
-def _loaded_bytes(tensor: TensorInfo) -> int:
-    return int(np.prod(tensor.shape)) * loaded_dtype(tensor.dtype).itemsize

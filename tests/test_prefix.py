@@ -295,7 +295,7 @@ def test_without_prefix_reuse(case: str, load: Prompts) -> None:
     state, with_both = (s.cache.state for s in (session, both))
     spec, context = runtime.bundle.manifest.spec, runtime.bundle.manifest.context
     held = [sum(a.nbytes for a in (*s.cache, *s.second)) for s in (state, with_both)]  # type: ignore[union-attr]
-    one = spec.kv_bytes_per_token * context
+    one = 4 * spec.kv_values_per_token * context
     assert held == [one + one // spec.num_layers, 2 * one]
     assert [rt.model.backend.cache_bytes for rt in (runtime, prompt.runtime)] == held  # type: ignore[attr-defined]
     refused: list[tuple[str, Callable[[], object]]] = [

@@ -23,20 +23,11 @@ from tests.cases import difference
 from tests.conftest import NANO
 from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
-from trol_edge.bundle.engines import (
-    ENGINES,
-    FORMAT_VERSION,
-    EngineInfo,
-    EngineSet,
-    Key,
-    folder_of,
-    read,
-    shared_weights,
-    write,
-)
+from trol_edge.bundle.engines import ENGINES, FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, write
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.sizes import cache_bytes, shared_weights
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtime import Runtime
@@ -355,7 +346,8 @@ def test_both_sets_are_always_kept(machine: Machine, capsys: pytest.CaptureFixtu
     with pytest.raises(UsageError, match="prefix_reuse=False would save nothing with engines"):
         Runtime(machine.folder, prefix_reuse=False)
     both = backend(machine.open()).cache_bytes
-    assert both == 2 * Bundle(machine.folder).manifest.kv_bytes_per_token * Bundle(machine.folder).manifest.context
+    manifest = Bundle(machine.folder).manifest
+    assert both == 2 * cache_bytes(manifest.graphs["step"].inputs, manifest.context)
     assert cli.main(["inspect", str(machine.folder)]) == 0
     assert f"two sets, {both / 1e6:.1f} MB, always: engines keep both" in " ".join(capsys.readouterr().out.split())
 

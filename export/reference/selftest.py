@@ -89,7 +89,7 @@ class _Sequence:
         self.ids, self.forced = ids, forced
         self.mask = torch.from_numpy(ids == spec.image_token_id)
         self.attend = EagerAttention(spec, *rope_of(spec, len(ids) + STEPS, long))
-        row = 2 * spec.kv_bytes_per_token
+        row = 2 * 4 * spec.kv_values_per_token  # both sets, float32
         count = min(max(CACHE_BYTES // row, LEAST_ROWS), MOST_ROWS, len(ids))
         self.positions = np.unique(np.linspace(len(ids) - 1, len(ids) // 2, count).astype(np.int32))
         self.cache: list[Tensor] = []

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 import trol_edge
 from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.sizes import cpu_bytes
 from trol_edge.bundle.spec import ModelSpec
-from trol_edge.bundle.weights import loaded_dtype
 from trol_edge.errors import BackendError, TrolEdgeError
 from trol_edge.prompt.images import load_rgb, preprocess
 from trol_edge.prompt.template import PromptSpec
@@ -89,7 +89,7 @@ class BundleContender:
         self.runtime = trol_edge.Runtime(job.bundle, prefix_reuse=False, selftest=False)
         self.session = self.runtime.session()
         bundle = self.runtime.bundle
-        self.step_bytes = _loaded_bytes(bundle, bundle.manifest.graphs["step"].weights)
+        self.step_bytes = cpu_bytes(bundle, bundle.manifest.graphs["step"].weights)
         self.weight_bytes = self.runtime.model.backend.weight_bytes
 
     def encode(self, pixels: Float32) -> Any:
@@ -423,13 +423,6 @@ def _pixels(job: Job) -> Float32:
         return preprocess([load_rgb(job.picture)], manifest.image)
     size = manifest.spec.vision.image_size
     return np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
-
-
-def _loaded_bytes(bundle: Bundle, names: Sequence[str]) -> int:
-    """Bytes of these tensors in memory: float32 or integers."""
-    tensors = bundle.weights().tensors
-    sizes = [(int(np.prod(tensors[n].shape)), loaded_dtype(tensors[n].dtype).itemsize) for n in names if n in tensors]
-    return sum(count * item for count, item in sizes)
 
 
 def _in_a_step(parameter: str) -> bool:

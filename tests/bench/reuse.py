@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 import trol_edge
 from trol_edge.bundle.names import TOKENIZER
+from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.errors import TrolEdgeError
 from trol_edge.export import scenes
 from trol_edge.session import Session
@@ -81,7 +82,8 @@ def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, A
             found["fork_step"].append(clock(fork.step_view, 5))
             found["step_behind"] += [clock(fork.step_view, 5) for _ in range(2)]
     median = {name: statistics.median(values) for name, values in found.items()}
-    one_set = spec.kv_bytes_per_token * runtime.bundle.manifest.context
+    manifest = runtime.bundle.manifest
+    one_set = cache_bytes(manifest.graphs["step"].inputs, manifest.context)
     return {
         "model": runtime.bundle.manifest.model,
         "rounds": rounds,
@@ -89,7 +91,7 @@ def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, A
         "reused_tokens": reused,
         "milliseconds": median,
         "second_to_first_percent": 100 * median["second"] / (median["vision"] + median["first"]),
-        "kv_bytes": {"one_set": one_set, "both_sets": 2 * one_set, "per_token_and_set": spec.kv_bytes_per_token},
+        "kv_bytes": {"one_set": one_set, "both_sets": 2 * one_set, "per_token_and_set": one_set // manifest.context},
     }
 
 

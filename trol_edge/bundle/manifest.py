@@ -20,8 +20,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.names import MANIFEST, WEIGHTS
@@ -95,13 +93,6 @@ class Manifest:
     parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
     plan: Plan  # how each Linear is stored and computed
     calibration: CalibrationInfo | None  # what the scales were made of; None: nothing was calibrated
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one K/V set per token of context, in the types of the graphs."""
-        past = [port for port in self.graphs["step"].inputs if port.name.startswith("past_")]
-        row = self.spec.num_kv_heads * self.spec.head_dim
-        return row * sum(np.dtype(port.dtype).itemsize for port in past)
 
 
 class Bundle:

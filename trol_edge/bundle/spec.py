@@ -62,6 +62,6 @@ class ModelSpec:
     long_rope: LongRope | None = None  # None: plain rotary embedding, one set of frequencies
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one cached token (K and V of all layers) in FP32."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token takes in a K/V set: K and V of all layers. (Bytes: see sizes.py.)"""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim

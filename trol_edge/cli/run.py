@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.cli.show import Json, err, extra, out, print_json
 
 
@@ -85,9 +86,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a bundle: graphs, operators, inputs and outputs, weights and the bytes a step reads."""
-    from trol_edge.bundle.derived import loaded_bytes
-    from trol_edge.bundle.engines import device_bytes, shared_weights
     from trol_edge.bundle.manifest import Bundle
+    from trol_edge.bundle.sizes import device_bytes, loaded_bytes, shared_weights
     from trol_edge.bundle.targets import TARGETS
 
     opened = Bundle(bundle)
@@ -95,7 +95,8 @@ def inspect(
     graphs = manifest.graphs.items()
     stored = {name: sum(tensors[w].nbytes for w in graph.weights if w in tensors) for name, graph in graphs}
     as_float = {name: sum(loaded_bytes(w, tensors) for w in graph.weights) for name, graph in graphs}
-    kv = manifest.kv_bytes_per_token
+    one_set = cache_bytes(manifest.graphs["step"].inputs, manifest.context)
+    kv = one_set // manifest.context
     lora = {name: sum(".lora_" in w for w in graph.weights) for name, graph in manifest.graphs.items()}
     used = {w for graph in manifest.graphs.values() for w in graph.weights}
     if as_json:
@@ -158,8 +159,8 @@ def inspect(
     out.print(
         f"A step reads {as_float['step'] / 1e6:.2f} MB of weights ({form}, each once, {lora['step']} LoRA tensors), "
         f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
-        f"K/V cache, per session: {kv} bytes per token and set, {kv * manifest.context / 1e6:.1f} MB a set; two sets, "
-        f"{2 * kv * manifest.context / 1e6:.1f} MB, {sets}.\n"
+        f"K/V cache, per session: {kv} bytes per token and set, {one_set / 1e6:.1f} MB a set; two sets, "
+        f"{2 * one_set / 1e6:.1f} MB, {sets}.\n"
         f"In no graph: {', '.join(sorted(tensors.keys() - used))} (looked up by the runtime)."
     )
 

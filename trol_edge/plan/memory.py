@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from trol_edge.bundle.engines import build_bytes
+from trol_edge.bundle.sizes import build_bytes
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.plan.rates import Machine
 from trol_edge.plan.subject import Subject

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
 
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.derived import loaded_bytes
-from trol_edge.bundle.engines import device_bytes, shared_weights
-from trol_edge.bundle.manifest import Bundle, Port
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.sizes import cache_bytes, device_bytes, loaded_bytes, shared_weights
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import BundleError
 
@@ -76,11 +73,5 @@ def subject_of(bundle: Bundle) -> Subject:
         shareable_bytes=apart - together if manifest.plan.can_share_weights else 0,
         shared=on_gpu and bool(shared_weights(bundle)),
         embedding_bytes=tensors["embedding"].nbytes,
-        cache_bytes=cache_bytes(manifest.graphs["step"].inputs),
+        cache_bytes=cache_bytes(manifest.graphs["step"].inputs, manifest.context),
     )
-
-
-def cache_bytes(ports: Sequence[Port]) -> int:
-    """Bytes of the K/V cache among the inputs of a step: one set."""
-    items = {"float32": 4, "float16": 2}
-    return sum(math.prod(int(d) for d in p.shape) * items[p.dtype] for p in ports if p.name.startswith("past_"))
