@@ -97,6 +97,9 @@ class OrtBackend:
         self._options.log_severity_level = 3
         self._options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `placement`
         self._options.intra_op_num_threads = threads or 0
+        if any(linear.precision == "fp8" for linear in manifest.plan.linears.values()):
+            # Nothing to gain: no kernels multiply FP8. And 1.31 moves the rounding past operators that take no FP8.
+            self._options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._lock = threading.Lock()
         self.sessions: dict[str, Any] = {}
         # For measurements: outputs of a graph beyond those that the manifest lists, and who gets their values.

@@ -112,7 +112,7 @@ def test_caches_that_lie_on_a_gpu(gpu_bundle: Path, monkeypatch: pytest.MonkeyPa
         return [*tokens, session.step_token(3)]
 
     def rows(r: Runtime) -> list[Any]:
-        state = r._backend.new_state()
+        state = r.model.backend.new_state()
         state.traverse(np.ones((3, r.bundle.manifest.spec.hidden_size), np.float32), None)
         return [row for which in (0, 1) for row in state.rows(np.array([0, 2], np.int32), which)]
 

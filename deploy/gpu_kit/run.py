@@ -73,7 +73,8 @@ def stages(jetson: bool, soak_s: float, small: bool) -> list[Stage]:
             given = {"model": model, "precision": precision}
             found.append(Stage(f"full-{model}-{precision}", "full", given, 150, after=after))
             if precision == "fp16":
-                found.append(Stage(f"torch-{model}", "torch", {"model": model}, 150, after=after))
+                first = {"model": model, "compile_step": model == full[0]}
+                found.append(Stage(f"torch-{model}", "torch", first, 150))
         if soak_s:
             found.append(Stage("soak-ort", "soak", {"model": NANOS[0], "seconds": soak_s}, soak_s + 60))
     found.append(Stage("profile", "profile", {}, 180))
@@ -316,8 +317,6 @@ class Run:
 
     def stage(self, stage: Stage) -> None:
         """Run a stage, within its own limit and what is left of the budget."""
-        if stage.after in self.children:
-            self.wait(stage.after, self.left_s(), "the budget is used up")
         left = self.left_s()
         if left < LEAST_S:
             self.note(stage.name, {"status": "not run", "line": "the budget was used up before it"})
@@ -328,14 +327,18 @@ class Run:
         self.wait(stage.name, limit, why)
 
     def all(self, chosen: list[Stage]) -> None:
-        """Run the chosen stages; those in the background one after the other beside the rest."""
+        """Run the chosen stages; those in the background beside the rest."""
         waiting = [stage for stage in chosen if stage.background]
+        left = [stage for stage in chosen if not stage.background]
         try:
-            for stage in chosen:
+            while left:
                 self._feed(waiting)
-                if not stage.background:
-                    while stage.after and any(w.name == stage.after for w in waiting):
-                        self._feed(waiting, wait=True)
+                made = {stage.name for stage in waiting} | self.children.keys()  # still being made
+                stage = next((stage for stage in left if stage.after not in made), None)
+                if stage is None:
+                    self._feed(waiting, wait=True)
+                else:
+                    left.remove(stage)
                     self.stage(stage)
             while waiting or self.children:
                 self._feed(waiting, wait=True)
@@ -346,11 +349,13 @@ class Run:
             self.write()
 
     def _feed(self, waiting: list[Stage], wait: bool = False) -> None:
-        """Keep one background stage at work. wait: until the one at work has ended."""
-        for name, (stage, child, _) in list(self.children.items()):
-            if stage.background and (wait or child.poll() is not None):
-                self.wait(name, min(stage.limit_s, max(0.1, self.left_s())), "its limit, or the budget's end")
-        if waiting and not self.children:
+        """Keep `--jobs` background stages at work. wait: until the oldest of them has ended."""
+        for name, (stage, child, began) in list(self.children.items()):
+            if wait or child.poll() is not None:
+                left = stage.limit_s - (time.monotonic() - began)
+                self.wait(name, min(left, self.left_s()), "its limit, or the budget's end")
+                wait = False
+        while waiting and len(self.children) < self.options.jobs:
             stage = waiting.pop(0)
             if self.left_s() < LEAST_S:
                 self.note(stage.name, {"status": "not run", "line": "the budget was used up before it"})
@@ -401,6 +406,8 @@ def main() -> int:
     parser.add_argument("--out", default="result", help="Folder of result.json, logs and the profile's page.")
     parser.add_argument("--scratch", default="scratch", help="Folder to install and work in; several GB.")
     parser.add_argument("--soak-s", type=float, default=60.0, help="Seconds of the soak.  [default: 60]")
+    jobs = max(1, min(4, (os.cpu_count() or 1) // 4))
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"Exports at a time beside the rest.  [default: {jobs}]")
     parser.add_argument("--dry", action="store_true", help="No GPU: the CPU stands in, small models for large ones.")
     parser.add_argument("--list", action="store_true", help="Print the stages and their limits, and run nothing.")
     options = parser.parse_args()
