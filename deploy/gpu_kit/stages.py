@@ -66,7 +66,7 @@ class Record:
 
     def check(self, name: str, good: bool, found: str = "") -> None:
         """Note whether something holds; the stage passes where all of them do."""
-        self._data["checks"].append({"name": name, "good": bool(good), "found": found})
+        self._data["checks"].append({"name": name, "good": bool(good), "found": "" if good else found})
         self._write()
 
     def end(self, status: str, line: str) -> None:
@@ -633,19 +633,8 @@ def prepare(record: Record, model: str, precision: str) -> None:
     from trol_edge.export.quantize.made_up import made_up_statistics
     from trol_edge.export.quantize.recipes import Options
 
-    checkpoint, bundle = checkpoint_of(record, model), large(record, model, precision)
-    bundle.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(record.scratch).free / 1e9
-    needed = {"trol-1.8b": 9.0, "trol-3.8b": 17.0}.get(model, 0.1)
-    if free < needed:
-        raise NotHere(f"{model} needs {needed:.0f} GB of disk below {record.scratch}, {free:.0f} are free")
-    with (bundle.parent / f"{model}.lock").open("w") as lock:  # two precisions are made at a time, of one checkpoint
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (checkpoint / "config.json").is_file():
-            start = time.perf_counter()
-            synth = ["synth", "--model", model, "-o", os.fspath(checkpoint), "--json"]
-            subprocess.run([sys.executable, "-m", "trol_edge", *synth], check=True)
-            record["synth, s"] = round(time.perf_counter() - start, 1)
+    bundle = large(record, model, precision)
+    checkpoint = checkpoint_of(record, model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     options = Options(recipe=precision, scaling=False, clipping=False, sensitive=None, observer="minmax")
@@ -676,12 +665,26 @@ def prepare(record: Record, model: str, precision: str) -> None:
 
 
 def checkpoint_of(record: Record, model: str) -> Path:
-    """The folder of a published model's random weights; in a dry run a shipped model, which has its own."""
+    """The folder of a published model's random weights, made at the first use; in a dry run a shipped model."""
     if record.dry:
         from trol_edge.export.reference.hub import shipped_folder
 
         return Path(shipped_folder(model))
-    return record.scratch / "large" / f"{model}-checkpoint"
+    checkpoint = record.scratch / "large" / f"{model}-checkpoint"
+    checkpoint.parent.mkdir(exist_ok=True)
+    with (checkpoint.parent / f"{model}.lock").open("w") as lock:  # several stages read one checkpoint
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (checkpoint / "config.json").is_file():
+            return checkpoint
+        free = shutil.disk_usage(record.scratch).free / 1e9
+        needed = {"trol-1.8b": 14.0, "trol-3.8b": 24.0}[model]  # it and its bundles
+        if free < needed:
+            raise NotHere(f"{model} needs {needed:.0f} GB of disk below {record.scratch}, {free:.0f} are free")
+        start = time.perf_counter()
+        synth = ["synth", "--model", model, "-o", os.fspath(checkpoint), "--json"]
+        subprocess.run([sys.executable, "-m", "trol_edge", *synth], check=True)
+        record["synth, s"] = round(time.perf_counter() - start, 1)
+    return checkpoint
 
 
 def large(record: Record, model: str, precision: str) -> Path:
@@ -705,7 +708,7 @@ def full(record: Record, model: str, precision: str) -> None:
             tokens=TOKENS,
             warmup=1,
             runs=RUNS,
-            starts=1,
+            starts=0,
             provider=record.provider,
             progress=print,
         )
@@ -724,8 +727,6 @@ def torch(record: Record, model: str, compile_step: bool) -> None:
     if not record.dry and not module.cuda.is_available():
         raise NotHere("this PyTorch has no CUDA")
     checkpoint = checkpoint_of(record, model)
-    if not (checkpoint / "config.json").is_file():
-        raise NotHere(f"the checkpoint of {model} was not made; see the stage prepare-{model}-fp16")
     with device_memory(record), module.inference_mode():
         reference = Reference(module, checkpoint, "cpu" if record.dry else "cuda")
         record["prompt tokens"] = reference.length
@@ -906,7 +907,7 @@ def profile(record: Record) -> None:
         raise NotHere("no bundle is here to profile")
     output = record.out / "profile"
     command = [sys.executable, "-m", "trol_edge", "profile", *there, *provider]
-    command += ["--runs", str(RUNS), "--warmup", "1", "--starts", "1", "-o", os.fspath(output), "--json"]
+    command += ["--runs", str(RUNS), "--warmup", "1", "--starts", "0", "-o", os.fspath(output), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         record.check("the profile", False, f"exit status {done.returncode}; see its log")
