@@ -11,9 +11,10 @@ TARGET ?=
 PRECISION ?=
 PYTHON ?= python3
 VENV ?= .venv
-# One version, because a looser range fetches the newest build. On Linux PyPI's torch brings CUDA libraries (several
-# GB, not needed here); for the small CPU build: make engine TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
-TORCH ?= torch==2.13.0
+# One version, because a looser range fetches the newest build. Which build of it this machine needs, and about how much
+# that fetches, is said by export/install_torch.py; TORCH= gives pip arguments of your own instead.
+TORCH_VERSION ?= 2.13.0
+TORCH ?=
 # For `make test-oldest`: the Python and ONNX Runtime of JetPack 6.
 PYTHON_OLDEST ?= python3.10
 ORT_OLDEST ?= 1.23.2
@@ -142,9 +143,9 @@ clean:  ## remove what was built (not downloaded checkpoints)
 
 $(VENV)/engine.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 needed: make PYTHON=python3.12 ...")'
-	@echo "installing into $(VENV) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) $(TORCH)
+	@$(if $(TORCH),$(PIP) $(TORCH),$(BIN)/python export/install_torch.py $(TORCH_VERSION))
+	@echo "installing the rest into $(VENV), about 100 MB to fetch ..."
 	@$(PIP) -e '.[cpu,export]'
 	@touch $@
 
