@@ -22,7 +22,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
+.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -102,7 +102,7 @@ engines-full: $(VENV)/engine.stamp  ## full-size engines (1.8B, 3.8B, random wei
 	@$(PIP) -e '.[rtx]'
 	$(BIN)/python -m trol_edge.export.engines_full $(ARGS)
 
-test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built here (not yet run by us)
+test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built here
 	$(BIN)/trol-edge export trol-nano -o build/test-gpu --target $$($(BIN)/trol-edge targets --best) --force
 	$(BIN)/trol-edge build build/test-gpu && $(BIN)/trol-edge doctor build/test-gpu
 	TROL_EDGE_GPU_BUNDLE=build/test-gpu $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
@@ -138,6 +138,32 @@ wheel: $(VENV)/test.stamp  ## build dist/*.whl
 	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
+docs: $(VENV)/docs.stamp  ## the site in build/site, from docs/ and the docstrings; a broken link fails
+	$(BIN)/zensical build --strict --clean
+	@echo "open build/site/index.html"
+
+# The answer in the first picture is the one that the bundle gives; a test compares them.
+pictures: browser $(VENV)/engine.stamp  ## docs/images again: a question with its answer, the page of a profile
+	@test -f build/trol-nano/bundle.json || $(BIN)/trol-edge export trol-nano -o build/trol-nano
+	$(BIN)/python docs/pictures.py question build/trol-nano
+	$(BIN)/trol-edge export trol-nano -o build/pictures/trol-nano-fp32 --force
+	$(BIN)/trol-edge export trol-nano -o build/pictures/trol-nano-int8 --precision int8 --force
+	$(BIN)/trol-edge profile build/pictures/trol-nano-fp32 build/pictures/trol-nano-int8 -o build/pictures/profile
+	$(BIN)/python docs/pictures.py profile build/pictures/profile/profile.html
+
+# Uploads nothing; docs/release.md says what comes before and after.
+release-check: $(VENV)/test.stamp  ## what a release must have: one version, a dated changelog, green checks, a good wheel
+	@version=$$($(BIN)/python -c 'import trol_edge; print(trol_edge.__version__)'); \
+	grep -qE "^## $$version \([0-9]{4}-[0-9]{2}-[0-9]{2}\)$$" CHANGELOG.md \
+		|| { echo "CHANGELOG.md has no heading '## $$version (YYYY-MM-DD)': it is not released yet"; exit 1; }; \
+	grep -qx "version: $$version" CITATION.cff || { echo "CITATION.cff does not say 'version: $$version'"; exit 1; }; \
+	test -z "$$(git status --porcelain)" || { echo "not committed:"; git status --short; exit 1; }; \
+	! git rev-parse -q --verify "refs/tags/v$$version" >/dev/null || { echo "the tag v$$version exists already"; exit 1; }
+	.ci/run
+	$(MAKE) docs wheel
+	@$(PIP) -e '.[release]'
+	$(BIN)/twine check --strict dist/*.whl
+
 clean:  ## remove what was built (not downloaded checkpoints)
 	rm -rf dist build/lib build/venv-* build/trol-nano* .mypy_cache .ruff_cache .pytest_cache
 
@@ -151,4 +177,8 @@ $(VENV)/engine.stamp: pyproject.toml
 
 $(VENV)/test.stamp: $(VENV)/engine.stamp
 	@$(PIP) -e '.[cpu,export,dev]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/engine.stamp
+	@$(PIP) -e '.[docs]'
 	@touch $@
