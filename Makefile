@@ -6,6 +6,7 @@ BUNDLE ?= build/$(MODEL)
 CONTEXT ?=
 SCENES ?= 2000
 MINUTES ?= 10
+PIECE_MB ?= 48
 # Empty: the best that runs on this machine (`trol-edge targets --best`), in the recipe fp32.
 TARGET ?=
 PRECISION ?=
@@ -22,7 +23,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
+.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -51,7 +52,7 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 	$(BIN)/mypy
 
 bench: $(VENV)/engine.stamp  ## prefill, decode, memory: our precisions beside torch, llama.cpp and OpenVINO (if installed; see ARGS=--help)
-	$(BIN)/python -m trol_edge.export.bench $(ARGS)
+	$(BIN)/python -m tests.bench.speed $(ARGS)
 
 soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)
 	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
@@ -77,7 +78,7 @@ accuracy-outliers: $(VENV)/engine.stamp  ## the same with outlier channels in tr
 # --scale 2: larger pictures of the same scenes, which trol-nano-phi3 cuts into tiles.
 nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle
 	rm -rf build/$(MODEL)-scratch
-	$(BIN)/python -m trol_edge.export.train_nano $(MODEL) --out export/checkpoints/$(MODEL) \
+	$(BIN)/python -m trol_edge.export.nano.train $(MODEL) --out export/checkpoints/$(MODEL) \
 		--scratch build/$(MODEL)-scratch $(ARGS)
 	$(BIN)/trol-edge export $(MODEL) -o $(BUNDLE) --force
 	$(BIN)/trol-edge evaluate $(BUNDLE) --report export/checkpoints/$(MODEL)/REPORT.md
@@ -100,12 +101,28 @@ test-rtx: $(VENV)/test.stamp  ## real engine builds by TensorRT for RTX (1.7, ab
 # Checkpoints of random weights, bundles and engines of five builds, one after the other: 25 GB of disk, half an hour.
 engines-full: $(VENV)/engine.stamp  ## full-size engines (1.8B, 3.8B, random weights) by TensorRT for RTX, held to limits (ARGS=--help)
 	@$(PIP) -e '.[rtx]'
-	$(BIN)/python -m trol_edge.export.engines_full $(ARGS)
+	$(BIN)/python -m tests.bench.engines_full $(ARGS)
 
 test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built here
 	$(BIN)/trol-edge export trol-nano -o build/test-gpu --target $$($(BIN)/trol-edge targets --best) --force
 	$(BIN)/trol-edge build build/test-gpu && $(BIN)/trol-edge doctor build/test-gpu
 	TROL_EDGE_GPU_BUNDLE=build/test-gpu $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
+
+# One folder that proves on a GPU, without a network, what nothing here can: python3 run.py --budget 720, there.
+gpu-kit: $(VENV)/test.stamp  ## build/gpu-kit: wheels, bundles, engines and a script for a machine with a GPU (PIECE_MB=48, ARGS=--help)
+	@$(PIP) -e '.[rtx]'
+	$(BIN)/python deploy/gpu_kit/make.py --piece-mb $(PIECE_MB) $(ARGS)
+
+gpu-kit-jetson: $(VENV)/test.stamp  ## build/gpu-kit-jetson: the same for a Jetson, with JetPack's own TensorRT
+	$(BIN)/python deploy/gpu_kit/make.py --jetson -o build/gpu-kit-jetson --piece-mb $(PIECE_MB) $(ARGS)
+
+# Two bundles, and the CPU in the GPU's place: the script's own faults show here.
+gpu-kit-check: $(VENV)/test.stamp  ## try the kit's script without a GPU
+	$(BIN)/python deploy/gpu_kit/make.py -o build/gpu-kit-check --no-wheels --no-engines --piece-mb 1 \
+		--only trol-nano-cpu-fp16,trol-nano-tensorrt-fp16
+	rm -rf build/gpu-kit-check/result build/gpu-kit-check/scratch
+	cd build/gpu-kit-check && $(abspath $(BIN))/python run.py --dry --budget 170 --soak-s 5 \
+		--skip prepare-trol-nano-phi3,prepare-trol-nano-int8,full-trol-nano-phi3,full-trol-nano-int8,torch
 
 # The robot side alone, on the oldest Python and ONNX Runtime we promise: no torch, no onnx in that environment.
 test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime 1.23.2

@@ -18,8 +18,8 @@ from PIL import Image
 
 import trol_edge
 from tests.conftest import NANO
-from trol_edge.cli import app
-from trol_edge.options import AnswerOptions, Options
+from trol_edge.answering.options import AnswerOptions, Options
+from trol_edge.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 API = ROOT / "trol_edge" / "API.md"
@@ -222,6 +222,21 @@ def test_every_link_leads_to_a_file() -> None:
     assert missing == []
     menu = set(re.findall(r'= "(\S+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8")))
     assert menu == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+PATH = re.compile(r"(?:\.ci|\.github|calibration|deploy|docs|export|runtimes|tests|trol_edge)/[\w./*-]*")
+
+
+def test_every_path_in_sentences_exists() -> None:
+    """Files and folders of this repository that a page names, in whichever folder they are now."""
+    missing = [
+        (name, path)
+        for name, page in PAGES.items()
+        for span in SPAN.findall(page)
+        for path in PATH.findall(span)
+        if span.startswith(path) and not list(ROOT.glob(path.rstrip("/.")))
+    ]
+    assert missing == []
 
 
 def test_the_readme_is_short_and_its_figures_are_those_of_the_results() -> None:
