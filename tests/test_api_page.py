@@ -161,7 +161,9 @@ def test_every_command_exists() -> None:
     assert [(name, wrong) for name, line in found if (wrong := wrong_command(line))] == []
 
 
-SPAN = re.compile(r"`([^`]+)`")
+def spans(page: str) -> list[str]:
+    """The code in a page's sentences and tables; fenced blocks are not among them."""
+    return re.findall(r"`([^`]+)`", re.sub(r"^( *)```.*?^\1```$", "", page, flags=re.M | re.S))
 
 
 def test_verbs_and_targets_in_sentences_exist() -> None:
@@ -169,8 +171,7 @@ def test_verbs_and_targets_in_sentences_exist() -> None:
     wrong = []
     seen = 0
     for name, page in PAGES.items():
-        prose = re.sub(r"^( *)```.*?^\1```$", "", page, flags=re.M | re.S)
-        for span in SPAN.findall(prose):
+        for span in spans(page):
             words = span.split()
             if words[0] == "make" and len(words) > 1 and "..." not in span:
                 seen += 1
@@ -232,7 +233,7 @@ def test_every_path_in_sentences_exists() -> None:
     missing = [
         (name, path)
         for name, page in PAGES.items()
-        for span in SPAN.findall(page)
+        for span in spans(page)
         for path in PATH.findall(span)
         if span.startswith(path) and not list(ROOT.glob(path.rstrip("/.")))
     ]

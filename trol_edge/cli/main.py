@@ -177,9 +177,7 @@ def export(
     )
 
 
-@app.command(
-    epilog='Example: trol-edge run build/trol-nano --image scene.png --prompt "What is left of the red star?"'
-)
+@app.command(epilog='Example: trol-edge run build/trol-nano --image scene.png --prompt "What is left of the red star?"')
 def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The question.")],
