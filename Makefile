@@ -182,7 +182,7 @@ release-check: $(VENV)/test.stamp  ## what a release must have: one version, a d
 	$(BIN)/twine check --strict dist/*.whl
 
 clean:  ## remove what was built (not downloaded checkpoints)
-	rm -rf dist build/lib build/venv-* build/trol-nano* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf dist build/lib build/site .cache build/venv-* build/trol-nano* .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/engine.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 needed: make PYTHON=python3.12 ...")'

@@ -56,7 +56,7 @@ def profile(page: Path, output: Path) -> None:
     with sync_playwright() as driver:
         # In a container neither the sandbox nor /dev/shm is what Chromium expects.
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        tab = browser.new_page(viewport={"width": 1000, "height": 1500}, color_scheme="light")
+        tab = browser.new_page(viewport={"width": 1000, "height": 1295}, color_scheme="light")
         tab.goto(page.resolve().as_uri())
         shot = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
         browser.close()
