@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer.main
 from PIL import Image
@@ -24,7 +23,14 @@ from trol_edge.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 API = ROOT / "trol_edge" / "API.md"
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", API, *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "CHANGELOG.md",
+    API,
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
 PAGE = PAGES["trol_edge/API.md"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -81,7 +87,7 @@ def test_the_picture_shows_what_the_bundle_answers(nano_bundle: Path, tmp_path: 
 
 # -- the shell ---------------------------------------------------------------------------------------------------------
 
-COMMAND = typer.main.get_command(app)
+COMMAND: Any = typer.main.get_command(app)
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M))
 TARGETS = set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, re.M))
 # What comes from elsewhere, and is not looked into.
@@ -111,8 +117,7 @@ def wrong_command(line: str) -> str | None:
 
 def wrong_verb(words: list[str]) -> str | None:
     """Let the command line's own parser read them; nothing is run."""
-    assert isinstance(COMMAND, click.Group) or hasattr(COMMAND, "commands")
-    verb = COMMAND.commands.get(words[0]) if words else None  # type: ignore[attr-defined]
+    verb = COMMAND.commands.get(words[0]) if words else None
     if words == ["--help"]:
         return None
     if verb is None:
@@ -167,6 +172,14 @@ def spans(page: str) -> list[str]:
     return re.findall(r"`([^`]+)`", re.sub(r"^( *)```.*?^\1```$", "", page, flags=re.M | re.S))
 
 
+def test_the_readme_names_every_verb() -> None:
+    """In its table, each once."""
+    readme = PAGES["README.md"]
+    table = readme[readme.index("| verb | does |") : readme.index("## Read on")]
+    named = [verb for row in table.splitlines()[2:] for verb in spans(row.split(" | ")[0])]
+    assert sorted(named) == sorted(COMMAND.commands)
+
+
 def test_verbs_and_targets_in_sentences_exist() -> None:
     """Also those that are named with `...` in place of arguments."""
     wrong = []
@@ -180,7 +193,7 @@ def test_verbs_and_targets_in_sentences_exist() -> None:
                     wrong.append((name, span, problem))
             if words[0] == "trol-edge" and len(words) > 1 and words[1] != "--help":
                 seen += 1
-                verb = COMMAND.commands.get(words[1])  # type: ignore[attr-defined]
+                verb = COMMAND.commands.get(words[1])
                 options = {opt for p in verb.params for opt in (*p.opts, *p.secondary_opts)} if verb else set()
                 if verb is None or {w for w in words[2:] if w.startswith("-")} - options - {"--help"}:
                     wrong.append((name, span, "no such verb or option"))
