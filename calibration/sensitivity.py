@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trol_edge.bundle.precision import QUANTIZED
-from trol_edge.calibration.run import model_prompts
+from trol_edge.calibration.prompts import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export.quantize.recipes import LinearPlan, Options, make_plan
@@ -119,6 +119,24 @@ def find_plan(
         current |= raised
     changed = {name: linear for name, linear in current.items() if linear != plans[name]}
     return MixedPlan(options, changed, sensitivity, recipe_nats, nats, max_loss)
+
+
+def within(
+    checkpoint: str | os.PathLike[str],
+    calibration: Callable[[Checkpoint], Statistics],
+    samples: SampleSet,
+    options: Options,
+    max_loss: float,
+    progress: Progress = lambda what, done, total: None,
+) -> Options:
+    """Options for an export that loses at most `max_loss` nats; UsageError where no mixture of precisions does."""
+    found = find_plan(checkpoint, calibration, samples, options, max_loss, progress)
+    if not found.reached:
+        raise UsageError(
+            f"--max-loss {max_loss:g} nats: {found.nats:.2e} are lost even with {len(found.linears)} of "
+            f"{len(found.sensitivity)} Linears raised; choose a higher limit, or a recipe of more bits"
+        )
+    return found.mixed()
 
 
 def _fewest(

@@ -16,23 +16,11 @@ import onnx_ir as ir
 from trol_edge._version import __version__
 from trol_edge.bundle import targets
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.engines import is_shareable
-from trol_edge.bundle.manifest import (
-    EMBEDDING,
-    FORMAT,
-    FORMAT_VERSION,
-    SELFTEST,
-    TOKENIZER,
-    WEIGHTS,
-    FileInfo,
-    GraphInfo,
-    Manifest,
-    Port,
-    new_folder,
-    sha256_of,
-    write_manifest,
-)
+from trol_edge.bundle.folder import new_folder, sha256_of
+from trol_edge.bundle.manifest import FORMAT, FORMAT_VERSION, FileInfo, GraphInfo, Manifest, Port, write_manifest
+from trol_edge.bundle.names import EMBEDDING, SELFTEST, TOKENIZER, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo
+from trol_edge.bundle.sizes import is_shareable
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import CalibrationError, ExportError, UsageError
 from trol_edge.export import storage

@@ -14,7 +14,8 @@ from collections import defaultdict
 import onnx_ir as ir
 
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.manifest import EMBEDDING
+from trol_edge.bundle.names import EMBEDDING
+from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.export import pipeline
 from trol_edge.export.graphs import counts
@@ -25,7 +26,7 @@ from trol_edge.export.quantize.stored import IR_TYPES, stored_dtype
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import find, shipped_folder
-from trol_edge.plan.estimate import Subject, cache_bytes
+from trol_edge.plan.subject import Subject
 
 PUBLISHED = "F16"  # what the published checkpoints hold
 
@@ -83,7 +84,7 @@ class Unbuilt:
         caches = 0
         for name, model in models.items():
             if name == "step":
-                caches = cache_bytes(pipeline.ports(model.graph.inputs))
+                caches = cache_bytes(pipeline.ports(model.graph.inputs), self.context)
             names, _, costs[name] = pipeline.take_inputs(model, target, lowered)
             values = {v.name: v for v in (*model.graph.initializers.values(), *model.graph.inputs)}
             sizes[name] = {w: counts.bytes_of(values[w]) for w in names}

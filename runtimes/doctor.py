@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import os
 import platform
 import sys
@@ -13,17 +12,20 @@ from pathlib import Path
 
 from trol_edge._version import __version__
 from trol_edge.bundle.engines import differences, read, verified
-from trol_edge.bundle.manifest import SELFTEST, WEIGHTS, Bundle, sha256_of
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import SELFTEST, WEIGHTS
+from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
 from trol_edge.bundle.targets import NOT_YET, TARGETS, Target
 from trol_edge.bundle.trt_operators import Version
-from trol_edge.bundle.weights import WeightsFile, loaded_dtype
+from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BackendError, BundleError, TrolEdgeError
 from trol_edge.machine import identity as machine
 from trol_edge.machine.identity import Jetson, Machine
 from trol_edge.runtimes.cuda import Device, devices
 from trol_edge.runtimes.trt.api import load
 from trol_edge.runtimes.trt.build import key_here
-from trol_edge.verify import replay as verify
+from trol_edge.verify.passed import passed_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +246,7 @@ def _bundle(folder: Path, found: list[Device] | str, here: Machine, known: dict[
     if SELFTEST not in manifest.files:
         text = "the bundle has none, so nothing tells whether its numbers are right here; export it again"
         return [*checks, Check("self-test", False, text)]
-    passed = verify.passed_here(bundle)
+    passed = passed_here(bundle)
     text = (
         f"passed on this machine: {', '.join(passed)}"
         if passed
@@ -256,9 +258,8 @@ def _bundle(folder: Path, found: list[Device] | str, here: Machine, known: dict[
 def _memory(bundle: Bundle, weights: WeightsFile, here: Machine) -> Check:
     """Weights as they are loaded, and a session's cache, against what is available."""
     manifest = bundle.manifest
-    used = {name for graph in manifest.graphs.values() for name in graph.weights} & set(weights.tensors)
-    size = sum(math.prod(t.shape) * loaded_dtype(t.dtype).itemsize for t in (weights.tensors[name] for name in used))
-    cache = 2 * manifest.spec.kv_bytes_per_token * manifest.context
+    size = cpu_bytes(bundle, (name for graph in manifest.graphs.values() for name in graph.weights))
+    cache = cache_bytes(manifest.graphs["traverse"].inputs, manifest.context)
     text = f"needs about {(size + cache) / 1e9:.1f} GB (weights {size / 1e9:.1f}, both K/V sets {cache / 1e9:.1f})"
     free = here.available_bytes
     if free and size + cache > free:

@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
+from trol_edge.backend import Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
-from trol_edge.bundle.manifest import WEIGHTS, Bundle
-from trol_edge.bundle.weights import TensorInfo, loaded_dtype
-from trol_edge.cache import Placed
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.machine.identity import available_memory, share_arenas
 
@@ -81,14 +82,12 @@ class OrtBackend:
         missing = [name for name in sorted(kept | sources | constants) if name not in file.tensors]
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
-        self.weight_bytes = sum(_loaded_bytes(file.tensors[name]) for name in kept)
-        # Once in all sessions where they are inputs; else once in each, widened where a CPU computes in float32.
-        if manifest.target == "cpu":
-            self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
+        # Once for all sessions, but where graphs for a GPU hold weights of their own: these once in each.
+        held = [used] if manifest.target == "cpu" else [inputs, *(manifest.graphs[name].constants for name in ENGINES)]
+        if self.memory == "cpu":
+            self.weight_bytes = sum(cpu_bytes(bundle, names) for names in held)
         else:
-            tensors = [file.tensors[w] for name in ENGINES for w in manifest.graphs[name].weights]
-            self.weight_bytes += sum(_loaded_bytes(t) if provider == "cpu" else t.nbytes for t in tensors)
-        self.weight_bytes += sum(2 * file.tensors[parameter + NBITS].nbytes for parameter in derived)
+            self.weight_bytes = sum(file.tensors[name].nbytes for names in held for name in names)
         self._require_memory()
         share_arenas()
         arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None)
@@ -99,7 +98,7 @@ class OrtBackend:
         self._options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `placement`
         self._options.intra_op_num_threads = threads or 0
         self._lock = threading.Lock()
-        self._sessions: dict[str, Any] = {}
+        self.sessions: dict[str, Any] = {}
         # For measurements: outputs of a graph beyond those that the manifest lists, and who gets their values.
         self.watched: dict[str, tuple[str, ...]] = {}
         self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
@@ -109,7 +108,7 @@ class OrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache of one state at full context: both sets, or one and a layer's scratch."""
-        one_set = self.bundle.manifest.kv_bytes_per_token * self.context
+        one_set = cache_bytes(self.bundle.manifest.graphs["step"].inputs, self.context)
         return 2 * one_set if self.prefix_reuse else one_set + one_set // self.spec.num_layers
 
     def _require_memory(self) -> None:
@@ -127,14 +126,14 @@ class OrtBackend:
     def graph(self, name: str) -> Any:
         """The session of a graph; made on first use (vision and traverse_text may never be)."""
         with self._lock:
-            if name not in self._sessions:
+            if name not in self.sessions:
                 path = self.bundle.path(self.bundle.manifest.graphs[name].file)
                 # ONNX Runtime plans memory once per combination of input shapes and never forgets a plan: with any
                 # prefix before any chunk that is a leak.
                 self._options.enable_mem_pattern = name == "step"
-                self._sessions[name] = _call(f"load {path.name}", _open, path, self._options, self._providers(name))
-                self._require_used(self._sessions[name])
-            return self._sessions[name]
+                self.sessions[name] = _call(f"load {path.name}", _open, path, self._options, self._providers(name))
+                self._require_used(self.sessions[name])
+            return self.sessions[name]
 
     def placement(self) -> dict[str, dict[str, dict[str, int]]]:
         """What runs where: graph -> ONNX Runtime's name of a provider -> operator -> count.
@@ -142,7 +141,7 @@ class OrtBackend:
         Of the graphs loaded so far. Raises BackendError where this ONNX Runtime cannot tell (before 1.24).
         """
         found: dict[str, dict[str, dict[str, int]]] = {}
-        for name, session in self._sessions.items():
+        for name, session in self.sessions.items():
             if not hasattr(session, "get_provider_graph_assignment_info"):
                 raise BackendError(
                     f"onnxruntime {ort.__version__} does not tell where operators run; 1.24 and newer do"
@@ -292,7 +291,7 @@ class OrtState:
         start: int = 0,
         pictures: Sequence[Placed] = (),
     ) -> Float32:
-        """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        """See trol_edge.backend.State; the returned array is overwritten by the next call."""
         for placed in pictures:
             rows = np.asarray(placed.features[placed.first : placed.first + placed.count])
             embeddings[placed.at : placed.at + placed.count] = rows
@@ -329,7 +328,7 @@ class OrtState:
             self._rope_offset[:] = source._rope_offset
 
     def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
-        """See trol_edge.cache.State."""
+        """See trol_edge.backend.State."""
         if which and not self._backend.prefix_reuse:
             return []
         found = []
@@ -346,7 +345,7 @@ class OrtState:
         return self._logits[0]
 
     def step_token(self, embedding: Float32, position: int) -> int:
-        """See trol_edge.cache.State."""
+        """See trol_edge.backend.State."""
         return best_token(self.step(embedding, position))
 
 
@@ -399,7 +398,3 @@ def _call(what: str, function: Any, *args: Any) -> Any:
         return function(*args)
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
-
-
-def _loaded_bytes(tensor: TensorInfo) -> int:
-    return int(np.prod(tensor.shape)) * loaded_dtype(tensor.dtype).itemsize

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trol_edge.errors import BackendError
 from trol_edge.machine.identity import available_memory
-from trol_edge.plan.estimate import Machine, Rates, machine_of_host
+from trol_edge.plan.rates import Machine, Rates, machine_of_host
 
 try:
     import onnxruntime as ort

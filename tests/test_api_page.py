@@ -251,6 +251,13 @@ def test_every_path_in_sentences_exists() -> None:
         for path in PATH.findall(span)
         if span.startswith(path) and not list(ROOT.glob(path.rstrip("/.")))
     ]
+    named = [
+        (name, word, path)
+        for name, page in PAGES.items()
+        for word, path in re.findall(r"`(\w+)`\s+(?:in|of)\s+`([\w./-]+\.py)`", page)
+    ]
+    assert len(named) > 10
+    missing += [entry for entry in named if entry[1] not in (ROOT / entry[2]).read_text(encoding="utf-8")]
     assert missing == []
 
 

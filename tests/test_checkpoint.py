@@ -717,4 +717,4 @@ def test_spec_is_what_the_config_says() -> None:
         },
         "long_rope": None,
     }
-    assert spec.kv_bytes_per_token == 2 * 3 * 2 * 16 * 4
+    assert spec.kv_values_per_token == 2 * 3 * 2 * 16

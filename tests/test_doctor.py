@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.test_machine import RELEASE, tree
-from trol_edge.bundle.manifest import SELFTEST, Bundle, write_manifest
+from trol_edge.bundle.manifest import Bundle, write_manifest
+from trol_edge.bundle.names import SELFTEST
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError
 from trol_edge.runtimes import doctor

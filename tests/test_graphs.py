@@ -21,12 +21,14 @@ from tests.cases import STEPS, TOLERANCE, Array, Row, Run, compare, difference
 from tests.conftest import NANO
 from tests.golden import GOLDEN, requires_all_golden, requires_golden
 from tests.reference import Reference, reference
-from trol_edge.bundle.manifest import WEIGHTS, Bundle
+from trol_edge.bundle.embedding import Embeddings
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, ContextError, UsageError
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
-from trol_edge.session import Embeddings, Session
+from trol_edge.session import Session
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CACHE = ("k0", "v0", "k2", "v2")
@@ -69,7 +71,7 @@ def served(session: Session, run: Run, row: Row) -> dict[str, Array]:
 
 def buffers(session: Session) -> list[Array]:
     """The KV cache of a session on ONNX Runtime: per layer keys and values [1, G, C, E]."""
-    cache: list[Array] = session._state.cache  # type: ignore[attr-defined]
+    cache: list[Array] = session.cache.state.cache  # type: ignore[attr-defined]
     return cache
 
 
@@ -102,7 +104,7 @@ def test_prompt_beyond_the_positions_is_refused(name: str, runtime: Callable[[st
 def test_vision_graph_equals_golden(case: str, name: str, runtime: Callable[[str], Runtime]) -> None:
     """Image features of all pictures of a run in one call, and of each alone."""
     run = cases.load(case, name)
-    encode = runtime(case)._backend.encode_image
+    encode = runtime(case).model.backend.encode_image
     pixels = np.concatenate([p for row in run.rows if (p := run.pixels(row)) is not None])
     together = encode(pixels)
     assert difference(together, run.expected["projector"]) <= TOLERANCE
@@ -193,7 +195,7 @@ def test_one_token_prompt_is_traversed(runtime: Callable[[str], Runtime]) -> Non
 def graphs_run(monkeypatch: pytest.MonkeyPatch, runtime: Callable[[str], Runtime]) -> list[str]:
     """Names of the graphs that the picture case's backend runs from here on."""
     seen: list[str] = []
-    backend: Any = runtime(ONE_IMAGE)._backend
+    backend: Any = runtime(ONE_IMAGE).model.backend
     run = backend.run
     monkeypatch.setattr(backend, "run", lambda name, *args, **more: (seen.append(name), run(name, *args, **more))[1])
     return seen
@@ -207,13 +209,13 @@ def test_text_prompt_skips_lora(runtime: Callable[[str], Runtime], graphs_run: l
     keys = [array.copy() for array in buffers(session)]
     assert graphs_run == ["traverse_text"]
     embeddings = Embeddings(runtime(ONE_IMAGE).bundle)[ids]
-    state = runtime(ONE_IMAGE)._backend.new_state()
+    state = runtime(ONE_IMAGE).model.backend.new_state()
     masked = state.traverse(embeddings, np.zeros(len(ids), bool))
     assert graphs_run == ["traverse_text", "traverse"]
     assert difference(logits, masked) <= 1e-6
     for ours, theirs in zip(keys, state.cache, strict=True):  # type: ignore[attr-defined]
         assert difference(ours, theirs) <= 1e-6
-    marked = runtime(ONE_IMAGE)._backend.new_state().traverse(embeddings, np.ones(len(ids), bool))
+    marked = runtime(ONE_IMAGE).model.backend.new_state().traverse(embeddings, np.ones(len(ids), bool))
     assert difference(logits, marked) > 0.1  # the mask matters
 
 
@@ -343,7 +345,7 @@ def test_each_tensor_of_the_checkpoint_stands_once(bundle: Bundle) -> None:
 
 def test_weights_in_memory_are_shared(runtime: Callable[[str], Runtime]) -> None:
     """One float32 buffer per weight, bound to every graph that reads it."""
-    backend: Any = runtime(ONE_IMAGE)._backend
+    backend: Any = runtime(ONE_IMAGE).model.backend
     names = {name for info in backend.bundle.manifest.graphs.values() for name in info.weights}
     assert set(backend._weights) == names
     addresses = {value.data_ptr() for value in backend._weights.values()}
@@ -354,7 +356,7 @@ def test_weights_in_memory_are_shared(runtime: Callable[[str], Runtime]) -> None
 def test_cache_is_written_in_place(runtime: Callable[[str], Runtime]) -> None:
     """Past and present are one buffer, bound once; a step writes one row of it and leaves the others alone."""
     session = runtime(TEXT).session()
-    state: Any = session._state
+    state: Any = session.cache.state
     addresses = [array.ctypes.data for array in buffers(session)]
     assert [value.data_ptr() for value in state._past.values()][: len(addresses)] == addresses
     assert [value.data_ptr() for value in state._present.values()][: len(addresses)] == addresses

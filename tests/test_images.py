@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.golden import GOLDEN, requires_golden
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError, ImageError
 from trol_edge.prompt import images
 from trol_edge.prompt.images import MAX_PIXELS, ImageSpec, load_rgb, preprocess

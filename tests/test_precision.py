@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import NANO
 from tests.statistics import statistics_of
-from trol_edge.bundle.manifest import WEIGHTS, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.precision import tensor_bytes
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.cli import main as cli
@@ -244,11 +245,15 @@ def test_fp16_graphs_answer(quantized: Callable[..., Path], nano: Runtime) -> No
     found, wanted = list[Any](), list[Any]()
     for each, values in ((runtime, found), (nano, wanted)):
         session = each.session()
-        values += [np.asarray(each._backend.encode_image(pixels)), session.prefill(ids, pixels), session.step(ids[-1])]
+        values += [
+            np.asarray(each.model.backend.encode_image(pixels)),
+            session.prefill(ids, pixels),
+            session.step(ids[-1]),
+        ]
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == np.float32
         assert 0 < np.abs(ours - theirs).max() < 0.01 * np.abs(theirs).max()
-    state: Any = runtime.session()._state
+    state: Any = runtime.session().cache.state
     assert state.cache[0].dtype == np.float16
 
 

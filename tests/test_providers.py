@@ -48,7 +48,7 @@ def test_the_same_answers_as_a_cpu_bundle(
             assert ours.token_ids == theirs.token_ids
     scratch = Runtime(plain.bundle.folder, provider="cpu", prefix_reuse=False)
     assert scratch.generate(*QUESTIONS[0]).token_ids == usual.generate(*QUESTIONS[0]).token_ids
-    backend = scratch._backend
+    backend = scratch.model.backend
     assert isinstance(backend, OrtBackend)
     state = backend.new_state()
     assert backend.cache_bytes == sum(array.nbytes for array in (*state.cache, *state.second))
@@ -60,7 +60,7 @@ def test_caches_that_lie_on_a_gpu(gpu_bundle: Path, monkeypatch: pytest.MonkeyPa
     Forks, sessions that become others, steps, tokens with both passes, and the rows that `verify` reads.
     """
     runtime, usual = Runtime(gpu_bundle, provider="cpu"), Runtime(gpu_bundle, provider="cpu")
-    backend: Any = runtime._backend
+    backend: Any = runtime.model.backend
 
     value, bind, on_gpu = ort_module._value, OrtBackend.bind, list[Any]()
 

@@ -14,18 +14,11 @@ import pytest
 
 from tests.bench import engines_full
 from tests.conftest import CHECKPOINTS, NANO, NANOS
-from trol_edge.bundle.engines import (
-    ENGINES,
-    Key,
-    build_bytes,
-    device_bytes,
-    read,
-    shared_weights,
-    verified,
-    weight_bytes,
-)
-from trol_edge.bundle.manifest import Bundle, sha256_of
+from trol_edge.bundle.engines import ENGINES, Key, read, verified
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.precision import BITS
+from trol_edge.bundle.sizes import build_bytes, device_bytes, engine_weight_bytes, shared_weights
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, UsageError
@@ -33,7 +26,7 @@ from trol_edge.export import pipeline
 from trol_edge.export.quantize.made_up import made_up_statistics
 from trol_edge.export.quantize.recipes import Options
 from trol_edge.export.unbuilt import published
-from trol_edge.plan.estimate import subject_of
+from trol_edge.plan.subject import subject_of
 from trol_edge.runtimes import doctor
 from trol_edge.runtimes.cuda import Device
 from trol_edge.runtimes.trt import build as trt_build
@@ -157,10 +150,10 @@ def test_shared_weights_are_really_built(precision: str, traces: dict[Any, Any],
         assert shared.keys() == tensors.keys() - {port.name for port in graph.inputs}
         assert {tensors[w].dtype for w in shared} == {"float16" if precision == "fp16" else "int8"}
         assert {w: tensors[w].shape for w in shared} == {w: t.shape for w, t in shared.items()}
-        whole = weight_bytes(apart, apart.manifest.graphs[name].constants)
+        whole = engine_weight_bytes(apart, apart.manifest.graphs[name].constants)
         assert done.engines.engines[name].weight_bytes == whole - size
     vision = done.engines.engines["vision"]
-    assert vision.weight_bytes == weight_bytes(apart, apart.manifest.graphs["vision"].constants)
+    assert vision.weight_bytes == engine_weight_bytes(apart, apart.manifest.graphs["vision"].constants)
     # What inspect says, of either bundle.
     assert device_bytes(bundle) == device_bytes(apart)
     before, after = device_bytes(bundle)
@@ -353,7 +346,7 @@ def test_too_little_memory_to_build(plain_bundle: Path, tmp_path: Path, monkeypa
     """Said before TensorRT begins, with what it takes and what there is: a process without memory is killed."""
     library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()]))
     bundle = copy(plain_bundle, tmp_path)
-    needed = build_bytes(weight_bytes(bundle, bundle.manifest.graphs["traverse"].constants))
+    needed = build_bytes(engine_weight_bytes(bundle, bundle.manifest.graphs["traverse"].constants))
     assert (trt_build.available_memory(swap=True) or 1 << 40) > 1 << 20
     monkeypatch.setattr(trt_build, "available_memory", lambda swap: needed - 1)
     with pytest.raises(
@@ -395,7 +388,7 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
     """With the K/V cache, in figures; and then no engines are left in the bundle."""
     library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()], size=3_000_000))
     bundle = copy(plain_bundle, tmp_path)
-    cache = trt_build.cache_bytes(bundle)
+    cache = trt_build.cache_bytes(bundle.manifest.graphs["traverse"].inputs, bundle.manifest.context)
     assert cache == 2 * 2 * 5 * 2 * 256 * 32 * 4  # sets, K and V, layers, heads, rows, head size, FP32
     with pytest.raises(BackendError, match=r"engines vision, traverse take 0\.01 GB and the K/V cache 0\.00 GB"):
         trt_build.build(bundle, library=library, memory_bytes=cache + 5_000_000)

@@ -175,6 +175,8 @@ def bundles(cache: Path, jetson: bool, engines: bool, only: Sequence[str]) -> Pa
             note(f"engines of {name} ...")
             cli("build", os.fspath(folder))
     packed = cache / ("bundles-jetson.tar.xz" if jetson else "bundles.tar.xz")
+    if packed.is_file() and all(path.stat().st_mtime <= packed.stat().st_mtime for path in out.rglob("*")):
+        return packed  # minutes of compressing
     share(out)
     with lzma.open(packed, "wb", filters=FILTERS) as out_file, tarfile.open(fileobj=out_file, mode="w") as tar:
         for name in only or names:

@@ -419,7 +419,7 @@ def ort(record: Record, model: str, precision: str) -> None:
 
 def placement(record: Record, runtime: Any) -> None:
     """Which operators ONNX Runtime left to the CPU, by graph."""
-    backend = runtime._backend
+    backend: Any = runtime.model.backend
     left = {}
     for graph, providers in backend.placement().items():
         counts = {name: sum(operators.values()) for name, operators in providers.items()}
@@ -431,7 +431,7 @@ def latency(record: Record, runtime: Any, picture: Path) -> None:
     """Milliseconds of an answer's parts, medians; the second question finds picture and prefix where they were left."""
     parts: dict[str, list[float]] = {}
     for _ in range(RUNS):
-        runtime._vision_cache.clear()
+        runtime.desk.vision_cache.clear()
         for which, question in zip(("first", "second"), QUESTIONS, strict=True):
             answer = runtime.generate(question, picture)
             times = dataclasses.asdict(answer.timings)
@@ -551,7 +551,7 @@ def _engine(record: Record, model: str, precision: str, soak_s: float, module: s
         with device_memory(record), trol_edge.Runtime(folder, selftest=False) as runtime:
             found = answers(runtime, picture)
             compared(record, f"the same graphs on the CPU ({module})", found, wanted)
-            backend: Any = runtime._backend
+            backend: Any = runtime.model.backend
             record[f"{module}, steps as one CUDA graph"] = backend.cuda_graphs
             latency(record, runtime, picture)
     except TrolEdgeError as error:

@@ -25,7 +25,7 @@ from typing import Any
 
 from trol_edge.bundle import targets
 from trol_edge.bundle.precision import BLOCKS, PRECISIONS, QUANTIZED, LinearPlan, Plan
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
 
 __all__ = [

@@ -25,7 +25,8 @@ from trol_edge.export.reference.layerwise import Layerwise, rope_of
 from trol_edge.export.reference.model import EagerAttention, graph_rope_tables
 from trol_edge.export.storage import Progress
 from trol_edge.prompt.images import count_tiles, preprocess
-from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
+from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.tokenizer import Tokenizer
 
 # A rendered scene, as default calibration has them, but another one: within the range that scales were made for.
 SCENE = 3 * scenes.HELD_OUT_SEED
@@ -88,7 +89,7 @@ class _Sequence:
         self.ids, self.forced = ids, forced
         self.mask = torch.from_numpy(ids == spec.image_token_id)
         self.attend = EagerAttention(spec, *rope_of(spec, len(ids) + STEPS, long))
-        row = 2 * spec.kv_bytes_per_token
+        row = 2 * 4 * spec.kv_values_per_token  # both sets, float32
         count = min(max(CACHE_BYTES // row, LEAST_ROWS), MOST_ROWS, len(ids))
         self.positions = np.unique(np.linspace(len(ids) - 1, len(ids) // 2, count).astype(np.int32))
         self.cache: list[Tensor] = []

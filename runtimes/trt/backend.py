@@ -25,20 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
-from trol_edge.bundle.engines import (
-    ENGINES,
-    KERNELS,
-    EngineSet,
-    Key,
-    differences,
-    folder_of,
-    read,
-    shared_weights,
-    verified,
-)
+from trol_edge.backend import Placed
+from trol_edge.bundle.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, read, verified
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
+from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
 from trol_edge.bundle.targets import target as target_of
-from trol_edge.cache import Placed
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.machine.identity import available_memory
 from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda
@@ -123,7 +114,7 @@ class TrtBackend:
         target = target_of(bundle.manifest.target)
         if "token" not in {port.name for port in bundle.manifest.graphs["step"].outputs}:
             raise BundleError(f"{bundle.folder}: its step does not say the best token; export the bundle again")
-        engines = read(bundle, target.name)
+        self._built = engines = read(bundle, target.name)
         self.library = library or load(target.module)
         if device is None and cuda is None:
             found = devices()
@@ -137,7 +128,7 @@ class TrtBackend:
         paths = {name: verified(bundle, engines, name) for name in ENGINES}
         self.cuda = cuda or open_cuda()
         self.cuda_graphs = cuda_graphs and self.cuda.graphs
-        self._require_memory(engines, device)
+        self._require_memory(device)
         self.lock = threading.RLock()
         self.garbage: deque[_Garbage] = deque()
         self._engines = {name: self.library.open(path) for name, path in paths.items()}
@@ -175,9 +166,8 @@ class TrtBackend:
                 f"{', '.join(target.capabilities)}; export for another target"
             )
 
-    def _require_memory(self, engines: EngineSet, device: Device | None) -> None:
-        shared = sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
-        needed = sum(info.bytes for info in engines.engines.values()) + shared + self.cache_bytes
+    def _require_memory(self, device: Device | None) -> None:
+        needed = self.weight_bytes + self.cache_bytes
         free, total = self.cuda.memory()
         if device is not None and device.integrated:
             free = max(
@@ -193,8 +183,13 @@ class TrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the K/V cache of one state, both sets."""
-        ports = self.bundle.manifest.graphs["traverse"].inputs
-        return sum(self._bytes(p) for p in ports if p.name.startswith("past_"))
+        return cache_bytes(self.bundle.manifest.graphs["traverse"].inputs, self.context)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the engines, and of the weights that they share."""
+        engines = sum(engine.bytes for engine in self._built.engines.values())
+        return engines + sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
 
     def _checked(self, name: str, engine: Engine) -> dict[str, TensorInfo]:
         """An engine's tensors by name, which must be those of the graph."""
@@ -236,14 +231,6 @@ class TrtBackend:
             except OSError:
                 return  # a bundle that cannot be written to serves as well, it only starts slower
 
-    def _bytes(self, port: Port) -> int:
-        """Bytes of a tensor at its largest."""
-        sizes = {"tokens": self.context, "slots": self.context, "images": self.bundle.manifest.image.most_tiles}
-        size = np.dtype(port.dtype).itemsize
-        for d in port.shape:
-            size *= d if isinstance(d, int) else sizes[d]
-        return size
-
     def allocate(self, ports: Iterable[Port], what: str, lease: _Lease) -> dict[str, int]:
         """Device memory for tensors at their largest, in one block of the lease's; the lock must be held.
 
@@ -251,9 +238,10 @@ class TrtBackend:
         """
         self._sweep()
         offsets, size = dict[str, int](), 0
+        most = {"tokens": self.context, "slots": self.context, "images": self.bundle.manifest.image.most_tiles}
         for port in ports:
             offsets.setdefault(port.name, size)
-            size += -(-self._bytes(port) // trt_weights.ALIGNMENT) * trt_weights.ALIGNMENT
+            size += -(-largest_bytes(port, most) // trt_weights.ALIGNMENT) * trt_weights.ALIGNMENT
         base = self.cuda.allocate(size, what)
         lease.blocks.append(base)
         return {name: base + offset for name, offset in offsets.items()}
@@ -410,18 +398,18 @@ class TrtState:
         start: int = 0,
         pictures: Sequence[Placed] = (),
     ) -> Float32:
-        """See trol_edge.cache.State."""
+        """See trol_edge.backend.State."""
         self._rope_offset = self._long_rows if long_rope else 0
         return self._backend.traverse(self._cache, embeddings, image_mask, self._rope_offset, start, pictures)
 
     def step(self, embedding: Float32, position: int) -> Float32:
-        """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        """See trol_edge.backend.State; the returned array is overwritten by the next call."""
         with self._backend.lock:
             self._start(embedding, position)
             return self._logits()
 
     def step_token(self, embedding: Float32, position: int) -> int:
-        """See trol_edge.cache.State; eight bytes are downloaded."""
+        """See trol_edge.backend.State; eight bytes are downloaded."""
         with self._backend.lock:
             self._start(embedding, position)
             self._finish()
@@ -477,7 +465,7 @@ class TrtState:
             self._backend.keep_kernels({"step": self._context})
 
     def copy_rows(self, source: TrtState, start: int, stop: int, which: int) -> None:
-        """See trol_edge.cache.State; within the device, one copy per key or value head."""
+        """See trol_edge.backend.State; within the device, one copy per key or value head."""
         backend = self._backend
         with backend.lock:
             for name, port in self._ports.items():
@@ -493,7 +481,7 @@ class TrtState:
             self._rope_offset = source._rope_offset
 
     def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
-        """See trol_edge.cache.State; each buffer comes down whole."""
+        """See trol_edge.backend.State; each buffer comes down whole."""
         backend, found = self._backend, []
         with backend.lock:
             for name, port in self._ports.items():

@@ -23,15 +23,15 @@ from trol_edge.bundle.engines import (
     EngineSet,
     Key,
     Range,
-    build_bytes,
     differences,
     folder_of,
     read,
-    shared_weights,
-    weight_bytes,
     write,
 )
-from trol_edge.bundle.manifest import WEIGHTS, Bundle, GraphInfo, sha256_of
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, GraphInfo
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.sizes import build_bytes, cache_bytes, engine_weight_bytes, shared_weights
 from trol_edge.bundle.targets import Target, refusals
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError
@@ -221,7 +221,7 @@ def _build_one(
         bytes=(folder / file).stat().st_size,
         sha256=sha256_of(folder / file),
         graph_sha256=bundle.manifest.files[graph.file].sha256,
-        weight_bytes=weight_bytes(bundle, graph.constants),
+        weight_bytes=engine_weight_bytes(bundle, graph.constants),
         layers=layers,
         profiles=ranges,
         seconds=time.perf_counter() - start,
@@ -230,7 +230,7 @@ def _build_one(
 
 def _require_room(bundle: Bundle, graph: GraphInfo) -> None:
     """Raise BackendError where building would run out of this machine's memory: it is killed then, without a word."""
-    needed, free = build_bytes(weight_bytes(bundle, graph.constants)), available_memory(swap=True)
+    needed, free = build_bytes(engine_weight_bytes(bundle, graph.constants)), available_memory(swap=True)
     if free is not None and needed > free:
         raise BackendError(
             f"{graph.file}: building its engine takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
@@ -266,7 +266,10 @@ def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineIn
     if memory_bytes is None:
         return
     engines = sum(info.bytes for info in infos.values())
-    cache, shared = cache_bytes(bundle), sum(tensor.nbytes for tensor in shared_weights(bundle).values())
+    cache, shared = (
+        cache_bytes(bundle.manifest.graphs["traverse"].inputs, bundle.manifest.context),
+        sum(tensor.nbytes for tensor in shared_weights(bundle).values()),
+    )
     if engines + shared + cache > memory_bytes:
         weights = f", the weights that they share {shared / 1e9:.2f} GB" if shared else ""
         sharing = ", with --shared-weights" if not shared and bundle.manifest.plan.can_share_weights else ""
@@ -276,15 +279,3 @@ def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineIn
             f"{target.name} is {memory_bytes / 1e9:.2f} GB; export with a lower --precision{sharing} or a smaller "
             "--context"
         )
-
-
-def cache_bytes(bundle: Bundle) -> int:
-    """Bytes of the K/V cache of one state, both sets, in the types of the graphs."""
-    total = 0
-    for port in bundle.manifest.graphs["traverse"].inputs:
-        if port.name.startswith("past_"):
-            count = 1
-            for d in port.shape:
-                count *= d if isinstance(d, int) else bundle.manifest.context
-            total += count * (2 if port.dtype == "float16" else 4)
-    return total

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 import trol_edge
 from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.sizes import cpu_bytes
 from trol_edge.bundle.spec import ModelSpec
-from trol_edge.bundle.weights import loaded_dtype
 from trol_edge.errors import BackendError, TrolEdgeError
 from trol_edge.prompt.images import load_rgb, preprocess
-from trol_edge.prompt.tokenizer import PromptSpec, Tokenizer
+from trol_edge.prompt.template import PromptSpec
+from trol_edge.prompt.tokenizer import Tokenizer
 
 Float32 = NDArray[np.float32]
 
@@ -88,12 +89,11 @@ class BundleContender:
         self.runtime = trol_edge.Runtime(job.bundle, prefix_reuse=False, selftest=False)
         self.session = self.runtime.session()
         bundle = self.runtime.bundle
-        backend: Any = self.runtime._backend
-        self.step_bytes = _loaded_bytes(bundle, bundle.manifest.graphs["step"].weights)
-        self.weight_bytes = backend.weight_bytes
+        self.step_bytes = cpu_bytes(bundle, bundle.manifest.graphs["step"].weights)
+        self.weight_bytes = self.runtime.model.backend.weight_bytes
 
     def encode(self, pixels: Float32) -> Any:
-        return self.runtime._backend.encode_image(pixels)
+        return self.runtime.model.backend.encode_image(pixels)
 
     def prefill(self, ids: Sequence[int], features: Any) -> Float32:
         return self.session.prefill_features(ids, features)
@@ -380,13 +380,14 @@ class _Timed:
 
 def own_cost(runtime: trol_edge.Runtime, picture: str | None, steps: int) -> dict[str, list[float]]:
     """Seconds per answer token: {"total": whole stream steps, "inference": ONNX Runtime's call within each}."""
-    open_runtime: Any = runtime
-    if runtime._tokenizer is None:
+    model = runtime.model
+    if model.tokenizer is None:
         manifest = runtime.bundle.manifest
-        open_runtime._tokenizer = stand_in_tokenizer(manifest.spec, manifest.prompt)
+        model.tokenizer = stand_in_tokenizer(manifest.spec, manifest.prompt)
         picture = None
-    open_runtime._ends = frozenset()  # the answer goes on past its end
-    sessions = open_runtime._backend._sessions
+    model.ends = frozenset()  # the answer goes on past its end
+    backend: Any = model.backend
+    sessions = backend.sessions
     timed = sessions["step"] = _Timed(sessions["step"])
     stream = runtime.stream(QUESTION, picture, max_new_tokens=steps + 8)
     for _ in range(4):
@@ -422,13 +423,6 @@ def _pixels(job: Job) -> Float32:
         return preprocess([load_rgb(job.picture)], manifest.image)
     size = manifest.spec.vision.image_size
     return np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
-
-
-def _loaded_bytes(bundle: Bundle, names: Sequence[str]) -> int:
-    """Bytes of these tensors in memory: float32 or integers."""
-    tensors = bundle.weights().tensors
-    sizes = [(int(np.prod(tensors[n].shape)), loaded_dtype(tensors[n].dtype).itemsize) for n in names if n in tensors]
-    return sum(count * item for count, item in sizes)
 
 
 def _in_a_step(parameter: str) -> bool:

@@ -33,7 +33,9 @@ from trol_edge.export.reference import internlm2
 from trol_edge.export.reference.model import Attend, Decoder, Layer, Probe
 from trol_edge.export.unbuilt import Unbuilt
 from trol_edge.machine import devices
-from trol_edge.plan.estimate import Points, Rates, Subject, machine_of, stage, subject_of
+from trol_edge.plan.duration import stage
+from trol_edge.plan.rates import Points, Rates, machine_of
+from trol_edge.plan.subject import Subject, subject_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 out = Console(highlight=False, width=150)

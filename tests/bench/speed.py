@@ -35,11 +35,13 @@ from rich.table import Table
 
 import trol_edge
 from tests.bench.contenders import CONTENDERS, OURS, QUESTION, Job, Shape
-from trol_edge.bundle.manifest import TOKENIZER, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import TOKENIZER
 from trol_edge.errors import BackendError, TrolEdgeError, UsageError
 from trol_edge.export.reference import hub as models
-from trol_edge.measure.run import read_rate
-from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
+from trol_edge.measure.peaks import read_rate
+from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.tokenizer import Tokenizer
 
 Report = Callable[[str], None]  # one line about what is being done
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.manifest import SELFTEST, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import SELFTEST
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BundleError
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import UsageError
 

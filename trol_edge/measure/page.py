@@ -14,8 +14,6 @@ from trol_edge.measure.figures import (
     Row,
     distribution,
     median,
-    milliseconds,
-    number,
     over_time,
     per_bundle,
     roofline,
@@ -25,6 +23,7 @@ from trol_edge.measure.figures import (
 )
 from trol_edge.measure.record import STAGES, STARTS, Profile, case_name, percentiles, pooled, starts, tokens_per_s
 from trol_edge.measure.samples import energy, lowest, verdict
+from trol_edge.svg import milliseconds, number
 
 CSS = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#18202b;--soft:#556172;--line:#dfe4ea;--grid:#e9edf1;

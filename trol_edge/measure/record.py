@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.folder import write_text
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
 
 SCHEMA = "trol-edge-profile"
@@ -154,7 +153,7 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the JSON. Raises UsageError where that is not possible."""
-        write(path, json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n")
+        write_text(path, json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n")
 
     @property
     def machine_name(self) -> str:
@@ -163,19 +162,6 @@ class Profile:
         mode = m["power_mode_name"] or (None if m["power_mode"] is None else f"power mode {m['power_mode']}")
         cores = f"{m['cores']} core{'' if m['cores'] == 1 else 's'}" if m["cores"] else None
         return ", ".join(str(part) for part in (m["model"] or m["cpu"] or "unknown machine", mode or cores) if part)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises UsageError where that is not possible."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another folder with -o") from error
 
 
 def load(path: Path) -> Profile:

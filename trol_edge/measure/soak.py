@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from trol_edge.answering.results import Piece
 from trol_edge.errors import ImageError, UnfinishedError, UsageError
 from trol_edge.machine import identity as machine
-from trol_edge.runtime import Provider, Runtime
+from trol_edge.model import Provider
+from trol_edge.runtime import Runtime
 from trol_edge.session import Session
 
 THREADS = 4
@@ -124,7 +125,7 @@ def soak(
     wrong += [f"thread {worker.name} hangs" for worker in workers if worker.is_alive()]
     if not wrong:
         wrong += _left_behind(runtime)
-        backend = weakref.ref(runtime._backend)
+        backend = weakref.ref(runtime.model.backend)
         runtime.close()
         del crew, runtime, workers, worker
         gc.collect()
@@ -153,11 +154,11 @@ def _left_behind(runtime: Runtime) -> list[str]:
     """What should be gone once no call is under way."""
     gc.collect()
     found = []
-    sessions = [o for o in gc.get_objects() if type(o) is Session and o._backend is runtime._backend]
+    sessions = [o for o in gc.get_objects() if type(o) is Session and o.backend is runtime.model.backend]
     if len(sessions) > 1:
         found.append(f"{len(sessions)} sessions are left, at most 1 waits for the next answer")
-    if runtime._busy or len(runtime._turns):
-        found.append(f"{len(runtime._busy)} sessions reserved, {len(runtime._turns)} calls queued")
+    if runtime.desk.busy or len(runtime.desk.turns):
+        found.append(f"{len(runtime.desk.busy)} sessions reserved, {len(runtime.desk.turns)} calls queued")
     return found
 
 
