@@ -12,9 +12,10 @@ TARGET ?=
 PRECISION ?=
 PYTHON ?= python3
 VENV ?= .venv
-# One version, because a looser range fetches the newest build. On Linux PyPI's torch brings CUDA libraries (several
-# GB, not needed here); for the small CPU build: make engine TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
-TORCH ?= torch==2.13.0
+# One version, because a looser range fetches the newest build. Which build of it this machine needs, and about how much
+# that fetches, is said by export/install_torch.py; TORCH= gives pip arguments of your own instead.
+TORCH_VERSION ?= 2.13.0
+TORCH ?=
 # For `make test-oldest`: the Python and ONNX Runtime of JetPack 6.
 PYTHON_OLDEST ?= python3.10
 ORT_OLDEST ?= 1.23.2
@@ -22,10 +23,10 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
+.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 	@echo "  e.g. make engine MODEL=trol-1.8b            (fetches the published checkpoint)"
 	@echo "       make engine MODEL=trol-7b CHECKPOINT=folder CONTEXT=4096"
 	@echo "       make engine TARGET=rtx PRECISION=fp16       (fetches TensorRT for RTX; trol-edge targets lists more)"
@@ -102,7 +103,7 @@ engines-full: $(VENV)/engine.stamp  ## full-size engines (1.8B, 3.8B, random wei
 	@$(PIP) -e '.[rtx]'
 	$(BIN)/python -m tests.bench.engines_full $(ARGS)
 
-test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built here (not yet run by us)
+test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built here
 	$(BIN)/trol-edge export trol-nano -o build/test-gpu --target $$($(BIN)/trol-edge targets --best) --force
 	$(BIN)/trol-edge build build/test-gpu && $(BIN)/trol-edge doctor build/test-gpu
 	TROL_EDGE_GPU_BUNDLE=build/test-gpu $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
@@ -154,17 +155,47 @@ wheel: $(VENV)/test.stamp  ## build dist/*.whl
 	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
+docs: $(VENV)/docs.stamp  ## the site in build/site, from docs/ and the docstrings; a broken link fails
+	$(BIN)/zensical build --strict --clean
+	@echo "open build/site/index.html"
+
+# The answer in the first picture is the one that the bundle gives; a test compares them.
+pictures: browser $(VENV)/engine.stamp  ## docs/images again: a question with its answer, the page of a profile
+	@test -f build/trol-nano/bundle.json || $(BIN)/trol-edge export trol-nano -o build/trol-nano
+	$(BIN)/python docs/pictures.py question build/trol-nano
+	$(BIN)/trol-edge export trol-nano -o build/pictures/trol-nano-fp32 --force
+	$(BIN)/trol-edge export trol-nano -o build/pictures/trol-nano-int8 --precision int8 --force
+	$(BIN)/trol-edge profile build/pictures/trol-nano-fp32 build/pictures/trol-nano-int8 -o build/pictures/profile
+	$(BIN)/python docs/pictures.py profile build/pictures/profile/profile.html
+
+# Uploads nothing; docs/release.md says what comes before and after.
+release-check: $(VENV)/test.stamp  ## what a release must have: one version, a dated changelog, green checks, a good wheel
+	@version=$$($(BIN)/python -c 'import trol_edge; print(trol_edge.__version__)'); \
+	grep -qE "^## $$version \([0-9]{4}-[0-9]{2}-[0-9]{2}\)$$" CHANGELOG.md \
+		|| { echo "CHANGELOG.md has no heading '## $$version (YYYY-MM-DD)': it is not released yet"; exit 1; }; \
+	grep -qx "version: $$version" CITATION.cff || { echo "CITATION.cff does not say 'version: $$version'"; exit 1; }; \
+	test -z "$$(git status --porcelain)" || { echo "not committed:"; git status --short; exit 1; }; \
+	! git rev-parse -q --verify "refs/tags/v$$version" >/dev/null || { echo "the tag v$$version exists already"; exit 1; }
+	.ci/run
+	$(MAKE) docs wheel
+	@$(PIP) -e '.[release]'
+	$(BIN)/twine check --strict dist/*.whl
+
 clean:  ## remove what was built (not downloaded checkpoints)
-	rm -rf dist build/lib build/venv-* build/trol-nano* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf dist build/lib build/site .cache build/venv-* build/trol-nano* .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/engine.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 needed: make PYTHON=python3.12 ...")'
-	@echo "installing into $(VENV) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) $(TORCH)
+	@$(if $(TORCH),$(PIP) $(TORCH),$(BIN)/python export/install_torch.py $(TORCH_VERSION))
+	@echo "installing the rest into $(VENV), about 100 MB to fetch ..."
 	@$(PIP) -e '.[cpu,export]'
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/engine.stamp
 	@$(PIP) -e '.[cpu,export,dev]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/engine.stamp
+	@$(PIP) -e '.[docs]'
 	@touch $@

@@ -143,7 +143,7 @@ def test_plan_files(tmp_path: Path) -> None:
     path.write_text(json.dumps(bad))
     with pytest.raises(UsageError) as caught:
         read_options(path)
-    for part in ("unknown key 'blocks'", "scaling: expected bool", "unknown key 'bits'", "CONTRIBUTING.md"):
+    for part in ("unknown key 'blocks'", "scaling: expected bool", "unknown key 'bits'", "docs/quantization.md"):
         assert part in str(caught.value), part
     path.write_text("{")
     with pytest.raises(UsageError, match="not readable as JSON"):

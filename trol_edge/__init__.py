@@ -2,7 +2,7 @@
 
 >>> import trol_edge
 >>> rt = trol_edge.Runtime("build/trol-nano")
->>> print(rt.generate("What is left of the red circle?", images="scene.png").text)
+>>> print(rt.generate("What is left of the red star?", images="scene.png").text)
 
 Importing this package loads numpy, pillow and tokenizers; inference libraries are loaded when a Runtime is made, and
 torch, transformers and onnx never are.

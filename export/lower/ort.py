@@ -7,7 +7,7 @@
 | W8: MatMul of a DequantizeLinear, 8 bits           | the same, input rounded by token     | the same               |
 | W4: MatMul of a DequantizeLinear, 4 bits in blocks | the same, weights made 8-bit on load | MatMulNBits, packed    |
 
-What is special about it (figures in CONTRIBUTING.md):
+What is special about it (figures in docs/decisions.md):
 - 8-bit weights stay as they are stored, [K, N] int8, as graph inputs: one copy serves both passes and all graphs, and
   it may be mapped from the file. For one token MatMulInteger has a kernel that reads such a matrix unpacked, but only
   where no zero point is given; so 128 times the sum of each column is subtracted behind it.

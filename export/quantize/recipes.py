@@ -101,7 +101,7 @@ def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> Optio
         raise UsageError(f"{path}: not readable as JSON ({error})") from error
     if isinstance(data, dict):
         data = data | given
-    return from_dict(Options, data, str(path), UsageError, "See CONTRIBUTING.md for the keys of a plan")
+    return from_dict(Options, data, str(path), UsageError, "See docs/quantization.md for the keys of a plan")
 
 
 def is_linear(name: str, shape: Sequence[object]) -> bool:

@@ -43,8 +43,8 @@ def is_shareable(name: str, shape: Sequence[object]) -> bool:
 def build_bytes(weights: int) -> int:
     """Peak memory of building an engine that holds so many bytes of weights.
 
-    A line through five builds by TensorRT for RTX 1.7 (README, `make engines-full`), 1.3 to 3.9 GB of weights, and at
-    most 8 % off; trol-nano, which takes 0.57 GB, is on it, too. Other versions: not measured.
+    A line through five builds by TensorRT for RTX 1.7 (`make engines-full`; docs/results.md), 1.3 to 3.9 GB of weights,
+    and at most 8 % off; trol-nano, which takes 0.57 GB, is on it, too. Other versions: not measured.
     """
     return round(0.6e9 + 2.75 * weights)
 

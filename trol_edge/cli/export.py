@@ -33,7 +33,8 @@ def export(
         ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, int8, int4, fp8, or a JSON file that says it per layer (CONTRIBUTING.md).")
+        str,
+        typer.Option(help="fp32, fp16, int8, int4, fp8, or a JSON file that says it per layer (docs/quantization.md)."),
     ] = "fp32",
     calibration: Annotated[
         Path | None,

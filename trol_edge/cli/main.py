@@ -28,7 +28,7 @@ def version() -> None:
 # Every verb, in the order of --help, and an example of it.
 VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (export.export, "trol-edge export trol-1.8b -o build/trol-1.8b   (fetches it first; or give a folder)"),
-    (run.run, 'trol-edge run build/trol-nano --image scene.png --prompt "What is left of the red circle?"'),
+    (run.run, 'trol-edge run build/trol-nano --image scene.png --prompt "What is left of the red star?"'),
     (run.inspect, "trol-edge inspect build/trol-nano --json"),
     (export.synth, "trol-edge synth --model trol-7b -o build/checkpoints/trol-7b"),
     (quantize.calibrate, "trol-edge calibrate trol-1.8b --data pictures -o build/calibration/trol-1.8b"),

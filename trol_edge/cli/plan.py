@@ -166,7 +166,7 @@ def _print_plans(plans: Any, targets: Any) -> None:
             out.print(
                 f"  expected: {rates_module.BANDWIDTH:.0%} of the bandwidth, "
                 + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in rates_module.ARITHMETIC.items())
-                + f", from others' figures for other models (CONTRIBUTING.md); {NOT_YET}",
+                + f", from others' figures for other models (docs/results.md); {NOT_YET}",
                 markup=False,
                 style="dim",
                 soft_wrap=True,

@@ -26,7 +26,7 @@ class Budget:
 
 
 # From the loosest to the tightest. Measured on both small models, lowered for a CPU and for a GPU (there on a stand-in
-# that computes on a CPU): CONTRIBUTING.md has the figures and the margins. fp16 also serves fp32 on a GPU, where
+# that computes on a CPU): docs/verify.md has the figures and the margins. fp16 also serves fp32 on a GPU, where
 # TensorRT multiplies in TF32, of as many bits. Behind more layers than theirs a budget grows, see `behind`.
 BUDGETS = {
     "int4": Budget(embedding=1e-3, vision=0.1, keys=0.4, values=0.8, logits=0.3),
