@@ -251,9 +251,9 @@ def test_bundle_without_counts(nano_bundle: Path, tmp_path: Path) -> None:
     data = json.loads((tmp_path / MANIFEST).read_text())
     for info in data["graphs"].values():
         del info["costs"]
-    from trol_edge.bundle.manifest import _digest
+    from trol_edge.bundle.folder import digest_of
 
-    data["manifest_sha256"] = _digest({k: v for k, v in data.items() if k != "manifest_sha256"})
+    data["manifest_sha256"] = digest_of({k: v for k, v in data.items() if k != "manifest_sha256"})
     (tmp_path / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(BundleError, match=r"never counted.*export it again"):
         subject_module.subject_of(Bundle(tmp_path))

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from trol_edge.bundle.folder import new_folder
 from trol_edge.export.nano import data
 from trol_edge.export.nano.optim import run_parallel
 from trol_edge.export.nano.recipes import RECIPES, Recipe
@@ -43,11 +42,8 @@ def make_tokenizer(recipe: Recipe, scratch: Path) -> None:
     """The published tokenizer files, in `scratch`/tokenizer."""
     drawn = data.load_scenes(scratch, data.SMALL)[:4000]
     train_pieces(scratch / "pieces", drawn, recipe.symbols, recipe.space_before_answer)
-    part = scratch / "tokenizer.tmp"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    recipe.tokenizer_files(scratch / "pieces.model", part)
-    os.replace(part, scratch / "tokenizer")
+    with new_folder(scratch / "tokenizer", overwrite=True, ours=("*",)) as part:
+        recipe.tokenizer_files(scratch / "pieces.model", part)
 
 
 def main() -> None:

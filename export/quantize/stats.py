@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge.bundle.folder import new_file
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export.quantize.observers import OBSERVERS
 
@@ -180,9 +181,8 @@ def write_state(folder: Path, state: State) -> None:
     """Begin a cache folder."""
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(state)}
-    part = folder / f"{STATE}.part"
-    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(folder / STATE)
+    with new_file(folder / STATE) as part:
+        part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], peaks: Mapping[str, float]) -> None:
@@ -196,13 +196,8 @@ def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], 
         )
     arrays: dict[str, Any] = {f"{name}/{a}": getattr(p, a) for name, p in points.items() for a in _ARRAYS}
     meta = {"points": {name: {n: getattr(p, n) for n in _NUMBERS} for name, p in points.items()}, "peaks": dict(peaks)}
-    path = part_path(folder, stage)
-    unfinished = path.with_suffix(".part")
-    with unfinished.open("wb") as f:
+    with new_file(part_path(folder, stage)) as part, part.open("wb") as f:
         np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
-        f.flush()
-        os.fsync(f.fileno())
-    unfinished.replace(path)
 
 
 def read_point(path: Path, name: str) -> PointStatistics:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Placed
 from trol_edge.bundle.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, read, verified
+from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
 from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
 from trol_edge.bundle.targets import target as target_of
@@ -225,9 +226,8 @@ class TrtBackend:
             if not blob or _unwrapped(path) == blob:
                 continue
             try:
-                part = path.with_suffix(".part")
-                part.write_bytes(hashlib.sha256(blob).digest() + blob)
-                part.replace(path)
+                with new_file(path) as part:
+                    part.write_bytes(hashlib.sha256(blob).digest() + blob)
             except OSError:
                 return  # a bundle that cannot be written to serves as well, it only starts slower
 

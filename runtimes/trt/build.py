@@ -8,8 +8,6 @@ engine fits the memory of its target. Engines of classic TensorRT are built on t
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,7 +26,7 @@ from trol_edge.bundle.engines import (
     read,
     write,
 )
-from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.folder import new_folder, sha256_of
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.sizes import build_bytes, cache_bytes, engine_weight_bytes, shared_weights
@@ -94,9 +92,7 @@ def build(
         engines = read(bundle, entry.name)
         return Build(engines, folder_of(bundle, entry.name), False, "up to date")
     final = folder_of(bundle, entry.name)
-    final.parent.mkdir(exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", suffix=".part", dir=final.parent))
-    try:
+    with new_folder(final, overwrite=True, ours=("*",)) as part:
         infos = {}
         for name in ENGINES:
             infos[name] = _build_one(bundle, name, library, part, workspace_bytes, progress)
@@ -104,11 +100,6 @@ def build(
         weights = bundle.manifest.files[WEIGHTS].sha256
         engines = EngineSet(FORMAT_VERSION, f"trol-edge {__version__}", key, precision_of(bundle), weights, infos)
         write(part, engines)
-        part.chmod(0o755)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Build(engines, final, True, reason)
 
 

@@ -14,14 +14,12 @@ A bundle is written beside its final place and renamed when complete, so a folde
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.names import MANIFEST, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, Part, Plan
 from trol_edge.bundle.spec import ModelSpec
@@ -122,7 +120,7 @@ class Bundle:
                 "export the bundle again with this version"
             )
         self.identity = data.pop("manifest_sha256", None)  # of the manifest, and so of every file that it lists
-        if self.identity != _digest(data):
+        if self.identity != digest_of(data):
             raise BundleError(f"{path}: altered since export (its own hash differs); copy or export the bundle again")
         self.manifest: Manifest = from_dict(Manifest, data, str(path))
         self._check_files()
@@ -155,9 +153,5 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write bundle.json, last of all, with its own hash in it."""
     data = dataclasses.asdict(manifest)
     data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader sees them
-    data["manifest_sha256"] = _digest(data)
+    data["manifest_sha256"] = digest_of(data)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _digest(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
