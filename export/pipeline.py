@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from trol_edge._version import __version__
-from trol_edge.bundle import targets
 from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.folder import new_folder, sha256_of
 from trol_edge.bundle.manifest import FORMAT, FORMAT_VERSION, FileInfo, GraphInfo, Manifest, Port, write_manifest
@@ -22,6 +21,7 @@ from trol_edge.bundle.names import EMBEDDING, SELFTEST, TOKENIZER, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo
 from trol_edge.bundle.sizes import is_shareable
 from trol_edge.bundle.spec import ModelSpec
+from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import CalibrationError, ExportError, UsageError
 from trol_edge.export import storage
 from trol_edge.export.graphs import counts
@@ -29,7 +29,7 @@ from trol_edge.export.graphs import trace as graphs
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.lower import trt as lower_trt
 from trol_edge.export.quantize import half, qdq
-from trol_edge.export.quantize.recipes import TARGETS, Options, Plan, is_linear, make_plan
+from trol_edge.export.quantize.recipes import EXPORT_TARGETS, Options, Plan, is_linear, make_plan
 from trol_edge.export.quantize.scales import find_scales
 from trol_edge.export.quantize.stored import IR_TYPES, Place, StoredWeights, places
 from trol_edge.export.reference import selftest, tokenizer
@@ -42,7 +42,6 @@ from trol_edge.prompt.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from trol_edge.export.quantize.stats import Statistics
 
-GPU_TARGETS = {name: entry for name, entry in targets.TARGETS.items() if entry.gpu}
 MIN_DEFAULT_CONTEXT = 2048  # tokens
 ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
 
@@ -81,8 +80,8 @@ def export(
     Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
     `bundle`.
     """
-    if target not in TARGETS:
-        raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    if target not in EXPORT_TARGETS:
+        raise ExportError(f"target {target!r} is not one of {', '.join(EXPORT_TARGETS)}")
     source = Checkpoint(checkpoint, family=MODELS[model].family.name if model in MODELS else None)
     spec = source.spec
     context = default_context(source.family, spec) if context is None else context
@@ -221,11 +220,11 @@ def prepare(
     _fold_transposes(name, model)
     if plan.quantized:
         qdq.insert(model, plan, input_scales)
-    if target in GPU_TARGETS or (target == "onnx" and plan.quantized):
+    if is_gpu(target) or (target == "onnx" and plan.quantized):
         qdq.separate_readers(model)
     if plan.compute == "fp16":
         half.convert(model, plan.kept_fp32, dtypes)
-    if target in GPU_TARGETS and name == "step":
+    if is_gpu(target) and name == "step":
         lower_trt.add_token(model)
     return LOWERINGS[target](name, model) if target in LOWERINGS else {}
 
@@ -241,12 +240,12 @@ def take_inputs(
     as_inputs = [w for w in weights if w in shared]
     if target == "cpu":
         as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
-    return weights, as_inputs, counts.count(model, weights, scores=target not in GPU_TARGETS)
+    return weights, as_inputs, counts.count(model, weights, scores=not is_gpu(target))
 
 
 def _require_shareable(plan: Plan, target: str) -> None:
     """Raise UsageError where no TensorRT would take the weights as inputs."""
-    if target not in GPU_TARGETS:
+    if not is_gpu(target):
         raise UsageError(f"shared weights are for TensorRT; target {target} holds them once anyway")
     if not plan.can_share_weights:
         raise UsageError(
@@ -274,8 +273,8 @@ def _write_graph(
     inputs, outputs = ports(model.graph.inputs), ports(model.graph.outputs)
     weights, as_inputs, costs = take_inputs(model, target, lowered, shared)
     graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()}, as_inputs)
-    if target in GPU_TARGETS:
-        model = lower_trt.lower(model, GPU_TARGETS[target])
+    if is_gpu(target):
+        model = lower_trt.lower(model, TARGETS[target])
     file = f"{name}.onnx"
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
     operators = dict(Counter(node.op_type for node in model.graph))

@@ -17,6 +17,7 @@ from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.names import EMBEDDING
 from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.bundle.spec import ModelSpec
+from trol_edge.bundle.targets import is_gpu
 from trol_edge.export import pipeline
 from trol_edge.export.graphs import counts
 from trol_edge.export.graphs import trace as graphs
@@ -77,7 +78,7 @@ class Unbuilt:
         lowered: set[str] = set()
         for name, model in models.items():
             lowered |= pipeline.prepare(name, model, target, plan, defaultdict(lambda: 1.0), dtypes).keys()
-        can_share = target in pipeline.GPU_TARGETS and plan.can_share_weights
+        can_share = is_gpu(target) and plan.can_share_weights
         shared = pipeline.shareable(models) if can_share else set()
         costs: dict[str, Costs] = {}
         sizes: dict[str, dict[str, int]] = {}

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 OBSERVERS = ("minmax", "percentile", "entropy", "mse")
-TARGETS = ("cpu", "onnx", *(name for name, entry in targets.TARGETS.items() if entry.gpu))
+EXPORT_TARGETS = ("cpu", "onnx", *filter(targets.is_gpu, targets.TARGETS))
 GATE = "decoder.gate.weight"  # one column, shared by all layers: nothing to gain
 
 
@@ -130,12 +130,7 @@ def make_plan(options: Options, shapes: Mapping[str, tuple[int, ...]], target: s
             # The low-rank parts of a small model; a block may not end outside its row.
             linears[name] = LinearPlan("int8")
     used = {linear.precision for linear in linears.values()}
-    if (
-        target in targets.TARGETS
-        and "fp8" in used
-        and target != "cpu"
-        and "fp8" not in targets.target(target).precisions
-    ):
+    if "fp8" in used and targets.is_gpu(target) and "fp8" not in targets.target(target).precisions:
         raise UsageError(f"precision fp8: target {target} has no FP8 units on its GPUs; choose int8 or int4")
     if target == "cpu" and "fp8" in used:
         raise UsageError(

@@ -30,7 +30,7 @@ from trol_edge.bundle.folder import new_folder, sha256_of
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.sizes import build_bytes, cache_bytes, engine_weight_bytes, shared_weights
-from trol_edge.bundle.targets import Target, refusals
+from trol_edge.bundle.targets import Target, is_gpu, refusals
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError
 from trol_edge.machine.identity import available_memory
@@ -76,7 +76,7 @@ def build(
             f"{bundle.folder}: made for target {entry.name}, for which there is nothing to build; "
             "export with --target rtx (desktop) or jetson-jp6, jetson-jp7, jetson-trt11, tensorrt"
         )
-    if bundle.manifest.target in ("cpu", "onnx"):
+    if not is_gpu(bundle.manifest.target):
         raise BundleError(
             f"{bundle.folder}: its graphs were made for target {bundle.manifest.target!r}; "
             f"export with --target {entry.name}"

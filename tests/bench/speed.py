@@ -67,7 +67,7 @@ SHAPES = {
     "1.8b": Shape("trol-1.8b", repeats=1, decode=16, own_steps=24, full_warmup=False),
 }
 # (what is compared, our contender, the peers, tokens or answer, our factor, at least): issue-sized aims at 1.8b.
-TARGETS = (
+AIMS = (
     (
         "prefill, one pass (each of our two passes counted) / llama.cpp's best",
         "int8",
@@ -362,7 +362,7 @@ def targets(rows: Sequence[Mapping[str, Any]], prompt: str) -> list[dict[str, An
     """Each aim that can be judged by what was measured: {"what", "ratio", "aim", "met"}."""
     by_name = {row["name"]: row for row in rows if prompt in row["prompts"]}
     out = []
-    for what, ours, peers, kind, factor, aim in TARGETS:
+    for what, ours, peers, kind, factor, aim in AIMS:
         there = [peer for peer in peers if peer in by_name]
         if ours not in by_name or not there:
             continue

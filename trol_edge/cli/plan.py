@@ -46,7 +46,6 @@ def plan(
 ) -> None:
     """Tell before owning the board: does it fit, how long would it take, and which precision is best."""
     from trol_edge.bundle.manifest import Bundle
-    from trol_edge.bundle.targets import TARGETS
     from trol_edge.machine import devices
     from trol_edge.plan import compare as planning
     from trol_edge.plan.estimate import to_dict
@@ -102,7 +101,7 @@ def plan(
             }
         )
         return
-    _print_plans(plans, TARGETS)
+    _print_plans(plans)
     for name, p in chosen.items():
         if len([q for q in plans if q.machine.name == name]) > 1 or goal_ms or goal_tokens_per_second:
             goals = " and reaches the goal" if goal_ms or goal_tokens_per_second else ""
@@ -114,7 +113,7 @@ def plan(
             out.print(f"{name}: {said}", markup=False)
 
 
-def _print_plans(plans: Any, targets: Any) -> None:
+def _print_plans(plans: Any) -> None:
     """A table with a row for each plan; where there is one plan only, all of it."""
     first = plans[0].subject
     out.print(f"{first.name}, context {first.context}; times expected (floor); GB = 1e9 bytes", markup=False)
@@ -135,8 +134,10 @@ def _print_plans(plans: Any, targets: Any) -> None:
             p.verdict,
         )
     out.print(table)
+    from trol_edge.bundle.targets import is_gpu
+
     for p in plans if len(plans) == 1 else []:
-        m, gpu = p.memory, targets[p.machine.target].gpu
+        m, gpu = p.memory, is_gpu(p.machine.target)
         for what, size in (
             ("weights", m.weights),
             (f"K/V cache, {m.cache_sets} sets", m.cache),

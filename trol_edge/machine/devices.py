@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from trol_edge.bundle.strict import from_dict
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import UsageError
 
 MIB = 1 << 20
@@ -205,8 +205,8 @@ def _read(path: Path) -> Device:
     ]
     if not device.modes:
         wrong.append("no modes")
-    if not (device.target in TARGETS and TARGETS[device.target].gpu):
-        wrong.append(f"target {device.target!r} is not one of {', '.join(n for n, t in TARGETS.items() if t.gpu)}")
+    if not is_gpu(device.target):
+        wrong.append(f"target {device.target!r} is not one of {', '.join(filter(is_gpu, TARGETS))}")
     if wrong:
         raise UsageError(f"{path}: {'; '.join(wrong)}. {advice}")
     return device

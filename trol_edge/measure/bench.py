@@ -21,7 +21,7 @@ from trol_edge.answering.sampling import Sampler
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.machine import sensors as jetson
 from trol_edge.measure.process import Job, Progress, errors_as_json, print_json, sampled, told_job
@@ -97,7 +97,7 @@ def bundle_id(bundle: Bundle) -> BundleId:
 
 
 def _library(target: str) -> str:
-    name = "onnxruntime" if target not in TARGETS or not TARGETS[target].gpu else TARGETS[target].module
+    name = TARGETS[target].module if is_gpu(target) else "onnxruntime"
     for distribution in (name, name.replace("_", "-")):
         try:
             return f"{distribution} {metadata.version(distribution)}"

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from trol_edge.bundle.manifest import Bundle
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import is_gpu
 from trol_edge.machine import sensors as jetson
 from trol_edge.machine.devices import DEVICES
 from trol_edge.machine.identity import read as identify
@@ -21,8 +21,7 @@ from trol_edge.measure.record import (
 
 def machine_peaks(machine: jetson.Machine, bundles: Sequence[Bundle]) -> Peaks | None:
     """What the machine can do at most: measured on a CPU, from the table of devices on a Jetson's GPU; else None."""
-    gpu = [t for b in bundles if (t := TARGETS.get(b.manifest.target)) is not None and t.gpu]
-    if gpu:
+    if any(is_gpu(bundle.manifest.target) for bundle in bundles):
         return table_peaks(machine)
     threads = len(os.sched_getaffinity(0))
     return Peaks(

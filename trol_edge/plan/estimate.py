@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import UsageError
 from trol_edge.plan.duration import Stage, stage
 from trol_edge.plan.memory import Memory, memory_of
@@ -59,7 +59,7 @@ def plan(
     Raises UsageError where the question does not fit the context, or the machine cannot run such a bundle.
     """
     work = work or Workload()
-    if TARGETS[machine.target].gpu != (subject.target in TARGETS and TARGETS[subject.target].gpu):
+    if is_gpu(machine.target) != is_gpu(subject.target):
         raise UsageError(
             f"{subject.name} was made for target {subject.target}, {machine.name} runs {machine.target}: what one of "
             "them does says nothing about the other; plan with --model, or export the bundle for that target"
@@ -72,7 +72,7 @@ def plan(
             f"not fit a context of {subject.context}; choose a larger --context, or fewer --tiles"
         )
     dims = {"images": tiles, "tokens": prompt, "slots": prompt}
-    text_only = "traverse_text" in subject.graphs and not TARGETS[machine.target].gpu  # no engine of its own there
+    text_only = "traverse_text" in subject.graphs and not is_gpu(machine.target)  # no engine of its own there
     text_graph = "traverse_text" if text_only else "traverse"
 
     def run(name: str, **given: int) -> Stage:
@@ -107,7 +107,7 @@ def _fit(
     smaller: Callable[[], Iterator[Subject]],
 ) -> tuple[Memory, str, tuple[str, ...]]:
     """Memory as asked for, the verdict, and the fewest changes that make it fit, those first that hurt least."""
-    gpu = TARGETS[machine.target].gpu
+    gpu = is_gpu(machine.target)
     switches: list[tuple[str, dict[str, Any]]] = [("boot without a desktop", {"desktop": False})] if desktop else []
     if gpu and subject.shareable_bytes and not subject.shared:
         switches.append(("one copy of the decoder's weights for both engines (--shared-weights)", {"shared": True}))

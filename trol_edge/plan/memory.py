@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from trol_edge.bundle.sizes import build_bytes
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.plan.rates import Machine
 from trol_edge.plan.subject import Subject
 
@@ -51,7 +51,7 @@ def memory_of(
 
     TensorRT reserves scratch memory for the longest prompt, once per engine; ONNX Runtime takes what a run needs.
     """
-    gpu = TARGETS[machine.target].gpu
+    gpu = is_gpu(machine.target)
     graphs = [name for name in subject.graphs if not (gpu and name == "traverse_text")]
     one_set = subject.cache_bytes * context // subject.context
     longest = {"images": dims["images"], "tokens": context, "slots": context}
