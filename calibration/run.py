@@ -28,13 +28,13 @@ from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.collect import Collector
-from trol_edge.calibration.prompts import Prompt, model_prompts
+from trol_edge.calibration.prompts import SamplePrompt, model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
 from trol_edge.export.quantize.stats import (
     PARTS,
     STATE,
-    State,
+    CalibrationState,
     Statistics,
     part_path,
     read_state,
@@ -78,7 +78,7 @@ def calibrate(
     chosen = samples if isinstance(samples, SampleSet) else sampling.load(samples, count, progress, side)
     prompts, skipped = model_prompts(source, chosen)
     run = _Run(source, prompts, Path(cache), COMPUTE[compute], progress)
-    state = State(
+    state = CalibrationState(
         checkpoint=source.identity(),
         samples_sha256=chosen.sha256,
         samples=len(prompts),
@@ -93,7 +93,7 @@ def calibrate(
     return found
 
 
-def _open_cache(folder: Path, state: State, overwrite: bool) -> None:
+def _open_cache(folder: Path, state: CalibrationState, overwrite: bool) -> None:
     """Make the cache folder ready for this run; whatever else it holds is refused, or removed with `overwrite`."""
     found = read_state(folder) if not overwrite or (folder / STATE).is_file() else None
     if found == state:
@@ -118,7 +118,7 @@ class _Run:
     """All stages over all samples."""
 
     def __init__(
-        self, source: Checkpoint, prompts: list[Prompt], folder: Path, compute: torch.dtype, progress: Progress
+        self, source: Checkpoint, prompts: list[SamplePrompt], folder: Path, compute: torch.dtype, progress: Progress
     ) -> None:
         self.source, self.prompts, self.folder, self.progress = source, prompts, folder, progress
         self.spec: ModelSpec = source.spec

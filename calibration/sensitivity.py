@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trol_edge.bundle.precision import QUANTIZED
+from trol_edge.bundle.precision import QUANTIZED, LinearPlan
 from trol_edge.calibration.prompts import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, UsageError
-from trol_edge.export.quantize.recipes import LinearPlan, Options, make_plan
+from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
 from trol_edge.export.quantize.rounding import quantize, restore, round_to
 from trol_edge.export.quantize.scales import Scales, find_scales
 from trol_edge.export.quantize.stats import Statistics
@@ -47,7 +47,7 @@ class MixedPlan:
     the limit.
     """
 
-    options: Options
+    options: RecipeOptions
     linears: Mapping[str, LinearPlan]
     sensitivity: Mapping[str, float]
     recipe_nats: float
@@ -59,7 +59,7 @@ class MixedPlan:
         """Whether the limit is kept."""
         return self.nats <= self.max_loss
 
-    def mixed(self) -> Options:
+    def mixed(self) -> RecipeOptions:
         """The recipe with what was raised: options for an export."""
         return dataclasses.replace(self.options, linears={**self.options.linears, **self.linears})
 
@@ -75,7 +75,7 @@ def find_plan(
     checkpoint: str | os.PathLike[str],
     calibration: Callable[[Checkpoint], Statistics],
     samples: SampleSet,
-    options: Options,
+    options: RecipeOptions,
     max_loss: float,
     progress: Progress = lambda what, done, total: None,
 ) -> MixedPlan:
@@ -125,10 +125,10 @@ def within(
     checkpoint: str | os.PathLike[str],
     calibration: Callable[[Checkpoint], Statistics],
     samples: SampleSet,
-    options: Options,
+    options: RecipeOptions,
     max_loss: float,
     progress: Progress = lambda what, done, total: None,
-) -> Options:
+) -> RecipeOptions:
     """Options for an export that loses at most `max_loss` nats; UsageError where no mixture of precisions does."""
     found = find_plan(checkpoint, calibration, samples, options, max_loss, progress)
     if not found.reached:

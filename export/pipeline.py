@@ -18,18 +18,18 @@ from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.folder import new_folder, sha256_of
 from trol_edge.bundle.manifest import FORMAT, FORMAT_VERSION, FileInfo, GraphInfo, Manifest, Port, write_manifest
 from trol_edge.bundle.names import EMBEDDING, SELFTEST, TOKENIZER, WEIGHTS
-from trol_edge.bundle.precision import CalibrationInfo
+from trol_edge.bundle.precision import CalibrationInfo, PrecisionPlan
 from trol_edge.bundle.sizes import is_shareable
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import CalibrationError, ExportError, UsageError
 from trol_edge.export import storage
+from trol_edge.export.graphs import canonical as graphs
 from trol_edge.export.graphs import counts
-from trol_edge.export.graphs import trace as graphs
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.lower import trt as lower_trt
 from trol_edge.export.quantize import half, qdq
-from trol_edge.export.quantize.recipes import EXPORT_TARGETS, Options, Plan, is_linear, make_plan
+from trol_edge.export.quantize.recipes import EXPORT_TARGETS, RecipeOptions, is_linear, make_plan
 from trol_edge.export.quantize.scales import find_scales
 from trol_edge.export.quantize.stored import IR_TYPES, Place, StoredWeights, places
 from trol_edge.export.reference import selftest, tokenizer
@@ -58,7 +58,7 @@ def export(
     model: str | None = None,
     target: str = "cpu",
     context: int | None = None,
-    options: Options | None = None,
+    options: RecipeOptions | None = None,
     shared_weights: bool = False,
     calibration: Callable[[Checkpoint], Statistics] | None = None,
     record_selftest: bool = True,
@@ -86,7 +86,7 @@ def export(
     spec = source.spec
     context = default_context(source.family, spec) if context is None else context
     require_context(context, spec)
-    options = options or Options()
+    options = options or RecipeOptions()
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
     if shared_weights:
         _require_shareable(plan, target)
@@ -209,7 +209,7 @@ def prepare(
     name: str,
     model: ir.Model,
     target: str,
-    plan: Plan,
+    plan: PrecisionPlan,
     input_scales: Mapping[str, float],
     dtypes: Mapping[str, ir.DataType],
 ) -> dict[str, Layout]:
@@ -243,7 +243,7 @@ def take_inputs(
     return weights, as_inputs, counts.count(model, weights, scores=not is_gpu(target))
 
 
-def _require_shareable(plan: Plan, target: str) -> None:
+def _require_shareable(plan: PrecisionPlan, target: str) -> None:
     """Raise UsageError where no TensorRT would take the weights as inputs."""
     if not is_gpu(target):
         raise UsageError(f"shared weights are for TensorRT; target {target} holds them once anyway")

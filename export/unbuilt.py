@@ -19,10 +19,10 @@ from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.targets import is_gpu
 from trol_edge.export import pipeline
+from trol_edge.export.graphs import canonical as graphs
 from trol_edge.export.graphs import counts
-from trol_edge.export.graphs import trace as graphs
 from trol_edge.export.quantize.qdq import scale_name
-from trol_edge.export.quantize.recipes import Options, make_plan
+from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
 from trol_edge.export.quantize.stored import IR_TYPES, stored_dtype
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.family import Family
@@ -41,7 +41,7 @@ class Unbuilt:
         self.context = pipeline.default_context(family, spec) if context is None else context
         self._traces: dict[tuple[str, int], ir.Model] = {}
 
-    def subject(self, target: str, options: Options) -> Subject:
+    def subject(self, target: str, options: RecipeOptions) -> Subject:
         """What there is to plan for one target and precision. Raises UsageError where they do not go together."""
         layers = self.spec.num_layers
         if options.linears:
@@ -62,7 +62,7 @@ class Unbuilt:
             cache_bytes=grown(one.cache_bytes, two.cache_bytes, layers),
         )
 
-    def _subject(self, target: str, options: Options, layers: int, tower: int) -> Subject:
+    def _subject(self, target: str, options: RecipeOptions, layers: int, tower: int) -> Subject:
         vision = dataclasses.replace(self.spec.vision, num_layers=tower)
         spec = dataclasses.replace(self.spec, num_layers=layers, vision=vision)
         shapes = {name: source.shape for name, source in self.family.sources(spec).items()}

@@ -22,7 +22,7 @@ from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BackendError, BundleError, TrolEdgeError
 from trol_edge.machine import identity as machine
 from trol_edge.machine.identity import Jetson, Machine
-from trol_edge.runtimes.cuda import Device, devices
+from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import load
 from trol_edge.runtimes.trt.build import key_here
 from trol_edge.verify.passed import passed_here
@@ -50,7 +50,7 @@ class Check:
     needed: bool = False
 
 
-def status(target: Target, found: list[Device] | str) -> Status:
+def status(target: Target, found: list[Gpu] | str) -> Status:
     """What there is for one target. found: the GPUs, or why there are none."""
     version, title = _version(target)
     if version is None:
@@ -218,7 +218,7 @@ def _broken(module: str) -> str:
     return ""
 
 
-def _bundle(folder: Path, found: list[Device] | str, here: Machine, known: dict[str, Status]) -> list[Check]:
+def _bundle(folder: Path, found: list[Gpu] | str, here: Machine, known: dict[str, Status]) -> list[Check]:
     try:
         bundle = Bundle(folder)
         weights = bundle.weights()
@@ -268,7 +268,7 @@ def _memory(bundle: Bundle, weights: WeightsFile, here: Machine) -> Check:
     return Check("memory", True, f"{text}, {free / 1e9:.1f} are available")
 
 
-def _engines(bundle: Bundle, target: Target, found: list[Device] | str) -> list[Check]:
+def _engines(bundle: Bundle, target: Target, found: list[Gpu] | str) -> list[Check]:
     try:
         engines = read(bundle, target.name)
         for name in engines.engines:

@@ -78,7 +78,7 @@ def test_numbers_are_json_and_print(result: dict[str, Any]) -> None:
 
 
 def test_a_contender_that_fails_has_its_error_in_its_row(nano_bundle: Path, tmp_path: Path) -> None:
-    job = contenders.Job("int8", str(NANO), str(tmp_path), "", {"text": [1]}, None, bench.SHAPES["nano"], 1)
+    job = contenders.Task("int8", str(NANO), str(tmp_path), "", {"text": [1]}, None, bench.SHAPES["nano"], 1)
     sample = bench._run_job(job)
     assert "no bundle.json" in sample["error"]
     good = dataclasses.replace(job, bundle=str(nano_bundle))

@@ -18,7 +18,7 @@ from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import ExportError, UsageError
 from trol_edge.export import unbuilt
 from trol_edge.export.graphs import counts
-from trol_edge.export.quantize.recipes import Options
+from trol_edge.export.quantize.recipes import RecipeOptions
 from trol_edge.plan.subject import Subject, subject_of
 
 COSTS = Costs(
@@ -163,7 +163,7 @@ def test_vision_by_hand(counted: Any, images: int) -> None:
 def test_bundle_and_model_agree(each_bundle: Path) -> None:
     """Two traced layers stand for all: every count, the peaks and the bytes are those of the whole export."""
     whole = subject_of(Bundle(each_bundle))
-    quick = model(whole.name).subject("cpu", Options())
+    quick = model(whole.name).subject("cpu", RecipeOptions())
     assert numbers(quick) == numbers(whole)
 
 
@@ -185,7 +185,7 @@ def model(name: str) -> unbuilt.Unbuilt:
 def test_precisions(target: str, precision: str) -> None:
     """A step reads each of its weights once, in the type in which it is loaded (and rows of the rotary tables)."""
     shape = model("trol-nano")
-    subject, spec = shape.subject(target, Options(recipe=precision)), shape.spec
+    subject, spec = shape.subject(target, RecipeOptions(recipe=precision)), shape.spec
     rotary = 2 * shape.context * spec.head_dim // 2 * 4
     cost = subject.graphs["step"].at()
     assert cost.weight_bytes + rotary == subject.weights["step"]

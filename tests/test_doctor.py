@@ -20,10 +20,10 @@ from trol_edge.bundle.names import SELFTEST
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError
 from trol_edge.runtimes import doctor
-from trol_edge.runtimes.cuda import Device
+from trol_edge.runtimes.cuda import Gpu
 from trol_edge.verify import replay as verify
 
-ORIN = Device("Orin (nvgpu)", "8.7", 8 << 30, (12, 6))
+ORIN = Gpu("Orin (nvgpu)", "8.7", 8 << 30, (12, 6))
 
 
 @dataclasses.dataclass

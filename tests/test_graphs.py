@@ -417,7 +417,7 @@ def test_memoised_traces_are_true(traces: dict[Any, Any], exported: Callable[...
     """The suite traces once per architecture; a fresh trace gives the same graph."""
     import onnx_ir
 
-    from trol_edge.export.graphs import trace as graphs
+    from trol_edge.export.graphs import canonical as graphs
 
     exported(NANO)
     checkpoint = Checkpoint(NANO)

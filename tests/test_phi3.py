@@ -19,7 +19,7 @@ from tests.golden import GOLDEN, requires_all_golden
 from tests.phi3_tokenizer import IMAGE_ID, make
 from trol_edge.errors import CheckpointError, ContextError, UsageError
 from trol_edge.export import pipeline
-from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.graphs import canonical as graphs
 from trol_edge.export.reference import phi3
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.hub import find

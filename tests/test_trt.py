@@ -32,14 +32,14 @@ from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import cuda as cuda_module
-from trol_edge.runtimes.cuda import CudaPython, Device
+from trol_edge.runtimes.cuda import CudaPython, Gpu
 from trol_edge.runtimes.trt import backend as trt_module
 from trol_edge.runtimes.trt import build as trt_build
 from trol_edge.runtimes.trt.api import Library
 
 PICTURE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
-GPU = Device("stand-in for Orin", "8.7", 8 << 30, (12, 6))
+GPU = Gpu("stand-in for Orin", "8.7", 8 << 30, (12, 6))
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,10 @@ def sharing_bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     pytest.importorskip("torch", reason="export is not installed")
     from tests.bench.speed import made_up_statistics
     from trol_edge.export import pipeline
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     request.getfixturevalue("traces")
-    options = Options(recipe=request.param, scaling=False, clipping=False, observer="minmax")
+    options = RecipeOptions(recipe=request.param, scaling=False, clipping=False, observer="minmax")
     folders = []
     for shared in (False, True):
         folders.append(tmp_path_factory.mktemp("sharing") / request.param)

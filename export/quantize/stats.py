@@ -75,7 +75,7 @@ class PointStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class CalibrationState:
     """What a cache folder is for; all of it must agree before anything in it is used."""
 
     checkpoint: str  # identity, see Checkpoint.identity
@@ -93,7 +93,9 @@ class Statistics:
     "vision.layers.<i>.residual" and ".scores".
     """
 
-    def __init__(self, points: Mapping[str, PointStatistics], peaks: Mapping[str, float], state: State) -> None:
+    def __init__(
+        self, points: Mapping[str, PointStatistics], peaks: Mapping[str, float], state: CalibrationState
+    ) -> None:
         self.points, self.peaks, self.state = points, peaks, state
 
     @property
@@ -159,7 +161,7 @@ def part_path(folder: Path, stage: str) -> Path:
     return folder / PARTS / f"{stage}.npz"
 
 
-def read_state(folder: Path) -> State | None:
+def read_state(folder: Path) -> CalibrationState | None:
     """The state of a cache folder, None where there is none. CalibrationError where it is of another format."""
     path = folder / STATE
     if not path.is_file():
@@ -172,12 +174,12 @@ def read_state(folder: Path) -> State | None:
         if not strings or not isinstance(data["samples"], int):
             raise ValueError("fields of other types")
         stages, skipped = (tuple(map(str, data.pop(key))) for key in ("stages", "skipped"))
-        return State(**data, stages=stages, skipped=skipped)
+        return CalibrationState(**data, stages=stages, skipped=skipped)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CalibrationError(f"{path}: not readable ({error}); remove the folder and calibrate again") from error
 
 
-def write_state(folder: Path, state: State) -> None:
+def write_state(folder: Path, state: CalibrationState) -> None:
     """Begin a cache folder."""
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(state)}

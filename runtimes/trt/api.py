@@ -44,7 +44,7 @@ def only(classic: Version | None = None, rtx: Version | None = None) -> Callable
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorInfo:
+class EngineTensor:
     """An input or output: dtype as numpy calls it, shape with -1 where it is dynamic.
 
     profiles: smallest, best and largest shape in each optimization profile (inputs of an engine only).
@@ -153,15 +153,15 @@ class Network:
         self._builder, self._definition = builder, definition
         self._parser = parser  # the network refers to weights that the parser holds
 
-    def tensors(self) -> list[TensorInfo]:
+    def tensors(self) -> list[EngineTensor]:
         """Inputs, then outputs."""
         network = self._definition
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
         return [self._info(t, True) for t in inputs] + [self._info(t, False) for t in outputs]
 
-    def _info(self, tensor: trt.ITensor, is_input: bool) -> TensorInfo:
-        return TensorInfo(tensor.name, is_input, DTYPES[tensor.dtype.name], tuple(tensor.shape))
+    def _info(self, tensor: trt.ITensor, is_input: bool) -> EngineTensor:
+        return EngineTensor(tensor.name, is_input, DTYPES[tensor.dtype.name], tuple(tensor.shape))
 
     def layers(self) -> list[LayerInfo]:
         """Every layer, in order."""
@@ -299,7 +299,7 @@ class Engine:
         self._runtime, self._engine = runtime, engine  # the engine must not outlive its runtime
         self.scratch_bytes = engine.device_memory_size_v2
 
-    def tensors(self) -> list[TensorInfo]:
+    def tensors(self) -> list[EngineTensor]:
         """Inputs and outputs, in the engine's order."""
         trt = self.module
         engine = self._engine
@@ -312,7 +312,7 @@ class Engine:
                 smallest, best, largest = engine.get_tensor_profile_shape(name, number)
                 profiles.append((tuple(smallest), tuple(best), tuple(largest)))
             dtype = DTYPES[engine.get_tensor_dtype(name).name]
-            found.append(TensorInfo(name, is_input, dtype, tuple(engine.get_tensor_shape(name)), tuple(profiles)))
+            found.append(EngineTensor(name, is_input, dtype, tuple(engine.get_tensor_shape(name)), tuple(profiles)))
         return found
 
     def context(self, cache: bytes | None = None) -> Context:

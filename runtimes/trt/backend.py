@@ -33,9 +33,9 @@ from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.machine.identity import available_memory
-from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda
+from trol_edge.runtimes.cuda import Cuda, Gpu, devices, open_cuda
 from trol_edge.runtimes.trt import weights as trt_weights
-from trol_edge.runtimes.trt.api import Context, Engine, Library, TensorInfo, load
+from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
 
 Float32 = NDArray[np.float32]
 _Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
@@ -97,7 +97,7 @@ class TrtBackend:
         *,
         library: Library | None = None,
         cuda: Cuda | None = None,
-        device: Device | None = None,
+        device: Gpu | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         """threads is for a CPU and has no effect. verify: hash weights that engines share; engines are always hashed.
@@ -150,9 +150,9 @@ class TrtBackend:
         self._closing = weakref.finalize(self, _close, self.cuda, self._contexts, self._engines)
         self._closing.atexit = False  # the end of the process does it, and must not pull memory from under a thread
 
-    def _require_fit(self, engines: EngineSet, device: Device | None) -> None:
+    def _require_fit(self, engines: EngineSet, device: Gpu | None) -> None:
         target = target_of(engines.key.target)
-        gpu = device or Device("", "", 0, (0, 0))
+        gpu = device or Gpu("", "", 0, (0, 0))
         key = Key(
             target.name, self.library.title, gpu.name, gpu.capability, ".".join(map(str, gpu.driver)) if device else ""
         )
@@ -167,7 +167,7 @@ class TrtBackend:
                 f"{', '.join(target.capabilities)}; export for another target"
             )
 
-    def _require_memory(self, device: Device | None) -> None:
+    def _require_memory(self, device: Gpu | None) -> None:
         needed = self.weight_bytes + self.cache_bytes
         free, total = self.cuda.memory()
         if device is not None and device.integrated:
@@ -192,7 +192,7 @@ class TrtBackend:
         engines = sum(engine.bytes for engine in self._built.engines.values())
         return engines + sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
 
-    def _checked(self, name: str, engine: Engine) -> dict[str, TensorInfo]:
+    def _checked(self, name: str, engine: Engine) -> dict[str, EngineTensor]:
         """An engine's tensors by name, which must be those of the graph."""
         graph = self.bundle.manifest.graphs[name]
         found = {info.name: info for info in engine.tensors()}

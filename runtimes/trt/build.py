@@ -34,7 +34,7 @@ from trol_edge.bundle.targets import Target, is_gpu, refusals
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError
 from trol_edge.machine.identity import available_memory
-from trol_edge.runtimes.cuda import Device, devices
+from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import Library, Network, Shape, load
 
 SHORT = 64  # tokens: what a follow-up question has; longer chunks take the second profile
@@ -103,7 +103,7 @@ def build(
     return Build(engines, final, True, reason)
 
 
-def key_here(target: Target, library: Library, device: Device | None) -> Key:
+def key_here(target: Target, library: Library, device: Gpu | None) -> Key:
     """What engines built now, here, are bound to."""
     if not target.serves(library.version):
         raise BackendError(

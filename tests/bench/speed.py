@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import trol_edge
-from tests.bench.contenders import CONTENDERS, OURS, QUESTION, Job, Shape
+from tests.bench.contenders import CONTENDERS, OURS, QUESTION, Shape, Task
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import TOKENIZER
 from trol_edge.errors import BackendError, TrolEdgeError, UsageError
@@ -167,7 +167,7 @@ def _prepare(
     interpreters: Mapping[str, str],
     failed: dict[str, str | None],
     report: Report,
-) -> dict[str, Job]:
+) -> dict[str, Task]:
     """A job for each contender; a peer whose model could not be made is put into `failed` instead, with the reason."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ def _prepare(
                     continue
             model = str(path)
         bundle = made.get(name, described)
-        jobs[name] = Job(
+        jobs[name] = Task(
             name, str(checkpoint), bundle, model, prompts, str(picture) if picture else None, shape, machine_cores()
         )
     return jobs
@@ -245,19 +245,19 @@ def _exported(model: str, name: str, checkpoint: Path, folder: Path, report: Rep
 def prepare_bundle() -> None:
     """As a process: [checkpoint, bundle, model, recipe] as JSON on standard input."""
     from trol_edge.export.pipeline import export
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
     # The same bits in every matrix, as the peers have it, and no search for what random weights cannot show.
     alike = {"lm_head": recipe, "scaling": False, "clipping": False, "sensitive": None}
-    options = Options(recipe=recipe, block=BLOCK, **alike)
+    options = RecipeOptions(recipe=recipe, block=BLOCK, **alike)
     export(checkpoint, bundle, model=model, options=options, calibration=made_up_statistics, overwrite=True)
 
 
 def made_up_statistics(source: Any) -> Any:
     """Statistics as if every Linear of a Checkpoint had seen a few rows of a normal distribution."""
     from trol_edge.export.quantize.recipes import is_linear, point_of
-    from trol_edge.export.quantize.stats import PointStatistics, State, Statistics
+    from trol_edge.export.quantize.stats import CalibrationState, PointStatistics, Statistics
 
     rng, points = np.random.default_rng(0), {}
     for name in source.names():
@@ -269,7 +269,7 @@ def made_up_statistics(source: Any) -> Any:
             points[point_of(name)] = PointStatistics(
                 len(rows), size.max(axis=0), size.mean(axis=0), (size**2).mean(axis=0), rows, bins, top, top
             )
-    return Statistics(points, {}, State(source.identity(), "made up", 1, ()))
+    return Statistics(points, {}, CalibrationState(source.identity(), "made up", 1, ()))
 
 
 def _fingerprint(checkpoint: Path) -> str:
@@ -301,7 +301,7 @@ def run_python(*arguments: str, stdin: str = "", python: str = sys.executable) -
     return done.stdout
 
 
-def _run_job(job: Job, python: str = sys.executable) -> dict[str, Any]:
+def _run_job(job: Task, python: str = sys.executable) -> dict[str, Any]:
     try:
         output = run_python("-c", _entry("worker"), stdin=json.dumps(dataclasses.asdict(job)), python=python)
         result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
@@ -310,7 +310,7 @@ def _run_job(job: Job, python: str = sys.executable) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _summary(shape: str, jobs: Mapping[str, Job], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _summary(shape: str, jobs: Mapping[str, Task], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     job = next(iter(jobs.values()))
     manifest = Bundle(job.bundle).manifest
     image = manifest.spec.image_token_id

@@ -21,7 +21,7 @@ from pathlib import Path
 from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.names import MANIFEST, WEIGHTS
-from trol_edge.bundle.precision import CalibrationInfo, Part, Plan
+from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.weights import WeightsFile
@@ -89,7 +89,7 @@ class Manifest:
     tools: dict[str, str]  # versions that made it
     notes: tuple[str, ...]
     parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
-    plan: Plan  # how each Linear is stored and computed
+    plan: PrecisionPlan  # how each Linear is stored and computed
     calibration: CalibrationInfo | None  # what the scales were made of; None: nothing was calibrated
 
 

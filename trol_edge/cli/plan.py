@@ -49,7 +49,7 @@ def plan(
     from trol_edge.machine import devices
     from trol_edge.plan import compare as planning
     from trol_edge.plan.estimate import to_dict
-    from trol_edge.plan.rates import machine_of
+    from trol_edge.plan.rates import platform_of
     from trol_edge.plan.subject import Subject, Workload, subject_of
 
     if show_device is not None:
@@ -67,7 +67,7 @@ def plan(
 
             machines.append(rates.host())
         else:
-            machines.append(machine_of(*devices.find(name)))
+            machines.append(platform_of(*devices.find(name)))
     subject: Callable[[str, str], Subject]
     if fixed is not None:
         precision, subject = [fixed.precision], lambda target, recipe: fixed

@@ -26,11 +26,11 @@ from trol_edge.errors import ContextError, UsageError
 from trol_edge.machine import sensors as jetson
 from trol_edge.measure.process import Job, Progress, errors_as_json, print_json, sampled, told_job
 from trol_edge.measure.record import (
-    Answer,
     BundleId,
     BundleProfile,
     Case,
     Run,
+    TimedAnswer,
     Work,
 )
 from trol_edge.prompt.images import load_rgb
@@ -77,7 +77,7 @@ def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
     names = list(dict.fromkeys(name for row in rows for name in row))
     samples = {name: tuple(row.get(name) for row in rows) for name in names}
     samples["t_s"] = tuple(None if t is None else t - zero for t in samples["t_s"])
-    total = jetson.Machine(job.root).total_power()
+    total = jetson.Sensors(job.root).total_power()
     return BundleProfile(identity, library, load, idle, (), tuple(runs), samples, total)
 
 
@@ -134,7 +134,7 @@ class Bench:
             start = time.monotonic() - self._zero
             pairs = [self._pair(prompts, picture) for _ in range(runs)]
             end = time.monotonic() - self._zero
-        peak = jetson.Machine().process(os.getpid())["peak_rss_bytes"]
+        peak = jetson.Sensors().process(os.getpid())["peak_rss_bytes"]
         self._session = self._runtime.session()
         question = self._question(prompts[0], picture)
         image = question.ids.count(self._runtime.bundle.manifest.spec.image_token_id)
@@ -149,12 +149,12 @@ class Bench:
             work(self._runtime.bundle, question.ids, self._tokens),
         )
 
-    def _pair(self, prompts: Sequence[Any], picture: Picture | None) -> tuple[Answer, Answer]:
+    def _pair(self, prompts: Sequence[Any], picture: Picture | None) -> tuple[TimedAnswer, TimedAnswer]:
         self._runtime.desk.vision_cache.clear()
         self._session.truncate(0)
         return self.answer(prompts[0], picture), self.answer(prompts[1], picture)
 
-    def answer(self, prompt: Any, picture: Picture | None) -> Answer:
+    def answer(self, prompt: Any, picture: Picture | None) -> TimedAnswer:
         """One answer, its stages timed."""
         now, runtime, session = time.monotonic, self._runtime, self._session
         options, clock = Options(max_new_tokens=self._tokens), Clock()
@@ -183,7 +183,7 @@ class Bench:
                 logits = session.step_view(token)
                 steps.append(1e3 * (now() - written))
         end = now()
-        return Answer(
+        return TimedAnswer(
             start_s=start - self._zero,
             preprocess_ms=1e3 * (looked - start),
             vision_ms=clock.vision_ms,

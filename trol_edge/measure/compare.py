@@ -39,7 +39,7 @@ class Change:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class BaselineComparison:
     """Everything that both profiles measured; `unjudged` says why some of it means nothing."""
 
     changes: tuple[Change, ...]
@@ -52,7 +52,7 @@ class Comparison:
         return [change for change in self.changes if change.slower]
 
 
-def compare(old: Profile, new: Profile) -> Comparison:
+def compare(old: Profile, new: Profile) -> BaselineComparison:
     """Compare what both measured. Raises UsageError where they are of other machines, bundles or cases."""
     _same_machine(old, new)
     changes: list[Change] = []
@@ -88,7 +88,7 @@ def compare(old: Profile, new: Profile) -> Comparison:
                 unjudged.append(f"{where}: {'; '.join(bad)}")
             else:
                 changes += _run_changes(where, before, was, after, run)
-    return Comparison(tuple(changes), tuple(unjudged), tuple(remarks))
+    return BaselineComparison(tuple(changes), tuple(unjudged), tuple(remarks))
 
 
 def judge(where: str, what: str, unit: str, old: Values, new: Values) -> Change:

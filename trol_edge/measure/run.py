@@ -65,7 +65,7 @@ def profile(
     opened = [Bundle(bundle) for bundle in bundles]
     if image is not None:
         load_rgb(os.fspath(image))
-    machine = jetson.Machine(root)
+    machine = jetson.Sensors(root)
     progress("what memory and processors can do at most")
     peaks = machine_peaks(machine, opened)
     found = []

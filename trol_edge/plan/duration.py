@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 from trol_edge.bundle.costs import Costs, Operation
 from trol_edge.errors import UsageError
-from trol_edge.plan.rates import Machine, Points, Rates
+from trol_edge.plan.rates import Platform, Points, Rates
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class GraphTime:
     """One graph run once: what it does, and in which time."""
 
     graph: str
@@ -25,7 +25,7 @@ class Stage:
     bound: str  # what takes most of the expected time: "arithmetic", "memory" or "starting operators"
 
 
-def stage(graph: str, costs: Costs, weight_bytes: int, machine: Machine, **dims: int) -> Stage:
+def graph_time(graph: str, costs: Costs, weight_bytes: int, machine: Platform, **dims: int) -> GraphTime:
     """One run of a graph whose weights take weight_bytes."""
     sizes, total = costs.dims(dims), costs.at(**dims)
     parts = [_seconds(o, sizes, weight_bytes, machine.reached) for o in costs.operations]
@@ -40,7 +40,7 @@ def stage(graph: str, costs: Costs, weight_bytes: int, machine: Machine, **dims:
     floor = max(compute, moved / max(rate for _, rate in machine.peak.reads))
     bound = max(sums, key=lambda name: sums[name])
     shown = {name: size for name, size in sizes.items() if name in ("tokens", "slots", "images")}
-    return Stage(graph, shown, total.flops, moved, floor, sum(sums.values()), bound)
+    return GraphTime(graph, shown, total.flops, moved, floor, sum(sums.values()), bound)
 
 
 def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Rates) -> tuple[float, float, float]:

@@ -41,7 +41,7 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
+class Platform:
     """A device in one of its modes, or the machine at hand."""
 
     name: str
@@ -56,7 +56,7 @@ class Machine:
     notes: tuple[str, ...]
 
 
-def machine_of(device: Device, mode: Mode) -> Machine:
+def platform_of(device: Device, mode: Mode) -> Platform:
     """A device of the table with the efficiencies above."""
     kinds = [kind for kind in ARITHMETIC if kind != "fp8" or device.fp8]
     peak = Rates(
@@ -82,7 +82,7 @@ def machine_of(device: Device, mode: Mode) -> Machine:
     target = TARGETS[device.target]
     precisions = tuple(p for p in target.precisions if p != "fp32" and (p != "fp8" or device.fp8))
     notes = tuple(f"unverified: {what}" for what in device.unverified)
-    return Machine(
+    return Platform(
         f"{device.name}:{mode.name}",
         f"{device.title}, {mode.name}",
         device.target,
@@ -96,8 +96,8 @@ def machine_of(device: Device, mode: Mode) -> Machine:
     )
 
 
-def machine_of_host(rates: Rates, memory_bytes: int, available_bytes: int) -> Machine:
+def platform_of_host(rates: Rates, memory_bytes: int, available_bytes: int) -> Platform:
     """This machine, its rates measured (`runtimes/rates.py`): floor and expectation then differ by overheads only."""
     precisions = TARGETS["cpu"].precisions
     system = memory_bytes - available_bytes
-    return Machine("host", "this machine", "cpu", memory_bytes, system, 0, precisions, rates, rates, ())
+    return Platform("host", "this machine", "cpu", memory_bytes, system, 0, precisions, rates, rates, ())
