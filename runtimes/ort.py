@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
-from trol_edge.backend import Placed
+from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.manifest import Bundle
@@ -285,7 +285,7 @@ class OrtState:
         self._backend.run(name, self._bind(name, feeds), shrink=True)
         return self._logits[0]
 
-    def copy_rows(self, source: OrtState, start: int, stop: int, which: int) -> None:
+    def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
         """Copy rows start..stop-1 of the first (which 0) or second set; with the first also the choice of factors."""
         mine, theirs = (self.second, source.second) if which else (self.cache, source.cache)
         for to, of in zip(mine, theirs, strict=True):
@@ -365,3 +365,6 @@ def _call(what: str, function: Any, *args: Any) -> Any:
         return function(*args)
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
+
+
+_: type[Backend] = OrtBackend  # for type checkers: it is one

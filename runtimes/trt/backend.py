@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
-from trol_edge.backend import Placed
+from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, read, verified
 from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
@@ -464,7 +464,7 @@ class TrtState:
         if self._runs == 1:
             self._backend.keep_kernels({"step": self._context})
 
-    def copy_rows(self, source: TrtState, start: int, stop: int, which: int) -> None:
+    def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
         """See trol_edge.backend.State; within the device, one copy per key or value head."""
         backend = self._backend
         with backend.lock:
@@ -518,3 +518,6 @@ def _unwrapped(path: Path) -> bytes | None:
         return None
     digest, blob = data[:32], data[32:]
     return blob if hashlib.sha256(blob).digest() == digest else None
+
+
+_: type[Backend] = TrtBackend  # for type checkers: it is one
