@@ -24,8 +24,7 @@ from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import CalibrationError, ExportError, UsageError
 from trol_edge.export import storage
-from trol_edge.export.graphs import canonical as graphs
-from trol_edge.export.graphs import counts
+from trol_edge.export.graphs import canonical, counts
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.lower import trt as lower_trt
 from trol_edge.export.quantize import half, qdq
@@ -113,7 +112,10 @@ def export(
         dtypes = {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()}
         for name, traced in models.items():
             lowered |= prepare(name, traced, target, plan, scales.inputs if scales else {}, dtypes)
-        used = {weight for traced in models.values() for weight in graphs.weight_names(traced)} | {EMBEDDING, *lowered}
+        used = {weight for traced in models.values() for weight in canonical.weight_names(traced)} | {
+            EMBEDDING,
+            *lowered,
+        }
         layouts |= lowered
         layouts = {name: layout for name, layout in layouts.items() if name in used}
         written = storage.write(folder / WEIGHTS, layouts, stored.read, progress)
@@ -190,18 +192,18 @@ def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:
 
 def _trace(source: Checkpoint, context: int, progress: Progress) -> dict[str, ir.Model]:
     models = {}
-    for i, name in enumerate(graphs.TRACED):
-        progress("trace", i, len(graphs.TRACED))
-        models[name] = graphs.trace(name, source.family, source.spec, context)
-    progress("trace", len(graphs.TRACED), len(graphs.TRACED))
+    for i, name in enumerate(canonical.TRACED):
+        progress("trace", i, len(canonical.TRACED))
+        models[name] = canonical.trace(name, source.family, source.spec, context)
+    progress("trace", len(canonical.TRACED), len(canonical.TRACED))
     if source.spec.lora_rank:
-        models["traverse_text"] = graphs.without_lora(models["traverse"])
+        models["traverse_text"] = canonical.without_lora(models["traverse"])
     return models
 
 
 def _fold_transposes(name: str, model: ir.Model) -> None:
-    linear = {w for w in graphs.weight_names(model) if is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
-    if graphs.fold_transposes(model) != linear:
+    linear = {w for w in canonical.weight_names(model) if is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
+    if canonical.fold_transposes(model) != linear:
         raise ExportError(f"the trace of {name} reads a weight otherwise than it is stored; please report this")
 
 
@@ -236,10 +238,10 @@ def take_inputs(
 
     lowered: what `prepare` returned, of all graphs. shared: of traverse and step, see `export`.
     """
-    weights = tuple(graphs.weight_names(model))
+    weights = tuple(canonical.weight_names(model))
     as_inputs = [w for w in weights if w in shared]
     if target == "cpu":
-        as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
+        as_inputs = canonical.weights_as_inputs(model, {w for w in weights if w not in lowered})
     return weights, as_inputs, counts.count(model, weights, scores=not is_gpu(target))
 
 
@@ -257,7 +259,7 @@ def _require_shareable(plan: PrecisionPlan, target: str) -> None:
 def shareable(models: Mapping[str, ir.Model]) -> set[str]:
     """Matrices that both traverse and step read: nearly all bytes that two engines would hold twice."""
     step = models["step"].graph.initializers
-    both = set(graphs.weight_names(models["traverse"])) & set(graphs.weight_names(models["step"]))
+    both = set(canonical.weight_names(models["traverse"])) & set(canonical.weight_names(models["step"]))
     return {name for name in both if is_shareable(name, tuple(step[name].shape or ()))}
 
 
@@ -272,14 +274,22 @@ def _write_graph(
 ) -> GraphInfo:
     inputs, outputs = ports(model.graph.inputs), ports(model.graph.outputs)
     weights, as_inputs, costs = take_inputs(model, target, lowered, shared)
-    graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()}, as_inputs)
+    canonical.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()}, as_inputs)
     if is_gpu(target):
         model = lower_trt.lower(model, TARGETS[target])
     file = f"{name}.onnx"
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
     operators = dict(Counter(node.op_type for node in model.graph))
     constants = tuple(w for w in weights if w not in as_inputs)
-    return GraphInfo(file, inputs, outputs, weights, constants, operators, costs)
+    return GraphInfo(
+        file=file,
+        inputs=inputs,
+        outputs=outputs,
+        weights=weights,
+        constants=constants,
+        operators=operators,
+        costs=costs,
+    )
 
 
 def ports(values: Iterable[ir.Value]) -> tuple[Port, ...]:

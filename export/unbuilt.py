@@ -19,8 +19,7 @@ from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.targets import is_gpu
 from trol_edge.export import pipeline
-from trol_edge.export.graphs import canonical as graphs
-from trol_edge.export.graphs import counts
+from trol_edge.export.graphs import canonical, counts
 from trol_edge.export.quantize.qdq import scale_name
 from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
 from trol_edge.export.quantize.stored import IR_TYPES, stored_dtype
@@ -69,12 +68,12 @@ class Unbuilt:
         shapes |= {"decoder.gate.weight": (1, spec.hidden_size), "decoder.gate.bias": (1,)}
         plan = make_plan(options, shapes, target)
         dtypes = {n: IR_TYPES[stored_dtype(n, s, PUBLISHED, plan, False)] for n, s in shapes.items()}
-        dtypes |= dict.fromkeys(graphs.ROPE, ir.DataType.FLOAT)
+        dtypes |= dict.fromkeys(canonical.ROPE, ir.DataType.FLOAT)
         scale_type = ir.DataType.FLOAT16 if plan.compute == "fp16" else ir.DataType.FLOAT
         dtypes |= {scale_name(linear): scale_type for linear in plan.linears}
-        models = {name: self._trace(name, spec).clone() for name in graphs.TRACED}
+        models = {name: self._trace(name, spec).clone() for name in canonical.TRACED}
         if spec.lora_rank:
-            models["traverse_text"] = graphs.without_lora(models["traverse"])
+            models["traverse_text"] = canonical.without_lora(models["traverse"])
         lowered: set[str] = set()
         for name, model in models.items():
             lowered |= pipeline.prepare(name, model, target, plan, defaultdict(lambda: 1.0), dtypes).keys()
@@ -111,7 +110,7 @@ class Unbuilt:
     def _trace(self, name: str, spec: ModelSpec) -> ir.Model:
         layers = spec.vision.num_layers if name == "vision" else spec.num_layers
         if (name, layers) not in self._traces:
-            self._traces[name, layers] = graphs.trace(name, self.family, spec, self.context)
+            self._traces[name, layers] = canonical.trace(name, self.family, spec, self.context)
         return self._traces[name, layers]
 
 

@@ -20,7 +20,7 @@ from trol_edge.bundle.targets import NOT_YET, TARGETS, Target
 from trol_edge.bundle.trt_operators import Version
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BackendError, BundleError, TrolEdgeError
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
 from trol_edge.machine.identity import Jetson, Machine
 from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import load
@@ -115,7 +115,7 @@ def examine(folder: str | os.PathLike[str] | None = None, root: str | os.PathLik
 
     A bundle that is damaged is a finding, not an error. root: where the files that describe the machine lie.
     """
-    here, found = machine.read(root), devices()
+    here, found = identity.read(root), devices()
     checks = [*_machine(here), *_installation()]
     checks.append(
         Check("driver", False, found)
@@ -156,7 +156,8 @@ def _machine(here: Machine) -> list[Check]:
         text = "no /etc/nv_tegra_release, so JetPack's version is not known (in a container: mount that file)"
         return [*checks, Check("Jetson", False, f"{board.module or 'unknown module'}; {text}")]
     if board.tensorrt is None:
-        text = f"this version of trol-edge does not know which JetPack that is (it knows {', '.join(machine.JETPACKS)})"
+        known = ", ".join(identity.JETPACKS)
+        text = f"this version of trol-edge does not know which JetPack that is (it knows {known})"
         return [*checks, Check("Jetson", False, f"{board.module}, Jetson Linux {board.l4t}; {text}")]
     shipped = ".".join(map(str, board.tensorrt))
     text = f"{board.module} ({board.part}), JetPack {board.jetpack} (Jetson Linux {board.l4t}) with TensorRT {shipped}"

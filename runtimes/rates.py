@@ -130,7 +130,17 @@ def measure(
     stored["int4"] = 32 * (packed["w0"].nbytes + scales.nbytes) / taken
     next_step()
     products = {kind: tuple(points) for kind, points in arithmetic.items()} | {"attention": tuple(attention)}
-    return Rates(products, tuple(reads), tuple(touches), stored, operator, 0.0, start, run, fused=False)
+    return Rates(
+        arithmetic=products,
+        reads=tuple(reads),
+        touches=tuple(touches),
+        stored=stored,
+        operator=operator,
+        product=0.0,
+        attention=start,
+        run=run,
+        fused=False,
+    )
 
 
 def _link(i: int) -> Node:

@@ -179,7 +179,7 @@ def test_bundles_that_do_not_run(
     write_manifest(folder, dataclasses.replace(manifest, files=files))
     code, checks = said(folder, capsys)
     assert code == 0 and "the bundle has none" in checks["self-test"]["text"]
-    here = doctor.machine.read()
-    monkeypatch.setattr(doctor.machine, "read", lambda root="/": dataclasses.replace(here, available_bytes=1000))
+    here = doctor.identity.read()
+    monkeypatch.setattr(doctor.identity, "read", lambda root="/": dataclasses.replace(here, available_bytes=1000))
     code, checks = said(folder, capsys)
     assert code == 1 and "export with a smaller --context or precision" in checks["memory"]["text"]

@@ -1,6 +1,6 @@
 """`trol-edge plan` against reality: others' measurements of other models, and this machine's own bundles.
 
-    python -m tests.bench.plan_check published            # figures of ../shared/devices.md
+    python -m tests.bench.plan_check published            # figures that others measured of other models
     python -m tests.bench.plan_check host BUNDLE ...      # measure rates, then prefill and decode of each bundle
 
 Published: a peer's shape is traced as ours is, by the same decoder with one pass over the prompt, and planned by the
@@ -28,8 +28,7 @@ from torch import Tensor
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.export.quantize.recipes import RecipeOptions
-from trol_edge.export.reference import hub as models
-from trol_edge.export.reference import internlm2
+from trol_edge.export.reference import hub, internlm2
 from trol_edge.export.reference.model import Attend, Decoder, Layer, Probe
 from trol_edge.export.unbuilt import Unbuilt
 from trol_edge.machine import devices
@@ -123,7 +122,7 @@ FIGURES = (
 
 def peer_subject(peer: Peer, context: int = CONTEXT) -> Subject:
     """A peer as `trol-edge plan` would see it, on a Jetson Orin."""
-    config = models.find("trol-1.8b").config | {
+    config = hub.find("trol-1.8b").config | {
         "hidden_size": peer.hidden,
         "intermediate_size": peer.intermediate,
         "num_hidden_layers": peer.layers,

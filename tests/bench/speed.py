@@ -38,7 +38,7 @@ from tests.bench.contenders import CONTENDERS, OURS, QUESTION, Shape, Task
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import TOKENIZER
 from trol_edge.errors import BackendError, TrolEdgeError, UsageError
-from trol_edge.export.reference import hub as models
+from trol_edge.export.reference import hub
 from trol_edge.measure.peaks import read_rate
 from trol_edge.prompt.template import build_prompt
 from trol_edge.prompt.tokenizer import Tokenizer
@@ -66,7 +66,8 @@ SHAPES = {
     # Minutes per prompt: the short prompt warms libraries, threads and weights up; scratch memory is freed in any case.
     "1.8b": Shape("trol-1.8b", repeats=1, decode=16, own_steps=24, full_warmup=False),
 }
-# (what is compared, our contender, the peers, tokens or answer, our factor, at least): issue-sized aims at 1.8b.
+# What we aim at for the shape of TroL-1.8B: (what is compared, our contender, the peers, tokens or answer, our factor,
+# at least).
 AIMS = (
     (
         "prefill, one pass (each of our two passes counted) / llama.cpp's best",
@@ -172,8 +173,8 @@ def _prepare(
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     picture = None
-    if models.find(shape.model).repository is None:
-        checkpoint = models.shipped_folder(shape.model)
+    if hub.find(shape.model).repository is None:
+        checkpoint = hub.shipped_folder(shape.model)
         picture = checkpoint / "scene.png"
     else:
         checkpoint = random_checkpoint(shape.model, folder, report)

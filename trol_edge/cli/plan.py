@@ -162,11 +162,11 @@ def _print_plans(plans: Any) -> None:
             out.print(f"  {note}", markup=False, style="dim", soft_wrap=True)
         if gpu:
             from trol_edge.bundle.targets import NOT_YET
-            from trol_edge.plan import rates as rates_module
+            from trol_edge.plan.rates import ARITHMETIC, BANDWIDTH
 
             out.print(
-                f"  expected: {rates_module.BANDWIDTH:.0%} of the bandwidth, "
-                + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in rates_module.ARITHMETIC.items())
+                f"  expected: {BANDWIDTH:.0%} of the bandwidth, "
+                + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in ARITHMETIC.items())
                 + f", from others' figures for other models (CONTRIBUTING.md); {NOT_YET}",
                 markup=False,
                 style="dim",

@@ -23,7 +23,7 @@ from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import ContextError, UsageError
-from trol_edge.machine import sensors as jetson
+from trol_edge.machine import sensors
 from trol_edge.measure.process import Job, Progress, errors_as_json, print_json, sampled, told_job
 from trol_edge.measure.record import (
     BundleId,
@@ -77,22 +77,31 @@ def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
     names = list(dict.fromkeys(name for row in rows for name in row))
     samples = {name: tuple(row.get(name) for row in rows) for name in names}
     samples["t_s"] = tuple(None if t is None else t - zero for t in samples["t_s"])
-    total = jetson.Sensors(job.root).total_power()
-    return BundleProfile(identity, library, load, idle, (), tuple(runs), samples, total)
+    total = sensors.Sensors(job.root).total_power()
+    return BundleProfile(
+        bundle=identity,
+        library=library,
+        load_s=load,
+        idle_s=idle,
+        starts=(),
+        runs=tuple(runs),
+        samples=samples,
+        total_power=total,
+    )
 
 
 def bundle_id(bundle: Bundle) -> BundleId:
     """Which bundle it is."""
     manifest = bundle.manifest
     return BundleId(
-        os.fspath(bundle.folder),
-        manifest.model,
-        manifest.target,
-        manifest.plan.recipe,
-        manifest.context,
-        sum(info.bytes for info in manifest.files.values()),
-        sha256_of(bundle.folder / MANIFEST),
-        manifest.created_by,
+        folder=os.fspath(bundle.folder),
+        model=manifest.model,
+        target=manifest.target,
+        precision=manifest.plan.recipe,
+        context=manifest.context,
+        bytes=sum(info.bytes for info in manifest.files.values()),
+        manifest_sha256=sha256_of(bundle.folder / MANIFEST),
+        created_by=manifest.created_by,
     )
 
 
@@ -134,19 +143,19 @@ class Bench:
             start = time.monotonic() - self._zero
             pairs = [self._pair(prompts, picture) for _ in range(runs)]
             end = time.monotonic() - self._zero
-        peak = jetson.Sensors().process(os.getpid())["peak_rss_bytes"]
+        peak = sensors.Sensors().process(os.getpid())["peak_rss_bytes"]
         self._session = self._runtime.session()
         question = self._question(prompts[0], picture)
         image = question.ids.count(self._runtime.bundle.manifest.spec.image_token_id)
         return Run(
-            Case(size, len(question.ids), image, self._tokens),
-            start,
-            end,
-            tuple(for_warmth),
-            tuple(first for first, _ in pairs),
-            tuple(second for _, second in pairs),
-            peak,
-            work(self._runtime.bundle, question.ids, self._tokens),
+            case=Case(size, len(question.ids), image, self._tokens),
+            start_s=start,
+            end_s=end,
+            warmup=tuple(for_warmth),
+            answers=tuple(first for first, _ in pairs),
+            second=tuple(second for _, second in pairs),
+            peak_rss_bytes=peak,
+            work=work(self._runtime.bundle, question.ids, self._tokens),
         )
 
     def _pair(self, prompts: Sequence[Any], picture: Picture | None) -> tuple[TimedAnswer, TimedAnswer]:

@@ -131,7 +131,16 @@ def _rows(profile: Profile, first: int, old: bool) -> list[Row]:
         hue = f"var(--h{(first + i) % HUES})"
         for run in measured.runs:
             found.append(
-                Row(profile, measured, run, hue, name, old, verdict(profile, measured, run), energy(measured, run))
+                Row(
+                    profile=profile,
+                    measured=measured,
+                    run=run,
+                    hue=hue,
+                    name=name,
+                    old=old,
+                    verdict=verdict(profile, measured, run),
+                    energy=energy(measured, run),
+                )
             )
     return found
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from trol_edge.answering.results import Piece
 from trol_edge.errors import ImageError, UnfinishedError, UsageError
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
 from trol_edge.runtime import Runtime
 from trol_edge.session import Session
 
@@ -137,7 +137,7 @@ def resident_bytes() -> int:
     Free pages that the C allocator keeps for itself are given back first (glibc): with threads they come and go by
     whole arenas, tens of MB that nobody holds, and would hide a leak or look like one.
     """
-    machine.free_pages()
+    identity.free_pages()
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

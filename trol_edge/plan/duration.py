@@ -40,7 +40,9 @@ def graph_time(graph: str, costs: Costs, weight_bytes: int, machine: Platform, *
     floor = max(compute, moved / max(rate for _, rate in machine.peak.reads))
     bound = max(sums, key=lambda name: sums[name])
     shown = {name: size for name, size in sizes.items() if name in ("tokens", "slots", "images")}
-    return GraphTime(graph, shown, total.flops, moved, floor, sum(sums.values()), bound)
+    return GraphTime(
+        graph=graph, dims=shown, flops=total.flops, bytes=moved, floor=floor, expected=sum(sums.values()), bound=bound
+    )
 
 
 def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Rates) -> tuple[float, float, float]:

@@ -11,7 +11,7 @@ from trol_edge._version import __version__
 from trol_edge.bundle.folder import digest_of, new_file
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import VERIFIED
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def wanted(selftest: bool | None) -> bool:
 
 def passed_here(bundle: Bundle) -> list[str]:
     """What has passed this bundle's self-test on this machine: "onnxruntime 1.32.0", ..."""
-    here, found = machine.read().fingerprint, set()
+    here, found = identity.read().fingerprint, set()
     for path in (path for place in places(bundle) for path in place.glob(VERIFIED)):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ class Record:
             "target": bundle.manifest.target,
             "runs_on": runs_on,
             "trol_edge": __version__,
-            "machine": machine.read().fingerprint,
+            "machine": identity.read().fingerprint,
         }
         self._name = VERIFIED.replace("*", digest_of(self._key)[:20])
 

@@ -37,7 +37,7 @@ from trol_edge.bundle.names import SELFTEST
 from trol_edge.bundle.selftest import SelfTest, SelfTestCase, read
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, VerifyError
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
 from trol_edge.model import Model
 from trol_edge.prompt.images import preprocess
 from trol_edge.verify.passed import SWITCH, Record
@@ -104,7 +104,7 @@ def first_load(model: Model) -> None:
 
 
 def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: float) -> Report:
-    here = machine.read()
+    here = identity.read()
     return Report(
         bundle=os.fspath(bundle.folder),
         target=bundle.manifest.target,
