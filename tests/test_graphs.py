@@ -244,7 +244,7 @@ def test_graphs_are_standard_onnx(bundle: Bundle) -> None:
     for name, info in bundle.manifest.graphs.items():
         onnx.checker.check_model(bundle.folder / info.file, full_check=True)
         proto = model(bundle, name)
-        # On a CPU one operator stands for rotation, cache and attention, see lower_ort.py.
+        # On a CPU one operator stands for rotation, cache and attention, see lower/ort.py.
         fused = {("com.microsoft", "GroupQueryAttention")} if bundle.manifest.target == "cpu" else set()
         assert {(o.domain, o.version) for o in proto.opset_import} - {("com.microsoft", 1)} == {("", 23)}
         assert not proto.functions

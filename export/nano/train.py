@@ -10,7 +10,7 @@ Stages, each skipped where its result already lies in the scratch folder:
 4. decoder    encoder, projector and decoder on questions; half of the answers in step form from some point on
 5. report     held-out scenes, generated tokens fed back, cached and uncached semantics
 
-Where the models differ: `nano_recipes.py`. Schedules follow the clock, not a step count, so that a shared machine
+Where the models differ: `recipes.py`. Schedules follow the clock, not a step count, so that a shared machine
 changes the result a little but never the duration.
 """
 

@@ -6,7 +6,7 @@
                             or quantized as the manifest's plan says, with their scales beside them
     tokenizer.json          for the `tokenizers` library; absent: token level only
     selftest.safetensors    what the FP32 reference computes, see selftest.py; absent: nothing to verify against
-    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify.py
+    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify/
 
 A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
 """

@@ -1,6 +1,6 @@
 """The figures of a profile's page: drawn as SVG, twice, once per width (text would shrink with a scaled picture).
 
-CSS shows the drawing that fits. Colours are CSS variables (profile_page.py): a bundle keeps its colour, and so does a
+CSS shows the drawing that fits. Colours are CSS variables (page.py): a bundle keeps its colour, and so does a
 stage.
 """
 
