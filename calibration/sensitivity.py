@@ -97,7 +97,7 @@ def find_plan(
     if statistics.checkpoint != source.identity():
         raise CalibrationError("the statistics belong to another checkpoint; calibrate this one into another folder")
     scales = find_scales(source, plan, statistics, None, progress)
-    model = _Model(source, samples, scales)
+    model = RoundedModel(source, samples, scales)
     wanted = model.logits({})
     plans = {name: linear for name, linear in scales.plan.linears.items() if linear.precision in QUANTIZED}
 
@@ -115,7 +115,7 @@ def find_plan(
         raisable = [n for n in order if current[n].precision in RAISED]
         if not raisable:
             break
-        raised, nats = _fewest(current, raisable, loss, max_loss)
+        raised, nats = fewest(current, raisable, loss, max_loss)
         current |= raised
     changed = {name: linear for name, linear in current.items() if linear != plans[name]}
     return MixedPlan(options, changed, sensitivity, recipe_nats, nats, max_loss)
@@ -139,7 +139,7 @@ def within(
     return found.mixed()
 
 
-def _fewest(
+def fewest(
     current: Mapping[str, LinearPlan],
     order: Sequence[str],
     loss: Callable[[Mapping[str, LinearPlan]], float],
@@ -170,7 +170,7 @@ def _divergence(p: Tensor, q: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-class _Model:
+class RoundedModel:
     """The whole reference with folded weights, of which any choice can be rounded for one run."""
 
     def __init__(self, source: Checkpoint, samples: SampleSet, scales: Scales) -> None:

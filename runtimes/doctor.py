@@ -65,7 +65,7 @@ def status(target: Target, found: list[Gpu] | str) -> Status:
     why_run = str(found) if gpu is None else ""
     if gpu is not None and target.capabilities is not None and gpu.capability not in target.capabilities:
         why_run = f"{gpu.name} has compute capability {gpu.capability}, not {' or '.join(target.capabilities)}"
-    if not why_run and not any(_there(name) for name in ("pycuda", "cuda")):
+    if not why_run and not any(is_there(name) for name in ("pycuda", "cuda")):
         why_run = "neither pycuda nor cuda-python is installed"
     why_build = "" if target.rtx else why_run
     return Status(target.name, title, not why_build, why_build, not why_run, why_run)
@@ -86,7 +86,7 @@ def _version(target: Target) -> tuple[Version | None, str]:
     return library.version, library.title
 
 
-def _there(name: str) -> bool:
+def is_there(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -124,7 +124,7 @@ def examine(folder: str | os.PathLike[str] | None = None, root: str | os.PathLik
     )
     for gpu in found if isinstance(found, list) else ():
         checks.append(Check("GPU", True, f"{gpu.name}, capability {gpu.capability}, {gpu.memory_bytes / 1e9:.1f} GB"))
-    bindings = [name for name in ("pycuda", "cuda") if _there(name)]
+    bindings = [name for name in ("pycuda", "cuda") if is_there(name)]
     how = "neither pycuda nor cuda-python; for a GPU: pip install 'trol-edge[jetson]' or 'trol-edge[rtx]'"
     checks.append(Check("CUDA from Python", bool(bindings), ", ".join(bindings) or how))
     for module in ("tensorrt", "tensorrt_rtx"):
@@ -195,7 +195,7 @@ def _installation() -> list[Check]:
     text = f"trol-edge {__version__} in {Path(__file__).resolve().parents[1]}, Python {platform.python_version()}"
     checks = [Check("trol-edge", good, text if good else f"{text}; it is made for Python 3.10 to 3.13", True)]
     for name, (modules, use) in EXTRAS.items():
-        missing = [module for module in modules if not _there(module)]
+        missing = [module for module in modules if not is_there(module)]
         if missing:
             text = f"not installed (no {', '.join(missing)}), needed for {use}: pip install 'trol-edge[{name}]'"
             checks.append(Check(f"extra {name}", False, text))

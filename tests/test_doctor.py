@@ -49,7 +49,7 @@ def examine(monkeypatch: pytest.MonkeyPatch, root: Path, libraries: dict[str, Li
 
     monkeypatch.setattr(doctor, "load", load)
     monkeypatch.setattr(doctor, "devices", lambda: found)
-    monkeypatch.setattr(doctor, "_there", lambda name: name in ("cuda", "onnxruntime"))
+    monkeypatch.setattr(doctor, "is_there", lambda name: name in ("cuda", "onnxruntime"))
     return {check.what: check for check in doctor.examine(root=root)}
 
 
@@ -101,7 +101,7 @@ def test_a_bare_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.metadata, "version", missing)
-    monkeypatch.setattr(doctor, "_there", lambda name: False)
+    monkeypatch.setattr(doctor, "is_there", lambda name: False)
     monkeypatch.setattr(doctor, "devices", lambda: "there is no NVIDIA driver")
     checks = {check.what: check for check in doctor.examine(root=tmp_path)}
     for name in ("cpu", "formats", "camera", "export"):

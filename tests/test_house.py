@@ -295,6 +295,7 @@ def privates(source: str) -> list[str]:
             and re.match(r"_(?!_)", node.attr)
             and ast.unparse(node.value) not in ("self", "cls")
             and node.attr not in own
+            and ast.unparse(node) != "os._exit"  # documented under this name
         ):
             found.append(f"{node.lineno}: {ast.unparse(node)}")
     return found
@@ -330,7 +331,7 @@ def test_planted_circles_are_seen() -> None:
 
 def test_no_module_uses_anothers_private_members() -> None:
     """Without exceptions."""
-    files = [*sources(), *(ROOT / "tests" / "bench").glob("*.py")]
+    files = [*sources(), *(ROOT / "tests").rglob("*.py")]
     found = [f"{path.relative_to(ROOT)}:{use}" for path in files for use in privates(path.read_text(encoding="utf-8"))]
     assert found == []
 

@@ -341,7 +341,7 @@ def test_both_factor_sets_are_in_one_graph(runtime: Any) -> None:
     state = session.cache.state
     for position in range(len(row.ids), len(row.ids) + STEPS - 1):
         if position == session.limit:
-            state._rope_offset[0] = state._long_rope_offset
+            state.rope_offset[0] = state.long_rope_offset
         logits.append(state.step(rt.model.embeddings[int(logits[-1].argmax())], position).copy())
     assert_close("cached_logits", np.stack(logits), run.expected["cached_logits"][0])
 

@@ -139,7 +139,7 @@ def test_element_wise_operators_wait_for_memory(nano: rates_module.Platform) -> 
 
 def test_rates_between_points() -> None:
     points = ((10, 1.0), (1000, 100.0))
-    assert [duration._at(points, n) for n in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 100])
+    assert [duration.rate_at(points, n) for n in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 100])
 
 
 def test_verdicts(nano: rates_module.Platform) -> None:

@@ -13,7 +13,7 @@ from tests.conftest import NANO
 from trol_edge.bundle.precision import QUANTIZED, LinearPlan
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.run import calibrate
-from trol_edge.calibration.sensitivity import RAISED, _fewest, _Model, find_plan
+from trol_edge.calibration.sensitivity import RAISED, RoundedModel, fewest, find_plan
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export.quantize.recipes import RecipeOptions, make_plan, read_options
 from trol_edge.export.quantize.scales import find_scales
@@ -61,8 +61,8 @@ def test_rounding_is_undone(statistics: Statistics, samples: sampling.SampleSet)
     plan = make_plan(RecipeOptions(recipe="int8"), {name: source.shape(name) for name in source.names()}, "cpu")
     scales = find_scales(source, plan, statistics, None, lambda what, done, total: None)
     assert scales.folding.columns
-    model = _Model(source, samples, scales)
-    plain = _Model(source, samples, dataclasses.replace(scales, folding=type(scales.folding)({})))
+    model = RoundedModel(source, samples, scales)
+    plain = RoundedModel(source, samples, dataclasses.replace(scales, folding=type(scales.folding)({})))
     before = model.logits({})
     for name in ("decoder.layers.1.qkv.weight", "vision.layers.0.fc1.weight", "decoder.lm_head.weight"):
         rounded = model.logits({name: plan.linears[name]})
@@ -95,8 +95,8 @@ def test_bisection_finds_the_fewest() -> None:
         return sum(cost for name, cost in costs.items() if linears[name].precision == "int4")
 
     for limit, count in ((14.9, 1), (7.0, 1), (6.9, 2), (3.0, 2), (1.0, 3), (0.5, 4), (0.0, 4)):
-        raised, nats = _fewest(plans, list(costs), loss, limit)
+        raised, nats = fewest(plans, list(costs), loss, limit)
         assert len(raised) == count and nats <= limit, limit
-    raised, nats = _fewest(plans, list(costs), lambda linears: 5.0, 1.0)
+    raised, nats = fewest(plans, list(costs), lambda linears: 5.0, 1.0)
     assert len(raised) == 4 and nats == 5.0
     assert all(RAISED[p].precision not in ("int4",) for p in QUANTIZED)

@@ -183,8 +183,8 @@ def test_engines_that_share_their_weights(
     apart, shared = used
     assert apart.weights == {} and shared.weights.keys() == shared_weights(shared.bundle).keys() != set()
     state = shared.new_state()
-    assert {w: state._context._context.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
-    assert {w: shared._contexts["traverse"]._context.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
+    assert {w: state.execution.raw.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
+    assert {w: shared.contexts["traverse"].raw.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
     # Altered weights are found before anything is uploaded.
     path = shared.bundle.path("weights.safetensors")
     data = bytearray(path.read_bytes())
@@ -315,7 +315,7 @@ def test_memory_follows_its_users(machine: Machine) -> None:
         fork.step(4)
         fork.step(5)
         del session, fork
-        held.add(machine.cuda._held())
+        held.add(machine.cuda.held())
     assert runtime.vision_cache.entries == 100_000 // size
     assert len(held) <= 1 + 100_000 // size  # it grew by features until the cache was full, and then no more
     pinned = len(machine.cuda.host)
@@ -491,7 +491,7 @@ def test_too_little_memory(machine: Machine) -> None:
         machine.open()
     machine.cuda.total = 1 << 34
     runtime = machine.open()
-    machine.cuda.total = machine.cuda._held() + 1000
+    machine.cuda.total = machine.cuda.held() + 1000
     cache, pixels = backend(runtime).cache_bytes / 1e6, runtime.preprocess(PICTURE)
     for what, run in (
         (rf"a session \(both K/V sets for 2048 tokens\) needs {cache:.0f}", lambda: runtime.session()),
@@ -557,7 +557,7 @@ def context(machine: Machine) -> Iterator[tuple[Any, CudaRuntime, Library]]:
     """The step's execution context, bare, with good addresses."""
     runtime = machine.open()
     state = backend(runtime).new_state()
-    yield state._context._context, machine.cuda, backend(runtime).library
+    yield state.execution.raw, machine.cuda, backend(runtime).library
     del runtime  # until here: with it goes the memory
 
 

@@ -202,7 +202,7 @@ def test_plain_graphs_are_taken_too(plain_bundle: Path, tmp_path: Path) -> None:
         assert [t.name for t in tensors] == [p.name for p in (*graph.inputs, *graph.outputs)]
         assert [t.dtype for t in tensors] == [p.dtype for p in (*graph.inputs, *graph.outputs)]
         assert "ATTENTION_INPUT float32" not in trt_build.count_layers(network)
-    info = trt_build._build_one(bundle, "step", library, tmp_path, None, lambda *report: None)
+    info = trt_build.build_one(bundle, "step", library, tmp_path, None, lambda *report: None)
     assert info.sha256 == sha256_of(tmp_path / "step.engine")
 
 
@@ -427,7 +427,7 @@ def test_what_this_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(doctor, "load", loaded)
         monkeypatch.setattr(doctor, "devices", lambda: found)
-        monkeypatch.setattr(doctor, "_there", lambda name: name == "cuda")
+        monkeypatch.setattr(doctor, "is_there", lambda name: name == "cuda")
         return {s.target: s for s in doctor.statuses()}
 
     nothing = machine({}, "there is no NVIDIA driver")

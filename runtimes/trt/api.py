@@ -342,23 +342,23 @@ class Context:
 
     def __init__(self, engine: Engine, context: trt.IExecutionContext, cache: Any) -> None:
         self.engine, self.library, self.module = engine, engine.library, engine.module
-        self._context, self._cache = context, cache
+        self.raw, self._cache = context, cache
 
     def profile(self, index: int, stream: int) -> None:
         """Choose an optimization profile; shapes are to be set again."""
-        self._check(self._context.set_optimization_profile_async(index, stream), f"take profile {index}")
+        self._check(self.raw.set_optimization_profile_async(index, stream), f"take profile {index}")
 
     def shape(self, name: str, shape: Shape) -> None:
         """Set the shape of an input."""
-        self._check(self._context.set_input_shape(name, shape), f"take shape {list(shape)} for {name}")
+        self._check(self.raw.set_input_shape(name, shape), f"take shape {list(shape)} for {name}")
 
     def address(self, name: str, pointer: int) -> None:
         """Set the device address of an input or output."""
-        self._check(self._context.set_tensor_address(name, pointer), f"take an address for {name}")
+        self._check(self.raw.set_tensor_address(name, pointer), f"take an address for {name}")
 
     def run(self, stream: int) -> None:
         """Enqueue on a stream. Raises BackendError where a shape is missing or TensorRT refuses."""
-        self._check(self._context.execute_async_v3(stream), "run")
+        self._check(self.raw.execute_async_v3(stream), "run")
 
     def capturable(self, stream: int) -> bool:
         """Whether a run may be captured into a CUDA graph now."""
@@ -366,7 +366,7 @@ class Context:
 
     @only(rtx=(1, 7))
     def _asks_capturable(self, stream: int) -> bool:
-        return self._context.is_stream_capturable(stream)
+        return self.raw.is_stream_capturable(stream)
 
     def compiled(self) -> bytes | None:
         """Kernels compiled so far, to be kept (TensorRT for RTX only)."""

@@ -134,8 +134,8 @@ class TrtBackend:
         self.garbage: deque[_Garbage] = deque()
         self._engines = {name: self.library.open(path) for name, path in paths.items()}
         self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
-        self._contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
-        self._profiles = dict.fromkeys(self._contexts, 0)
+        self.contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
+        self._profiles = dict.fromkeys(self.contexts, 0)
         graphs = bundle.manifest.graphs
         # What no state owns: inputs of a traverse at their largest, and of the vision engine.
         ports = (p for name in ("vision", "traverse") for p in (*graphs[name].inputs, *graphs[name].outputs))
@@ -147,7 +147,7 @@ class TrtBackend:
         self._slots = np.arange(self.context, dtype=np.int64)
         self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
         self._kept = False
-        self._closing = weakref.finalize(self, _close, self.cuda, self._contexts, self._engines)
+        self._closing = weakref.finalize(self, _close, self.cuda, self.contexts, self._engines)
         self._closing.atexit = False  # the end of the process does it, and must not pull memory from under a thread
 
     def _require_fit(self, engines: EngineSet, device: Gpu | None) -> None:
@@ -220,7 +220,7 @@ class TrtBackend:
         if self._kept:
             return
         self._kept = True
-        for name, context in {**self._contexts, **contexts}.items():
+        for name, context in {**self.contexts, **contexts}.items():
             blob = context.compiled()
             path = self._kernels(name)
             if not blob or _unwrapped(path) == blob:
@@ -259,7 +259,7 @@ class TrtBackend:
 
     def run(self, name: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
         """Enqueue vision or traverse with these shapes of its dynamic inputs; the lock must be held."""
-        context, index = self._contexts[name], self._profile(name, shapes)
+        context, index = self.contexts[name], self._profile(name, shapes)
         if index != self._profiles[name]:
             context.profile(index, self.cuda.stream)
             self._profiles[name] = index
@@ -384,9 +384,9 @@ class TrtState:
         rope = backend.spec.long_rope
         self._long_rows = rope.short_rows(backend.context) if rope else 0
         self._rope_offset = 0
-        self._context = backend.new_context("step")
+        self.execution = backend.new_context("step")
         for name in backend.infos["step"]:
-            self._context.address(name, {**backend.weights, **self._own, **self._cache}[name])
+            self.execution.address(name, {**backend.weights, **self._own, **self._cache}[name])
         self._runs = 0
         self._graph: Any = None
 
@@ -436,7 +436,7 @@ class TrtState:
     def _capture(self) -> None:
         """Make the step one CUDA graph, if TensorRT lets it."""
         backend = self._backend
-        if not self._context.capturable(backend.cuda.stream):
+        if not self.execution.capturable(backend.cuda.stream):
             return
         try:
             self._graph = backend.cuda.capture(self._enqueue)
@@ -449,7 +449,7 @@ class TrtState:
         cuda = self._backend.cuda
         for name in self._given:
             cuda.upload(self._own[name], self._host[name])
-        self._context.run(cuda.stream)
+        self.execution.run(cuda.stream)
         cuda.download(self._host["token"], self._own["token"])
 
     def _logits(self) -> Float32:
@@ -462,7 +462,7 @@ class TrtState:
     def _finish(self) -> None:
         self._backend.cuda.wait()
         if self._runs == 1:
-            self._backend.keep_kernels({"step": self._context})
+            self._backend.keep_kernels({"step": self.execution})
 
     def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
         """See trol_edge.backend.State; within the device, one copy per key or value head."""

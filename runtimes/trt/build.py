@@ -95,7 +95,7 @@ def build(
     with new_folder(final, overwrite=True, ours=("*",)) as part:
         infos = {}
         for name in ENGINES:
-            infos[name] = _build_one(bundle, name, library, part, workspace_bytes, progress)
+            infos[name] = build_one(bundle, name, library, part, workspace_bytes, progress)
             _require_memory(bundle, entry, infos, memory_bytes)
         weights = bundle.manifest.files[WEIGHTS].sha256
         engines = EngineSet(FORMAT_VERSION, f"trol-edge {__version__}", key, precision_of(bundle), weights, infos)
@@ -177,7 +177,7 @@ def shapes_of(graph: GraphInfo, ranges: Mapping[str, Range]) -> dict[str, tuple[
     return found
 
 
-def _build_one(
+def build_one(
     bundle: Bundle, name: str, library: Library, folder: Path, workspace_bytes: int | None, progress: Progress
 ) -> EngineInfo:
     graph = bundle.manifest.graphs[name]

@@ -168,7 +168,7 @@ class LlamaCppContender:
         spec = Bundle(job.bundle).manifest.spec
         self.vocab_size = spec.vocab_size
         self.step_bytes = self.weight_bytes = sum(
-            _ggml_bytes(name, shape, job.contender) for name, shape in gguf_tensors(spec).items() if "token" not in name
+            ggml_bytes(name, shape, job.contender) for name, shape in gguf_tensors(spec).items() if "token" not in name
         )
 
     def encode(self, pixels: Float32) -> Any:
@@ -462,7 +462,7 @@ def gguf_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _ggml_bytes(name: str, shape: tuple[int, ...], kind: str) -> int:
+def ggml_bytes(name: str, shape: tuple[int, ...], kind: str) -> int:
     count = int(np.prod(shape))
     return 4 * count if "norm" in name else count // 32 * GGML_BLOCK[kind]
 
@@ -491,12 +491,12 @@ def write_gguf(path: Path, spec: ModelSpec, kind: str) -> None:
         tensors = gguf_tensors(spec)
         for name, shape in tensors.items():
             raw = plain if "norm" in name else stored
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), _ggml_bytes(name, shape, kind), raw_dtype=raw)
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), ggml_bytes(name, shape, kind), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, shape in tensors.items():
-            size = _ggml_bytes(name, shape, kind)
+            size = ggml_bytes(name, shape, kind)
             writer.write_tensor_data(
                 np.ones(shape, np.float32) if "norm" in name else np.resize(matrix, size // matrix.itemsize)
             )

@@ -119,13 +119,13 @@ def bench(
     result: dict[str, Any] = {"machine": machine(), "rounds": rounds, "notes": NOTES, "shapes": []}
     chosen = [n for n, kind in CONTENDERS.items() if (n in only if only else peers or not kind.peer)]
     interpreters = {n: (pythons or {}).get(CONTENDERS[n].label, sys.executable) for n in chosen}
-    absent = {n: _absent(n, interpreters[n]) for n in chosen if CONTENDERS[n].peer}
+    absent = {n: absent(n, interpreters[n]) for n in chosen if CONTENDERS[n].peer}
     names = [n for n in chosen if not absent.get(n)]
     rates = []
     for shape in shapes:
         own = {n: path for (s, n), path in (bundles or {}).items() if s == shape}
         missing = dict(absent)
-        jobs = _prepare(SHAPES[shape], names, Path(folder), own, interpreters, missing, report)
+        jobs = prepare(SHAPES[shape], names, Path(folder), own, interpreters, missing, report)
         ready = list(jobs)
         samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
         for i in range(rounds):
@@ -133,9 +133,9 @@ def bench(
             for name in ready[i % len(ready) :] + ready[: i % len(ready)]:  # nobody always goes first
                 if not any("error" in sample for sample in samples[name]):
                     report(f"{jobs[name].shape.model}: round {i + 1} of {rounds}, {CONTENDERS[name].label} {name}")
-                    samples[name].append(_run_job(jobs[name], interpreters[name]))
-        result["shapes"].append(_summary(shape, jobs, samples))
-        result["shapes"][-1]["contenders"] += [_row(n, why) for n, why in missing.items() if why]
+                    samples[name].append(run_task(jobs[name], interpreters[name]))
+        result["shapes"].append(summary(shape, jobs, samples))
+        result["shapes"][-1]["contenders"] += [row_of(n, why) for n, why in missing.items() if why]
     result["machine"]["read_gb_per_s"] = _spread(rates)
     result["seconds"] = time.perf_counter() - start
     if before is not None and (after := _cpu_seconds()) is not None:
@@ -144,7 +144,7 @@ def bench(
     return result
 
 
-def _absent(name: str, python: str) -> str | None:
+def absent(name: str, python: str) -> str | None:
     """What of a peer is not installed for an interpreter, and what to do; None where all is there."""
     kind = CONTENDERS[name]
     find = (
@@ -160,7 +160,7 @@ def _absent(name: str, python: str) -> str | None:
     return f"not installed ({found.strip('[]')}): pip install {kind.install}, here or in an interpreter to be named"
 
 
-def _prepare(
+def prepare(
     shape: Shape,
     names: Sequence[str],
     folder: Path,
@@ -302,7 +302,7 @@ def run_python(*arguments: str, stdin: str = "", python: str = sys.executable) -
     return done.stdout
 
 
-def _run_job(job: Task, python: str = sys.executable) -> dict[str, Any]:
+def run_task(job: Task, python: str = sys.executable) -> dict[str, Any]:
     try:
         output = run_python("-c", _entry("worker"), stdin=json.dumps(dataclasses.asdict(job)), python=python)
         result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
@@ -311,7 +311,7 @@ def _run_job(job: Task, python: str = sys.executable) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _summary(shape: str, jobs: Mapping[str, Task], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summary(shape: str, jobs: Mapping[str, Task], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     job = next(iter(jobs.values()))
     manifest = Bundle(job.bundle).manifest
     image = manifest.spec.image_token_id
@@ -319,7 +319,7 @@ def _summary(shape: str, jobs: Mapping[str, Task], samples: dict[str, list[dict[
     rows = []
     for name, rounds in samples.items():
         failed = next((sample["error"] for sample in rounds if "error" in sample), None)
-        row = _row(name, failed)
+        row = row_of(name, failed)
         rows.append(row)
         if failed is not None:
             continue
@@ -378,7 +378,7 @@ def targets(rows: Sequence[Mapping[str, Any]], prompt: str) -> list[dict[str, An
     return out
 
 
-def _row(name: str, error: str | None) -> dict[str, Any]:
+def row_of(name: str, error: str | None) -> dict[str, Any]:
     kind = CONTENDERS[name]
     return {
         "name": name,

@@ -118,7 +118,7 @@ def soak(bundle: str | os.PathLike[str], seconds: float, progress: Callable[[flo
     wrong, calls, info = crew.wrong, dict(crew.calls), runtime.vision_cache
     wrong += [f"thread {worker.name} hangs" for worker in workers if worker.is_alive()]
     if not wrong:
-        wrong += _left_behind(runtime)
+        wrong += left_behind(runtime)
         backend = weakref.ref(runtime.model.backend)
         runtime.close()
         del crew, runtime, workers, worker
@@ -144,7 +144,7 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _left_behind(runtime: Runtime) -> list[str]:
+def left_behind(runtime: Runtime) -> list[str]:
     """What should be gone once no call is under way."""
     gc.collect()
     found = []

@@ -51,13 +51,13 @@ def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Ra
         return 0.0, 0.0, 0.0
     cost = o.at(dims)
     product = o.kind in ("linear", "convolution", "attention")
-    read = _at(rates.reads, weight_bytes)
+    read = rate_at(rates.reads, weight_bytes)
     if o.stored in rates.stored:
         read = min(read, rates.stored[o.stored])
-    touched = 0.0 if rates.fused and product else cost.activation_bytes / _at(rates.touches, cost.activation_bytes)
+    touched = 0.0 if rates.fused and product else cost.activation_bytes / rate_at(rates.touches, cost.activation_bytes)
     memory = (cost.weight_bytes + cost.cache_bytes) / read + touched
     points = rates.arithmetic.get("attention") if o.kind == "attention" else None
-    arithmetic = cost.flops / _at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
+    arithmetic = cost.flops / rate_at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
     if product and o.kind != "attention":  # whose rate was measured with its scores
         arithmetic += touched
     starts = {"attention": rates.attention, "linear": rates.product, "convolution": rates.product}
@@ -74,7 +74,7 @@ def _most(rates: Rates, arithmetic: str) -> float:
     return max(rate for _, rate in _points(rates, arithmetic))
 
 
-def _at(points: Points, amount: int) -> float:
+def rate_at(points: Points, amount: int) -> float:
     """The rate between two points, linear in logarithms; outside of them that of the nearest."""
     for (low, slow), (high, fast) in itertools.pairwise(points):
         if low <= amount < high:
