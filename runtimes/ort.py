@@ -95,7 +95,11 @@ class OrtBackend:
         self.weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
+        self._options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `placement`
         self._options.intra_op_num_threads = threads or 0
+        if any(linear.precision == "fp8" for linear in manifest.plan.linears.values()):
+            # Nothing to gain: no kernels multiply FP8. And 1.31 moves the rounding past operators that take no FP8.
+            self._options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._lock = threading.Lock()
         self.sessions: dict[str, Any] = {}
         # For measurements: outputs of a graph beyond those that the manifest lists, and who gets their values.
@@ -136,18 +140,37 @@ class OrtBackend:
                 self._require_used(self.sessions[name])
             return self.sessions[name]
 
+    def placement(self) -> dict[str, dict[str, dict[str, int]]]:
+        """What runs where: graph -> ONNX Runtime's name of a provider -> operator -> count.
+
+        Of the graphs loaded so far. Raises BackendError where this ONNX Runtime cannot tell (before 1.24).
+        """
+        found: dict[str, dict[str, dict[str, int]]] = {}
+        for name, session in self.sessions.items():
+            if not hasattr(session, "get_provider_graph_assignment_info"):
+                raise BackendError(
+                    f"onnxruntime {ort.__version__} does not tell where operators run; 1.24 and newer do"
+                )
+            for part in _call("say where operators run", session.get_provider_graph_assignment_info):
+                operators = found.setdefault(name, {}).setdefault(part.ep_name, {})
+                for node in part.get_nodes():
+                    operators[node.op_type] = operators.get(node.op_type, 0) + 1
+        return found
+
     def providers_of(self, name: str) -> list[Any]:
         """Provider of a graph, with its options; the CPU's behind it for operators that it lacks."""
         if self.provider == "cpu":
             return ["CPUExecutionProvider"]
-        options: dict[str, str] = {"device_id": "0"}
+        # Device memory in the sizes asked for, not in powers of two: sessions share it with other programs.
+        cuda = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
+        options = dict(cuda) if self.provider == "cuda" else {"device_id": "0"}
         if self.provider == "tensorrt":
             # No engine cache: an engine is a program, and ONNX Runtime loads one without looking at its hash.
             options |= {"trt_fp16_enable": str(int(self.bundle.manifest.plan.compute == "fp16"))}
             options |= _profile(self.bundle, name)
         chain: list[Any] = [(PROVIDERS[self.provider][0], options)]
         if self.provider == "tensorrt":
-            chain.append(("CUDAExecutionProvider", {"device_id": "0"}))
+            chain.append(("CUDAExecutionProvider", cuda))
         return [*chain, "CPUExecutionProvider"]
 
     def _require_used(self, session: Any) -> None:
@@ -241,6 +264,7 @@ class OrtState:
             "position_ids": value_of(self._position),
             "image_mask": value_of(np.zeros((1, 1, 1), np.float32)),
         }
+        self._anew = {**self._one, "rope_offset": value_of(self.rope_offset)}  # what is other in every run
         self.step_binding = self._bind("step", self._one)
         self._traverse_one: Any = None  # bound at first use
 
@@ -255,6 +279,14 @@ class OrtState:
             elif port.name != "logits":
                 binding.bind_output(port.name)
         return binding
+
+    def _run_again(self, name: str, binding: Any) -> None:
+        """Run a graph that was bound before, on what its input arrays hold now."""
+        if self._backend.memory != "cpu":  # there ONNX Runtime copies an input when it is bound, not when it runs
+            for port in self._backend.bundle.manifest.graphs[name].inputs:
+                if port.name in self._anew:
+                    binding.bind_ortvalue_input(port.name, self._anew[port.name])
+        self._backend.run(name, binding)
 
     def traverse(
         self,
@@ -275,7 +307,7 @@ class OrtState:
             self._embedding[0], self._position[0, 0] = embeddings, start
             self._traverse_one = self._traverse_one or self._bind(name, self._one)
             self._traverse_one.bind_ortvalue_input("slots", value_of(self._slots[:stop]))
-            self._backend.run(name, self._traverse_one)
+            self._run_again(name, self._traverse_one)
             return self._logits[0]
         mask = np.zeros(len(embeddings)) if image_mask is None else image_mask
         feeds = {
@@ -304,13 +336,17 @@ class OrtState:
         """See trol_edge.backend.State."""
         if which and not self._backend.prefix_reuse:
             return []
-        return [a[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1) for a in (self.cache, self.second)[which]]
+        found = []
+        for buffer in (self.cache, self.second)[which]:
+            array = buffer if isinstance(buffer, np.ndarray) else buffer.numpy()
+            found.append(array[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1).astype(np.float32))
+        return found
 
     def step(self, embedding: Float32, position: int) -> Float32:
         """One pass over one token. embedding [D] at `position`; logits [V], overwritten by the next call."""
         self._embedding[0, 0] = embedding
         self._position[0, 0] = position
-        self._backend.run("step", self.step_binding)
+        self._run_again("step", self.step_binding)
         return self._logits[0]
 
     def step_token(self, embedding: Float32, position: int) -> int:

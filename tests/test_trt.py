@@ -139,8 +139,8 @@ def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
 def sharing_bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """trol-nano for classic TensorRT, its weights in both engines, and as inputs of both."""
     pytest.importorskip("torch", reason="export is not installed")
-    from tests.bench.speed import made_up_statistics
     from trol_edge.export import pipeline
+    from trol_edge.export.quantize.made_up import made_up_statistics
     from trol_edge.export.quantize.recipes import RecipeOptions
 
     request.getfixturevalue("traces")

@@ -13,7 +13,6 @@ import onnx_ir as ir
 import pytest
 
 from tests.bench import engines_full
-from tests.bench.speed import made_up_statistics
 from tests.conftest import CHECKPOINTS, NANO, NANOS
 from trol_edge.bundle.engines import ENGINES, Key, read, verified
 from trol_edge.bundle.folder import sha256_of
@@ -24,6 +23,7 @@ from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.export import pipeline
+from trol_edge.export.quantize.made_up import made_up_statistics
 from trol_edge.export.quantize.recipes import RecipeOptions
 from trol_edge.export.unbuilt import published
 from trol_edge.plan.subject import subject_of

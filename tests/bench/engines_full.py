@@ -98,6 +98,7 @@ def measure(
 def prepare() -> None:
     """As a process: [checkpoint, bundle, model, recipe] as JSON on standard input."""
     from trol_edge.export.pipeline import export
+    from trol_edge.export.quantize.made_up import made_up_statistics
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
     # No search for what random weights cannot show.
@@ -108,7 +109,7 @@ def prepare() -> None:
         model=model,
         target="rtx",
         options=options,
-        calibration=bench.made_up_statistics,
+        calibration=made_up_statistics,
         record_selftest=False,
         overwrite=True,
     )

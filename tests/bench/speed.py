@@ -246,6 +246,7 @@ def _exported(model: str, name: str, checkpoint: Path, folder: Path, report: Rep
 def prepare_bundle() -> None:
     """As a process: [checkpoint, bundle, model, recipe] as JSON on standard input."""
     from trol_edge.export.pipeline import export
+    from trol_edge.export.quantize.made_up import made_up_statistics
     from trol_edge.export.quantize.recipes import RecipeOptions
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
@@ -253,24 +254,6 @@ def prepare_bundle() -> None:
     alike = {"lm_head": recipe, "scaling": False, "clipping": False, "sensitive": None}
     options = RecipeOptions(recipe=recipe, block=BLOCK, **alike)
     export(checkpoint, bundle, model=model, options=options, calibration=made_up_statistics, overwrite=True)
-
-
-def made_up_statistics(source: Any) -> Any:
-    """Statistics as if every Linear of a Checkpoint had seen a few rows of a normal distribution."""
-    from trol_edge.export.quantize.recipes import is_linear, point_of
-    from trol_edge.export.quantize.stats import CalibrationState, PointStatistics, Statistics
-
-    rng, points = np.random.default_rng(0), {}
-    for name in source.names():
-        shape = source.shape(name)
-        if is_linear(name, shape):
-            rows = rng.standard_normal((8, shape[1]), dtype=np.float32)
-            size, top = np.abs(rows), float(np.abs(rows).max())
-            bins = np.histogram(size, 2048, (0, top))[0]
-            points[point_of(name)] = PointStatistics(
-                len(rows), size.max(axis=0), size.mean(axis=0), (size**2).mean(axis=0), rows, bins, top, top
-            )
-    return Statistics(points, {}, CalibrationState(source.identity(), "made up", 1, ()))
 
 
 def _fingerprint(checkpoint: Path) -> str:

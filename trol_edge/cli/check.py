@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from trol_edge.cli.show import Json, err, out, print_json
+from trol_edge.cli.show import Json, OfOrt, err, out, print_json
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     every: Annotated[bool, typer.Option("--all", help="One line per stage instead of one per layer.")] = False,
     threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    provider: OfOrt = None,
     as_json: Json = False,
 ) -> None:
     """Replay the self-test that export recorded; exit code 1 where a stage drifts more than its precision may."""
     from trol_edge.verify.replay import verify as replay
 
-    report = replay(bundle, threads)
+    report = replay(bundle, threads, cast(Any, provider))
     if as_json:
         print_json(report.json())
     else:
@@ -40,6 +41,7 @@ def verify(
 def soak(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, with a tokenizer.")],
     minutes: Annotated[float, typer.Option(help="How long.", min=0.01)] = 10.0,
+    provider: OfOrt = None,
     as_json: Json = False,
 ) -> None:
     """Ask, stop, fork, miss deadlines and feed bad frames from four threads; exit 1 for wrong answers or leaks."""
@@ -52,7 +54,7 @@ def soak(
             shown[0] = seconds
             err.print(f"{seconds:6.0f} s  {resident / 1e6:8.1f} MB resident", markup=False)
 
-    report = run_soak(bundle, 60 * minutes, progress)
+    report = run_soak(bundle, 60 * minutes, progress, cast(Any, provider))
     if as_json:
         print_json({**dataclasses.asdict(report), "passed": report.passed})
     else:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from trol_edge.cli.show import Json, out, phases, print_json
+from trol_edge.cli.show import Json, OfOrt, out, phases, print_json
 
 
 def profile(
@@ -36,6 +36,7 @@ def profile(
         Path | None, typer.Option(help="An older profile.json: exit code 1 where something became slower.")
     ] = None,
     root: Annotated[Path, typer.Option(help="Where proc and sys lie, to read a recorded tree.")] = Path("/"),
+    provider: OfOrt = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency, memory and energy of bundles on this machine, stage by stage; writes a page to look at."""
@@ -58,6 +59,7 @@ def profile(
             threads=threads,
             interval_s=interval_ms / 1e3,
             root=root,
+            provider=cast(Any, provider),
             progress=lambda line: progress(line, 0, 0),
         )
     if output is not None:  # before the comparison, which may refuse: minutes of measuring are not thrown away

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trol_edge.bundle.sizes import cache_bytes
-from trol_edge.cli.show import Json, err, extra, out, print_json
+from trol_edge.cli.show import Json, OfOrt, err, extra, out, print_json
 
 
 def run(
@@ -33,10 +33,7 @@ def run(
         bool, typer.Option("--long-context", help="Take the long rope factors from the first token on (trol-3.8b).")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
-    provider: Annotated[
-        str | None,
-        typer.Option(help="Run a GPU bundle's graphs by ONNX Runtime instead of engines: cuda, tensorrt, cpu."),
-    ] = None,
+    provider: OfOrt = None,
     fallback: Annotated[
         str | None, typer.Option(help="A provider to go over to, with a warning, where engines cannot be loaded.")
     ] = None,

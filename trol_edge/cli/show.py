@@ -24,6 +24,10 @@ from rich.progress import (
 from trol_edge.errors import BackendError
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+OfOrt = Annotated[
+    str | None,
+    typer.Option("--provider", help="Run a GPU bundle by ONNX Runtime instead of engines: cuda, tensorrt, cpu."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,11 @@ def measure_job(began: float) -> None:
         print_json(dataclasses.asdict(measure(job, lambda line: print_json({"progress": line}))))
 
 
+def opened(job: Job) -> Runtime:
+    """The Runtime of a job."""
+    return Runtime(job.bundle, threads=job.threads, provider=cast(Any, job.provider))
+
+
 def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
     """Measure one bundle in this process, without its starts. Errors as for `profile`."""
     with sampled(job.root, job.interval_s) as rows:
@@ -58,7 +63,7 @@ def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
         time.sleep(IDLE_S)
         idle = 0.0, time.monotonic() - zero
         progress("load")
-        with Runtime(job.bundle, threads=job.threads) as runtime:
+        with opened(job) as runtime:
             load = idle[1], time.monotonic() - zero
             bench = Bench(runtime, job.tokens, zero)
             pictures: list[tuple[tuple[int, int] | None, Picture | None]]
@@ -73,7 +78,8 @@ def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
                 where = "no picture" if size is None else f"{size[0]}x{size[1]}"
                 progress(f"{where}, {'short question' if length is None else f'{length} tokens'}")
                 runs.append(bench.run(size, picture, length, job.warmup, job.runs))
-            identity, library = bundle_id(runtime.bundle), _library(runtime.bundle.manifest.target)
+            identity = bundle_id(runtime.bundle)
+            library = runtime.model.backend.identity if job.provider else _library(runtime.bundle.manifest.target)
     names = list(dict.fromkeys(name for row in rows for name in row))
     samples = {name: tuple(row.get(name) for row in rows) for name in names}
     samples["t_s"] = tuple(None if t is None else t - zero for t in samples["t_s"])

@@ -37,6 +37,7 @@ class Job:
     threads: int | None
     interval_s: float
     root: str
+    provider: str | None = None  # of ONNX Runtime, instead of engines
 
 
 def in_process(function: str, job: Job, progress: Progress = lambda line: None) -> Any:

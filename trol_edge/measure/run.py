@@ -31,6 +31,7 @@ from trol_edge.measure.record import (
     Settings,
 )
 from trol_edge.measure.starts import start
+from trol_edge.model import Provider
 from trol_edge.prompt.images import load_rgb
 
 
@@ -47,6 +48,7 @@ def profile(
     threads: int | None = None,
     interval_s: float = 0.1,
     root: str | os.PathLike[str] = "/",
+    provider: Provider | None = None,
     progress: Progress = lambda line: None,
 ) -> Profile:
     """Measure every bundle in every case (sizes x prompt lengths).
@@ -54,6 +56,7 @@ def profile(
     sizes: of made-up pictures, (width, height) in pixels, None for none; image: a picture file instead. prompt_tokens:
     of the whole prompt, None for a short question. tokens: of each answer. starts: fresh processes, for each of page
     cache cold and warm. interval_s: between two samples of the machine. root: where its proc and sys folders lie.
+    provider: of ONNX Runtime, as Runtime takes it, for bundles of a GPU target.
     Raises UsageError, ImageError, ContextError for bad arguments, BundleError and BackendError as Runtime does.
     """
     if not bundles:
@@ -83,6 +86,7 @@ def profile(
             threads=threads,
             interval_s=interval_s,
             root=os.fspath(root),
+            provider=provider,
         )
         measured = from_dict(BundleProfile, in_process("bench.measure_job", job, progress), name)
         begun = []

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from trol_edge.answering.results import Piece
 from trol_edge.errors import ImageError, UnfinishedError, UsageError
 from trol_edge.machine import identity
+from trol_edge.model import Provider
 from trol_edge.runtime import Runtime
 from trol_edge.session import Session
 
@@ -91,15 +92,20 @@ def judge(samples: Sequence[tuple[float, int]]) -> Slope:
     )
 
 
-def soak(bundle: str | os.PathLike[str], seconds: float, progress: Callable[[float, int], None]) -> SoakReport:
+def soak(
+    bundle: str | os.PathLike[str],
+    seconds: float,
+    progress: Callable[[float, int], None],
+    provider: Provider | None = None,
+) -> SoakReport:
     """Run for so long. progress: called every few seconds with the seconds so far and the resident bytes.
 
     Memory is read while all threads rest between two calls, so that caches in use do not count as growth.
 
-    The bundle needs a tokenizer. Raises what Runtime raises for an unusable bundle.
+    The bundle needs a tokenizer. provider: as Runtime takes it. Raises what Runtime raises for an unusable bundle.
     """
     threads_before = threading.active_count()
-    runtime = Runtime(bundle)
+    runtime = Runtime(bundle, provider=provider)
     crew = _Crew(runtime)
     workers = [threading.Thread(target=crew.work, args=(seed,), daemon=True) for seed in range(THREADS)]
     start = time.monotonic()

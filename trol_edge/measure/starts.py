@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from trol_edge.machine import sensors
-from trol_edge.measure.bench import Bench, made_up
+from trol_edge.measure.bench import Bench, made_up, opened
 from trol_edge.measure.process import Job, errors_as_json, in_process, print_json, told_job
 from trol_edge.measure.record import (
     Start,
 )
 from trol_edge.prompt.images import load_rgb
-from trol_edge.runtime import Runtime
 
 
 def start(job: Job, cold: bool) -> Start:
@@ -49,7 +48,7 @@ def first_token(began: float) -> None:
         job = told_job()
         size = next((s for s in job.sizes if s is not None), None)
         picture = load_rgb(job.image) if job.image is not None else None if size is None else made_up(*size)
-        with Runtime(job.bundle, threads=job.threads) as runtime:
+        with opened(job) as runtime:
             loaded = time.monotonic()
             bench = Bench(runtime, 1, loaded)
             bench.answer(bench.prompts(picture, None)[0], picture)

@@ -38,7 +38,7 @@ from trol_edge.bundle.selftest import SelfTest, SelfTestCase, read
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, VerifyError
 from trol_edge.machine import identity
-from trol_edge.model import Model
+from trol_edge.model import Model, Provider
 from trol_edge.prompt.images import preprocess
 from trol_edge.verify.passed import SWITCH, Record
 from trol_edge.verify.report import ALWAYS, Budget, Report, Stage, behind, budget_of
@@ -49,18 +49,18 @@ log = logging.getLogger(__name__)
 ROPE = ("rope.cos", "rope.sin")
 
 
-def verify(folder: str | os.PathLike[str], threads: int | None = None) -> Report:
+def verify(folder: str | os.PathLike[str], threads: int | None = None, provider: Provider | None = None) -> Report:
     """Load a bundle and replay its self-test; what passes is noted for later loads, see `first_load`.
 
-    threads: as Runtime takes it. Raises BundleError for a bundle that is damaged or has no self-test, and BackendError
-    where its target does not run here. Engines that do not serve here (stale ones) are a stage that fails.
+    threads, provider: as Runtime takes them. Raises BundleError for a bundle that is damaged or has no self-test, and
+    BackendError where its target does not run here. Engines that do not serve here (stale ones) are a stage that fails.
     """
     bundle = Bundle(folder)
     test = read(bundle)
     try:
-        model = Model(folder, threads=threads)
+        model = Model(folder, threads=threads, provider=provider)
     except BundleError as error:
-        if bundle.manifest.target == "cpu":
+        if bundle.manifest.target == "cpu" or provider is not None:
             raise
         return _report(bundle, "nothing: no engine was loaded", [Stage("engines", math.inf, 0.0, str(error))], 0.0)
     with model:
