@@ -18,7 +18,7 @@ from trol_edge.prompt.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class SamplePrompt:
     """One sample as the model reads it."""
 
     name: str
@@ -28,7 +28,7 @@ class Prompt:
     question: int  # tokens before the answer
 
 
-def model_prompts(source: Checkpoint, chosen: SampleSet) -> tuple[list[Prompt], list[str]]:
+def model_prompts(source: Checkpoint, chosen: SampleSet) -> tuple[list[SamplePrompt], list[str]]:
     """Token ids of every sample; those that are longer than the model's positions are skipped, with the reason."""
     spec, family = source.spec, source.family
     template, image = family.prompt(spec), family.image(spec)
@@ -47,7 +47,7 @@ def model_prompts(source: Checkpoint, chosen: SampleSet) -> tuple[list[Prompt], 
         if len(ids) > spec.max_position_embeddings:
             skipped.append(f"{sample.name}: {len(ids)} tokens, the model knows {spec.max_position_embeddings}")
         else:
-            prompts.append(Prompt(sample.name, sample, np.asarray(ids, np.int64), sum(tiles), question))
+            prompts.append(SamplePrompt(sample.name, sample, np.asarray(ids, np.int64), sum(tiles), question))
     if not prompts:
         raise CalibrationError(f"none of {len(skipped)} samples is usable; the first: {skipped[0]}")
     if not any(p.squares for p in prompts):

@@ -11,6 +11,7 @@ Axes: N pictures or tiles of a sample, S tokens of its prompt (and answer, where
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import math
 import os
 import zlib
@@ -23,16 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.collect import Collector
-from trol_edge.calibration.prompts import Prompt, model_prompts
+from trol_edge.calibration.prompts import SamplePrompt, model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
 from trol_edge.export.quantize.stats import (
     PARTS,
     STATE,
-    State,
+    CalibrationState,
     Statistics,
     part_path,
     read_state,
@@ -76,7 +78,7 @@ def calibrate(
     chosen = samples if isinstance(samples, SampleSet) else sampling.load(samples, count, progress, side)
     prompts, skipped = model_prompts(source, chosen)
     run = _Run(source, prompts, Path(cache), COMPUTE[compute], progress)
-    state = State(
+    state = CalibrationState(
         checkpoint=source.identity(),
         samples_sha256=chosen.sha256,
         samples=len(prompts),
@@ -91,7 +93,7 @@ def calibrate(
     return found
 
 
-def _open_cache(folder: Path, state: State, overwrite: bool) -> None:
+def _open_cache(folder: Path, state: CalibrationState, overwrite: bool) -> None:
     """Make the cache folder ready for this run; whatever else it holds is refused, or removed with `overwrite`."""
     found = read_state(folder) if not overwrite or (folder / STATE).is_file() else None
     if found == state:
@@ -100,10 +102,11 @@ def _open_cache(folder: Path, state: State, overwrite: bool) -> None:
         what = "another checkpoint" if found.checkpoint != state.checkpoint else "other samples"
         raise CalibrationError(f"{folder}: statistics of {what}; choose another folder, or replace them (--force)")
     if folder.exists():
-        others = [p.name for p in folder.iterdir() if p.name not in (STATE, f"{STATE}.part", PARTS, HIDDEN)]
+        ours = (STATE, f".{STATE}.*.part", PARTS, HIDDEN)
+        others = [p.name for p in folder.iterdir() if not any(fnmatch.fnmatch(p.name, name) for name in ours)]
         if others or not folder.is_dir():
             raise CalibrationError(f"{folder}: holds other files ({', '.join(others[:3])}); choose another folder")
-        for path in [*folder.glob(f"{PARTS}/*"), *folder.glob(f"{HIDDEN}/*"), *folder.glob(f"{STATE}*")]:
+        for path in [*folder.glob(f"{PARTS}/*"), *folder.glob(f"{HIDDEN}/*"), *folder.glob(f"*{STATE}*")]:
             path.unlink()
     try:
         write_state(folder, state)
@@ -115,7 +118,7 @@ class _Run:
     """All stages over all samples."""
 
     def __init__(
-        self, source: Checkpoint, prompts: list[Prompt], folder: Path, compute: torch.dtype, progress: Progress
+        self, source: Checkpoint, prompts: list[SamplePrompt], folder: Path, compute: torch.dtype, progress: Progress
     ) -> None:
         self.source, self.prompts, self.folder, self.progress = source, prompts, folder, progress
         self.spec: ModelSpec = source.spec
@@ -187,19 +190,15 @@ class _Run:
         """Write this stage's hidden states; they take their name when all are there."""
         path = self._hidden(self.stage)
         path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(".part")
         try:
-            with unfinished.open("wb") as f:
+            with new_file(path) as part, part.open("wb") as f:
 
                 def write(x: Tensor) -> None:
                     f.write(x.float().contiguous().numpy().data)
 
                 yield write
-                f.flush()
-                os.fsync(f.fileno())
         except OSError as error:
             raise CalibrationError(f"{path}: cannot be written ({error.strerror}); make room") from error
-        unfinished.replace(path)
 
     # -- vision ------------------------------------------------------------------------------------------------
 

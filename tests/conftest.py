@@ -35,7 +35,7 @@ NOT_IN_THE_GRAPH = {
 @pytest.fixture(scope="session")
 def traces() -> Iterator[dict[Any, Any]]:
     """Trace each architecture once: checkpoints that differ only in their weights share the (cloned) graphs."""
-    from trol_edge.export.graphs import trace as graphs
+    from trol_edge.export.graphs import canonical as graphs
 
     trace = graphs.trace
     memo: dict[Any, Any] = {"untouched": trace}

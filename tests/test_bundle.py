@@ -24,7 +24,7 @@ from trol_edge.bundle import manifest as bundle_module
 from trol_edge.bundle.folder import new_folder
 from trol_edge.bundle.manifest import Bundle, FileInfo, Manifest, write_manifest
 from trol_edge.bundle.names import MANIFEST, SELFTEST, TOKENIZER, WEIGHTS
-from trol_edge.bundle.precision import CalibrationInfo, LinearPlan, Part, Plan
+from trol_edge.bundle.precision import CalibrationInfo, LinearPlan, Part, PrecisionPlan
 from trol_edge.bundle.spec import LongRope, ModelSpec, VisionSpec
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BackendError, BundleError, ExportError, UsageError
@@ -122,7 +122,9 @@ def small_manifest() -> Manifest:
         tools={"torch": "2.9"},
         notes=("a note",),
         parts={"decoder": Part(8, {"int4": 1}, 6)},
-        plan=Plan("int4", "fp32", {"a.weight": LinearPlan("int4", 32)}, "mse", True, True, ("decoder.residual",)),
+        plan=PrecisionPlan(
+            "int4", "fp32", {"a.weight": LinearPlan("int4", 32)}, "mse", True, True, ("decoder.residual",)
+        ),
         calibration=CalibrationInfo(7, "abc"),
     )
 

@@ -340,7 +340,7 @@ def test_synth(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.M
 
     config = json.loads((NANO / "config.json").read_text(encoding="utf-8"))
     clip = json.loads((NANO / "clip_vision_config.json").read_text(encoding="utf-8"))
-    monkeypatch.setitem(models.MODELS, "tiny", models.Model("tiny", "nobody/tiny", internlm2.FAMILY, config))
+    monkeypatch.setitem(models.MODELS, "tiny", models.Published("tiny", "nobody/tiny", internlm2.FAMILY, config))
     monkeypatch.setattr(internlm2, "CLIP_L_14_336", clip)
     out = tmp_path / "tiny"
     data = cli("synth", "--model", "tiny", "-o", out, "--json").json()

@@ -244,7 +244,7 @@ def test_graphs_are_standard_onnx(bundle: Bundle) -> None:
     for name, info in bundle.manifest.graphs.items():
         onnx.checker.check_model(bundle.folder / info.file, full_check=True)
         proto = model(bundle, name)
-        # On a CPU one operator stands for rotation, cache and attention, see lower_ort.py.
+        # On a CPU one operator stands for rotation, cache and attention, see lower/ort.py.
         fused = {("com.microsoft", "GroupQueryAttention")} if bundle.manifest.target == "cpu" else set()
         assert {(o.domain, o.version) for o in proto.opset_import} - {("com.microsoft", 1)} == {("", 23)}
         assert not proto.functions
@@ -347,10 +347,10 @@ def test_weights_in_memory_are_shared(runtime: Callable[[str], Runtime]) -> None
     """One float32 buffer per weight, bound to every graph that reads it."""
     backend: Any = runtime(ONE_IMAGE).model.backend
     names = {name for info in backend.bundle.manifest.graphs.values() for name in info.weights}
-    assert set(backend._weights) == names
-    addresses = {value.data_ptr() for value in backend._weights.values()}
+    assert set(backend.weights) == names
+    addresses = {value.data_ptr() for value in backend.weights.values()}
     assert len(addresses) == len(names)
-    assert backend.weight_bytes == sum(4 * int(np.prod(v.shape())) for v in backend._weights.values())
+    assert backend.weight_bytes == sum(4 * int(np.prod(v.shape())) for v in backend.weights.values())
 
 
 def test_cache_is_written_in_place(runtime: Callable[[str], Runtime]) -> None:
@@ -358,8 +358,8 @@ def test_cache_is_written_in_place(runtime: Callable[[str], Runtime]) -> None:
     session = runtime(TEXT).session()
     state: Any = session.cache.state
     addresses = [array.ctypes.data for array in buffers(session)]
-    assert [value.data_ptr() for value in state._past.values()][: len(addresses)] == addresses
-    assert [value.data_ptr() for value in state._present.values()][: len(addresses)] == addresses
+    assert [value.data_ptr() for value in state.past.values()][: len(addresses)] == addresses
+    assert [value.data_ptr() for value in state.present.values()][: len(addresses)] == addresses
     token = int(session.prefill(np.arange(3, 20)).argmax())
     for _ in range(10):
         before = [array.copy() for array in buffers(session)]
@@ -368,7 +368,7 @@ def test_cache_is_written_in_place(runtime: Callable[[str], Runtime]) -> None:
         for old, new in zip(before, buffers(session), strict=True):
             rows = np.flatnonzero((old != new).any(axis=(0, 1, 3)))
             assert rows.tolist() == [position]
-        outputs = state._step.get_outputs()
+        outputs = state.step_binding.get_outputs()
         assert [value.data_ptr() for value in outputs[1:]] == addresses
     session.prefill(np.arange(3, 9))
     assert [array.ctypes.data for array in buffers(session)] == addresses
@@ -417,7 +417,7 @@ def test_memoised_traces_are_true(traces: dict[Any, Any], exported: Callable[...
     """The suite traces once per architecture; a fresh trace gives the same graph."""
     import onnx_ir
 
-    from trol_edge.export.graphs import trace as graphs
+    from trol_edge.export.graphs import canonical as graphs
 
     exported(NANO)
     checkpoint = Checkpoint(NANO)

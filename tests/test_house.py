@@ -38,7 +38,7 @@ HOME: dict[str, tuple[str, ...]] = {
     "torch": ("export/", *(f"calibration/{name}.py" for name in ("run", "collect", "sensitivity", "outliers"))),
     "onnx": (),  # onnx_ir is what we use
     "onnx_ir": ("export/", "calibration/probes.py"),
-    "onnxscript": ("export/graphs/trace.py",),
+    "onnxscript": ("export/graphs/canonical.py",),
     "safetensors": ("export/nano/publish.py", "export/reference/checkpoint.py", "export/reference/selftest.py"),
     "sentencepiece": ("export/nano/text.py", "export/reference/tokenizer.py"),
     "huggingface_hub": ("export/reference/hub.py",),
@@ -166,12 +166,12 @@ PLANTED = [
     ("trol_edge/cli/export.py", "def f():\n    import torch"),
     ("trol_edge/runtime.py", "import importlib\nimportlib.import_module('trol_edge.runtimes.ort')"),
     ("trol_edge/runtime.py", "import typer"),
-    ("export/graphs/trace.py", "from trol_edge.runtimes import ort"),
-    ("export/graphs/trace.py", "def f():\n    from ...runtimes.ort import OrtBackend"),
-    ("export/graphs/trace.py", "from trol_edge.runtime import Runtime"),
-    ("export/graphs/trace.py", "import trol_edge.calibration.samples"),
-    ("export/graphs/trace.py", "from trol_edge.calibration.run import calibrate"),
-    ("export/graphs/trace.py", "import runtimes"),
+    ("export/graphs/canonical.py", "from trol_edge.runtimes import ort"),
+    ("export/graphs/canonical.py", "def f():\n    from ...runtimes.ort import OrtBackend"),
+    ("export/graphs/canonical.py", "from trol_edge.runtime import Runtime"),
+    ("export/graphs/canonical.py", "import trol_edge.calibration.samples"),
+    ("export/graphs/canonical.py", "from trol_edge.calibration.run import calibrate"),
+    ("export/graphs/canonical.py", "import runtimes"),
     ("export/nano/report.py", "from trol_edge.runtime import Runtime"),
     ("export/nano/model.py", "from trol_edge.calibration import samples"),
     ("runtimes/ort.py", "import torch"),
@@ -201,7 +201,7 @@ def test_planted_breaches_are_seen(file: str, source: str) -> None:
         ("trol_edge/cli/export.py", "def f():\n    from trol_edge.export import pipeline"),
         ("trol_edge/prompt/tokenizer.py", "import tokenizers"),
         (
-            "export/graphs/trace.py",
+            "export/graphs/canonical.py",
             "import torch\nimport onnx_ir\nfrom trol_edge.export.reference.model import Decoder",
         ),
         ("export/nano/data.py", "from trol_edge.export import scenes"),
@@ -295,6 +295,7 @@ def privates(source: str) -> list[str]:
             and re.match(r"_(?!_)", node.attr)
             and ast.unparse(node.value) not in ("self", "cls")
             and node.attr not in own
+            and ast.unparse(node) != "os._exit"  # documented under this name
         ):
             found.append(f"{node.lineno}: {ast.unparse(node)}")
     return found
@@ -330,7 +331,7 @@ def test_planted_circles_are_seen() -> None:
 
 def test_no_module_uses_anothers_private_members() -> None:
     """Without exceptions."""
-    files = [*sources(), *(ROOT / "tests" / "bench").glob("*.py")]
+    files = [*sources(), *(ROOT / "tests").rglob("*.py")]
     found = [f"{path.relative_to(ROOT)}:{use}" for path in files for use in privates(path.read_text(encoding="utf-8"))]
     assert found == []
 

@@ -40,13 +40,13 @@ def save(path, array, mode=None, **options):
 def test_resize_equals_golden(index):
     golden = np.load(GOLDEN / "uint8_bicubic.npz")
     image = golden[f"in{index}"].transpose(1, 2, 0)
-    np.testing.assert_array_equal(images._resize(image, 490).transpose(2, 0, 1), golden[f"out{index}"])
+    np.testing.assert_array_equal(images.resize(image, 490).transpose(2, 0, 1), golden[f"out{index}"])
 
 
 @requires_golden
 def test_normalise_table_equals_golden():
     want = np.load(GOLDEN / "normalise_tables.npz")["internlm2_fp32"]
-    np.testing.assert_array_equal(images._normalise_table(SPEC.mean, SPEC.std).view(np.uint32), want.view(np.uint32))
+    np.testing.assert_array_equal(images.normalise_table(SPEC.mean, SPEC.std).view(np.uint32), want.view(np.uint32))
 
 
 def golden_runs():
@@ -95,13 +95,13 @@ def slow_resize(image, size):
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 3), (3, 1), (4, 4), (5, 40), (40, 5), (13, 12), (97, 61)])
 def test_resize_equals_the_slow_way(size):
     image = picture(*size)
-    np.testing.assert_array_equal(images._resize(image, 12), slow_resize(image, 12))
+    np.testing.assert_array_equal(images.resize(image, 12), slow_resize(image, 12))
 
 
 @pytest.mark.parametrize("size", [1, 2, 12, 490])
 def test_a_picture_of_the_target_size_is_left_alone(size):
     image = picture(size, size)
-    np.testing.assert_array_equal(images._resize(image, size), image)
+    np.testing.assert_array_equal(images.resize(image, size), image)
 
 
 def test_order_and_number_of_pictures_are_kept():
@@ -124,7 +124,7 @@ def test_inputs_are_not_changed():
 def test_threads_agree():
     parts = [picture(40 + i, 60 - i, i) for i in range(12)]
     want = [preprocess([part], SPEC) for part in parts]
-    images._taps.cache_clear()
+    images.taps.cache_clear()
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         for found, expected in zip(pool.map(lambda part: preprocess([part], SPEC), parts), want, strict=True):
             np.testing.assert_array_equal(found, expected)

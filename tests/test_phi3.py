@@ -19,7 +19,7 @@ from tests.golden import GOLDEN, requires_all_golden
 from tests.phi3_tokenizer import IMAGE_ID, make
 from trol_edge.errors import CheckpointError, ContextError, UsageError
 from trol_edge.export import pipeline
-from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.graphs import canonical as graphs
 from trol_edge.export.reference import phi3
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.hub import find
@@ -341,7 +341,7 @@ def test_both_factor_sets_are_in_one_graph(runtime: Any) -> None:
     state = session.cache.state
     for position in range(len(row.ids), len(row.ids) + STEPS - 1):
         if position == session.limit:
-            state._rope_offset[0] = state._long_rope_offset
+            state.rope_offset[0] = state.long_rope_offset
         logits.append(state.step(rt.model.embeddings[int(logits[-1].argmax())], position).copy())
     assert_close("cached_logits", np.stack(logits), run.expected["cached_logits"][0])
 

@@ -52,15 +52,15 @@ def test_rails_of_each_board(tree: Tree, board: str) -> None:
     """Watts by name as tegrastats shows them; sums of shunts and rails that are not connected are left out."""
     data = described(board)
     assert "not recorded on a device" in data["source"]
-    sample = jetson.Machine(tree(board)).sample(os.getpid())
+    sample = jetson.Sensors(tree(board)).sample(os.getpid())
     rails = {name.removeprefix("power_w/"): value for name, value in sample.items() if name.startswith("power_w/")}
     assert rails == pytest.approx(data["expect_w"])
-    assert jetson.Machine(tree(board)).missing() == []
+    assert jetson.Sensors(tree(board)).missing() == []
 
 
 def test_orin_nano(tree: Tree) -> None:
     """Identity, mode by its name, clocks and caps, memory, counters; gated sensors are None, never 0."""
-    machine = jetson.Machine(tree("orin-nano"))
+    machine = jetson.Sensors(tree("orin-nano"))
     identity = machine.identity()
     assert "Orin Nano" in str(identity["model"]) and identity["board"] == "p3767" and identity["l4t"] == "36.4.7"
     assert (identity["power_mode"], identity["power_mode_name"]) == (2, "MAXN_SUPER")
@@ -78,7 +78,7 @@ def test_orin_nano(tree: Tree) -> None:
 
 def test_agx_orin(tree: Tree) -> None:
     """Its total is a sum; a gated sensor reads -256 degrees there and is left out."""
-    machine = jetson.Machine(tree("agx-orin"))
+    machine = jetson.Sensors(tree("agx-orin"))
     sample = machine.sample(os.getpid())
     assert sample["temperature_c/GPU-therm"] is None and sample["temperature_c/tj-therm"] == 42
     assert sample["gpu_load"] == 0 and sample["gpu_hz"] == 1.3005e9
@@ -88,7 +88,7 @@ def test_agx_orin(tree: Tree) -> None:
 
 def test_thor(tree: Tree) -> None:
     """Its total has a chip of its own; memory has a clock, the GPU's load no file."""
-    machine = jetson.Machine(tree("thor"))
+    machine = jetson.Sensors(tree("thor"))
     sample = machine.sample(os.getpid())
     assert machine.total_power() == ("power_w/VIN",)
     assert (sample["gpu_hz"], sample["emc_hz"], sample["emc_cap_hz"]) == (1.575e9, 4.266e9, 4.266e9)
@@ -102,7 +102,7 @@ def test_what_a_tree_lacks_is_said(tree: Tree) -> None:
     root = tree("orin-nano", {f"{path}/in1_label": None, f"{path}/in3_label": None, "var/lib/nvpmodel/status": None,
                               "sys/class/hwmon/hwmon3/oc2_event_cnt": None, "etc/nvpmodel.conf": None,
                               "sys/class/devfreq/17000000.gpu/device/of_node/name": None})  # fmt: skip
-    machine = jetson.Machine(root)
+    machine = jetson.Sensors(root)
     assert machine.missing() == [
         "rail VDD_IN is missing", "rail VDD_SOC is missing", "energy needs VDD_IN, so there is none",
         "over-current counter oc2 is missing", "GPU clock is missing", "power mode is missing",
@@ -113,7 +113,7 @@ def test_what_a_tree_lacks_is_said(tree: Tree) -> None:
 
 def test_nothing_at_all_is_no_error(tmp_path: Path) -> None:
     """An empty tree: no identity, no sensors, and a word about it."""
-    machine = jetson.Machine(tmp_path)
+    machine = jetson.Sensors(tmp_path)
     assert set(machine.identity().values()) == {None}
     assert machine.missing() == ["no power sensor here (no rails, no RAPL): no energy"]
     assert machine.sample(os.getpid())["largest_free_block_bytes"] is None
@@ -125,14 +125,14 @@ def test_rapl(tmp_path: Path) -> None:
     zone.mkdir(parents=True)
     (zone / "name").write_text("package-0")
     (zone / "energy_uj").write_text("1000")
-    assert jetson.Machine(tmp_path).total_power() == ("energy_uj/package-0",)
+    assert jetson.Sensors(tmp_path).total_power() == ("energy_uj/package-0",)
     counter = (1e6 * 7 * TIME) % 40e6  # 7 W, with wraps
     profile = made(columns={"energy_uj/package-0": counter})
     measured = dataclasses.replace(profile.bundles[0], total_power=("energy_uj/package-0",))
     found = power(measured)
     assert found is not None and np.allclose(found[1], 7) and len(found[1]) == len(TIME) - 1 - 2
     (zone / "energy_uj").write_text("")  # as one that this user may not read: no number comes
-    closed = jetson.Machine(tmp_path)
+    closed = jetson.Sensors(tmp_path)
     assert closed.missing() == ["RAPL package-0 is there, but only root may read it"] and closed.total_power() == ()
 
 
@@ -568,7 +568,7 @@ def test_peaks_of_a_jetson(tree: Callable[..., Path]) -> None:
         ("agx-orin", {"var/lib/nvpmodel/status": "pmode:0002 fmode:quiet\n"}, 20.1, 204.8),
         ("thor", {"var/lib/nvpmodel/status": "pmode:0000 fmode:default\n"}, 258, 273),
     ):
-        peaks = peaks_module.table_peaks(jetson.Machine(tree(board, changes)))
+        peaks = peaks_module.table_peaks(jetson.Sensors(tree(board, changes)))
         assert peaks is not None and peaks.source.startswith("table of devices: Jetson ")
         assert (peaks.flops_per_s / 1e12, peaks.bytes_per_s / 1e9) == (pytest.approx(tera, rel=0.01), giga)
-    assert peaks_module.table_peaks(jetson.Machine(tree("thor"))) is None
+    assert peaks_module.table_peaks(jetson.Sensors(tree("thor"))) is None

@@ -62,7 +62,7 @@ def test_caches_that_lie_on_a_gpu(gpu_bundle: Path, monkeypatch: pytest.MonkeyPa
     runtime, usual = Runtime(gpu_bundle, provider="cpu"), Runtime(gpu_bundle, provider="cpu")
     backend: Any = runtime.model.backend
 
-    value, bind, on_gpu = ort_module._value, OrtBackend.bind, list[Any]()
+    value, bind, on_gpu = ort_module.value_of, OrtBackend.bind, list[Any]()
 
     def made(array: Any, memory: str = "cpu") -> Any:
         found = value(array)
@@ -94,7 +94,7 @@ def test_caches_that_lie_on_a_gpu(gpu_bundle: Path, monkeypatch: pytest.MonkeyPa
         plain_run(self, name, getattr(binding, "_inner", binding), shrink)
 
     plain_run = OrtBackend.run
-    monkeypatch.setattr(ort_module, "_value", made)
+    monkeypatch.setattr(ort_module, "value_of", made)
     monkeypatch.setattr(backend, "bind", bound.__get__(backend))
     monkeypatch.setattr(backend, "run", run.__get__(backend))
     backend.memory = "cuda"  # as our code sees it; ONNX Runtime is given the CPU's
@@ -161,8 +161,10 @@ def test_providers_that_are_not_there(gpu_bundle: Path, monkeypatch: pytest.Monk
             Runtime(gpu_bundle, provider=provider)  # type: ignore[arg-type]
     monkeypatch.setattr(ort_module.ort, "get_available_providers", lambda: [TENSORRT, CUDA, "CPUExecutionProvider"])
     monkeypatch.setattr(ort_module.ort, "preload_dlls", lambda: None, raising=False)
-    opened = ort_module._open
-    monkeypatch.setattr(ort_module, "_open", lambda path, options, providers: opened(path, options, providers[-1:]))
+    opened = ort_module.open_session
+    monkeypatch.setattr(
+        ort_module, "open_session", lambda path, options, providers: opened(path, options, providers[-1:])
+    )
     with pytest.raises(BackendError, match=rf"could not start {CUDA} \(it printed why, and would compute on the CPU\)"):
         Runtime(gpu_bundle, provider="cuda")
 
@@ -173,9 +175,9 @@ def test_what_providers_are_given(gpu_bundle: Path) -> None:
     backend: Any = OrtBackend.__new__(OrtBackend)
     backend.bundle, backend.provider = bundle, "cuda"
     given = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
-    assert backend._providers("step") == [(CUDA, given), "CPUExecutionProvider"]
+    assert backend.providers_of("step") == [(CUDA, given), "CPUExecutionProvider"]
     backend.provider = "tensorrt"
-    (name, options), *others = backend._providers("traverse")
+    (name, options), *others = backend.providers_of("traverse")
     assert name == TENSORRT and others == [(CUDA, given), "CPUExecutionProvider"]
     assert options["trt_fp16_enable"] == "0" and not any("cache" in key for key in options)
     width, context = bundle.manifest.spec.hidden_size, bundle.manifest.context
@@ -186,7 +188,7 @@ def test_what_providers_are_given(gpu_bundle: Path) -> None:
     )
     for end in ("min", "opt", "max"):
         assert [part.split(":")[0] for part in options[f"trt_profile_{end}_shapes"].split(",")] == list(dynamic)
-    assert not any("profile" in key for key in backend._providers("step")[0][1])
+    assert not any("profile" in key for key in backend.providers_of("step")[0][1])
     half = dataclasses.replace(bundle.manifest.plan, compute="fp16")
     bundle.manifest = dataclasses.replace(bundle.manifest, plan=half)
-    assert backend._providers("step")[0][1]["trt_fp16_enable"] == "1"
+    assert backend.providers_of("step")[0][1]["trt_fp16_enable"] == "1"

@@ -32,14 +32,14 @@ from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import cuda as cuda_module
-from trol_edge.runtimes.cuda import CudaPython, Device
+from trol_edge.runtimes.cuda import CudaPython, Gpu
 from trol_edge.runtimes.trt import backend as trt_module
 from trol_edge.runtimes.trt import build as trt_build
 from trol_edge.runtimes.trt.api import Library
 
 PICTURE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
-GPU = Device("stand-in for Orin", "8.7", 8 << 30, (12, 6))
+GPU = Gpu("stand-in for Orin", "8.7", 8 << 30, (12, 6))
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,10 @@ def sharing_bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     pytest.importorskip("torch", reason="export is not installed")
     from trol_edge.export import pipeline
     from trol_edge.export.quantize.made_up import made_up_statistics
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     request.getfixturevalue("traces")
-    options = Options(recipe=request.param, scaling=False, clipping=False, observer="minmax")
+    options = RecipeOptions(recipe=request.param, scaling=False, clipping=False, observer="minmax")
     folders = []
     for shared in (False, True):
         folders.append(tmp_path_factory.mktemp("sharing") / request.param)
@@ -183,8 +183,8 @@ def test_engines_that_share_their_weights(
     apart, shared = used
     assert apart.weights == {} and shared.weights.keys() == shared_weights(shared.bundle).keys() != set()
     state = shared.new_state()
-    assert {w: state._context._context.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
-    assert {w: shared._contexts["traverse"]._context.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
+    assert {w: state.execution.raw.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
+    assert {w: shared.contexts["traverse"].raw.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
     # Altered weights are found before anything is uploaded.
     path = shared.bundle.path("weights.safetensors")
     data = bytearray(path.read_bytes())
@@ -315,7 +315,7 @@ def test_memory_follows_its_users(machine: Machine) -> None:
         fork.step(4)
         fork.step(5)
         del session, fork
-        held.add(machine.cuda._held())
+        held.add(machine.cuda.held())
     assert runtime.vision_cache.entries == 100_000 // size
     assert len(held) <= 1 + 100_000 // size  # it grew by features until the cache was full, and then no more
     pinned = len(machine.cuda.host)
@@ -491,7 +491,7 @@ def test_too_little_memory(machine: Machine) -> None:
         machine.open()
     machine.cuda.total = 1 << 34
     runtime = machine.open()
-    machine.cuda.total = machine.cuda._held() + 1000
+    machine.cuda.total = machine.cuda.held() + 1000
     cache, pixels = backend(runtime).cache_bytes / 1e6, runtime.preprocess(PICTURE)
     for what, run in (
         (rf"a session \(both K/V sets for 2048 tokens\) needs {cache:.0f}", lambda: runtime.session()),
@@ -557,7 +557,7 @@ def context(machine: Machine) -> Iterator[tuple[Any, CudaRuntime, Library]]:
     """The step's execution context, bare, with good addresses."""
     runtime = machine.open()
     state = backend(runtime).new_state()
-    yield state._context._context, machine.cuda, backend(runtime).library
+    yield state.execution.raw, machine.cuda, backend(runtime).library
     del runtime  # until here: with it goes the memory
 
 

@@ -30,7 +30,7 @@ from trol_edge.errors import BundleError, VerifyError
 from trol_edge.machine import identity as machine
 from trol_edge.model import Model
 from trol_edge.runtime import Runtime
-from trol_edge.runtimes.cuda import CudaPython, Device
+from trol_edge.runtimes.cuda import CudaPython, Gpu
 from trol_edge.runtimes.trt import backend as trt_module
 from trol_edge.runtimes.trt.api import Library
 from trol_edge.verify import passed
@@ -309,7 +309,7 @@ def test_wrong_picture_settings(wrong: str, copy: Path) -> None:
 
 # -- on the stand-in for a GPU -----------------------------------------------------------------------------------------
 
-GPU = Device("stand-in for Orin", "8.7", 8 << 30, (12, 6))
+GPU = Gpu("stand-in for Orin", "8.7", 8 << 30, (12, 6))
 
 
 @pytest.fixture
@@ -374,7 +374,7 @@ def test_an_overflow_in_fp16(
     from tests.statistics import statistics_of
     from trol_edge.export import pipeline
     from trol_edge.export.quantize import half
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(NANO, checkpoint)
@@ -390,7 +390,7 @@ def test_an_overflow_in_fp16(
     monkeypatch.setattr(half, "find_overflows", lambda statistics: ())
     for name, source in (("plain", NANO), ("large", checkpoint)):
         pipeline.export(
-            source, tmp_path / name, target="tensorrt", options=Options(recipe="fp16"), calibration=statistics_of
+            source, tmp_path / name, target="tensorrt", options=RecipeOptions(recipe="fp16"), calibration=statistics_of
         )
     assert first_wrong(stand_in(tmp_path / "plain")) == "nothing"
     report = verify.verify(stand_in(tmp_path / "large"))
@@ -409,13 +409,13 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """trol-nano in a precision with rounded weights, calibrated on a few scenes."""
     from trol_edge.calibration.run import calibrate
     from trol_edge.export import pipeline
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     folder = tmp_path_factory.mktemp("rounded")
     pipeline.export(
         NANO,
         folder / "bundle",
-        options=Options(recipe=request.param),
+        options=RecipeOptions(recipe=request.param),
         calibration=lambda source: calibrate(source.folder, None, folder / "calibration", count=8),
     )
     return folder / "bundle"

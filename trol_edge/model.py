@@ -12,7 +12,7 @@ from trol_edge.backend import Backend
 from trol_edge.bundle.embedding import Embeddings
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import TOKENIZER
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import Lifetime
 from trol_edge.prompt.template import Prompt, build_prompt, end_ids
@@ -23,7 +23,7 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 
 # Target of a bundle -> (module, class) that runs it; imported when a Model is made.
 BACKENDS = {"cpu": ("trol_edge.runtimes.ort", "OrtBackend")}
-BACKENDS |= {name: ("trol_edge.runtimes.trt.backend", "TrtBackend") for name, entry in TARGETS.items() if entry.gpu}
+BACKENDS |= {name: ("trol_edge.runtimes.trt.backend", "TrtBackend") for name in TARGETS if is_gpu(name)}
 
 
 class Model:

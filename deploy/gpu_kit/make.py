@@ -22,7 +22,7 @@ from typing import Any
 from run import KIT, KIT_VERSION, NANOS, PRECISIONS
 
 import trol_edge
-from trol_edge.bundle.manifest import sha256_of
+from trol_edge.bundle.folder import sha256_of
 from trol_edge.errors import TrolEdgeError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -631,13 +631,13 @@ def prepare(record: Record, model: str, precision: str) -> None:
             raise NotHere(f"export needs {name}, which is not installed here ({error})") from error
     from trol_edge.export.pipeline import export
     from trol_edge.export.quantize.made_up import made_up_statistics
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     bundle = large(record, model, precision)
     checkpoint = checkpoint_of(record, model)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    options = Options(recipe=precision, scaling=False, clipping=False, sensitive=None, observer="minmax")
+    options = RecipeOptions(recipe=precision, scaling=False, clipping=False, sensitive=None, observer="minmax")
     phases: dict[str, float] = {}
 
     def progress(what: str, done: int, total: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from trol_edge.export.quantize.recipes import is_linear, point_of
-from trol_edge.export.quantize.stats import PointStatistics, State, Statistics
+from trol_edge.export.quantize.stats import CalibrationState, PointStatistics, Statistics
 from trol_edge.export.reference.checkpoint import Checkpoint
 
 
@@ -21,4 +21,4 @@ def made_up_statistics(source: Checkpoint) -> Statistics:
             points[point_of(name)] = PointStatistics(
                 len(rows), size.max(axis=0), size.mean(axis=0), (size**2).mean(axis=0), rows, bins, top, top
             )
-    return Statistics(points, {}, State(source.identity(), "made up", 1, ()))
+    return Statistics(points, {}, CalibrationState(source.identity(), "made up", 1, ()))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor
 
-from trol_edge.bundle.selftest import Case, SelfTest, tensors
+from trol_edge.bundle.selftest import SelfTest, SelfTestCase, tensors
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import CheckpointError
 from trol_edge.export import scenes
@@ -115,10 +115,10 @@ class _Sequence:
         self.cache.append(torch.stack([torch.stack([t[self.positions] for t in kind]) for kind in rows]))
         self.step_cache.append(torch.stack([t[-1] for t in rows[0]]))
 
-    def case(self, logits: Tensor) -> Case:
+    def case(self, logits: Tensor) -> SelfTestCase:
         """logits [n+1, V]: behind the prompt and behind each stepped token."""
         top = logits.topk(2, dim=-1)
-        return Case(
+        return SelfTestCase(
             ids=self.ids.astype(np.int32),
             forced=self.forced.astype(np.int32),
             positions=self.positions,

@@ -50,7 +50,7 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Task:
     """What a worker process is told, as JSON on its standard input."""
 
     contender: str  # a key of CONTENDERS
@@ -85,7 +85,7 @@ class Contender(Protocol):
 class BundleContender:
     """The product: `trol_edge.Runtime`, without the second cache, which serves nothing here."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Task) -> None:
         self.runtime = trol_edge.Runtime(job.bundle, prefix_reuse=False, selftest=False)
         self.session = self.runtime.session()
         bundle = self.runtime.bundle
@@ -105,7 +105,7 @@ class BundleContender:
 class TorchContender:
     """The reference of export/reference/model.py in FP32, both passes, as training and golden tests run it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Task) -> None:
         import torch
 
         from trol_edge.export.reference.checkpoint import Checkpoint
@@ -153,7 +153,7 @@ class TorchContender:
 class LlamaCppContender:
     """llama.cpp through the C functions of llama-cpp-python, in its defaults, on a GGUF file that `write_gguf` made."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Task) -> None:
         self.lib = lib = importlib.import_module("llama_cpp")
         self.quiet = lib.llama_log_callback(lambda level, text, data: None)  # kept: C holds a pointer to it
         lib.llama_log_set(self.quiet, None)
@@ -168,7 +168,7 @@ class LlamaCppContender:
         spec = Bundle(job.bundle).manifest.spec
         self.vocab_size = spec.vocab_size
         self.step_bytes = self.weight_bytes = sum(
-            _ggml_bytes(name, shape, job.contender) for name, shape in gguf_tensors(spec).items() if "token" not in name
+            ggml_bytes(name, shape, job.contender) for name, shape in gguf_tensors(spec).items() if "token" not in name
         )
 
     def encode(self, pixels: Float32) -> Any:
@@ -193,7 +193,7 @@ class LlamaCppContender:
 class OpenVinoContender:
     """OpenVINO's runtime in its defaults on a model that `prepare_openvino` made: INT4 weights, INT8 activations."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Task) -> None:
         openvino = importlib.import_module("openvino")
         path = Path(job.model) / "openvino_model.xml"
         core = openvino.Core()
@@ -275,7 +275,7 @@ class Kind:
 
     label: str
     precision: str
-    make: Callable[[Job], Contender]
+    make: Callable[[Task], Contender]
     prefill_passes: int
     # Of a peer: what must be installed, here or in an interpreter of its own; how; what makes its model.
     modules: tuple[str, ...] = ()
@@ -309,7 +309,7 @@ OURS = tuple(name for name, kind in CONTENDERS.items() if kind.make is BundleCon
 def worker() -> None:
     """Measure one contender: a Job as JSON on standard input, its numbers as the last line of standard output."""
     data = json.load(sys.stdin)
-    job = Job(**data | {"shape": Shape(**data["shape"])})
+    job = Task(**data | {"shape": Shape(**data["shape"])})
     try:
         result = measure(job)
     except TrolEdgeError as error:
@@ -317,7 +317,7 @@ def worker() -> None:
     print("\n" + json.dumps(result))
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: Task) -> dict[str, Any]:
     """Times in seconds of one contender, each prompt `repeats` times, and its memory in bytes."""
     start = time.perf_counter()
     contender = CONTENDERS[job.contender].make(job)
@@ -417,7 +417,7 @@ def stand_in_tokenizer(spec: ModelSpec, prompt: PromptSpec) -> Tokenizer:
     return Tokenizer(made.to_str())
 
 
-def _pixels(job: Job) -> Float32:
+def _pixels(job: Task) -> Float32:
     manifest = Bundle(job.bundle).manifest
     if job.picture is not None:
         return preprocess([load_rgb(job.picture)], manifest.image)
@@ -462,7 +462,7 @@ def gguf_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _ggml_bytes(name: str, shape: tuple[int, ...], kind: str) -> int:
+def ggml_bytes(name: str, shape: tuple[int, ...], kind: str) -> int:
     count = int(np.prod(shape))
     return 4 * count if "norm" in name else count // 32 * GGML_BLOCK[kind]
 
@@ -491,12 +491,12 @@ def write_gguf(path: Path, spec: ModelSpec, kind: str) -> None:
         tensors = gguf_tensors(spec)
         for name, shape in tensors.items():
             raw = plain if "norm" in name else stored
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), _ggml_bytes(name, shape, kind), raw_dtype=raw)
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), ggml_bytes(name, shape, kind), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, shape in tensors.items():
-            size = _ggml_bytes(name, shape, kind)
+            size = ggml_bytes(name, shape, kind)
             writer.write_tensor_data(
                 np.ones(shape, np.float32) if "norm" in name else np.resize(matrix, size // matrix.itemsize)
             )

@@ -8,12 +8,10 @@ stand in one bundle, one set each.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.manifest import Bundle, FileInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.strict import from_dict
@@ -76,7 +74,7 @@ def read(bundle: Bundle, target: str) -> EngineSet:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: not readable as JSON ({error}); `trol-edge build --force`") from error
-    if not isinstance(data, dict) or data.pop("sha256", None) != _digest(data):
+    if not isinstance(data, dict) or data.pop("sha256", None) != digest_of(data):
         raise BundleError(f"{path}: altered since the build (its own hash differs); `trol-edge build --force`")
     if data.get("format_version") != FORMAT_VERSION:
         raise BundleError(f"{path}: engine format {data.get('format_version')!r}, this reads {FORMAT_VERSION}")
@@ -87,11 +85,7 @@ def read(bundle: Bundle, target: str) -> EngineSet:
 def write(folder: Path, engines: EngineSet) -> None:
     """Write engines.json, last of all, with its own hash in it."""
     data = json.loads(json.dumps(dataclasses.asdict(engines)))
-    (folder / MANIFEST).write_text(json.dumps(data | {"sha256": _digest(data)}, indent=1) + "\n", encoding="utf-8")
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(data | {"sha256": digest_of(data)}, indent=1) + "\n", encoding="utf-8")
 
 
 def differences(bundle: Bundle, engines: EngineSet, key: Key) -> list[str]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trol_edge.bundle.names import BUNDLE_FILES
 from trol_edge.errors import ExportError, UsageError
@@ -24,6 +27,11 @@ def sha256_of(path: Path) -> str:
         while block := f.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def digest_of(data: Any) -> str:
+    """sha256, hex, of plain data as JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 @contextmanager
@@ -72,33 +80,50 @@ def new_folder(
                 shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write a file to, and rename that to `path` on success; on any failure remove it.
+
+    What has its name is on the disk, whole, even where the power fails. OSError goes through.
+    """
+    _remove_left_overs(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _part(final: Path) -> Path:
     """A new folder beside `final`, whose name says which process made it."""
     return Path(tempfile.mkdtemp(prefix=f".{final.name}.{os.getpid()}.", suffix=".part", dir=final.parent))
 
 
 def _remove_left_overs(final: Path) -> None:
-    """Remove what writers that were killed (so that no `finally` ran) left beside `final`."""
+    """Remove files and folders that writers left beside `final` when they were killed, so that no `finally` ran."""
     name = re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.[^.]+\.part")
-    for folder in final.parent.iterdir():
-        if not (match := name.fullmatch(folder.name)):
+    for part in final.parent.iterdir():
+        if not (match := name.fullmatch(part.name)):
             continue
         try:
             os.kill(int(match[1]), 0)
         except (ProcessLookupError, OverflowError):
-            shutil.rmtree(folder, ignore_errors=True)
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
         except PermissionError:
             pass  # alive, and someone else's
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises UsageError where that is not possible."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        with new_file(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another folder with -o") from error

@@ -6,7 +6,7 @@
                             or quantized as the manifest's plan says, with their scales beside them
     tokenizer.json          for the `tokenizers` library; absent: token level only
     selftest.safetensors    what the FP32 reference computes, see selftest.py; absent: nothing to verify against
-    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify.py
+    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify/
 
 A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
 """
@@ -14,16 +14,14 @@ A bundle is written beside its final place and renamed when complete, so a folde
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.names import MANIFEST, WEIGHTS
-from trol_edge.bundle.precision import CalibrationInfo, Part, Plan
+from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.weights import WeightsFile
@@ -91,7 +89,7 @@ class Manifest:
     tools: dict[str, str]  # versions that made it
     notes: tuple[str, ...]
     parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
-    plan: Plan  # how each Linear is stored and computed
+    plan: PrecisionPlan  # how each Linear is stored and computed
     calibration: CalibrationInfo | None  # what the scales were made of; None: nothing was calibrated
 
 
@@ -122,7 +120,7 @@ class Bundle:
                 "export the bundle again with this version"
             )
         self.identity = data.pop("manifest_sha256", None)  # of the manifest, and so of every file that it lists
-        if self.identity != _digest(data):
+        if self.identity != digest_of(data):
             raise BundleError(f"{path}: altered since export (its own hash differs); copy or export the bundle again")
         self.manifest: Manifest = from_dict(Manifest, data, str(path))
         self._check_files()
@@ -155,9 +153,5 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write bundle.json, last of all, with its own hash in it."""
     data = dataclasses.asdict(manifest)
     data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader sees them
-    data["manifest_sha256"] = _digest(data)
+    data["manifest_sha256"] = digest_of(data)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _digest(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

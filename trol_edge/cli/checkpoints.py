@@ -16,12 +16,12 @@ SENSITIVITY_SAMPLES = 8  # on which it is measured what each Linear costs: a run
 def checkpoint_of(given: str, downloads: Path = CHECKPOINTS, revision: str | None = None) -> tuple[Path, str | None]:
     """The folder of a checkpoint that was given as a folder or as a model's name (then fetched), and that name."""
     with extra("export"):
-        from trol_edge.export.reference import hub as models
+        from trol_edge.export.reference import hub
     if Path(given).is_dir():
         return Path(given), None
-    if "/" in given or given not in models.MODELS:
-        raise typer.BadParameter(f"{given} is neither a checkpoint folder nor one of {', '.join(models.MODELS)}")
-    return models.fetch(given, downloads / given, revision), given
+    if "/" in given or given not in hub.MODELS:
+        raise typer.BadParameter(f"{given} is neither a checkpoint folder nor one of {', '.join(hub.MODELS)}")
+    return hub.fetch(given, downloads / given, revision), given
 
 
 def statistics_of(given: Path | None, checkpoint: Path, data: Path | None, cache: Path, progress: Any) -> Any:

@@ -19,7 +19,7 @@ def targets(
     as_json: Json = False,
 ) -> None:
     """List the targets, and which of them this machine can build and run now, and why not."""
-    from trol_edge.bundle.targets import NOT_YET, TARGETS
+    from trol_edge.bundle.targets import NOT_YET, TARGETS, is_gpu
     from trol_edge.runtimes import doctor as room
 
     if best:
@@ -50,7 +50,7 @@ def targets(
     out.print(table)
     for why, names in reasons.items():
         out.print(f"no {', '.join(names)}: {why}", markup=False, soft_wrap=True)
-    if any(status.runs and TARGETS[name].gpu for name, status in found.items()):
+    if any(status.runs and is_gpu(name) for name, status in found.items()):
         out.print(f"* {NOT_YET}")
     out.print("What is missing, and why:")
     for name, target in TARGETS.items():

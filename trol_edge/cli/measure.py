@@ -40,16 +40,14 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure latency, memory and energy of bundles on this machine, stage by stage; writes a page to look at."""
-    from trol_edge.bundle import folder as folder_module
-    from trol_edge.measure import record as profiles
-    from trol_edge.measure import run as profile_run
-    from trol_edge.measure.compare import compare as compared
+    from trol_edge.bundle.folder import write_text
+    from trol_edge.measure import compare, record, run
     from trol_edge.measure.page import page
     from trol_edge.measure.samples import summary
 
-    old = None if baseline is None else profiles.load(baseline)
+    old = None if baseline is None else record.load(baseline)
     with phases(quiet=as_json) as progress:
-        found = profile_run.profile(
+        found = run.profile(
             bundles,
             sizes=[_size(text) for text in size or ["640x480"]],
             prompt_tokens=prompt_tokens or [None],
@@ -65,11 +63,11 @@ def profile(
             progress=lambda line: progress(line, 0, 0),
         )
     if output is not None:  # before the comparison, which may refuse: minutes of measuring are not thrown away
-        found.save(output / profiles.FILE)
-        folder_module.write_text(output / "profile.html", page(found))
-    comparison = None if old is None else compared(old, found)
+        found.save(output / record.FILE)
+        write_text(output / "profile.html", page(found))
+    comparison = None if old is None else compare.compare(old, found)
     if output is not None and old is not None:
-        folder_module.write_text(output / "profile.html", page(found, old, comparison))
+        write_text(output / "profile.html", page(found, old, comparison))
     rows = summary(found)
     if as_json:
         against = None if comparison is None else dataclasses.asdict(comparison)

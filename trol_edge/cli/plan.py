@@ -46,11 +46,10 @@ def plan(
 ) -> None:
     """Tell before owning the board: does it fit, how long would it take, and which precision is best."""
     from trol_edge.bundle.manifest import Bundle
-    from trol_edge.bundle.targets import TARGETS
     from trol_edge.machine import devices
     from trol_edge.plan import compare as planning
     from trol_edge.plan.estimate import to_dict
-    from trol_edge.plan.rates import machine_of
+    from trol_edge.plan.rates import platform_of
     from trol_edge.plan.subject import Subject, Workload, subject_of
 
     if show_device is not None:
@@ -68,7 +67,7 @@ def plan(
 
             machines.append(rates.host())
         else:
-            machines.append(machine_of(*devices.find(name)))
+            machines.append(platform_of(*devices.find(name)))
     subject: Callable[[str, str], Subject]
     if fixed is not None:
         precision, subject = [fixed.precision], lambda target, recipe: fixed
@@ -102,7 +101,7 @@ def plan(
             }
         )
         return
-    _print_plans(plans, TARGETS)
+    _print_plans(plans)
     for name, p in chosen.items():
         if len([q for q in plans if q.machine.name == name]) > 1 or goal_ms or goal_tokens_per_second:
             goals = " and reaches the goal" if goal_ms or goal_tokens_per_second else ""
@@ -114,7 +113,7 @@ def plan(
             out.print(f"{name}: {said}", markup=False)
 
 
-def _print_plans(plans: Any, targets: Any) -> None:
+def _print_plans(plans: Any) -> None:
     """A table with a row for each plan; where there is one plan only, all of it."""
     first = plans[0].subject
     out.print(f"{first.name}, context {first.context}; times expected (floor); GB = 1e9 bytes", markup=False)
@@ -135,8 +134,10 @@ def _print_plans(plans: Any, targets: Any) -> None:
             p.verdict,
         )
     out.print(table)
+    from trol_edge.bundle.targets import is_gpu
+
     for p in plans if len(plans) == 1 else []:
-        m, gpu = p.memory, targets[p.machine.target].gpu
+        m, gpu = p.memory, is_gpu(p.machine.target)
         for what, size in (
             ("weights", m.weights),
             (f"K/V cache, {m.cache_sets} sets", m.cache),
@@ -161,11 +162,11 @@ def _print_plans(plans: Any, targets: Any) -> None:
             out.print(f"  {note}", markup=False, style="dim", soft_wrap=True)
         if gpu:
             from trol_edge.bundle.targets import NOT_YET
-            from trol_edge.plan import rates as rates_module
+            from trol_edge.plan.rates import ARITHMETIC, BANDWIDTH
 
             out.print(
-                f"  expected: {rates_module.BANDWIDTH:.0%} of the bandwidth, "
-                + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in rates_module.ARITHMETIC.items())
+                f"  expected: {BANDWIDTH:.0%} of the bandwidth, "
+                + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in ARITHMETIC.items())
                 + f", from others' figures for other models (docs/results.md); {NOT_YET}",
                 markup=False,
                 style="dim",

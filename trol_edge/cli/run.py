@@ -85,7 +85,7 @@ def inspect(
     """Show what is in a bundle: graphs, operators, inputs and outputs, weights and the bytes a step reads."""
     from trol_edge.bundle.manifest import Bundle
     from trol_edge.bundle.sizes import device_bytes, loaded_bytes, shared_weights
-    from trol_edge.bundle.targets import TARGETS
+    from trol_edge.bundle.targets import is_gpu
 
     opened = Bundle(bundle)
     manifest, tensors = opened.manifest, opened.weights().tensors
@@ -100,7 +100,7 @@ def inspect(
         data = dataclasses.asdict(manifest)
         data["weights"] = {n: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes} for n, t in tensors.items()}
         data["weight_bytes"], data["weight_bytes_float32"] = stored, as_float
-        if manifest.target not in ("cpu", "onnx"):
+        if is_gpu(manifest.target):
             apart, shared = device_bytes(opened)
             data["device_bytes"] = {"apart": apart, "shared": shared, "is_shared": bool(shared_weights(opened))}
         data["kv_bytes_per_token"] = kv  # of one set; prefix reuse keeps two
@@ -143,10 +143,10 @@ def inspect(
         out.print(table)
     form = "as computed" if manifest.plan.quantized else "float32"
     sets = "with prefix reuse (the default), one without"
-    if manifest.target in TARGETS and TARGETS[manifest.target].gpu:
+    if is_gpu(manifest.target):
         sets = "always: engines keep both"
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
-    if manifest.target not in ("cpu", "onnx"):
+    if is_gpu(manifest.target):
         apart, shared = device_bytes(opened)
         own = "shared" if shared_weights(opened) else "apart"
         out.print(

@@ -31,7 +31,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-class Machine:
+class Sensors:
     """The sensors of one machine, found once. `identity` says what it is, `sample` what it does now."""
 
     def __init__(self, root: str | os.PathLike[str] = "/") -> None:
@@ -259,7 +259,7 @@ def _number(path: Path) -> float | None:
 def main() -> None:
     """Sample until standard input closes: so the sampler never outlives whoever started it."""
     root, pid, interval = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    machine, due = Machine(root), time.monotonic()
+    machine, due = Sensors(root), time.monotonic()
     while True:
         print(json.dumps(machine.sample(pid)), flush=True)
         due = max(due + interval, time.monotonic())

@@ -21,16 +21,16 @@ from trol_edge.answering.sampling import Sampler
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import ContextError, UsageError
-from trol_edge.machine import sensors as jetson
+from trol_edge.machine import sensors
 from trol_edge.measure.process import Job, Progress, errors_as_json, print_json, sampled, told_job
 from trol_edge.measure.record import (
-    Answer,
     BundleId,
     BundleProfile,
     Case,
     Run,
+    TimedAnswer,
     Work,
 )
 from trol_edge.prompt.images import load_rgb
@@ -83,27 +83,36 @@ def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
     names = list(dict.fromkeys(name for row in rows for name in row))
     samples = {name: tuple(row.get(name) for row in rows) for name in names}
     samples["t_s"] = tuple(None if t is None else t - zero for t in samples["t_s"])
-    total = jetson.Machine(job.root).total_power()
-    return BundleProfile(identity, library, load, idle, (), tuple(runs), samples, total)
+    total = sensors.Sensors(job.root).total_power()
+    return BundleProfile(
+        bundle=identity,
+        library=library,
+        load_s=load,
+        idle_s=idle,
+        starts=(),
+        runs=tuple(runs),
+        samples=samples,
+        total_power=total,
+    )
 
 
 def bundle_id(bundle: Bundle) -> BundleId:
     """Which bundle it is."""
     manifest = bundle.manifest
     return BundleId(
-        os.fspath(bundle.folder),
-        manifest.model,
-        manifest.target,
-        manifest.plan.recipe,
-        manifest.context,
-        sum(info.bytes for info in manifest.files.values()),
-        sha256_of(bundle.folder / MANIFEST),
-        manifest.created_by,
+        folder=os.fspath(bundle.folder),
+        model=manifest.model,
+        target=manifest.target,
+        precision=manifest.plan.recipe,
+        context=manifest.context,
+        bytes=sum(info.bytes for info in manifest.files.values()),
+        manifest_sha256=sha256_of(bundle.folder / MANIFEST),
+        created_by=manifest.created_by,
     )
 
 
 def _library(target: str) -> str:
-    name = "onnxruntime" if target not in TARGETS or not TARGETS[target].gpu else TARGETS[target].module
+    name = TARGETS[target].module if is_gpu(target) else "onnxruntime"
     for distribution in (name, name.replace("_", "-")):
         try:
             return f"{distribution} {metadata.version(distribution)}"
@@ -140,27 +149,27 @@ class Bench:
             start = time.monotonic() - self._zero
             pairs = [self._pair(prompts, picture) for _ in range(runs)]
             end = time.monotonic() - self._zero
-        peak = jetson.Machine().process(os.getpid())["peak_rss_bytes"]
+        peak = sensors.Sensors().process(os.getpid())["peak_rss_bytes"]
         self._session = self._runtime.session()
         question = self._question(prompts[0], picture)
         image = question.ids.count(self._runtime.bundle.manifest.spec.image_token_id)
         return Run(
-            Case(size, len(question.ids), image, self._tokens),
-            start,
-            end,
-            tuple(for_warmth),
-            tuple(first for first, _ in pairs),
-            tuple(second for _, second in pairs),
-            peak,
-            work(self._runtime.bundle, question.ids, self._tokens),
+            case=Case(size, len(question.ids), image, self._tokens),
+            start_s=start,
+            end_s=end,
+            warmup=tuple(for_warmth),
+            answers=tuple(first for first, _ in pairs),
+            second=tuple(second for _, second in pairs),
+            peak_rss_bytes=peak,
+            work=work(self._runtime.bundle, question.ids, self._tokens),
         )
 
-    def _pair(self, prompts: Sequence[Any], picture: Picture | None) -> tuple[Answer, Answer]:
+    def _pair(self, prompts: Sequence[Any], picture: Picture | None) -> tuple[TimedAnswer, TimedAnswer]:
         self._runtime.desk.vision_cache.clear()
         self._session.truncate(0)
         return self.answer(prompts[0], picture), self.answer(prompts[1], picture)
 
-    def answer(self, prompt: Any, picture: Picture | None) -> Answer:
+    def answer(self, prompt: Any, picture: Picture | None) -> TimedAnswer:
         """One answer, its stages timed."""
         now, runtime, session = time.monotonic, self._runtime, self._session
         options, clock = Options(max_new_tokens=self._tokens), Clock()
@@ -189,7 +198,7 @@ class Bench:
                 logits = session.step_view(token)
                 steps.append(1e3 * (now() - written))
         end = now()
-        return Answer(
+        return TimedAnswer(
             start_s=start - self._zero,
             preprocess_ms=1e3 * (looked - start),
             vision_ms=clock.vision_ms,

@@ -1,6 +1,6 @@
 """The figures of a profile's page: drawn as SVG, twice, once per width (text would shrink with a scaled picture).
 
-CSS shows the drawing that fits. Colours are CSS variables (profile_page.py): a bundle keeps its colour, and so does a
+CSS shows the drawing that fits. Colours are CSS variables (page.py): a bundle keeps its colour, and so does a
 stage.
 """
 
@@ -13,7 +13,7 @@ from html import escape
 
 import numpy as np
 
-from trol_edge.measure.record import Answer, BundleProfile, Profile, Run, Values, case_name, percentiles, pooled
+from trol_edge.measure.record import BundleProfile, Profile, Run, TimedAnswer, Values, case_name, percentiles, pooled
 from trol_edge.measure.samples import Energy, Verdict, column, power
 from trol_edge.svg import (
     WIDE,
@@ -72,12 +72,12 @@ def median(values: Values | None) -> float | None:
 # -- timeline ----------------------------------------------------------------------------------------------------------
 
 
-def _typical(answers: Sequence[Answer]) -> Answer:
+def _typical(answers: Sequence[TimedAnswer]) -> TimedAnswer:
     """The answer in the middle, by its whole time: one that happened, not a mixture of medians."""
     return sorted(answers, key=lambda a: a.total_ms)[len(answers) // 2]
 
 
-def _segments(answer: Answer) -> list[tuple[str, float, str]]:
+def _segments(answer: TimedAnswer) -> list[tuple[str, float, str]]:
     """(what, milliseconds, colour), in order; the steps one by one."""
     found = [
         ("preprocess", answer.preprocess_ms, "var(--pre)"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from trol_edge.measure.compare import Change, Comparison
+from trol_edge.measure.compare import BaselineComparison, Change
 from trol_edge.measure.figures import (
     HUES,
     Row,
@@ -73,7 +73,7 @@ text-align:left;white-space:normal}.stack td[data-is]::before{content:attr(data-
 """
 
 
-def page(profile: Profile, baseline: Profile | None = None, comparison: Comparison | None = None) -> str:
+def page(profile: Profile, baseline: Profile | None = None, comparison: BaselineComparison | None = None) -> str:
     """The page of a profile; a baseline's runs stand beside the new ones, and what changed in a table of its own."""
     rows = _rows(profile, 0, False)
     if baseline is not None:
@@ -131,7 +131,16 @@ def _rows(profile: Profile, first: int, old: bool) -> list[Row]:
         hue = f"var(--h{(first + i) % HUES})"
         for run in measured.runs:
             found.append(
-                Row(profile, measured, run, hue, name, old, verdict(profile, measured, run), energy(measured, run))
+                Row(
+                    profile=profile,
+                    measured=measured,
+                    run=run,
+                    hue=hue,
+                    name=name,
+                    old=old,
+                    verdict=verdict(profile, measured, run),
+                    energy=energy(measured, run),
+                )
             )
     return found
 
@@ -220,7 +229,7 @@ def _glance(rows: Sequence[Row]) -> str:
     return f"<figure id=comparison><h2>Runs side by side</h2><figcaption>{caption}</figcaption>{table}</figure>"
 
 
-def _changes(found: Comparison) -> str:
+def _changes(found: BaselineComparison) -> str:
     """What became slower, and behind a fold what did not."""
     worst_first = sorted(found.changes, key=lambda c: -(c.new / c.old if c.old else 1))
     said = "".join(f"<li>{escape(text)}</li>" for text in (*found.unjudged, *found.remarks))

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from trol_edge.bundle.manifest import Bundle
-from trol_edge.bundle.targets import TARGETS
-from trol_edge.machine import sensors as jetson
+from trol_edge.bundle.targets import is_gpu
+from trol_edge.machine import sensors
 from trol_edge.machine.devices import DEVICES
 from trol_edge.machine.identity import read as identify
 from trol_edge.measure.record import (
@@ -19,10 +19,9 @@ from trol_edge.measure.record import (
 )
 
 
-def machine_peaks(machine: jetson.Machine, bundles: Sequence[Bundle]) -> Peaks | None:
+def machine_peaks(machine: sensors.Sensors, bundles: Sequence[Bundle]) -> Peaks | None:
     """What the machine can do at most: measured on a CPU, from the table of devices on a Jetson's GPU; else None."""
-    gpu = [t for b in bundles if (t := TARGETS.get(b.manifest.target)) is not None and t.gpu]
-    if gpu:
+    if any(is_gpu(bundle.manifest.target) for bundle in bundles):
         return table_peaks(machine)
     threads = len(os.sched_getaffinity(0))
     return Peaks(
@@ -30,7 +29,7 @@ def machine_peaks(machine: jetson.Machine, bundles: Sequence[Bundle]) -> Peaks |
     )
 
 
-def table_peaks(machine: jetson.Machine) -> Peaks | None:
+def table_peaks(machine: sensors.Sensors) -> Peaks | None:
     """FP16 and memory of this Jetson in its power mode; None where `trol_edge.machine.devices` has not both."""
     here = identify(machine.root).jetson
     if here is None:

@@ -17,7 +17,7 @@ from typing import Any
 import trol_edge
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BackendError, TrolEdgeError, UsageError
-from trol_edge.machine import sensors as jetson
+from trol_edge.machine import sensors
 
 Progress = Callable[[str], None]  # one line about what is being done
 SAMPLER_START_S = 30.0  # to wait for the sampler's first line at most
@@ -119,7 +119,7 @@ def sampled(root: str, interval_s: float) -> Iterator[list[dict[str, float | Non
     Raises BackendError where that process failed.
     """
     samples: list[dict[str, float | None]] = []
-    command = [sys.executable, "-I", "-S", jetson.__file__, root, str(os.getpid()), str(interval_s)]
+    command = [sys.executable, "-I", "-S", sensors.__file__, root, str(os.getpid()), str(interval_s)]
     with tempfile.TemporaryFile("w+") as file:
         sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file)
         assert sampler.stdin is not None

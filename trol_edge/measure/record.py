@@ -53,7 +53,7 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """One answer. The projector has no time of its own: it is a part of the vision graph."""
 
     start_s: float
@@ -83,9 +83,9 @@ class Run:
     case: Case
     start_s: float  # warm-up over
     end_s: float
-    warmup: tuple[Answer, ...]
-    answers: tuple[Answer, ...]  # to the first question about a frame that was not seen before
-    second: tuple[Answer, ...]  # to a second question about the same frame
+    warmup: tuple[TimedAnswer, ...]
+    answers: tuple[TimedAnswer, ...]  # to the first question about a frame that was not seen before
+    second: tuple[TimedAnswer, ...]  # to a second question about the same frame
     peak_rss_bytes: float | None  # of the process while this case ran
     work: dict[str, Work] | None  # stage -> counts: "vision", "prefill", "step"; None: the bundle has no counts
 
@@ -145,7 +145,7 @@ class Profile:
     trol_edge: str
     python: str
     system: str
-    machine: dict[str, str | int | float | None]  # see jetson.Machine.identity
+    machine: dict[str, str | int | float | None]  # see sensors.Sensors.identity
     missing: tuple[str, ...]  # sensors that such a machine has and this one did not show: what is partial
     settings: Settings
     peaks: Peaks | None

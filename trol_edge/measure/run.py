@@ -20,7 +20,7 @@ import trol_edge
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
-from trol_edge.machine import sensors as jetson
+from trol_edge.machine import sensors
 from trol_edge.measure.peaks import machine_peaks
 from trol_edge.measure.process import Job, Progress, in_process
 from trol_edge.measure.record import (
@@ -68,7 +68,7 @@ def profile(
     opened = [Bundle(bundle) for bundle in bundles]
     if image is not None:
         load_rgb(os.fspath(image))
-    machine = jetson.Machine(root)
+    machine = sensors.Sensors(root)
     progress("what memory and processors can do at most")
     peaks = machine_peaks(machine, opened)
     found = []

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from trol_edge.answering.results import Piece
 from trol_edge.errors import ImageError, UnfinishedError, UsageError
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
 from trol_edge.model import Provider
 from trol_edge.runtime import Runtime
 from trol_edge.session import Session
@@ -124,7 +124,7 @@ def soak(
     wrong, calls, info = crew.wrong, dict(crew.calls), runtime.vision_cache
     wrong += [f"thread {worker.name} hangs" for worker in workers if worker.is_alive()]
     if not wrong:
-        wrong += _left_behind(runtime)
+        wrong += left_behind(runtime)
         backend = weakref.ref(runtime.model.backend)
         runtime.close()
         del crew, runtime, workers, worker
@@ -143,14 +143,14 @@ def resident_bytes() -> int:
     Free pages that the C allocator keeps for itself are given back first (glibc): with threads they come and go by
     whole arenas, tens of MB that nobody holds, and would hide a leak or look like one.
     """
-    machine.free_pages()
+    identity.free_pages()
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _left_behind(runtime: Runtime) -> list[str]:
+def left_behind(runtime: Runtime) -> list[str]:
     """What should be gone once no call is under way."""
     gc.collect()
     found = []

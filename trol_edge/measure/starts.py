@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trol_edge.machine import sensors as jetson
+from trol_edge.machine import sensors
 from trol_edge.measure.bench import Bench, made_up, opened
 from trol_edge.measure.process import Job, errors_as_json, in_process, print_json, told_job
 from trol_edge.measure.record import (
@@ -66,7 +66,7 @@ def cached_share(files: Sequence[Path]) -> float | None:
     for path in files:
         if not (size := path.stat().st_size):
             continue
-        count = -(-size // jetson.PAGE)
+        count = -(-size // sensors.PAGE)
         with path.open("rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_SHARED, mmap.PROT_READ) as view:
             array = np.frombuffer(view, np.uint8)
             resident = np.zeros(count, np.uint8)

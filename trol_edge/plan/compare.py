@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from trol_edge.machine.devices import DEVICES
 from trol_edge.plan.estimate import QUALITY, Planned, plan
-from trol_edge.plan.rates import Machine
+from trol_edge.plan.rates import Platform
 from trol_edge.plan.subject import Subject, Workload
 
 
@@ -19,7 +19,7 @@ def device_names(bundle: Subject | None) -> list[str]:
 
 
 def compare(
-    machines: Iterable[Machine],
+    machines: Iterable[Platform],
     subject: Callable[[str, str], Subject],
     work: Workload,
     precisions: Sequence[str] | None = None,

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 from trol_edge.bundle.costs import Costs, Operation
 from trol_edge.errors import UsageError
-from trol_edge.plan.rates import Machine, Points, Rates
+from trol_edge.plan.rates import Platform, Points, Rates
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class GraphTime:
     """One graph run once: what it does, and in which time."""
 
     graph: str
@@ -25,7 +25,7 @@ class Stage:
     bound: str  # what takes most of the expected time: "arithmetic", "memory" or "starting operators"
 
 
-def stage(graph: str, costs: Costs, weight_bytes: int, machine: Machine, **dims: int) -> Stage:
+def graph_time(graph: str, costs: Costs, weight_bytes: int, machine: Platform, **dims: int) -> GraphTime:
     """One run of a graph whose weights take weight_bytes."""
     sizes, total = costs.dims(dims), costs.at(**dims)
     parts = [_seconds(o, sizes, weight_bytes, machine.reached) for o in costs.operations]
@@ -40,7 +40,9 @@ def stage(graph: str, costs: Costs, weight_bytes: int, machine: Machine, **dims:
     floor = max(compute, moved / max(rate for _, rate in machine.peak.reads))
     bound = max(sums, key=lambda name: sums[name])
     shown = {name: size for name, size in sizes.items() if name in ("tokens", "slots", "images")}
-    return Stage(graph, shown, total.flops, moved, floor, sum(sums.values()), bound)
+    return GraphTime(
+        graph=graph, dims=shown, flops=total.flops, bytes=moved, floor=floor, expected=sum(sums.values()), bound=bound
+    )
 
 
 def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Rates) -> tuple[float, float, float]:
@@ -49,13 +51,13 @@ def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Ra
         return 0.0, 0.0, 0.0
     cost = o.at(dims)
     product = o.kind in ("linear", "convolution", "attention")
-    read = _at(rates.reads, weight_bytes)
+    read = rate_at(rates.reads, weight_bytes)
     if o.stored in rates.stored:
         read = min(read, rates.stored[o.stored])
-    touched = 0.0 if rates.fused and product else cost.activation_bytes / _at(rates.touches, cost.activation_bytes)
+    touched = 0.0 if rates.fused and product else cost.activation_bytes / rate_at(rates.touches, cost.activation_bytes)
     memory = (cost.weight_bytes + cost.cache_bytes) / read + touched
     points = rates.arithmetic.get("attention") if o.kind == "attention" else None
-    arithmetic = cost.flops / _at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
+    arithmetic = cost.flops / rate_at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
     if product and o.kind != "attention":  # whose rate was measured with its scores
         arithmetic += touched
     starts = {"attention": rates.attention, "linear": rates.product, "convolution": rates.product}
@@ -72,7 +74,7 @@ def _most(rates: Rates, arithmetic: str) -> float:
     return max(rate for _, rate in _points(rates, arithmetic))
 
 
-def _at(points: Points, amount: int) -> float:
+def rate_at(points: Points, amount: int) -> float:
     """The rate between two points, linear in logarithms; outside of them that of the nearest."""
     for (low, slow), (high, fast) in itertools.pairwise(points):
         if low <= amount < high:

@@ -13,11 +13,11 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import UsageError
-from trol_edge.plan.duration import Stage, stage
+from trol_edge.plan.duration import GraphTime, graph_time
 from trol_edge.plan.memory import Memory, memory_of
-from trol_edge.plan.rates import Machine
+from trol_edge.plan.rates import Platform
 from trol_edge.plan.subject import Subject, Workload
 
 RESERVE_BYTES = 500_000_000  # that must remain for the rest of the robot
@@ -29,10 +29,10 @@ QUALITY = ("fp32", "fp16", "fp8", "int8", "int4")  # best first
 class Planned:
     """The answer for one machine and one precision. first_token and the like are seconds."""
 
-    machine: Machine
+    machine: Platform
     subject: Subject
     memory: Memory
-    stages: tuple[Stage, ...]
+    stages: tuple[GraphTime, ...]
     first_token: tuple[float, float]  # floor, expected: vision and prompt
     next_question: float | None  # expected, about the same picture; None: needs both K/V sets
     tokens_per_second: tuple[float, float]  # floor (the most), expected
@@ -45,7 +45,7 @@ class Planned:
 
 def plan(
     subject: Subject,
-    machine: Machine,
+    machine: Platform,
     work: Workload | None = None,
     *,
     desktop: bool = False,
@@ -59,7 +59,7 @@ def plan(
     Raises UsageError where the question does not fit the context, or the machine cannot run such a bundle.
     """
     work = work or Workload()
-    if TARGETS[machine.target].gpu != (subject.target in TARGETS and TARGETS[subject.target].gpu):
+    if is_gpu(machine.target) != is_gpu(subject.target):
         raise UsageError(
             f"{subject.name} was made for target {subject.target}, {machine.name} runs {machine.target}: what one of "
             "them does says nothing about the other; plan with --model, or export the bundle for that target"
@@ -72,11 +72,11 @@ def plan(
             f"not fit a context of {subject.context}; choose a larger --context, or fewer --tiles"
         )
     dims = {"images": tiles, "tokens": prompt, "slots": prompt}
-    text_only = "traverse_text" in subject.graphs and not TARGETS[machine.target].gpu  # no engine of its own there
+    text_only = "traverse_text" in subject.graphs and not is_gpu(machine.target)  # no engine of its own there
     text_graph = "traverse_text" if text_only else "traverse"
 
-    def run(name: str, **given: int) -> Stage:
-        return stage(name, subject.graphs[name], subject.weights[name], machine, **given)
+    def run(name: str, **given: int) -> GraphTime:
+        return graph_time(name, subject.graphs[name], subject.weights[name], machine, **given)
 
     vision = [run("vision", images=tiles)] if tiles else []
     prefill = run("traverse" if tiles else text_graph, tokens=prompt, slots=prompt)
@@ -99,7 +99,7 @@ def plan(
 
 def _fit(
     subject: Subject,
-    machine: Machine,
+    machine: Platform,
     work: Workload,
     dims: Mapping[str, int],
     desktop: bool,
@@ -107,7 +107,7 @@ def _fit(
     smaller: Callable[[], Iterator[Subject]],
 ) -> tuple[Memory, str, tuple[str, ...]]:
     """Memory as asked for, the verdict, and the fewest changes that make it fit, those first that hurt least."""
-    gpu = TARGETS[machine.target].gpu
+    gpu = is_gpu(machine.target)
     switches: list[tuple[str, dict[str, Any]]] = [("boot without a desktop", {"desktop": False})] if desktop else []
     if gpu and subject.shareable_bytes and not subject.shared:
         switches.append(("one copy of the decoder's weights for both engines (--shared-weights)", {"shared": True}))
@@ -155,7 +155,7 @@ def to_dict(planned: Planned) -> dict[str, Any]:
         "memory": dataclasses.asdict(memory)
         | {"needed": memory.needed, "remains": memory.remains, "build_remains": memory.build_remains},
         "embedding_bytes_mapped": subject.embedding_bytes,
-        "stages": [dataclasses.asdict(stage) for stage in planned.stages],
+        "stages": [dataclasses.asdict(graph_time) for graph_time in planned.stages],
         "first_token": dict(zip(("floor", "expected"), planned.first_token, strict=True)),
         "next_question": planned.next_question,
         "tokens_per_second": dict(zip(("floor", "expected"), planned.tokens_per_second, strict=True)),

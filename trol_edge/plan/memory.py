@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from trol_edge.bundle.sizes import build_bytes
-from trol_edge.bundle.targets import TARGETS
-from trol_edge.plan.rates import Machine
+from trol_edge.bundle.targets import TARGETS, is_gpu
+from trol_edge.plan.rates import Platform
 from trol_edge.plan.subject import Subject
 
 # CUDA context, TensorRT and Python: from one run of another runtime on Orin Nano (Cosmos-Reason2-2B W4A16: 3.72 GB, of
@@ -45,13 +45,13 @@ class Memory:
 
 
 def memory_of(
-    subject: Subject, machine: Machine, dims: Mapping[str, int], context: int, reuse: bool, desktop: bool, shared: bool
+    subject: Subject, machine: Platform, dims: Mapping[str, int], context: int, reuse: bool, desktop: bool, shared: bool
 ) -> Memory:
     """Bytes by use. Engines hold their weights each, but those that they share; on a CPU all graphs share them.
 
     TensorRT reserves scratch memory for the longest prompt, once per engine; ONNX Runtime takes what a run needs.
     """
-    gpu = TARGETS[machine.target].gpu
+    gpu = is_gpu(machine.target)
     graphs = [name for name in subject.graphs if not (gpu and name == "traverse_text")]
     one_set = subject.cache_bytes * context // subject.context
     longest = {"images": dims["images"], "tokens": context, "slots": context}

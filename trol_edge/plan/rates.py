@@ -41,7 +41,7 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
+class Platform:
     """A device in one of its modes, or the machine at hand."""
 
     name: str
@@ -56,19 +56,19 @@ class Machine:
     notes: tuple[str, ...]
 
 
-def machine_of(device: Device, mode: Mode) -> Machine:
+def platform_of(device: Device, mode: Mode) -> Platform:
     """A device of the table with the efficiencies above."""
     kinds = [kind for kind in ARITHMETIC if kind != "fp8" or device.fp8]
     peak = Rates(
-        {kind: ((1, device.flops(mode, kind)),) for kind in kinds},
-        ((1, mode.gb_per_s * 1e9),),
-        (),
-        {},
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-        True,
+        arithmetic={kind: ((1, device.flops(mode, kind)),) for kind in kinds},
+        reads=((1, mode.gb_per_s * 1e9),),
+        touches=(),
+        stored={},
+        operator=0.0,
+        product=0.0,
+        attention=0.0,
+        run=0.0,
+        fused=True,
     )
     reached = dataclasses.replace(
         peak,
@@ -82,22 +82,33 @@ def machine_of(device: Device, mode: Mode) -> Machine:
     target = TARGETS[device.target]
     precisions = tuple(p for p in target.precisions if p != "fp32" and (p != "fp8" or device.fp8))
     notes = tuple(f"unverified: {what}" for what in device.unverified)
-    return Machine(
-        f"{device.name}:{mode.name}",
-        f"{device.title}, {mode.name}",
-        device.target,
-        device.memory_bytes,
-        device.os_bytes,
-        device.desktop_bytes,
-        precisions,
-        peak,
-        reached,
-        notes,
+    return Platform(
+        name=f"{device.name}:{mode.name}",
+        title=f"{device.title}, {mode.name}",
+        target=device.target,
+        memory_bytes=device.memory_bytes,
+        os_bytes=device.os_bytes,
+        desktop_bytes=device.desktop_bytes,
+        precisions=precisions,
+        peak=peak,
+        reached=reached,
+        notes=notes,
     )
 
 
-def machine_of_host(rates: Rates, memory_bytes: int, available_bytes: int) -> Machine:
+def platform_of_host(rates: Rates, memory_bytes: int, available_bytes: int) -> Platform:
     """This machine, its rates measured (`runtimes/rates.py`): floor and expectation then differ by overheads only."""
     precisions = TARGETS["cpu"].precisions
     system = memory_bytes - available_bytes
-    return Machine("host", "this machine", "cpu", memory_bytes, system, 0, precisions, rates, rates, ())
+    return Platform(
+        name="host",
+        title="this machine",
+        target="cpu",
+        memory_bytes=memory_bytes,
+        os_bytes=system,
+        desktop_bytes=0,
+        precisions=precisions,
+        peak=rates,
+        reached=rates,
+        notes=(),
+    )

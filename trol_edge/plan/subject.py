@@ -7,7 +7,7 @@ import dataclasses
 from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.sizes import cache_bytes, device_bytes, loaded_bytes, shared_weights
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import BundleError
 
 TEXT_TOKENS = 84  # template and a short question
@@ -51,7 +51,7 @@ def subject_of(bundle: Bundle) -> Subject:
         raise BundleError(
             f"{bundle.folder}: its graphs were never counted ({manifest.created_by} wrote it); export it again"
         )
-    on_gpu = TARGETS[manifest.target].gpu if manifest.target in TARGETS else False
+    on_gpu = is_gpu(manifest.target)
 
     def size(weight: str) -> int:
         return tensors[weight].nbytes if on_gpu else loaded_bytes(weight, tensors)

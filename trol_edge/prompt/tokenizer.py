@@ -56,10 +56,10 @@ class Tokenizer:
             raise BundleError(f"{where} was not made by trol_edge.export.reference.tokenizer; export the bundle again")
         self._loaded = loaded
         self._model = loaded.model
-        self._unknown_id = self._piece_id(loaded.model.unk_token or "")
+        self._unknown_id = self.piece_id(loaded.model.unk_token or "")
         byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)] if loaded.model.byte_fallback else []
-        self._byte_ids = [self._piece_id(piece) for piece in byte_pieces]
-        self._bytes = {i: bytes([byte]) for byte, i in enumerate(self._byte_ids)}
+        self.byte_ids = [self.piece_id(piece) for piece in byte_pieces]
+        self._bytes = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
         added = loaded.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._charsmap, self._normalizer = split_normalizer(loaded.normalizer)
@@ -97,7 +97,7 @@ class Tokenizer:
         """Content -> id of every token that user text cannot produce."""
         return self._special
 
-    def _piece_id(self, piece: str) -> int:
+    def piece_id(self, piece: str) -> int:
         found = self._loaded.token_to_id(piece)
         if found is None:
             raise BundleError(f"{self._where} lacks the piece {piece!r}; export the bundle again")
@@ -187,8 +187,8 @@ class Tokenizer:
         for token in self._model.tokenize(text):
             if token.id < UNLISTED and token.id != self._unknown_id:
                 ids.append(token.id)
-            elif token.id >= UNLISTED and self._byte_ids:
-                ids += [self._byte_ids[byte] for byte in token.value.encode()]
+            elif token.id >= UNLISTED and self.byte_ids:
+                ids += [self.byte_ids[byte] for byte in token.value.encode()]
             elif not ids or ids[-1] != self._unknown_id:  # sentencepiece fuses neighbours
                 ids.append(self._unknown_id)
         return ids
@@ -257,7 +257,7 @@ class TextStream:
         self.stopped: str | None = None  # the stop string that ended the text
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._held = ""
+        self.held = ""
         self._dropping = tokenizer.dropped_spaces()
         # each byte that is no UTF-8 becomes one lone surrogate here, and U+FFFD below
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -278,19 +278,19 @@ class TextStream:
     def _emit(self, data: bytes, *, final: bool) -> str:
         if self.stopped is not None:
             return ""
-        self._held += _ESCAPED_BYTE.sub("\ufffd", self._decoder.decode(data, final))
-        found = [(at + len(s), at, s) for s in self._stops if (at := self._held.find(s)) >= 0]
+        self.held += _ESCAPED_BYTE.sub("\ufffd", self._decoder.decode(data, final))
+        found = [(at + len(s), at, s) for s in self._stops if (at := self.held.find(s)) >= 0]
         if found:
             _, end, self.stopped = min(found)
         else:
-            end = len(self._held) - (0 if final else self._possible_stop())
-        text, self._held = self._held[:end], self._held[end:]
+            end = len(self.held) - (0 if final else self._possible_stop())
+        text, self.held = self.held[:end], self.held[end:]
         return text
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
         longest = max(map(len, self._stops), default=0)
-        for length in range(min(len(self._held), longest - 1), 0, -1):
-            if any(s.startswith(self._held[-length:]) for s in self._stops):
+        for length in range(min(len(self.held), longest - 1), 0, -1):
+            if any(s.startswith(self.held[-length:]) for s in self._stops):
                 return length
         return 0

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 from pathlib import Path
 
 from trol_edge._version import __version__
+from trol_edge.bundle.folder import digest_of, new_file
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import VERIFIED
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
 
 log = logging.getLogger(__name__)
-
 
 SWITCH = "TROL_EDGE_SELFTEST"  # environment variable: "0" turns the self-test at the first load off
 
@@ -26,7 +25,7 @@ def wanted(selftest: bool | None) -> bool:
 
 def passed_here(bundle: Bundle) -> list[str]:
     """What has passed this bundle's self-test on this machine: "onnxruntime 1.32.0", ..."""
-    here, found = machine.read().fingerprint, set()
+    here, found = identity.read().fingerprint, set()
     for path in (path for place in places(bundle) for path in place.glob(VERIFIED)):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -53,10 +52,9 @@ class Record:
             "target": bundle.manifest.target,
             "runs_on": runs_on,
             "trol_edge": __version__,
-            "machine": machine.read().fingerprint,
+            "machine": identity.read().fingerprint,
         }
-        digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()
-        self._name = VERIFIED.replace("*", digest[:20])
+        self._name = VERIFIED.replace("*", digest_of(self._key)[:20])
 
     @property
     def exists(self) -> bool:
@@ -78,10 +76,8 @@ class Record:
         place = self.writable
         if place is None:
             return
-        part = place / f".{self._name}.{os.getpid()}.part"
         try:
-            part.write_text(json.dumps(self._key, indent=1) + "\n", encoding="utf-8")
-            part.replace(place / self._name)
+            with new_file(place / self._name) as part:
+                part.write_text(json.dumps(self._key, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             log.warning("%s: the passed self-test could not be noted (%s)", place, error)
-            part.unlink(missing_ok=True)

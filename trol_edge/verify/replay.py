@@ -34,10 +34,10 @@ from numpy.typing import NDArray
 from trol_edge.backend import FIRST, SECOND
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import SELFTEST
-from trol_edge.bundle.selftest import Case, SelfTest, read
+from trol_edge.bundle.selftest import SelfTest, SelfTestCase, read
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, VerifyError
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
 from trol_edge.model import Model, Provider
 from trol_edge.prompt.images import preprocess
 from trol_edge.verify.passed import SWITCH, Record
@@ -104,7 +104,7 @@ def first_load(model: Model) -> None:
 
 
 def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: float) -> Report:
-    here = machine.read()
+    here = identity.read()
     return Report(
         bundle=os.fspath(bundle.folder),
         target=bundle.manifest.target,
@@ -143,7 +143,9 @@ def _stages(model: Model, test: SelfTest) -> Iterator[Stage]:
             yield stage if name == "picture" else dataclasses.replace(stage, name=f"{name}.{stage.name}")
 
 
-def _case_stages(model: Model, features: Float32, case: Case, long_rope: bool, budget: Budget) -> Iterator[Stage]:
+def _case_stages(
+    model: Model, features: Float32, case: SelfTestCase, long_rope: bool, budget: Budget
+) -> Iterator[Stage]:
     backend, embeddings = model.backend, model.embeddings
     spec, state, length = model.bundle.manifest.spec, backend.new_state(), len(case.ids)
     rows, mask = embeddings[case.ids], case.ids == spec.image_token_id
@@ -175,7 +177,7 @@ def _case_stages(model: Model, features: Float32, case: Case, long_rope: bool, b
     yield _tokens(logits, case, allowed_logits)
 
 
-def _tokens(logits: Sequence[Float32], case: Case, allowed: float) -> Stage:
+def _tokens(logits: Sequence[Float32], case: SelfTestCase, allowed: float) -> Stage:
     """Most probable tokens: those that differ although the reference was sure beyond what logits may move."""
     noise = 4 * allowed * float(np.sqrt(np.mean(np.square(_centred(case.logits)))))
     best = np.array([int(np.nan_to_num(x, nan=-math.inf).argmax()) for x in logits])
