@@ -444,14 +444,14 @@ def test_rounded_weights(rounded: Path, tmp_path: Path) -> None:
 def test_budgets_of_deep_models() -> None:
     """As measured up to the depth of the small models; then more, but never what unrelated values drift."""
     keys, values = budgets.BUDGETS["int8"].keys, budgets.BUDGETS["int8"].values
-    assert [budgets.behind(layers, keys) for layers in (1, budgets.SMALL)] == [keys, keys]
-    assert budgets.behind(4 * budgets.SMALL, keys) == pytest.approx(2 * keys)
-    assert budgets.behind(32, values) == 0.9 < budgets.UNRELATED
+    assert [budgets.at_depth(layers, keys) for layers in (1, budgets.SMALL)] == [keys, keys]
+    assert budgets.at_depth(4 * budgets.SMALL, keys) == pytest.approx(2 * keys)
+    assert budgets.at_depth(32, values) == 0.9 < budgets.UNRELATED
     # TroL-3.8B's shape, int8, random weights: keys of layer 0 to 31, logits, tower.
     for layers, found in ((1, 0.057), (8, 0.146), (16, 0.158), (32, 0.253)):
-        assert found < budgets.behind(layers, keys) < 4.5 * found
-    assert budgets.behind(32, budgets.BUDGETS["int8"].logits) > 0.224
-    assert budgets.behind(24, budgets.BUDGETS["int8"].vision) > 0.033
+        assert found < budgets.at_depth(layers, keys) < 4.5 * found
+    assert budgets.at_depth(32, budgets.BUDGETS["int8"].logits) > 0.224
+    assert budgets.at_depth(24, budgets.BUDGETS["int8"].vision) > 0.033
 
 
 # -- the first load ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which bundles passed on this machine: a small file for each, so that a first load replays once."""
+"""Remembers which bundles passed on this machine, in a small file for each, so that only the first load replays."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from trol_edge.machine import identity
 
 log = logging.getLogger(__name__)
 
-SWITCH = "TROL_EDGE_SELFTEST"  # environment variable: "0" turns the self-test at the first load off
+SWITCH = "TROL_EDGE_SELFTEST"  # environment variable; "0" turns off the self-test at the first load
 
 
 def wanted(selftest: bool | None) -> bool:
-    """Whether a first load replays the self-test: as the caller says, or else the environment."""
+    """Whether a first load replays the self-test: the caller decides, or else the environment."""
     return os.environ.get(SWITCH, "1") != "0" if selftest is None else selftest
 
 
 def passed_here(bundle: Bundle) -> list[str]:
-    """What has passed this bundle's self-test on this machine: "onnxruntime 1.32.0", ..."""
+    """The libraries with which this bundle passed its self-test on this machine, such as "onnxruntime 1.32.0"."""
     here, found = identity.read().fingerprint, set()
     for path in (path for place in places(bundle) for path in place.glob(VERIFIED)):
         try:
@@ -37,13 +37,16 @@ def passed_here(bundle: Bundle) -> list[str]:
 
 
 def places(bundle: Bundle) -> list[Path]:
-    """Folders for records, the best first."""
+    """Folders for records, the preferred one first."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return [bundle.folder, Path(cache) / "trol-edge"]
 
 
 class Record:
-    """The file that says that a bundle passed here. One file per key, renamed into place: processes do not collide."""
+    """The file that says that a bundle passed here.
+
+    There is one file per key, and it is renamed into place, so that processes do not collide.
+    """
 
     def __init__(self, bundle: Bundle, runs_on: str) -> None:
         self.places = places(bundle)
@@ -62,7 +65,7 @@ class Record:
 
     @property
     def writable(self) -> Path | None:
-        """The first folder that can be written."""
+        """The first folder that can be written, or None."""
         for place in self.places:
             try:
                 place.mkdir(parents=True, exist_ok=True)
@@ -80,4 +83,4 @@ class Record:
             with new_file(place / self._name) as part:
                 part.write_text(json.dumps(self._key, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            log.warning("%s: the passed self-test could not be noted (%s)", place, error)
+            log.warning("%s: the passed self-test could not be recorded (%s)", place, error)
