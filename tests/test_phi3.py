@@ -487,7 +487,7 @@ def test_token_ids_come_from_the_tokenizer_files(phi3_checkpoint: Callable[..., 
         ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not supported"),
         ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "needs 8 of each"),
         ({"sliding_window": 64}, "sliding_window 64"),
-        ({"hidden_size": None}, "lacks or garbles a size"),
+        ({"hidden_size": None}, "a size in config.json is missing or unusable"),
     ],
 )
 def test_a_config_that_no_published_model_has_is_refused(

@@ -349,8 +349,8 @@ def test_inconsistent_added_tokens_are_refused(tmp_path, added, message):
         ({"601": {"content": "<image>"}}, "tokenizer_config.json: token '<image>' has id 601"),
         ({"x": {"content": "<other>"}}, "found 'x' as an id"),
         ({"601": {}}, "found a token None"),
-        ([], "no object of objects"),
-        ({"601": "<other>"}, "no object of objects"),
+        ([], "not an object of objects"),
+        ({"601": "<other>"}, "not an object of objects"),
     ],
 )
 def test_an_inconsistent_tokenizer_config_is_refused(tmp_path, decoder, message):

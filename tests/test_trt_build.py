@@ -377,7 +377,7 @@ def test_limits_of_full_size_builds() -> None:
 
 def test_shared_weights_that_are_refused(tmp_path: Path) -> None:
     """Where no TensorRT would take them."""
-    with pytest.raises(UsageError, match="shared weights are for TensorRT; target cpu holds them once anyway"):
+    with pytest.raises(UsageError, match="shared weights are for TensorRT, and target cpu holds them once anyway"):
         pipeline.export(NANO, tmp_path / "it", shared_weights=True)
     with pytest.raises(UsageError, match="TensorRT takes no 4-bit inputs; choose int8 or fp16"):
         recipe(NANOS[0], "int4", tmp_path / "it", shared=True)

@@ -1,10 +1,10 @@
-"""Read a published TroL checkpoint folder: every tensor accounted for before any work starts, none held in memory.
+"""Reads a published TroL checkpoint folder. Every tensor is checked before any work starts; none is held in memory.
 
 config.json                    sizes (Hugging Face names)
 model.safetensors              or model-00001-of-0000N.safetensors + model.safetensors.index.json,
                                or pytorch_model.bin (older revisions)
 trol_gating.pt                 the gate, one Linear repeated per layer (or trol_gating.safetensors)
-clip_vision_config.json        optional; absent: CLIP ViT-L/14-336
+clip_vision_config.json        optional; without it, CLIP ViT-L/14-336
 generation_config.json         optional; its eos_token_id wins, as in the authors' code
 tokenizer.json                 or tokenizer.model, added_tokens.json and tokenizer_config.json; optional: without
                                a tokenizer the bundle serves the token level only
@@ -43,7 +43,7 @@ BLOCK_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint: which file holds it, as what."""
+    """One tensor of the checkpoint: the file that holds it, and its name and type there."""
 
     file: Path
     key: str  # name inside the file
@@ -52,7 +52,7 @@ class Entry:
 
 
 class Checkpoint:
-    """An opened checkpoint folder. Raises CheckpointError that lists everything that is wrong with it.
+    """An opened checkpoint folder. Raises a CheckpointError that lists everything that is wrong with it.
 
     `spec` and `family` describe the model, `parameters` maps each parameter name to (Source, Entry),
     `notes` holds remarks that a user should see (for example gates that differ between layers).
@@ -77,7 +77,7 @@ class Checkpoint:
             )
         except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(
-                f"{self.folder}: config.json lacks or garbles a size ({type(error).__name__}: {error}); "
+                f"{self.folder}: a size in config.json is missing or unusable ({type(error).__name__}: {error}); "
                 "copy the published files again"
             ) from error
         self._check_sizes(spec)
@@ -86,7 +86,7 @@ class Checkpoint:
         self.parameters = self._match(entries)
 
     def _check_sizes(self, spec: ModelSpec) -> None:
-        """What the config files say is used to compute shapes, so it has to be numbers first."""
+        """Check that sizes in the config files are numbers, because shapes are computed from them."""
         wrong = []
         for part in (spec, spec.vision):
             for field in dataclasses.fields(part):
@@ -97,7 +97,7 @@ class Checkpoint:
                 if (field.type == "int" and not good_int) or (field.type == "float" and not good_float):
                     wrong.append(f"{field.name} {value!r}")
         if wrong:
-            raise CheckpointError(f"{self.folder}: unusable in its config files: {', '.join(wrong)}; copy them again")
+            raise CheckpointError(f"{self.folder}: unusable config files: {', '.join(wrong)}; copy them again")
 
     def _json(self, name: str, required: bool = True) -> Any:
         path = self.folder / name
@@ -119,7 +119,7 @@ class Checkpoint:
         generation = self._json("generation_config.json", required=False) or {}
         eos = generation.get("eos_token_id")
         if self.family.eos_from_tokenizer:
-            # In old files a token is an object with its flags, else its text.
+            # In old files a token is an object with its flags, in newer ones its text.
             named = (self._json("tokenizer_config.json", required=False) or {}).get("eos_token")
             eos = added.get(named["content"] if isinstance(named, dict) and "content" in named else str(named))
         if isinstance(eos, list):
@@ -137,7 +137,7 @@ class Checkpoint:
             ids["image_token_id"] = image
         return ids
 
-    # -- which tensors there are ------------------------------------------------------------------------------
+    # -- finding the tensors ----------------------------------------------------------------------------------
 
     def _entries(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
@@ -171,7 +171,7 @@ class Checkpoint:
         return {k: Entry(path, k, tuple(t.shape), names.get(t.dtype, str(t.dtype))) for k, t in tensors.items()}
 
     def _match(self, entries: dict[str, Entry]) -> dict[str, tuple[Source, Entry]]:
-        """Pair every parameter with its tensor; one error lists all that is missing, extra or wrong."""
+        """Pair every parameter with its tensor; one error lists everything that is missing, extra or wrong."""
         problems: list[str] = []
         matched: dict[str, tuple[Source, Entry]] = {}
         sources = self.family.sources(self.spec)
@@ -198,7 +198,7 @@ class Checkpoint:
             self._gate_tensors = gate
             problems += [f"NaN or infinite: {name}" for name, t in gate.items() if not is_finite(t)]
         if problems:
-            # The folder is refused anyway, so look at the values too: one error should be enough to mend it.
+            # The folder is refused anyway; check the values too, so that one error lists everything to repair.
             problems += [f"NaN or infinite: {name}" for name in self._not_finite(matched)]
             raise CheckpointError(
                 f"{self.folder}: {len(problems)} problem(s) with the tensors of this {self.family.name} checkpoint:\n  "
@@ -238,8 +238,7 @@ class Checkpoint:
     def identity(self) -> str:
         """sha256 (hex) over the bytes of config.json, the gate and every weights file, whatever their names.
 
-        What was measured on one checkpoint (calibration) is checked against it. Reads all weights once: seconds per
-        gigabyte.
+        Calibration statistics are checked against it. It reads all weights once, which takes seconds per gigabyte.
         """
         digest = hashlib.sha256()
         gates = (self.folder / f"trol_gating{suffix}" for suffix in (".pt", ".safetensors"))
@@ -247,23 +246,23 @@ class Checkpoint:
             digest.update(bytes.fromhex(sha256_of(path)))
         return digest.hexdigest()
 
-    # -- their values -----------------------------------------------------------------------------------------
+    # -- reading them -----------------------------------------------------------------------------------------
 
     def shape(self, parameter: str) -> tuple[int, ...]:
-        """Shape of a parameter as the modules have it."""
+        """The shape of a parameter in the modules."""
         if parameter in self._gate_tensors:
             return tuple(self._gate_tensors[parameter].shape)
         return self.parameters[parameter][0].shape
 
     def dtype(self, parameter: str) -> str:
-        """Stored dtype of a parameter: "F16", "BF16" or "F32"."""
+        """The stored dtype of a parameter: "F16", "BF16" or "F32"."""
         if parameter in self._gate_tensors:
             dtype = self._gate_tensors[parameter].dtype
             return next(name for name, torch_dtype in FLOATS.items() if torch_dtype == dtype)
         return self.parameters[parameter][1].dtype
 
     def names(self) -> list[str]:
-        """Every parameter: the embedding, then decoder, vision and gate."""
+        """The names of all parameters: the embedding, then decoder, vision and gate."""
         return [*self.parameters, *self._gate_tensors]
 
     def blocks(self, parameter: str) -> Iterator[tuple[int, Tensor]]:
@@ -274,7 +273,7 @@ class Checkpoint:
         source, entry = self.parameters[parameter]
         adapt = self.family.adapt(parameter, entry.shape, self.spec) if entry.shape != source.shape else None
         if adapt or source.rows is not None:
-            # Small enough for one block in every published model (at most 50 MB), and reordering needs all rows.
+            # Reordering needs all rows, and in every published model they are small enough for one block (50 MB).
             whole = self._read(entry)
             whole = adapt(whole) if adapt else whole
             yield 0, whole if source.rows is None else whole[source.rows]
@@ -282,20 +281,20 @@ class Checkpoint:
         yield from self.published_blocks(parameter)
 
     def published_blocks(self, parameter: str) -> Iterator[tuple[int, Tensor]]:
-        """As blocks, but of the tensor as it was published: its own order of rows, its own shape (not the gate)."""
+        """Like `blocks`, but for the tensor as published, with its own row order and shape (not for the gate)."""
         entry = self.parameters[parameter][1]
         rows = max(1, entry.shape[0]) if entry.shape else 1
         row_bytes = 4 * max(1, torch.Size(entry.shape[1:]).numel())
-        step = max(2, BLOCK_BYTES // row_bytes // 2 * 2)  # even: two INT4 output channels share a byte
+        step = max(2, BLOCK_BYTES // row_bytes // 2 * 2)  # even, because two INT4 output channels share a byte
         for start in range(0, rows, step):
             yield start, self._read(entry, start, min(rows, start + step))
 
     def tensor(self, parameter: str) -> Tensor:
-        """A whole parameter in its stored dtype."""
+        """Read a whole parameter in its stored dtype."""
         return torch.cat([block for _, block in self.blocks(parameter)])
 
     def load_into(self, **modules: nn.Module) -> None:
-        """Fill modules in FP32, e.g. load_into(decoder=..., vision=...): the small models of tests and training."""
+        """Fill modules in FP32, e.g. load_into(decoder=..., vision=...). Meant for the small models."""
         for prefix, module in modules.items():
             state = {k: self.tensor(f"{prefix}.{k}").float() for k in module.state_dict()}
             module.load_state_dict(state, assign=True)
@@ -317,7 +316,7 @@ class Checkpoint:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity among the values; isfinite().all() is ten times slower in half precision."""
+    """Whether no value is NaN or infinite. isfinite().all() would be ten times slower in half precision."""
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))  # NaN propagates
 
 
@@ -341,7 +340,7 @@ def _safetensors_entries(path: Path) -> dict[str, Entry]:
 
 
 def _read_block(entry: Entry, start: int = 0, stop: int | None = None) -> Tensor:
-    # Opened anew for each block: pages of a map that stays open would count as this process's memory.
+    # Opened again for each block, because pages of a map that stays open would count as this process's memory.
     with safe_open(entry.file, "pt") as f:
         if not entry.shape:
             return f.get_tensor(entry.key).clone()
@@ -349,7 +348,7 @@ def _read_block(entry: Entry, start: int = 0, stop: int | None = None) -> Tensor
 
 
 def _load_pickle(path: Path, mmap: bool) -> dict[str, Tensor]:
-    """Tensors of a pickle through torch's weights-only loader; anything else in it is refused."""
+    """Load the tensors of a pickle with torch's weights-only loader, which refuses anything else."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:

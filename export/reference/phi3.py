@@ -1,7 +1,7 @@
-"""The Phi-3 family (TroL-3.8B): its vision tower and its published tensor names.
+"""The vision tower and the published tensor names of the Phi-3 family (TroL-3.8B).
 
-- Pictures: 1 to 6 tiles of 448 x 448 and a thumbnail, see `trol_edge/prompt/tiles.py`; each tile passes the tower
-  alone.
+- Pictures: 1 to 6 tiles of 448 x 448 and a thumbnail, see `trol_edge/prompt/tiles.py`; each tile goes through the tower
+  on its own.
 - Vision: InternViT-300M-448 with exact GELU and LayerScale, last hidden state, no final norm, class token dropped;
   tokens row-major.
 - Projector: pixel shuffle 0.5 (four neighbours become one token of four times the width), LayerNorm, Linear, GELU,
@@ -29,7 +29,7 @@ from trol_edge.prompt.template import PromptSpec
 
 MAX_TILES = 6  # fixed in the authors' code, which ignores max_dynamic_patch
 PROJECTOR_EPS = 1e-5
-# The authors ask the tokenizer; for a checkpoint that comes without one: the 13 tokens after Phi-3's 32000 pieces.
+# For a checkpoint without a tokenizer, which the authors' code would ask: after Phi-3's 32000 pieces and 13 tokens.
 ASSUMED_IMAGE_TOKEN = 32013
 
 
@@ -54,7 +54,7 @@ class InternVitLayer(nn.Module):
         n, length, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before the heads part
+            q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before the split into heads
         q, k, v = (t.view(n, length, self.heads, -1).transpose(1, 2) for t in (q, k, v))
         context = F.scaled_dot_product_attention(q, k, v)  # [N, heads, T, E]
         x = x + self.scale1 * self.out(context.transpose(1, 2).reshape(n, length, d))
@@ -70,7 +70,7 @@ def pixel_shuffle(x: Tensor) -> Tensor:
 
 
 class Vision(nn.Module):
-    """InternViT and projector: pixel_values [N, 3, P, P] -> image features [N, tokens_per_image, D]; N counts tiles."""
+    """InternViT and projector: pixel_values [N, 3, P, P] -> image features [N, tokens_per_image, D] of N tiles."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Vision(nn.Module):
         self.proj2 = nn.Linear(spec.hidden_size, spec.hidden_size)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """What the first layer reads: [N, 1+T, d], class token first; T patches."""
+        """The input of the first layer, [N, 1+T, d], class token first; T patches."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, T, d]
         return torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1) + self.positions
 
@@ -121,10 +121,10 @@ class FusedGatedMlp(nn.Module):
 
 
 def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapping[str, Sequence[int]]) -> ModelSpec:
-    """The numbers of one checkpoint, all from `config.json` (which holds those of decoder and tower as parts).
+    """Read the numbers of one checkpoint from `config.json`, which has parts for decoder and tower.
 
-    `clip` is for the other family. `shapes`, the checkpoint's tensor shapes by name, says how many rows the
-    embedding table has.
+    `clip` is used by the other family only. `shapes`, the checkpoint's tensor shapes by name, gives the number of rows
+    of the embedding table.
     """
     llm, tower = config["llm_config"], config["vision_config"]
     hidden, heads = llm["hidden_size"], llm["num_attention_heads"]
@@ -138,11 +138,13 @@ def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapp
     }
     if any(unsupported.values()):
         found = "; ".join(what for what, wrong in unsupported.items() if wrong)
-        raise CheckpointError(f"config.json asks for what no published TroL-3.8B has: {found}; copy it again")
+        raise CheckpointError(f"config.json has settings that no published TroL-3.8B has: {found}; copy it again")
     embedding = shapes.get("language_model.model.embed_tokens.weight", (llm["vocab_size"],))
     image_size, patch = tower["image_size"], tower["patch_size"]
     if image_size % (2 * patch):
-        raise CheckpointError(f"config.json: image_size {image_size} is no even number of patches of {patch} pixels")
+        raise CheckpointError(
+            f"config.json: image_size {image_size} is not an even number of patches of {patch} pixels; copy it again"
+        )
     return ModelSpec(
         family="phi3",
         hidden_size=hidden,
@@ -180,7 +182,7 @@ def _long_rope(llm: Mapping[str, Any], head_dim: int) -> LongRope | None:
     scaling = llm.get("rope_scaling")
     if scaling is None:
         return None
-    if scaling["type"] not in ("su", "longrope"):  # one thing; later transformers versions renamed it
+    if scaling["type"] not in ("su", "longrope"):  # the same; later transformers versions renamed it
         raise CheckpointError(
             f"config.json: rope_scaling type {scaling['type']!r} is not supported; TroL-3.8B has 'su'"
         )
@@ -197,7 +199,7 @@ def _long_rope(llm: Mapping[str, Any], head_dim: int) -> LongRope | None:
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
-    """Every parameter of the model and the published tensor it is made of."""
+    """Every parameter of the model and the published tensor that it comes from."""
     d, f, e = spec.hidden_size, spec.intermediate_size, spec.head_dim
     language = "language_model.model"
     out: dict[str, Source] = {"embedding": Source(f"{language}.embed_tokens.weight", (spec.embedding_rows, d))}
