@@ -1,6 +1,6 @@
 """ONNX Runtime on the graphs of a bundle for a GPU: its providers, and the CPU where a user asked to fall back.
 
-The providers for GPUs have not been run; what is tested of them is how they are chosen, what they are given, and what a
+No GPU is needed here. What is tested of the providers for GPUs is how they are chosen, what they are given, and what a
 user hears where they are not there.
 """
 

@@ -61,8 +61,8 @@ class Runtime:
         out first; 0: none. They lie where they are used: in the GPU's memory with engines. selftest: replay the
         bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first time; None: unless the
         environment has TROL_EDGE_SELFTEST=0.
-        provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda" or "tensorrt" (not yet
-        run on a GPU), or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
+        provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda", "tensorrt" (not yet
+        run on a GPU) or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
         fallback: a provider to go over to, with a RuntimeWarning that says why, where engines cannot be loaded; None:
         that is an error.
         Raises BundleError (missing, half-copied, altered, other version), BackendError (library, memory) and

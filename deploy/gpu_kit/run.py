@@ -219,6 +219,7 @@ class Run:
             "finished": False,
         }
         self.result["runs"].append(self.run)
+        self.noted: dict[str, str] = {}  # stages of this run, and how they ended
         self.children: dict[str, tuple[Stage, subprocess.Popen[bytes], float]] = {}
         self.write()
 
@@ -311,6 +312,7 @@ class Run:
     def note(self, name: str, entry: dict[str, object]) -> None:
         """Put a stage's part into the result, and a line on the screen."""
         self.result["stages"][name] = entry
+        self.noted[name] = str(entry["status"])
         self.write()
         seconds = f"{entry['seconds']:6.1f} s" if "seconds" in entry else ""
         print(f"{self.run['seconds']:6.0f} s  {name:32} {entry['status']:8} {seconds}  {entry['line']}", flush=True)
@@ -427,7 +429,7 @@ def main() -> int:
         print(line, flush=True)
     if kit.manifest:
         run.all(chosen(options, kit.jetson))
-    found = [entry["status"] for entry in run.result["stages"].values()]
+    found = list(run.noted.values())
     counts = ", ".join(f"{found.count(status)} {status}" for status in dict.fromkeys(found))
     print(f"{run.file}: {counts or 'no stage ran'}")
     if "passed" not in found:

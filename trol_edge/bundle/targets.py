@@ -11,7 +11,7 @@ import dataclasses
 from trol_edge.bundle.trt_operators import Operator, Version, refusal, supported
 from trol_edge.errors import UsageError
 
-NOT_YET = "not yet run on a GPU"  # said wherever running on a GPU is spoken of, until somebody has
+NOT_YET = "engines not yet run on a GPU"  # said wherever that is spoken of, until somebody has run one
 
 
 @dataclasses.dataclass(frozen=True)
