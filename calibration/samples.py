@@ -1,7 +1,7 @@
-"""What to calibrate on: pictures and prompts from a folder, a JSONL file, Python, or the rendered scenes.
+"""Loads samples to calibrate on: pictures and prompts from a folder, a JSONL file, Python, or the rendered scenes.
 
-Photographs are not among the default samples: none was at hand whose licence lets us ship it. A robot's own camera
-pictures are better than anything shipped: give them as a folder.
+The default samples have no photographs, because we had none whose licence lets us ship it. A robot's own camera
+pictures are better than anything that could be shipped; give them as a folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 DEFAULT_COUNT = 32
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-# For pictures that come without a question: short and long answers, parts and the whole.
+# Questions for pictures without one. They want short and long answers, about parts and about the whole.
 PROMPTS = (
     "Describe the scene.",
     "What is in this picture?",
@@ -42,21 +42,21 @@ CALIBRATION_SEED = 2 * scenes.HELD_OUT_SEED  # far from the scenes that models a
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prompt, with pictures or without. pictures: paths, or uint8 RGB arrays [H, W, 3]."""
+    """One prompt, with or without pictures. pictures: paths, or uint8 RGB arrays [H, W, 3]."""
 
-    name: str  # for messages: the file, or the line
+    name: str  # the file or the line, for messages
     pictures: tuple[Any, ...]
     prompt: str
-    answer: str = ""  # appended to the prompt where it is known: its tokens are seen too
+    answer: str = ""  # if known, it is appended to the prompt, so that its tokens are seen too
 
     def load(self) -> list[NDArray[np.uint8]]:
-        """The pictures as uint8 [H, W, 3]. Raises ImageError."""
+        """Load the pictures as uint8 [H, W, 3]. Raises ImageError."""
         return [load_rgb(picture) for picture in self.pictures]
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleSet:
-    """The samples in use, all of them readable. skipped: the others, "name: why". sha256: of pixels and texts."""
+    """The readable samples. skipped: the others, as "name: why". sha256: the hash of pixels and texts."""
 
     samples: tuple[Sample, ...]
     skipped: tuple[str, ...]
@@ -71,13 +71,13 @@ def load(
 ) -> SampleSet:
     """Choose and read samples.
 
-    source: None (rendered scenes), a folder of pictures (read with all folders below it, asked PROMPTS in turn), a
-    JSONL file whose lines are {"image": path or list of paths or null, "prompt": text, "answer": text, optional},
-    paths relative to the file, or a Python iterable of (picture or None, prompt). count: at most so many, chosen at
-    random but always the same ones (None: all). side: pixels that a rendered scene is at least wide and high, because
-    one that is enlarged has no fine detail. A picture that cannot be read is skipped and listed.
+    source is one of these: None (rendered scenes); a folder of pictures (with all folders below it; PROMPTS are asked
+    in turn); a JSONL file whose lines are {"image": path or list of paths or null, "prompt": text, "answer": text,
+    optional}, with paths relative to the file; a Python iterable of (picture or None, prompt). count: the most samples
+    to use, chosen at random but the same on every call (None: all). side: least width and height of a rendered scene
+    in pixels, because an enlarged one has no fine detail. A picture that cannot be read is skipped and listed.
 
-    Raises CalibrationError for a source that is missing, malformed, empty, or of which nothing is usable.
+    Raises CalibrationError for a source that is missing, malformed, empty, or has nothing usable.
     """
     if count is not None and count < 1:
         raise CalibrationError(f"{count} samples asked for; calibration needs at least 1, better {DEFAULT_COUNT}")
@@ -123,7 +123,7 @@ def _candidates(source: Any, count: int | None, side: int) -> list[Sample]:
 
 
 def _scenes(count: int, scale: int) -> Iterator[Sample]:
-    """Rendered scenes, one question of every kind in turn, with its answer."""
+    """Yield rendered scenes, each with a question and its answer; the kinds of question take turns."""
     for i in range(count):
         pixels, scene = scenes.render(CALIBRATION_SEED + i, scale)
         options = scenes.questions(scene, random.Random(CALIBRATION_SEED + i))
@@ -149,7 +149,7 @@ def _lines(path: Path) -> Iterator[Sample]:
         try:
             data = json.loads(line)
         except ValueError as error:
-            raise CalibrationError(f"{path}, line {number}: not JSON ({error}); one object per line") from error
+            raise CalibrationError(f"{path}, line {number}: not JSON ({error}); write one object per line") from error
         images = data.get("image") if isinstance(data, dict) else 0
         images = [] if images is None else images if isinstance(images, list) else [images]
         texts = [data.get("prompt"), data.get("answer", "")] if isinstance(data, dict) else []
@@ -163,7 +163,7 @@ def _lines(path: Path) -> Iterator[Sample]:
 def _pairs(source: Iterable[Any]) -> Iterator[Sample]:
     for i, pair in enumerate(source):
         if not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[1], str) or not pair[1].strip():
-            raise CalibrationError(f"sample {i} is no (picture, prompt) but {pair!r:.80}")
+            raise CalibrationError(f"sample {i}: expected (picture, prompt), found {pair!r:.80}")
         yield Sample(f"sample {i}", () if pair[0] is None else (pair[0],), pair[1])
 
 
