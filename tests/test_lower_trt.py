@@ -190,7 +190,7 @@ F32, F16, I8, I64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir
     [
         (graph_of("TensorScatter", [value("x", F32, 1, 2, 8, 4), value("y", F32, 1, 2, 1, 4)]), PLAIN,
          "TensorScatter needs TensorRT 10.15, this is 10.3"),
-        (graph_of("MatMulNBits", [value("x", F32, 4, 8)]), PLAIN, "MatMulNBits is no operator of any TensorRT"),
+        (graph_of("MatMulNBits", [value("x", F32, 4, 8)]), PLAIN, "MatMulNBits is not an operator of any TensorRT"),
         (graph_of("NonZero", [value("x", I64, 4)]), PLAIN, "NonZero takes FP32, FP16, it has INT64"),
         (graph_of("ReduceMean", [value("x", F32, 4, 4), value("axes", I64, 1)]), PLAIN,
          "the axes of ReduceMean must be an initializer"),
@@ -200,7 +200,8 @@ F32, F16, I8, I64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir
          "ScatterND with a reduction is not supported"),
         (graph_of("TensorScatter", [value("x", F32, 1, 2, 8, 4), value("y", F32, 1, 2, 1, 4)], axis=1), RTX,
          "TensorScatter along another axis than -2 is not supported"),
-        (graph_of("Attention", [value(n, F32, 1, 2, 8, 4) for n in "qkv"], softcap=5.0), RTX, "softcap is not supported"),
+        (graph_of("Attention", [value(n, F32, 1, 2, 8, 4) for n in "qkv"], softcap=5.0), RTX,
+         "softcap is not supported"),
         (graph_of("Attention", [*(value(n, F32, 1, 2, 8, 4) for n in "qkv"), None, None, None, value("l", I64, 1)]),
          TRT11, "is ignored by the parser; give an explicit mask"),
     ],

@@ -208,4 +208,4 @@ def test_bindings_without_their_library(version: str, streams: bool, attention: 
     assert lines[0] == f"TensorRT {version} {streams} {attention}"
     assert lines[1].startswith(f"TensorRT {version} could not start its builder: ")
     assert lines[2].startswith(f"TensorRT {version} could not start: ")
-    assert all("is there an NVIDIA GPU and driver? `trol-edge doctor` looks" in line for line in lines[1:])
+    assert all("is there an NVIDIA GPU and driver? Run `trol-edge doctor` to find out" in line for line in lines[1:])
