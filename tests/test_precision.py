@@ -217,7 +217,7 @@ def test_inspect_knows_every_precision(
     for name, part in parts.items():
         assert any(line.startswith(f" {name} ") and f"{part.numbers:,}" in line for line in text.splitlines()), name
     least = sum(part.bytes for part in parts.values())
-    assert f"these parts take {least / 1e6:.2f} MB at least" in text
+    assert f"these parts take at least {least / 1e6:.2f} MB" in text
     assert cli.main(["inspect", str(folder), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert sum(part["bytes"] for part in data["parts"].values()) == least
