@@ -90,7 +90,7 @@ def test_prompts_equal_the_authors(tokenizer: Tokenizer, row: dict[str, Any]) ->
     said = user.replace(picture, "")
     parts = [part for text in user.split(picture) for part in (text, IMAGE) if part][:-1] if counts else [user]
     assert build_prompt(tokenizer, PROMPT, parts, counts) == want
-    if user.startswith(picture + PROMPT.after_image):  # the form in which pictures stand before the question
+    if user.startswith(picture + PROMPT.after_image):  # the form in which pictures come before the question
         assert build_prompt(tokenizer, PROMPT, said.removeprefix(PROMPT.after_image), counts) == want
 
 
