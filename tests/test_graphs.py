@@ -95,7 +95,7 @@ def test_session_equals_golden(case: str, name: str, runtime: Callable[[str], Ru
 def test_prompt_beyond_the_positions_is_refused(name: str, runtime: Callable[[str], Runtime]) -> None:
     """Where dynamic-NTK rope would begin, the context ends."""
     run = cases.load("internlm2-dynamic-rope", name)
-    with pytest.raises(ContextError, match=f"{run.length} tokens, this bundle holds 92"):
+    with pytest.raises(ContextError, match=f"{run.length} tokens, but this bundle holds 92"):
         runtime("internlm2-dynamic-rope").session().prefill(run.rows[0].ids, run.pixels(run.rows[0]))
 
 

@@ -400,7 +400,7 @@ def test_a_session_refuses_the_step_that_would_change_the_factors(near_the_limit
     session = near_the_limit.session()
     session.prefill([5] * ORIGINAL)
     assert (session.rope, session.limit, session.context) == ("short", ORIGINAL, CONTEXT)
-    with pytest.raises(ContextError, match=r"short rope factors serve 400 tokens.*long_context=True"):
+    with pytest.raises(ContextError, match=r"short rope factors, which allow 400 tokens.*long_context=True"):
         session.step(5)
     session.prefill([5] * (ORIGINAL + 1))
     assert (session.rope, session.limit) == ("long", CONTEXT)
@@ -419,7 +419,7 @@ def test_pictures_of_several_tiles_in_one_prompt(runtime: Any) -> None:
     rng = np.random.default_rng(0)
     square, wide = (rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((50, 50), (60, 120)))
     assert rt.count_tiles([square, wide]) == [1, 3] and rt.count_tiles(None) == []
-    with pytest.raises(ContextError, match=r"take \d+ tokens, this bundle holds 1024"):
+    with pytest.raises(ContextError, match=r"take \d+ tokens, but this bundle holds 1024"):
         rt.generate("ka", [square, wide])  # 4 tiles fill the context by themselves
     ids = rt.tokenize("ka", [1, 1])
     assert sum(i == IMAGE_ID for i in ids) == 512

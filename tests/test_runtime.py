@@ -194,7 +194,7 @@ def test_prompt_longer_than_the_context(nano: Runtime) -> None:
     """Named numbers, before anything is computed; the session level takes a prompt that just fits."""
     context = nano.bundle.manifest.context
     for tokens in (context, context + 5):
-        with pytest.raises(ContextError, match=f"take {tokens} tokens, this bundle holds {context}"):
+        with pytest.raises(ContextError, match=f"take {tokens} tokens, but this bundle holds {context}"):
             nano.stream(filler(nano, tokens))
     pictures = context // nano.bundle.manifest.spec.vision.tokens_per_image + 1
     with pytest.raises(ContextError, match="fewer pictures"):
@@ -203,7 +203,7 @@ def test_prompt_longer_than_the_context(nano: Runtime) -> None:
     session.prefill([5] * context)
     with pytest.raises(ContextError, match=f"context of {context} tokens is full"):
         session.step(5)
-    with pytest.raises(ContextError, match=f"{context + 1} tokens, this bundle holds {context}"):
+    with pytest.raises(ContextError, match=f"{context + 1} tokens, but this bundle holds {context}"):
         session.prefill([5] * (context + 1))
 
 

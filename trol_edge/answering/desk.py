@@ -1,4 +1,4 @@
-"""What the calls of one Runtime share: the model, the order of their turns, its sessions, and features of pictures."""
+"""Holds what the calls of one Runtime share: the model, their turns, its sessions, and features of pictures."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trol_edge.vision_cache import VisionCache
 
 
 class Desk:
-    """One per Runtime. Calls take turns here; each has a session for itself as long as it has one reserved.
+    """The shared state of one Runtime. Calls take turns here, and each reserves a session for itself.
 
-    idle: at most one session between answers, because a KV cache is large, and its prefix is of use. busy: sessions
-    under an answer.
+    idle: at most one session that waits for the next answer; its prefix is useful, but a KV cache is large. busy:
+    sessions that are reserved for an answer.
     """
 
     def __init__(self, model: Model, vision_cache: VisionCache) -> None:
@@ -37,11 +37,11 @@ class Desk:
 
     @functools.cached_property
     def grammars(self) -> Grammars:
-        """The vocabulary for response_format; made at the first use. BackendError where its library is missing."""
+        """The vocabulary for response_format, made on first use. Raises BackendError if its library is missing."""
         return Grammars(self.model.text, self.model.ends, self.model.bundle.manifest.spec.vocab_size)
 
     def call(self, options: Options) -> Call:
-        """A call that begins now, and that `stop` knows of. Raises UsageError for options that the model lacks."""
+        """Begin a call, which `stop` can end. Raises UsageError for options that the model lacks."""
         self.model.lifetime.check()
         if options.session is not None and options.session.backend is not self.model.backend:
             raise UsageError("the session belongs to another Runtime; make it with session() of this one")
@@ -60,7 +60,7 @@ class Desk:
             call.stop()
 
     def reserve(self, session: Session | None) -> Session:
-        """The given session, or an idle or new one, for the caller alone until `release`. Needs the turn."""
+        """Reserve the given session, or an idle or new one, for the caller until `release`. The caller has the turn."""
         self.model.lifetime.check()
         if session is None:
             try:
@@ -68,21 +68,19 @@ class Desk:
             except IndexError:
                 session = self.model.session()
         elif any(session is other for other in self.busy):
-            raise UsageError(
-                "this session is under another answer; finish or close that one first, or fork the session"
-            )
+            raise UsageError("another answer uses this session; finish or close that answer first, or fork the session")
         self.busy.append(session)
         return session
 
     def release(self, session: Session, keep: bool) -> None:
-        """Give a session back; keep: it is the desk's own, and may be reused."""
+        """Give a session back. keep: it is the desk's own and may be reused."""
         self.busy.remove(session)
         if keep and not self.idle and not self.model.lifetime.closed:
             self.idle.append(session)
 
     @contextmanager
     def held(self, call: Call, session: Session | None) -> Iterator[tuple[Session, float]]:
-        """The turn, a session for as long, and the milliseconds waited."""
+        """Take the turn and a session inside the block; yields the session and the milliseconds waited."""
         start = self.now()
         self.turns.take(call)
         try:
@@ -96,14 +94,14 @@ class Desk:
             self.turns.give(call)
 
     def close(self) -> None:
-        """Stop what is under way, wait for it, and close the model. Twice is fine."""
-        if not self.model.lifetime.alive:  # or this is the fork of the process that it belongs to
+        """Stop running calls, wait for them, and close the model. Closing twice is fine."""
+        if not self.model.lifetime.alive:  # closed already, or in a fork of the process that owns it
             return
         self.stop()
         call = Call(None, self.now)
         self.turns.take(call)
         try:
-            self.model.close()  # whoever waits for the turn finds it so
+            self.model.close()  # calls that still wait for the turn will find it closed
             for session in self.idle:
                 session.close()
             self.idle.clear()
