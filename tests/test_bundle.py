@@ -410,7 +410,7 @@ def test_the_manifest_is_edited(copy: Path) -> None:
 def test_another_version(copy: Path, version: Any) -> None:
     """Both versions named, and the way out; a bundle of a later format is not called damaged."""
     resealed(copy, lambda data: data.update(format_version=version))
-    with pytest.raises(BundleError, match=rf"bundle format {version!r}, this trol-edge reads format 2; export"):
+    with pytest.raises(BundleError, match=rf"bundle format {version!r}, but this version reads format 2; export"):
         Runtime(copy)
 
 

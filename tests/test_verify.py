@@ -342,7 +342,7 @@ def test_engines(exported: Callable[..., Path], stand_in: Callable[..., Path], t
     shutil.rmtree(folder / "engines")
     report = verify.verify(stand_in(folder, "TensorRT 10.7.0"))
     assert report.first_wrong is not None and report.first_wrong.name == "engines"
-    assert "built with library 'TensorRT 10.7.0', here is 'TensorRT 10.3.0'" in report.verdict
+    assert "built with library 'TensorRT 10.7.0', but here is 'TensorRT 10.3.0'" in report.verdict
 
     shutil.rmtree(folder / "engines")
     other = tmp_path / "other"
@@ -353,7 +353,7 @@ def test_engines(exported: Callable[..., Path], stand_in: Callable[..., Path], t
     shutil.copytree(stand_in(other) / "engines", folder / "engines")
     report = verify.verify(folder)
     assert report.first_wrong is not None and report.first_wrong.name == "engines"
-    assert "built from other weights than the bundle now holds" in report.verdict
+    assert "built from other weights than the bundle has now" in report.verdict
     bundle = Bundle(folder)
     weights = bundle.manifest.files[WEIGHTS].sha256
     write(folder_of(bundle, "tensorrt"), dataclasses.replace(read(bundle, "tensorrt"), weights_sha256=weights))
@@ -574,7 +574,10 @@ def test_no_selftest(copy: Path, replays: list[str]) -> None:
     files = {name: info for name, info in manifest.files.items() if name != SELFTEST}
     (copy / SELFTEST).unlink()
     write_manifest(copy, dataclasses.replace(manifest, files=files))
-    with pytest.raises(BundleError, match=r"holds no self-test \(made by an older version, or with --no-selftest\)"):
+    with pytest.raises(
+        BundleError,
+        match=r"has no self-test to check its numbers with \(made by an older version, or with --no-selftest\)",
+    ):
         verify.verify(copy)
     Runtime(copy).close()
     assert replays == []

@@ -1,8 +1,8 @@
-"""Engines in a bundle: `engines/TARGET/engines.json` says what was built of which graphs, by whom and for which GPU.
+"""Engines in a bundle. `engines/TARGET/engines.json` says what was built from which graphs, by whom and for which GPU.
 
-A TensorRT engine is a program: it is loaded only where its sha256 is the one written here, and where library, GPU,
-graphs and weights are those that it was built with; otherwise the difference is named. Several targets' engines may
-stand in one bundle, one set each.
+A TensorRT engine is a program. It is loaded only if its sha256 is the one written here, and if library, GPU, graphs and
+weights are those that it was built with; otherwise the difference is named. A bundle may have the engines of several
+targets, one set each.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError
 
 FORMAT_VERSION = 2
-ENGINES = ("vision", "traverse", "step")  # traverse_text saves time on a CPU; here it would hold the weights once more
+ENGINES = ("vision", "traverse", "step")  # without traverse_text, which would be another copy of the weights
 FOLDER, MANIFEST, KERNELS = "engines", "engines.json", "kernels.cache"
 Range = tuple[int, int, int]  # smallest, best and largest size of a dynamic dimension
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What an engine is bound to. gpu and capability are empty for engines that any GPU of the target takes."""
+    """What an engine is bound to. gpu and capability are empty for engines that run on any GPU of the target."""
 
     target: str
     library: str  # "TensorRT 10.3.0"
@@ -36,13 +36,13 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class EngineInfo:
-    """One engine. profiles: dynamic dimension -> range, one entry per optimization profile (none: all is fixed)."""
+    """One engine. profiles: dynamic dimension -> range, one entry per optimization profile (none if all is fixed)."""
 
     file: str
     bytes: int
     sha256: str
     graph_sha256: str  # of the ONNX file that it was built from
-    weight_bytes: int  # of the weights that the graph reads, each once, in the types it computes with
+    weight_bytes: int  # bytes of the weights that the graph reads, each once, in the types it computes with
     layers: dict[str, int]  # "MATRIX_MULTIPLY float16" -> count, as the parser made them
     profiles: tuple[dict[str, Range], ...]
     seconds: float
@@ -50,62 +50,65 @@ class EngineInfo:
 
 @dataclasses.dataclass(frozen=True)
 class EngineSet:
-    """What `engines.json` says."""
+    """The contents of `engines.json`."""
 
     format_version: int
     created_by: str
     key: Key
     precision: str
     weights_sha256: str  # of the weights file that the engines were built from
-    engines: dict[str, EngineInfo]  # by graph
+    engines: dict[str, EngineInfo]  # graph -> engine
 
 
 def folder_of(bundle: Bundle, target: str) -> Path:
-    """Where a target's engines stand."""
+    """The folder of a target's engines."""
     return bundle.folder / FOLDER / target
 
 
 def read(bundle: Bundle, target: str) -> EngineSet:
-    """The engine set of a target. Raises BundleError where there is none, or it is altered."""
+    """Read the engine set of a target. Raises BundleError if there is none, or it was altered."""
     path = folder_of(bundle, target) / MANIFEST
     if not path.is_file():
         raise BundleError(f"{bundle.folder}: no engines for target {target}; make them with `trol-edge build`")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: not readable as JSON ({error}); `trol-edge build --force`") from error
+        raise BundleError(f"{path}: not readable as JSON ({error}); run `trol-edge build --force`") from error
     if not isinstance(data, dict) or data.pop("sha256", None) != digest_of(data):
-        raise BundleError(f"{path}: altered since the build (its own hash differs); `trol-edge build --force`")
+        raise BundleError(f"{path}: altered since the build (its own hash differs); run `trol-edge build --force`")
     if data.get("format_version") != FORMAT_VERSION:
-        raise BundleError(f"{path}: engine format {data.get('format_version')!r}, this reads {FORMAT_VERSION}")
+        raise BundleError(
+            f"{path}: engine format {data.get('format_version')!r}, but this version reads {FORMAT_VERSION}; "
+            "run `trol-edge build --force`"
+        )
     found: EngineSet = from_dict(EngineSet, data, str(path))
     return found
 
 
 def write(folder: Path, engines: EngineSet) -> None:
-    """Write engines.json, last of all, with its own hash in it."""
+    """Write engines.json with its own hash in it. It is written last."""
     data = json.loads(json.dumps(dataclasses.asdict(engines)))
     (folder / MANIFEST).write_text(json.dumps(data | {"sha256": digest_of(data)}, indent=1) + "\n", encoding="utf-8")
 
 
 def differences(bundle: Bundle, engines: EngineSet, key: Key) -> list[str]:
-    """Why engines do not serve here: what they were built with, and what there is, in words; none: they do."""
+    """Reasons why engines cannot be used here: what they were built with, and what is here. Empty if they can."""
     found = []
     for field in ("library", "gpu", "capability", "driver"):
         built, here = getattr(engines.key, field), getattr(key, field)
-        if built != here and built:  # empty: any
-            found.append(f"built with {field} {built!r}, here is {here or 'nothing'!r}")
+        if built != here and built:  # an empty value matches any
+            found.append(f"built with {field} {built!r}, but here is {here or 'nothing'!r}")
     if bundle.manifest.files[WEIGHTS].sha256 != engines.weights_sha256:
-        found.append("built from other weights than the bundle now holds")
+        found.append("built from other weights than the bundle has now")
     for name, engine in engines.engines.items():
         graph = bundle.manifest.graphs.get(name)
         if graph is None or bundle.manifest.files[graph.file].sha256 != engine.graph_sha256:
-            found.append(f"built from another {name} graph than the bundle now holds")
+            found.append(f"built from another {name} graph than the bundle has now")
     return found
 
 
 def verified(bundle: Bundle, engines: EngineSet, name: str) -> Path:
-    """Path of an engine file whose size and sha256 are the recorded ones. Raises BundleError where they are not."""
+    """The path of an engine file, after checking its size and sha256. Raises BundleError if they differ."""
     info: EngineInfo | FileInfo = engines.engines[name]
     path = folder_of(bundle, engines.key.target) / engines.engines[name].file
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written beside their place, and renamed when complete."""
+"""Writes files and folders completely or not at all, beside their place, and renames them when complete."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trol_edge.errors import ExportError, UsageError
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, hex, read in blocks."""
+    """The sha256 of a file in hex, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(1 << 22):
@@ -30,7 +30,7 @@ def sha256_of(path: Path) -> str:
 
 
 def digest_of(data: Any) -> str:
-    """sha256, hex, of plain data as JSON."""
+    """The sha256 of plain data as JSON, in hex."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -40,14 +40,14 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder beside `target` and rename it to `target` on success; on any failure remove it.
 
-    Ctrl-C and a full disk count as failures, and leave what was there before. Raises ExportError where target exists
-    (unless overwrite, and then it must hold nothing but files named as in `ours`, patterns) or cannot be written.
+    Ctrl-C and a full disk count as failures, and leave what was there before. Raises ExportError if target cannot be
+    written, or exists. With overwrite it may exist, but must hold only files that match the patterns `ours`.
     """
     final = Path(target)
     if final.exists() and not overwrite:
         raise ExportError(f"{final}: exists; choose another name or allow overwriting (--force)")
     if final.exists() and not final.is_dir():
-        raise ExportError(f"{final}: is a file, a folder is to be written there; remove it or choose another name")
+        raise ExportError(f"{final}: is a file, but a folder is to be written; remove it or choose another name")
     if final.is_dir():
         others = sorted(p.name for p in final.iterdir() if not any(fnmatch.fnmatch(p.name, name) for name in ours))
         if others:
@@ -66,7 +66,7 @@ def new_folder(
         folder.chmod(0o755)
         if overwrite and final.exists():
             old = _part(final)
-            final.rename(old)  # onto an empty folder: POSIX allows it
+            final.rename(old)  # POSIX allows renaming onto an empty folder
         folder.rename(final)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -84,7 +84,7 @@ def new_folder(
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write a file to, and rename that to `path` on success; on any failure remove it.
 
-    What has its name is on the disk, whole, even where the power fails. OSError goes through.
+    A file with its final name is complete on the disk, even if the power fails. OSError passes through.
     """
     _remove_left_overs(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
@@ -116,11 +116,11 @@ def _remove_left_overs(final: Path) -> None:
             else:
                 part.unlink(missing_ok=True)
         except PermissionError:
-            pass  # alive, and someone else's
+            pass  # its process is alive and someone else's
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises UsageError where that is not possible."""
+    """Write a file completely or not at all. Raises UsageError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as part:

@@ -1,14 +1,14 @@
-"""The bundle: one folder that is all a robot needs. Never pickles; opened without executing anything.
+"""The bundle, one folder with all that a robot needs. It has no pickles, and opening it executes nothing.
 
     bundle.json             this manifest: what the model is, and size and sha256 of every other file
     vision.onnx ...         graphs; their weights are inputs (target cpu) or point into the weights file
     weights.safetensors     every tensor of the checkpoint once, Linear weights transposed: in the checkpoint's dtype,
                             or quantized as the manifest's plan says, with their scales beside them
-    tokenizer.json          for the `tokenizers` library; absent: token level only
-    selftest.safetensors    what the FP32 reference computes, see selftest.py; absent: nothing to verify against
-    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify/
+    tokenizer.json          for the `tokenizers` library; without it, token level only
+    selftest.safetensors    results of the FP32 reference, see selftest.py; without it, nothing to verify against
+    verified-*.json         written by the robot, not hashed; says that this machine's numbers were right, see verify/
 
-A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
+A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is complete.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
 
 FORMAT = "trol-edge-bundle"
-# 2: traverse goes on from a prefix (slots, and a cache of the second pass); a plan of precisions
+# 2: traverse continues from a prefix (slots, and a cache of the second pass), and there is a plan of precisions
 FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class FileInfo:
-    """Size in bytes and sha256 (hex) of a file of the bundle."""
+    """The size in bytes and the sha256 (hex) of a file of the bundle."""
 
     bytes: int
     sha256: str
@@ -56,7 +56,7 @@ class GraphInfo:
     """One graph: its file, its inputs and outputs, the weights it reads, its operators (type -> count).
 
     `constants` are those of `weights` that the graph file itself points into the weights file; the others are inputs.
-    `costs` are what a run of it does; None in bundles made before they were counted.
+    `costs` are the counts of a run; None in bundles made before there were counts.
     """
 
     file: str
@@ -70,7 +70,7 @@ class GraphInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `bundle.json` says."""
+    """The contents of `bundle.json`."""
 
     format: str
     format_version: int
@@ -79,24 +79,24 @@ class Manifest:
     target: (
         str  # "cpu": floating point weights are float32 graph inputs; "onnx": graphs read the weights file themselves
     )
-    context: int  # tokens, prompt and answer together: the capacity of the KV cache
+    context: int  # capacity of the KV cache: tokens of prompt and answer together
     spec: ModelSpec
     prompt: PromptSpec
     image: ImageSpec
     graphs: dict[str, GraphInfo]
     files: dict[str, FileInfo]
-    checkpoint: dict[str, str]  # where the weights came from: folder, identity
-    tools: dict[str, str]  # versions that made it
+    checkpoint: dict[str, str]  # origin of the weights: folder, identity
+    tools: dict[str, str]  # versions of the tools that made it
     notes: tuple[str, ...]
     parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
     plan: PrecisionPlan  # how each Linear is stored and computed
-    calibration: CalibrationInfo | None  # what the scales were made of; None: nothing was calibrated
+    calibration: CalibrationInfo | None  # origin of the scales; None: nothing was calibrated
 
 
 class Bundle:
-    """An opened bundle folder: the manifest, and the paths of files whose size (and hash) have been checked.
+    """An opened bundle folder, with the manifest and the paths of files whose size (and hash) have been checked.
 
-    Raises BundleError where the folder is missing, incomplete, altered or of another version. The weights file is
+    Raises BundleError if the folder is missing, incomplete, altered or of another version. The weights file is
     hashed while it is loaded, all other files here.
     """
 
@@ -116,10 +116,10 @@ class Bundle:
             raise BundleError(f"{path}: not a trol-edge bundle; make one with `trol-edge export`")
         if data.get("format_version") != FORMAT_VERSION:
             raise BundleError(
-                f"{path}: bundle format {data.get('format_version')!r}, this trol-edge reads format {FORMAT_VERSION}; "
+                f"{path}: bundle format {data.get('format_version')!r}, but this version reads {FORMAT_VERSION}; "
                 "export the bundle again with this version"
             )
-        self.identity = data.pop("manifest_sha256", None)  # of the manifest, and so of every file that it lists
+        self.identity = data.pop("manifest_sha256", None)  # hash of the manifest, and so of every file that it lists
         if self.identity != digest_of(data):
             raise BundleError(f"{path}: altered since export (its own hash differs); copy or export the bundle again")
         self.manifest: Manifest = from_dict(Manifest, data, str(path))
@@ -139,19 +139,19 @@ class Bundle:
             raise BundleError(f"{self.folder}: {'; '.join(problems)}; copy the bundle again")
 
     def path(self, name: str) -> Path:
-        """Path of a file that the manifest lists; BundleError where it does not."""
+        """The path of a file. Raises BundleError if the manifest does not list it."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.folder}: the manifest lists no {name}; export the bundle again")
         return self.folder / name
 
     def weights(self) -> WeightsFile:
-        """The weights file, its header read and checked."""
+        """Open the weights file; its header is read and checked."""
         return WeightsFile(self.path(WEIGHTS))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write bundle.json, last of all, with its own hash in it."""
+    """Write bundle.json with its own hash in it. It is written last."""
     data = dataclasses.asdict(manifest)
-    data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader sees them
+    data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader gets them
     data["manifest_sha256"] = digest_of(data)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
-"""The self-test in a bundle, `selftest.safetensors`: inputs, and samples of what the FP32 reference made of them.
+"""The self-test in a bundle, `selftest.safetensors`: inputs, and samples of the FP32 reference's results.
 
-Export writes it, `verify` replays it. A prompt is traversed, then fixed tokens are stepped behind it: the most probable
-token is noted at each place, but never fed back, so one difference does not hide all that follow. Only some of a
-picture's feature rows stand in the prompt, because a prompt of 1300 tokens would make a first start wait for minutes
-and prove no more.
+Export writes it, `verify` replays it. A prompt is traversed, then fixed tokens are stepped after it. The most probable
+token is recorded at each place but never fed back, so one difference does not hide later ones. Only some of a picture's
+feature rows are in the prompt, because a prompt of 1300 tokens would make a first start wait for minutes and prove no
+more.
 
 Axes: M image tokens of the prompt, S tokens of the prompt, n stepped tokens, R sampled rows, L layers, G key/value
 heads, E head size, D hidden, V vocabulary, N squares of the picture.
@@ -28,39 +28,39 @@ Int32 = NDArray[np.int32]
 
 @dataclasses.dataclass(frozen=True)
 class SelfTestCase:
-    """One prompt and the tokens stepped behind it. "long" has no picture and takes the long rope factors."""
+    """One prompt and the tokens stepped after it. "long" has no picture and uses the long rope factors."""
 
     ids: Int32  # [S]
-    forced: Int32  # [n] what is stepped
-    positions: Int32  # [R] rows of the cache that are noted, of the prompt
+    forced: Int32  # [n] tokens that are stepped
+    positions: Int32  # [R] rows of the prompt in the cache that are recorded
     cache: Float32  # [2, L, 2, R, G*E]: first and second pass; keys and values
     step_cache: Float32  # [L, 2, G*E]: keys and values of the last stepped token
-    logits: Float32  # [2, V]: behind the prompt, and behind the last stepped token
-    best: Int32  # [n+1] the most probable token behind the prompt and behind each stepped one
-    margin: Float32  # [n+1] by how much its logit is above the second one's
+    logits: Float32  # [2, V]: after the prompt, and after the last stepped token
+    best: Int32  # [n+1] the most probable token after the prompt and after each stepped one
+    margin: Float32  # [n+1] difference between its logit and the second largest
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfTest:
-    """What `selftest.safetensors` holds."""
+    """The contents of `selftest.safetensors`."""
 
     picture: NDArray[np.uint8]  # [H, W, 3] RGB
-    pixel_rows: Int32  # rows, and columns, of pixel_values that are noted
+    pixel_rows: Int32  # rows, and columns, of pixel_values that are recorded
     pixels: Float32  # [N, 3, rows, columns]
-    feature_rows: Int32  # [M] of the image features [N*T, D] that stand in the prompt
+    feature_rows: Int32  # [M] rows of the image features [N*T, D] that are in the prompt
     features: Float32  # [M, D]
-    rope_rows: Int32  # of the rope tables, all sets
+    rope_rows: Int32  # rows of the rope tables, all sets
     rope: Float32  # [2, rows, E/2] cos and sin
-    embeddings: Float32  # [n, D] of the stepped tokens
-    cases: dict[str, SelfTestCase]  # "picture", and "long" where the rotary embedding has two factor sets
+    embeddings: Float32  # [n, D] embeddings of the stepped tokens
+    cases: dict[str, SelfTestCase]  # "picture", and "long" if the rotary embedding has two factor sets
 
 
 def read(bundle: Bundle) -> SelfTest:
-    """The self-test of a bundle. Raises BundleError where it has none, or one that cannot be read."""
+    """Read the self-test of a bundle. Raises BundleError if it has none, or one that cannot be read."""
     if SELFTEST not in bundle.manifest.files:
         raise BundleError(
-            f"{bundle.folder}: holds no self-test (made by an older version, or with --no-selftest), so nothing says "
-            "what its numbers should be; export it again"
+            f"{bundle.folder}: has no self-test to check its numbers with (made by an older version, or with "
+            "--no-selftest); export it again"
         )
     file = WeightsFile(bundle.path(SELFTEST))
     arrays = file.load(file.tensors)
@@ -76,7 +76,7 @@ def read(bundle: Bundle) -> SelfTest:
 
 
 def tensors(test: SelfTest) -> dict[str, NDArray[Any]]:
-    """The arrays of a self-test by the names that the file has."""
+    """The arrays of a self-test by their names in the file."""
     flat = {f.name: getattr(test, f.name) for f in dataclasses.fields(test) if f.name != "cases"}
     for name, case in test.cases.items():
         flat |= {f"{name}.{f.name}": getattr(case, f.name) for f in dataclasses.fields(case)}

@@ -1,4 +1,4 @@
-"""JSON read strictly: every unknown, missing or mistyped field is a problem, and all are told at once."""
+"""Reads JSON strictly: every unknown, missing or mistyped field is a problem, and all are reported at once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def from_dict(
 ) -> T:
     """Build the dataclass `cls` (nested ones included) from parsed JSON.
 
-    Unknown, missing and wrongly typed keys raise `error` in one message that lists them all and ends in `advice`: a
-    field that is silently dropped is a silently wrong answer later.
+    Unknown, missing and wrongly typed keys raise `error` in one message that lists them all and ends in `advice`. A
+    field that is silently dropped would be a silently wrong answer later.
     """
     problems: list[str] = []
     value = _convert(cls, data, where, problems)

@@ -1,4 +1,4 @@
-"""Read `weights.safetensors` on the robot: numpy only, one tensor in flight, nothing mapped but the embedding table.
+"""Reads `weights.safetensors` on the robot with numpy only, one tensor at a time; only the embedding table is mapped.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian length of a JSON header, the header
 {name: {dtype, shape, data_offsets}}, then the bytes of all tensors, without holes.
@@ -27,7 +27,7 @@ BLOCK_BYTES = 16 << 20
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: dtype as in ITEM_BYTES; offset in bytes from the start of the file.
+    """One tensor. dtype is one of ITEM_BYTES; offset counts bytes from the start of the file.
 
     Two INT4 values share a byte of a "U8" tensor, the first of them in the low half.
     """
@@ -43,7 +43,7 @@ class TensorInfo:
 
 
 class WeightsFile:
-    """The tensors of a weights file by name. Raises BundleError where the file is not what its header says."""
+    """The tensors of a weights file by name. Raises BundleError if the file is not what its header says."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,14 +71,14 @@ class WeightsFile:
         return info
 
     def rows(self, name: str) -> NDArray[Any]:
-        """A 2-D tensor mapped read-only; `to_float32` turns rows of it into numbers."""
+        """Map a 2-D tensor read-only; `to_float32` turns its rows into numbers."""
         t = self.tensors[name]
         return np.memmap(self.path, dtype=_STORED[t.dtype], mode="r", offset=t.offset, shape=t.shape)
 
     def load(self, names: Collection[str], sha256: str | None = None) -> dict[str, NDArray[Any]]:
-        """Floating point tensors as float32, converted block by block; quantized ones (I8, U8, F8_E4M3) as stored.
+        """Load floating point tensors as float32, converted block by block; quantized ones (I8, U8, F8_E4M3) as stored.
 
-        With sha256 the whole file is read and hashed on the way; BundleError where it differs.
+        With sha256 the whole file is read and hashed meanwhile. Raises BundleError if the hash differs.
         """
         arrays = {n: np.empty(self.tensors[n].shape, loaded_dtype(self.tensors[n].dtype)) for n in names}
         digest = hashlib.sha256()
@@ -117,7 +117,7 @@ _STORED: dict[str, np.dtype[Any]] = {
     "I32": np.dtype("<i4"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
-    "F8_E4M3": np.dtype("u1"),  # its bits
+    "F8_E4M3": np.dtype("u1"),  # the bits, because numpy lacks the type
 }
 
 
@@ -127,7 +127,7 @@ def loaded_dtype(dtype: str) -> np.dtype[Any]:
 
 
 def to_float32(stored: NDArray[Any], dtype: str) -> Float32:
-    """Stored values ("F32", "F16", or "BF16" as uint16) as float32; the result may share memory with an F32 input."""
+    """Convert stored values ("F32", "F16", or "BF16" as uint16) to float32; an F32 input may share its memory."""
     if dtype == "BF16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)
