@@ -4,8 +4,8 @@
 >>> rt = trol_edge.Runtime("build/trol-nano")
 >>> print(rt.generate("What is left of the red star?", images="scene.png").text)
 
-Importing this package loads numpy, pillow and tokenizers; inference libraries are loaded when a Runtime is made, and
-torch, transformers and onnx never are.
+Importing this package loads numpy, pillow and tokenizers. Making a Runtime loads an inference library. torch,
+transformers and onnx are never loaded.
 """
 
 from trol_edge._version import __version__

@@ -1,4 +1,4 @@
-"""`trol_edge.Runtime`: pictures and questions in, answers out."""
+"""Defines `trol_edge.Runtime`, which answers questions about pictures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Float32 = NDArray[np.float32]
 class Runtime:
     """A loaded bundle, ready for questions.
 
-    Threads may share it: calls are served in the order in which they came, one at a time (a stream takes a new turn for
+    Threads may share it. Calls are served one at a time, in the order in which they came (a stream takes a new turn for
     each piece). Use it in a `with` block, or `close()` it.
     """
 
@@ -53,18 +53,20 @@ class Runtime:
     ) -> None:
         """Load a bundle folder.
 
-        threads: of one inference call (default: the physical cores). verify: check the sha256 of the weights while
-        they are read (the other files are always checked); False saves that time on a disk you trust. prefix_reuse:
-        keep the keys and values of both passes, so that sessions can go on from a prefix (see trol_edge.Session); False
-        halves the K/V memory, and what needs the second set is refused (engines keep both always, so with them this is
-        refused). vision_cache_bytes: image features kept for pictures that are asked about again, least recently used
-        out first; 0: none. They lie where they are used: in the GPU's memory with engines. selftest: replay the
-        bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first time; None: unless the
-        environment has TROL_EDGE_SELFTEST=0.
+        threads: threads of one inference call (default: the physical cores).
+        verify: check the sha256 of the weights while they are read (the other files are always checked). False saves
+        that time on a disk you trust.
+        prefix_reuse: keep the keys and values of both passes, so that sessions can continue from a prefix (see
+        trol_edge.Session). False halves the K/V memory, and calls that need the second set raise UsageError. Engines
+        always keep both, so they refuse False.
+        vision_cache_bytes: most bytes of image features that are kept for pictures that are asked about again, least
+        recently used out first; 0 keeps none. With engines they are in the GPU's memory.
+        selftest: replay the bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first
+        time. None does so unless the environment has TROL_EDGE_SELFTEST=0.
         provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda", "tensorrt" (not yet
         run on a GPU) or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
-        fallback: a provider to go over to, with a RuntimeWarning that says why, where engines cannot be loaded; None:
-        that is an error.
+        fallback: a provider to use if engines cannot be loaded, with a RuntimeWarning that says why. With None that is
+        an error.
         Raises BundleError (missing, half-copied, altered, other version), BackendError (library, memory) and
         VerifyError (the numbers are not the reference's).
         """
@@ -82,11 +84,11 @@ class Runtime:
     def generate(self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]) -> Answer:
         """Answer a question about pictures, or without any.
 
-        prompt: the question, taken literally (special tokens in it are plain characters); or a list of str and
-        trol_edge.IMAGE that says where the pictures stand. images: a path, PIL image, the bytes of a picture file or a
-        uint8 [H, W, 3] array (channels as `color` says), or a list of them. options: see
+        prompt: the question, taken literally (special tokens in it are plain characters), or a list of str and
+        trol_edge.IMAGE, which marks the place of a picture. images: a path, PIL image, the bytes of a picture file or a
+        uint8 [H, W, 3] array (`color` is the order of its channels), or a list of them. options: see
         trol_edge.answering.options.Options; greedy by default.
-        Raises UsageError, ImageError or ContextError for bad input, BackendError where inference fails; the Runtime
+        Raises UsageError, ImageError or ContextError for bad input, BackendError if inference fails; the Runtime
         stays usable.
         """
         checked = options_from_keywords(options)
@@ -94,19 +96,19 @@ class Runtime:
         return answering.search() if checked.num_beams > 1 else answering.answer()
 
     def stream(self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]) -> AnswerStream:
-        """As generate, piece by piece. `print(piece, end="")` prints it; the last piece has a finish_reason.
+        """Like generate, but piece by piece. `print(piece, end="")` prints one; the last has a finish_reason.
 
-        Arguments are checked, and pictures read, before this returns; the prompt is prefilled at the first piece.
+        Arguments are checked, and pictures read, before this returns. The prompt is prefilled at the first piece.
         """
         checked = options_from_keywords(options)
         if checked.num_beams > 1:
-            raise UsageError(f"num_beams {checked.num_beams}: a beam search has no pieces; use generate")
+            raise UsageError(f"num_beams {checked.num_beams}: a beam search cannot be streamed; use generate")
         return self._start(prompt, images, checked).stream()
 
     def astream(
         self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]
     ) -> AsyncGenerator[Piece, None]:
-        """As stream, for `async for`: computed in a thread of its own, which ends a step after the task is cancelled.
+        """Like stream, but for `async for`. A separate thread computes, and ends one step after the task is cancelled.
 
         Arguments are checked at the first piece. A cancelled task returns when that thread has ended.
         """
@@ -115,10 +117,10 @@ class Runtime:
     def ask_many(
         self, prompts: Sequence[Prompt], images: Pictures | None = None, **options: Unpack[AnswerOptions]
     ) -> list[Answer]:
-        """Answer several questions about the same pictures: these are encoded once, and prefilled once.
+        """Answer several questions about the same pictures, which are encoded and prefilled once.
 
-        The answers are those of one `generate` each, in order. deadline_ms holds for all of them together. Arguments
-        and errors as for generate; all questions are checked before the first is answered.
+        The answers are those of one `generate` each, in order. deadline_ms is for all of them together. Arguments and
+        errors are those of generate; all questions are checked before the first is answered.
         """
         if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or not prompts:
             raise UsageError(f"ask_many takes a list of one or more questions, found {prompts!r}")
@@ -134,7 +136,7 @@ class Runtime:
                 clock = Clock(preprocess_ms, waited_ms)
                 answering = Answering(desk, question, checked, call, clock, session)
                 answers.append(answering.search() if checked.num_beams > 1 else answering.answer())
-                preprocess_ms = waited_ms = 0.0  # the first answer bears them
+                preprocess_ms = waited_ms = 0.0  # they count for the first answer
         return answers
 
     def choose(
@@ -147,13 +149,13 @@ class Runtime:
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> Choice:
-        """Which of some answers the model finds likeliest, and how likely each: from one prefill of the prompt.
+        """Find which of some answers is likeliest to the model, and how likely each is, from one prefill of the prompt.
 
-        An option's score is its log-probability as the whole answer, divided by its tokens. The end of the answer is
-        one of these tokens, so an option that is the beginning of another is told from it. probability: softmax of the
-        scores over the options given.
+        An option's score is its log-probability as the whole answer, divided by the number of its tokens. The end of
+        the answer is one of these tokens, which distinguishes an option from one that it begins. probability: softmax
+        of the scores over the given options.
         Raises UsageError for fewer than two options and for one that is empty, given twice or has white space around
-        it, UnfinishedError where the deadline comes (or `stop`) first, and otherwise as generate.
+        it, UnfinishedError if the deadline (or `stop`) comes first, and otherwise the errors of generate.
         """
         texts = checked_options(options)
         checked = Options(color=color, deadline_ms=deadline_ms, session=session)
@@ -172,9 +174,9 @@ class Runtime:
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> YesNo:
-        """Whether the answer begins with yes rather than no (either case), and the probability of that.
+        """Find whether the answer begins with yes rather than no (in either case), and the probability of that.
 
-        Arguments and errors as for choose.
+        Arguments and errors are those of choose.
         """
         checked = Options(color=color, deadline_ms=deadline_ms, session=session)
         logprobs, _, clock = score(self.desk, prompt, ["Yes", "yes", "No", "no"], images, checked, whole=False)
@@ -183,51 +185,51 @@ class Runtime:
         return YesNo(yes >= 0.5, yes, clock.timings)
 
     def stop(self) -> None:
-        """End every call that is under way or waits, within one step, from any thread.
+        """End every call that runs or waits, within one step, from any thread.
 
-        In the prompt that is one chunk (see Options.prefill_chunk), in the vision tower one picture.
-        Answers end with the reason "stopped" and the text there is; choose and yes_no raise UnfinishedError.
+        In the prompt a step is one chunk (see Options.prefill_chunk), in the vision tower one picture.
+        Answers end with the reason "stopped" and the text so far; choose and yes_no raise UnfinishedError.
         """
         self.desk.stop()
 
     # -- tokens, pictures, sessions ----------------------------------------------------------------------------------
 
     def session(self, long_context: bool = False, prefill_chunk: int | None = None) -> Session:
-        """A new token-level session with a KV cache of its own (see trol_edge.Session).
+        """Make a token-level session with its own KV cache (see trol_edge.Session).
 
-        long_context: see Options. prefill_chunk: tokens per traverse of a prompt (None: all at once). Its own calls
-        take no turns: they run beside answers of other threads.
+        long_context: see Options. prefill_chunk: tokens per traverse of a prompt (None: all at once). A session's own
+        calls take no turns; they run beside answers of other threads.
         """
         return self.model.session(long_context, prefill_chunk)
 
     def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = (), answer: str = "") -> list[int]:
-        """Token ids of a whole prompt, template included. Raises UsageError as generate does.
+        """The token ids of a whole prompt, template included. Raises UsageError as generate does.
 
-        tiles: of each picture, from `count_tiles`; an int is a number of pictures of one tile each. answer: an answer,
-        or the beginning of one, that follows.
+        tiles: number of tiles of each picture, from `count_tiles`; an int is a number of pictures of one tile each.
+        answer: an answer, or the beginning of one, that follows.
         """
         return self.model.tokenize(prompt, tiles, answer)
 
     def count_tiles(self, images: Pictures | None) -> list[int]:
-        """How many squares of `preprocess` each picture becomes: 1, or with TroL-3.8B up to 7. Raises ImageError."""
+        """The squares that `preprocess` makes of each picture: 1, or up to 7 with TroL-3.8B. Raises ImageError."""
         return count_tiles([load_rgb(p) for p in listed(images)], self.bundle.manifest.image)
 
     def preprocess(self, images: Pictures | None, color: Color = "rgb") -> Float32 | None:
-        """pixel_values float32 [N, 3, P, P] of pictures, tile by tile, or None for none. Raises ImageError."""
+        """Make pixel_values float32 [N, 3, P, P] of pictures, tile by tile, or None for none. Raises ImageError."""
         pictures = [load_rgb(p, color) for p in listed(images)]
         return preprocess(pictures, self.bundle.manifest.image) if pictures else None
 
     @property
     def vision_cache(self) -> VisionCacheInfo:
-        """Hits, misses, entries and bytes of the vision cache so far."""
+        """The hits, misses, entries and bytes of the vision cache so far."""
         return self.desk.vision_cache.info
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop what is under way, wait for it, and let the model go; sessions are of no use afterwards. Twice is fine.
+        """Stop running calls, wait for them, and release the model. Sessions cannot be used afterwards.
 
-        Memory is free once sessions and streams of this Runtime are gone, too.
+        Memory is free once sessions and streams of this Runtime are gone, too. Closing twice is fine.
         """
         self.desk.close()
 

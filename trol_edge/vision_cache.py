@@ -1,4 +1,4 @@
-"""Image features of the pictures seen last: a frame is encoded once, whoever asks about it.
+"""Keeps the image features of recent pictures, so that a frame is encoded once for all questions.
 
 Axes: N squares of a picture (1, or its tiles), T image tokens per square, D width of the decoder.
 """
@@ -22,9 +22,9 @@ from trol_edge.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class VisionCacheInfo:
-    """What a cache holds and how often it was asked."""
+    """Contents and counts of a cache."""
 
-    hits: int  # pictures whose features were there, or were being made for someone else
+    hits: int  # pictures whose features were cached, or just being made for another caller
     misses: int  # pictures that had to be encoded
     entries: int
     bytes: int
@@ -32,18 +32,18 @@ class VisionCacheInfo:
 
 
 def content_key(picture: NDArray[np.uint8], salt: str) -> bytes:
-    """A hash of the pixels of a picture (uint8 [H, W, 3], as `images.load_rgb` gives it, any strides) and of `salt`.
+    """Hash the pixels of a picture (uint8 [H, W, 3], as `images.load_rgb` gives it, any strides) and `salt`.
 
-    Bytes are read where they lie, so a picture held in RGB and the same one held in BGR have different keys.
+    Bytes are read in their order in memory, so the same picture has different keys in RGB and in BGR.
     """
     order = "rgb"
     if picture.strides[2] < 0:
         picture, order = picture[:, :, ::-1], "bgr"
-    # sha256, because it is the fastest of the standard library where the processor helps (x86-64, ARMv8)
+    # sha256 is the fastest hash of the standard library on processors with instructions for it (x86-64, ARMv8)
     digest = hashlib.sha256(f"{salt} {picture.shape} {order} ".encode())
     if picture.flags.c_contiguous:
         digest.update(picture.data)
-    elif picture.shape[0] and picture[0].flags.c_contiguous:  # a part cut out of a larger frame
+    elif picture.shape[0] and picture[0].flags.c_contiguous:  # a crop of a larger frame
         for row in picture:
             digest.update(row.data)
     else:
@@ -52,13 +52,13 @@ def content_key(picture: NDArray[np.uint8], salt: str) -> bytes:
 
 
 class VisionCache:
-    """Features by key, least recently used out first. Threads may share it.
+    """Features by key; the least recently used are dropped first. Threads may share it.
 
-    It holds what the back end made: arrays, or device memory, which its capacity bounds then.
+    It holds what the back end made, which is arrays or device memory; its capacity bounds either.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
-        """capacity_bytes: of all features together; 0 keeps none. Raises UsageError for other than an int >= 0."""
+        """Make a cache. capacity_bytes bounds all features, 0 keeps none; UsageError unless it is an int >= 0."""
         if not isinstance(capacity_bytes, int) or isinstance(capacity_bytes, bool) or capacity_bytes < 0:
             raise UsageError(f"vision_cache_bytes should be a whole number >= 0 (0: off), found {capacity_bytes!r}")
         self._capacity, self._bytes = capacity_bytes, 0
@@ -69,19 +69,19 @@ class VisionCache:
 
     @property
     def info(self) -> VisionCacheInfo:
-        """Counts so far."""
+        """The counts so far."""
         with self._lock:
             return VisionCacheInfo(self._hits, self._misses, len(self._entries), self._bytes, self._capacity)
 
     def peek(self, key: bytes) -> Features | None:
-        """The features if they are here; counts for nothing."""
+        """Return the features if they are cached, without counting it."""
         with self._lock:
             return self._entries.get(key)
 
     def get(self, key: bytes, encode: Callable[[], Features]) -> Features:
-        """Features [N, T, D], read-only, of the picture with this key; `encode` makes them where they are missing.
+        """Return the read-only features [N, T, D] of the picture with this key; `encode` makes missing ones.
 
-        One caller encodes; others that ask for the same key meanwhile wait for it. Where it fails, its caller gets
+        One caller encodes, and others that ask for the same key meanwhile wait for it. If it fails, its caller gets
         the error and one of the others tries.
         """
         while True:
@@ -117,10 +117,10 @@ class VisionCache:
                     self._bytes += features.nbytes
                     while self._bytes > self._capacity:
                         self._bytes -= self._entries.popitem(last=False)[1].nbytes
-            mine.set_result(features)  # None: it failed
+            mine.set_result(features)  # None if encoding failed
 
     def clear(self) -> None:
-        """Forget all features; the counts go on."""
+        """Forget all features, but keep counting."""
         with self._lock:
             self._entries.clear()
             self._bytes = 0
