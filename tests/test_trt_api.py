@@ -184,7 +184,7 @@ import sys
 from pathlib import Path
 import tensorrt_bindings
 from trol_edge.errors import BackendError
-from trol_edge.runtimes.trt_api import Library, Network
+from trol_edge.runtimes.trt.api import Library, Network
 tensorrt_bindings.__name__ = "tensorrt"
 library = Library(tensorrt_bindings)
 print(library.title, library.has(Network._stream), library.has(Network.let_attention_decompose))
