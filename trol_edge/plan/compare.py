@@ -6,9 +6,11 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 
 from trol_edge.machine.devices import DEVICES
-from trol_edge.plan.estimate import QUALITY, Planned, plan
+from trol_edge.plan.estimate import Planned, plan
 from trol_edge.plan.rates import Platform
 from trol_edge.plan.subject import Subject, Workload
+
+QUALITY = ("fp32", "fp16", "fp8", "int8", "int4")  # best first
 
 
 def device_names(bundle: Subject | None) -> list[str]:

@@ -22,7 +22,6 @@ from trol_edge.plan.subject import Subject, Workload
 
 RESERVE_BYTES = 500_000_000  # must remain free for the rest of the robot
 NEXT_QUESTION = 30  # tokens that a second question about the same picture adds
-QUALITY = ("fp32", "fp16", "fp8", "int8", "int4")  # best first
 
 
 @dataclasses.dataclass(frozen=True)
