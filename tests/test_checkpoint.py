@@ -91,7 +91,7 @@ def in_shards(state: State, suffix: str) -> tuple[list[State], dict[str, str]]:
 
 
 def as_single_file(folder: Path, state: State) -> None:
-    """As it is."""
+    """Leave the folder as it is."""
 
 
 def as_shards(folder: Path, state: State) -> None:
@@ -498,7 +498,7 @@ def test_garbled_numbers(folder: Path, key: str, value: Any) -> None:
 
 
 def test_foreign_models(folder: Path) -> None:
-    """Told what fits. TroL-3.8B is another family: its config beside these tensors is a mixture, and listed."""
+    """The error says what fits. TroL-3.8B is another family, so its config with these tensors is listed as mixed."""
     config = folder / "config.json"
     config.write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
     with pytest.raises(CheckpointError, match=r"not a TroL checkpoint .*LlamaForCausalLM.*BK-Lee/TroL-1\.8B"):
@@ -567,7 +567,7 @@ def test_without_tokenizer_only_ids(folder: Path, bundle: Callable[[Path], Path]
 
 
 def test_damaged_tokenizer(tmp_path: Path) -> None:
-    """Found before anything is traced; nothing left behind."""
+    """The fault is found before anything is traced, and nothing is left over."""
     folder = tmp_path / "nano"
     shutil.copytree(NANO, folder)
     data = (folder / "tokenizer.model").read_bytes()
