@@ -17,8 +17,9 @@ from trol_edge.answering.loop import Answering
 from trol_edge.answering.options import AnswerOptions, Options, options_from_keywords
 from trol_edge.answering.results import Answer, Choice, Clock, Option, Piece, YesNo
 from trol_edge.answering.streams import AnswerStream, pieces
-from trol_edge.errors import UsageError
+from trol_edge.errors import UnfinishedError, UsageError
 from trol_edge.model import Model, Provider
+from trol_edge.numeric import shown, truth
 from trol_edge.prompt.images import count_tiles, load_rgb, preprocess
 from trol_edge.prompt.template import Prompt
 from trol_edge.session import Session
@@ -53,7 +54,8 @@ class Runtime:
     ) -> None:
         """Load a bundle folder.
 
-        threads: of one inference call (default: the physical cores). verify: check the sha256 of the weights while
+        threads: of one inference call (default: the physical cores); far more than there are cores is a
+        RuntimeWarning, because that is many times slower. verify: check the sha256 of the weights while
         they are read (the other files are always checked); False saves that time on a disk you trust. prefix_reuse:
         keep the keys and values of both passes, so that sessions can go on from a prefix (see trol_edge.Session); False
         halves the K/V memory, and what needs the second set is refused (engines keep both always, so with them this is
@@ -129,12 +131,17 @@ class Runtime:
         questions = [ask(desk, prompt, pictures) for prompt in prompts]
         preprocess_ms = 1e3 * (desk.now() - start)
         answers = []
-        with desk.held(call, checked.session) as (session, waited_ms):
+        try:
+            with desk.held(call, checked.session) as (session, waited_ms):
+                for question in questions:
+                    clock = Clock(preprocess_ms, waited_ms)
+                    answering = Answering(desk, question, checked, call, clock, session)
+                    answers.append(answering.search() if checked.num_beams > 1 else answering.answer())
+                    preprocess_ms = waited_ms = 0.0  # the first answer bears them
+        except UnfinishedError:  # the call ended while it waited for its turn: each answer says so
             for question in questions:
-                clock = Clock(preprocess_ms, waited_ms)
-                answering = Answering(desk, question, checked, call, clock, session)
+                answering = Answering(desk, question, checked, call, Clock(preprocess_ms))
                 answers.append(answering.search() if checked.num_beams > 1 else answering.answer())
-                preprocess_ms = waited_ms = 0.0  # the first answer bears them
         return answers
 
     def choose(
@@ -198,7 +205,10 @@ class Runtime:
         long_context: see Options. prefill_chunk: tokens per traverse of a prompt (None: all at once). Its own calls
         take no turns: they run beside answers of other threads.
         """
-        return self.model.session(long_context, prefill_chunk)
+        is_long = truth(long_context)
+        if is_long is None:
+            raise UsageError(f"long_context should be True or False, found {shown(long_context)}")
+        return self.model.session(is_long, prefill_chunk)
 
     def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = (), answer: str = "") -> list[int]:
         """Token ids of a whole prompt, template included. Raises UsageError as generate does.
