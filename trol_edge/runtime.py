@@ -127,7 +127,7 @@ class Runtime:
         checked = options_from_keywords(options)
         desk = self.desk
         call, start = desk.call(checked), desk.now()
-        pictures = look(desk, images, checked.color)
+        pictures = look(desk, images, checked)
         questions = [ask(desk, prompt, pictures) for prompt in prompts]
         preprocess_ms = 1e3 * (desk.now() - start)
         answers = []
@@ -151,6 +151,7 @@ class Runtime:
         images: Pictures | None = None,
         *,
         color: Color = "rgb",
+        bits: int | None = None,
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> Choice:
@@ -163,7 +164,7 @@ class Runtime:
         it, UnfinishedError where the deadline comes (or `stop`) first, and otherwise as generate.
         """
         texts = checked_options(options)
-        checked = Options(color=color, deadline_ms=deadline_ms, session=session)
+        checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
         logprobs, tokens, clock = score(self.desk, prompt, texts, images, checked, whole=True)
         scores = [logprob / count for logprob, count in zip(logprobs, tokens, strict=True)]
         found = tuple(map(Option, texts, softmax(scores), scores, logprobs, tokens))
@@ -176,6 +177,7 @@ class Runtime:
         images: Pictures | None = None,
         *,
         color: Color = "rgb",
+        bits: int | None = None,
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> YesNo:
@@ -183,7 +185,7 @@ class Runtime:
 
         Arguments and errors as for choose.
         """
-        checked = Options(color=color, deadline_ms=deadline_ms, session=session)
+        checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
         logprobs, _, clock = score(self.desk, prompt, ["Yes", "yes", "No", "no"], images, checked, whole=False)
         shares = softmax(logprobs)
         yes = shares[0] + shares[1]
@@ -218,13 +220,13 @@ class Runtime:
         """
         return self.model.tokenize(prompt, tiles, answer)
 
-    def count_tiles(self, images: Pictures | None) -> list[int]:
+    def count_tiles(self, images: Pictures | None, bits: int | None = None) -> list[int]:
         """How many squares of `preprocess` each picture becomes: 1, or with TroL-3.8B up to 7. Raises ImageError."""
-        return count_tiles([load_rgb(p) for p in listed(images)], self.bundle.manifest.image)
+        return count_tiles([load_rgb(p, bits=bits) for p in listed(images)], self.bundle.manifest.image)
 
-    def preprocess(self, images: Pictures | None, color: Color = "rgb") -> Float32 | None:
+    def preprocess(self, images: Pictures | None, color: Color = "rgb", bits: int | None = None) -> Float32 | None:
         """pixel_values float32 [N, 3, P, P] of pictures, tile by tile, or None for none. Raises ImageError."""
-        pictures = [load_rgb(p, color) for p in listed(images)]
+        pictures = [load_rgb(p, color, bits) for p in listed(images)]
         return preprocess(pictures, self.bundle.manifest.image) if pictures else None
 
     @property
@@ -254,5 +256,5 @@ class Runtime:
     def _start(self, prompt: Prompt, images: Pictures | None, options: Options) -> Answering:
         desk = self.desk
         call, start = desk.call(options), desk.now()
-        question = ask(desk, prompt, look(desk, images, options.color))
+        question = ask(desk, prompt, look(desk, images, options))
         return Answering(desk, question, options, call, Clock(1e3 * (desk.now() - start)))

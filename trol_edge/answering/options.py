@@ -38,6 +38,7 @@ class AnswerOptions(TypedDict, total=False):
     deadline_ms: float | None
     prefill_chunk: int | None
     color: Literal["rgb", "bgr"]
+    bits: int | None
     session: Session | None
 
 
@@ -64,6 +65,7 @@ class Options:
     deadline_ms: float | None = None
     prefill_chunk: int | None = None  # tokens of the prompt at a time; None: 256, with a deadline 64
     color: Literal["rgb", "bgr"] = "rgb"  # order of the channels in arrays [H, W, 3]
+    bits: int | None = None  # of pictures with more than 8 a channel: how many their numbers have, see images.load_rgb
     session: Session | None = None  # answer in this session, whose cache stays as it is afterwards
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class Options:
             ("logprobs", whole(self.logprobs, 0, MOST_LOGPROBS), f"None or a whole number from 0 to {MOST_LOGPROBS}"),
             ("deadline_ms", real(self.deadline_ms), "None or a number of milliseconds"),
             ("prefill_chunk", whole(self.prefill_chunk, 1), "None or a whole number of tokens above 0"),
+            ("bits", whole(self.bits, 8, 16), "None or a whole number from 8 to 16"),
         ]
         checks = [
             ("answer_mode", self.answer_mode in ("step", "traverse"), "'step' or 'traverse'"),

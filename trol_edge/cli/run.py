@@ -29,6 +29,10 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Of pictures with more than 8 bits a channel: how many their numbers have, 8..16."),
+    ] = None,
     long_context: Annotated[
         bool, typer.Option("--long-context", help="Take the long rope factors from the first token on (trol-3.8b).")
     ] = False,
@@ -56,6 +60,7 @@ def run(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop or (),
+            bits=bits,
             long_context=long_context,
         ):
             ids += piece.token_ids

@@ -221,7 +221,7 @@ class Bench:
     # -- prompts: text, or where the bundle has no tokenizer the ids that stand for it ---------------------------------
 
     def _question(self, prompt: Any, picture: Picture | None) -> Question:
-        seen = look(self._runtime.desk, picture, "rgb")
+        seen = look(self._runtime.desk, picture, Options())
         if isinstance(prompt, str):
             return ask(self._runtime.desk, prompt, seen)
         return Question(prompt, seen)
