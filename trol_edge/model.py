@@ -15,6 +15,7 @@ from trol_edge.bundle.names import TOKENIZER
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import Lifetime
+from trol_edge.numeric import shown, whole
 from trol_edge.prompt.template import Prompt, build_prompt, end_ids
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.session import Session
@@ -24,6 +25,7 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 # Target of a bundle -> (module, class) that runs it. It is imported when a Model is made.
 BACKENDS = {"cpu": ("trol_edge.runtimes.ort", "OrtBackend")}
 BACKENDS |= {name: ("trol_edge.runtimes.trt.backend", "TrtBackend") for name in TARGETS if is_gpu(name)}
+MOST_THREADS = 1024
 
 
 class Model:
@@ -61,7 +63,7 @@ class Model:
                     f"{self.bundle.folder}: {manifest.prompt.image} is token {image_id} in {TOKENIZER} and "
                     f"{manifest.spec.image_token_id} in the manifest; export the bundle again"
                 )
-        settings = {"threads": threads, "verify": verify, "prefix_reuse": prefix_reuse}
+        settings = {"threads": _checked_threads(threads), "verify": verify, "prefix_reuse": prefix_reuse}
         self.backend: Backend
         if provider is not None:
             self.backend = _backend_class("cpu")(self.bundle, provider=provider, **settings)
@@ -112,6 +114,24 @@ class Model:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _checked_threads(threads: int | None) -> int | None:
+    """The number as an int, or None; a RuntimeWarning where it is far more than there are cores to run on."""
+    if threads is None:
+        return None
+    found = whole(threads, 1, MOST_THREADS)
+    if found is None:
+        raise UsageError(f"threads should be None or a whole number from 1 to {MOST_THREADS}, found {shown(threads)}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if found > 2 * cores:
+        warnings.warn(
+            f"threads={found}, but this process has {cores} cores: threads that wait for a core make every answer many "
+            "times slower; leave threads out to take the physical cores",
+            RuntimeWarning,
+            stacklevel=4,  # who made the Runtime
+        )
+    return found
 
 
 def _backend_class(target: str) -> Any:

@@ -17,6 +17,7 @@ from trol_edge.bundle.manifest import Bundle
 from trol_edge.cache import Cache
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.lifetime import Lifetime
+from trol_edge.numeric import shown, whole
 
 Float32 = NDArray[np.float32]
 
@@ -234,8 +235,8 @@ class Session:
                 f"the cached keys have the short rope factors, which allow {self.limit} tokens; "
                 "prefill again with long_context=True, which uses the long factors from the first token on"
             )
-        if not isinstance(token_id, (int, np.integer)) or not 0 <= token_id < self._spec.vocab_size:
-            raise UsageError(f"token id {token_id!r} is not an int in 0..{self._spec.vocab_size - 1}")
+        if whole(token_id, 0, self._spec.vocab_size - 1) is None:
+            raise UsageError(f"token id {shown(token_id)} is not an int in 0..{self._spec.vocab_size - 1}")
         return cache.stepping(length, self._traversed), self._embeddings[token_id]
 
     def _stepped(self, token_id: int) -> None:
@@ -248,9 +249,13 @@ class Session:
         Raises UsageError if the session holds fewer.
         """
         self._require_open()
-        if not isinstance(length, (int, np.integer)) or isinstance(length, bool) or not 0 <= length <= self._length:
-            raise UsageError(f"truncate({length!r}): the session holds {self._length} tokens; give 0..{self._length}")
-        self._length, self._traversed = int(length), min(self._traversed, int(length))
+        kept_tokens = whole(length, 0, self._length)
+        if kept_tokens is None:
+            raise UsageError(
+                f"truncate({shown(length)}): the session holds {self._length} tokens; give 0..{self._length}"
+            )
+        length = kept_tokens
+        self._length, self._traversed = length, min(self._traversed, length)
         kept = -(-int(self._filled[:length].sum()) // self._spec.vision.tokens_per_image)
         del self._pictures[kept:]
         self._interrupted = False
@@ -315,11 +320,9 @@ class Session:
         long_rope: bool,
         on_chunk: OnChunk | None,
     ) -> Float32:
-        """Make the session hold `ids` [S], of which the first `start` are cached; returns logits of the last."""
-        size = self.prefill_chunk or len(ids)
-        if self.prefill_chunk is not None:
-            self._check_chunk(self.prefill_chunk, len(ids) - start)
-        order = np.cumsum(mask) - 1  # for image tokens, the row in all pictures' features
+        """Make the session hold `ids` [S], of which the first `start` are cached; logits of the last."""
+        size = len(ids) if self.prefill_chunk is None else self._chunk_size(self.prefill_chunk, len(ids) - start)
+        order = np.cumsum(mask) - 1  # of the image tokens: which row of all pictures' features
         self._length = self._traversed = self.reused = start
         self._pictures, self._long = [p if self._spec.long_rope else _Picture(p.identity) for p in pictures], long_rope
         self._interrupted = True  # until the last chunk is done
@@ -432,11 +435,13 @@ class Session:
                 "prefill the whole prompt (reuse=True continues from there), or truncate"
             )
 
-    def _check_chunk(self, size: int, tokens: int) -> None:
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-            raise UsageError(f"prefill_chunk should be a whole number above 0, or None, found {size!r}")
+    def _chunk_size(self, given: int, tokens: int) -> int:
+        size = whole(given, 1)
+        if size is None:
+            raise UsageError(f"prefill_chunk should be a whole number above 0, or None, found {shown(given)}")
         if tokens > size:
             self._require_both("prefill_chunk")
+        return size
 
     def _check_count(self, mask: NDArray[np.bool_], pictures: int) -> None:
         expected = pictures * self._spec.vision.tokens_per_image
@@ -456,6 +461,8 @@ class Session:
     def check_ids(self, token_ids: Sequence[int] | ArrayLike) -> NDArray[np.int64]:
         """Return token_ids as int64 [S]. Raises UsageError if they are not a list of ids of this model."""
         ids = _array(token_ids, "token_ids")
+        if isinstance(token_ids, Sequence) and any(isinstance(token, (bool, np.bool_)) for token in token_ids):
+            raise UsageError("token_ids hold True or False; give ints")
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise UsageError(
                 f"token_ids should be a non-empty list of ints [S], found shape {ids.shape} of {ids.dtype}"

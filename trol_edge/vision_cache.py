@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trol_edge.backend import Features
 from trol_edge.errors import UsageError
+from trol_edge.numeric import shown, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,12 @@ class VisionCache:
 
     def __init__(self, capacity_bytes: int) -> None:
         """Make a cache. capacity_bytes bounds all features, 0 keeps none; UsageError unless it is an int >= 0."""
-        if not isinstance(capacity_bytes, int) or isinstance(capacity_bytes, bool) or capacity_bytes < 0:
-            raise UsageError(f"vision_cache_bytes should be a whole number >= 0 (0: off), found {capacity_bytes!r}")
-        self._capacity, self._bytes = capacity_bytes, 0
+        capacity = whole(capacity_bytes, 0)
+        if capacity is None:
+            raise UsageError(
+                f"vision_cache_bytes should be a whole number >= 0 (0: off), found {shown(capacity_bytes)}"
+            )
+        self._capacity, self._bytes = capacity, 0
         self._hits = self._misses = 0
         self._entries: OrderedDict[bytes, Features] = OrderedDict()
         self._under_way: dict[bytes, Future[Any]] = {}

@@ -59,11 +59,11 @@ def listed(images: Any) -> list[Any]:
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
-def look(desk: Desk, images: Pictures | None, color: Color) -> list[Seen]:
+def look(desk: Desk, images: Pictures | None, options: Options) -> list[Seen]:
     """Read pictures, and make pixels of those whose features are not in the cache."""
     spec, seen = desk.model.bundle.manifest.image, []
     for image in listed(images):
-        rgb = load_rgb(image, color)
+        rgb = load_rgb(image, options.color, options.bits)
         key = content_key(rgb, repr(spec))
         features = desk.vision_cache.peek(key)
         pixels = None if features is not None else preprocess([rgb], spec)

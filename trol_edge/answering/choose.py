@@ -30,7 +30,7 @@ def score(
 ) -> tuple[list[float], list[int], Clock]:
     """Log-probability and token count of each text as the answer. whole: count the end of the answer as a token."""
     call, start = desk.call(options), desk.now()
-    question = ask(desk, prompt, look(desk, images, options.color))
+    question = ask(desk, prompt, look(desk, images, options))
     tiles = [picture.tiles for picture in question.pictures]
     answers = [_answer_ids(question, desk.model.tokenize(prompt, tiles, text), text) for text in texts]
     context, longest = desk.model.bundle.manifest.context, max(map(len, answers))

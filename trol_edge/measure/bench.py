@@ -221,7 +221,7 @@ class Bench:
     # -- prompts: text, or random ids where the bundle has no tokenizer ------------------------------------------------
 
     def _question(self, prompt: Any, picture: Picture | None) -> Question:
-        seen = look(self._runtime.desk, picture, "rgb")
+        seen = look(self._runtime.desk, picture, Options())
         if isinstance(prompt, str):
             return ask(self._runtime.desk, prompt, seen)
         return Question(prompt, seen)
