@@ -135,7 +135,8 @@ class Kit:
         unless = entry.get("unless")
         if not unless:
             return None
-        done = subprocess.run([sys.executable, "-c", f"import {unless}"], capture_output=True)
+        quiet = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+        done = subprocess.run([sys.executable, "-c", f"import {unless}"], capture_output=True, env=quiet)
         return None if done.returncode else f"not needed: this machine has {unless}"
 
     def _installed(self, name: str, entry: dict[str, object], site: Path, into: Path) -> str | None:
