@@ -103,9 +103,9 @@ class Model:
 
     def close(self) -> None:
         """Let the graphs go: their memory is free once the sessions are gone, too. Closing twice is fine."""
-        if not self.lifetime.closed:
-            self.lifetime.closed = True
-            del self.backend, self.embeddings
+        self.lifetime.closed = True
+        for name in ("backend", "embeddings"):
+            vars(self).pop(name, None)
 
     def __enter__(self) -> Model:
         return self
