@@ -104,10 +104,10 @@ class Model:
         return build_prompt(self.text, self.bundle.manifest.prompt, prompt, tiles, answer)
 
     def close(self) -> None:
-        """Release the graphs. Their memory is free once the sessions are gone, too. Closing twice is fine."""
-        if not self.lifetime.closed:
-            self.lifetime.closed = True
-            del self.backend, self.embeddings
+        """Let the graphs go: their memory is free once the sessions are gone, too. Closing twice is fine."""
+        self.lifetime.closed = True
+        for name in ("backend", "embeddings"):
+            vars(self).pop(name, None)
 
     def __enter__(self) -> Model:
         return self

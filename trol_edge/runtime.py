@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.answering.asking import Color, Pictures, ask, listed, look
+from trol_edge.answering.asking import UNREAD, Color, Pictures, ask, listed, look
 from trol_edge.answering.choose import checked_options, score, softmax
 from trol_edge.answering.desk import Desk
 from trol_edge.answering.loop import Answering
@@ -91,9 +91,7 @@ class Runtime:
         Raises UsageError, ImageError or ContextError for bad input, BackendError if inference fails; the Runtime
         stays usable.
         """
-        checked = options_from_keywords(options)
-        answering = self._start(prompt, images, checked)
-        return answering.search() if checked.num_beams > 1 else answering.answer()
+        return self._start(prompt, images, options_from_keywords(options)).whole()
 
     def stream(self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]) -> AnswerStream:
         """Like generate, but piece by piece. `print(piece, end="")` prints one; the last has a finish_reason.
@@ -127,22 +125,19 @@ class Runtime:
         checked = options_from_keywords(options)
         desk = self.desk
         call, start = desk.call(checked), desk.now()
-        pictures = look(desk, images, checked)
-        questions = [ask(desk, prompt, pictures) for prompt in prompts]
-        preprocess_ms = 1e3 * (desk.now() - start)
-        answers = []
+        clocks = [Clock() for _ in prompts]
         try:
-            with desk.held(call, checked.session) as (session, waited_ms):
-                for question in questions:
-                    clock = Clock(preprocess_ms, waited_ms)
-                    answering = Answering(desk, question, checked, call, clock, session)
-                    answers.append(answering.search() if checked.num_beams > 1 else answering.answer())
-                    preprocess_ms = waited_ms = 0.0  # the first answer bears them
-        except UnfinishedError:  # the call ended while it waited for its turn: each answer says so
-            for question in questions:
-                answering = Answering(desk, question, checked, call, Clock(preprocess_ms))
-                answers.append(answering.search() if checked.num_beams > 1 else answering.answer())
-        return answers
+            pictures = look(desk, images, checked, call)
+            questions = [ask(desk, prompt, pictures, call) for prompt in prompts]
+            clocks[0].preprocess_ms = 1e3 * (desk.now() - start)  # the first answer bears it, and the waiting
+
+            def work(session: Session | None) -> list[Answer]:
+                each = zip(questions, clocks, strict=True)
+                return [Answering(desk, q, checked, call, clock, session).whole() for q, clock in each]
+
+            return desk.held(call, checked.session, clocks[0], work)
+        except UnfinishedError:  # before its turn
+            return [Answering(desk, UNREAD, checked, call, clock).whole() for clock in clocks]
 
     def choose(
         self,
@@ -256,5 +251,8 @@ class Runtime:
     def _start(self, prompt: Prompt, images: Pictures | None, options: Options) -> Answering:
         desk = self.desk
         call, start = desk.call(options), desk.now()
-        question = ask(desk, prompt, look(desk, images, options))
+        try:
+            question = ask(desk, prompt, look(desk, images, options, call), call)
+        except UnfinishedError:  # the answer says so: its turn does not come
+            question = UNREAD
         return Answering(desk, question, options, call, Clock(1e3 * (desk.now() - start)))

@@ -10,9 +10,11 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import os
 import pathlib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
@@ -24,6 +26,7 @@ from trol_edge.prompt.charsmap import split_normalizer
 # sentencepiece merges characters that are not pieces themselves. The tokenizers library cannot, so export lists
 # such characters from this id on. Any that is left after merging becomes its bytes, or <unk>.
 UNLISTED: Final = 1 << 24
+MOST_STOPS, LONGEST_STOP = 256, 1024  # stop strings of an answer, and characters of one
 
 # White space that a token with the flag lstrip or rstrip takes with it. It is Unicode's, which differs from Python's.
 _SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -95,6 +98,11 @@ class Tokenizer:
     def special_tokens(self) -> Mapping[str, int]:
         """Content -> id of every token that user text cannot produce."""
         return self._special
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._loaded.get_vocab(with_added_tokens=True)))
 
     def piece_id(self, piece: str) -> int:
         found = self._loaded.token_to_id(piece)
@@ -255,7 +263,12 @@ class TextStream:
         """Raises UsageError if `stop` is not a str or a sequence of non-empty str."""
         stops = [stop] if isinstance(stop, str) else stop
         if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) and s for s in stops):
-            raise UsageError(f"stop {stop!r} should be a non-empty str or a list of them")
+            raise UsageError(f"stop {reprlib.repr(stop)} should be a non-empty str or a list of them")
+        if len(stops) > MOST_STOPS or max(map(len, stops), default=0) > LONGEST_STOP:
+            raise UsageError(
+                f"stop has {len(stops)} texts of up to {max(map(len, stops))} characters, all compared at every token; "
+                f"{MOST_STOPS} of {LONGEST_STOP} are allowed"
+            )
         self.stopped: str | None = None  # the stop string that ended the text
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
