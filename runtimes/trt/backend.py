@@ -33,11 +33,13 @@ from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.machine.identity import available_memory
+from trol_edge.reading import read_plain
 from trol_edge.runtimes.cuda import Cuda, Gpu, devices, open_cuda
 from trol_edge.runtimes.trt import weights as trt_weights
 from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
 
 Float32 = NDArray[np.float32]
+MOST_KERNELS = 1 << 30  # bytes of kernels that an earlier run kept
 _Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
 
 
@@ -513,8 +515,8 @@ def _within(shape: tuple[int, ...], profile: tuple[tuple[int, ...], tuple[int, .
 def _unwrapped(path: Path) -> bytes | None:
     """Kernels that an earlier run kept, if they are as they were written."""
     try:
-        data = path.read_bytes()
-    except OSError:
+        data = read_plain(path, most=MOST_KERNELS)
+    except BundleError:
         return None
     digest, blob = data[:32], data[32:]
     return blob if hashlib.sha256(blob).digest() == digest else None

@@ -16,6 +16,7 @@ from trol_edge.bundle.manifest import Bundle, FileInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError
+from trol_edge.reading import guard, is_plain_name, printable, read_json_value, stays_inside
 
 FORMAT_VERSION = 2
 ENGINES = ("vision", "traverse", "step")  # traverse_text saves time on a CPU; here it would hold the weights once more
@@ -68,17 +69,23 @@ def folder_of(bundle: Bundle, target: str) -> Path:
 def read(bundle: Bundle, target: str) -> EngineSet:
     """The engine set of a target. Raises BundleError where there is none, or it is altered."""
     path = folder_of(bundle, target) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise BundleError(f"{bundle.folder}: no engines for target {target}; make them with `trol-edge build`")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: not readable as JSON ({error}); `trol-edge build --force`") from error
+    data = read_json_value(path, BundleError, "`trol-edge build --force`")
     if not isinstance(data, dict) or data.pop("sha256", None) != digest_of(data):
         raise BundleError(f"{path}: altered since the build (its own hash differs); `trol-edge build --force`")
     if data.get("format_version") != FORMAT_VERSION:
         raise BundleError(f"{path}: engine format {data.get('format_version')!r}, this reads {FORMAT_VERSION}")
-    found: EngineSet = from_dict(EngineSet, data, str(path))
+    with guard(path, BundleError, "`trol-edge build --force`"):
+        found: EngineSet = from_dict(EngineSet, data, str(path))
+    if lacking := set(ENGINES) - found.engines.keys():
+        raise BundleError(f"{path}: lists no engine {', '.join(sorted(lacking))}; `trol-edge build --force`")
+    for name, engine in found.engines.items():
+        if not is_plain_name(engine.file) or name not in ENGINES or found.key.target != target:
+            raise BundleError(
+                f"{path}: says {printable(engine.file)[:80]!r} of {printable(name)[:80]!r} for target "
+                f"{printable(found.key.target)[:80]!r}, which is no engine of {target}; `trol-edge build --force`"
+            )
     return found
 
 
@@ -108,8 +115,10 @@ def verified(bundle: Bundle, engines: EngineSet, name: str) -> Path:
     """Path of an engine file whose size and sha256 are the recorded ones. Raises BundleError where they are not."""
     info: EngineInfo | FileInfo = engines.engines[name]
     path = folder_of(bundle, engines.key.target) / engines.engines[name].file
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; build the engines again with `trol-edge build --force`")
+    if not path.is_file() or not stays_inside(path):
+        raise BundleError(
+            f"{path}: missing, or a link to elsewhere; build the engines again with `trol-edge build --force`"
+        )
     if path.stat().st_size != info.bytes:
         raise BundleError(
             f"{path}: {path.stat().st_size} bytes instead of {info.bytes}, so truncated or altered; it was not loaded; "

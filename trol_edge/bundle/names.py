@@ -7,6 +7,7 @@ WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 SELFTEST = "selftest.safetensors"
 VERIFIED = "verified-*.json"
-# Patterns of all that a bundle's folder may hold.
-BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, SELFTEST, VERIFIED, "*.onnx", "engines")
+# Patterns of what a manifest may list, and of all that a bundle's folder may hold.
+LISTED_FILES = (WEIGHTS, TOKENIZER, SELFTEST, "*.onnx")
+BUNDLE_FILES = (MANIFEST, *LISTED_FILES, VERIFIED, "engines")
 EMBEDDING = "embedding"  # looked up by the runtime, in no graph
