@@ -211,8 +211,12 @@ class TrtBackend:
         return found
 
     def new_context(self, name: str) -> Context:
-        """An execution context of an engine, with the kernels that an earlier run compiled, if it left any."""
-        return self._engines[name].context(_unwrapped(self._kernels(name)))
+        """An execution context of an engine, with the kernels that an earlier run compiled, if it left any.
+
+        They are programs that nobody signed: where only signed bundles are opened, they are compiled again.
+        """
+        kept = None if self.bundle.trusted_keys else _unwrapped(self._kernels(name))
+        return self._engines[name].context(kept)
 
     def _kernels(self, name: str) -> Path:
         return folder_of(self.bundle, self.bundle.manifest.target) / f"{name}.{KERNELS}"

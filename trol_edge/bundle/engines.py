@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.manifest import Bundle, FileInfo
 from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.signature import engines_statement
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError
 from trol_edge.reading import guard, is_plain_name, printable, read_json_value, stays_inside
@@ -66,14 +68,31 @@ def folder_of(bundle: Bundle, target: str) -> Path:
     return bundle.folder / FOLDER / target
 
 
-def read(bundle: Bundle, target: str) -> EngineSet:
-    """The engine set of a target. Raises BundleError where there is none, or it is altered."""
+def _read(bundle: Bundle, target: str) -> tuple[str, dict[str, Any]]:
+    """The hash that engines.json gives for itself, and the rest of it."""
     path = folder_of(bundle, target) / MANIFEST
     if not path.exists():
         raise BundleError(f"{bundle.folder}: no engines for target {target}; make them with `trol-edge build`")
     data = read_json_value(path, BundleError, "`trol-edge build --force`")
-    if not isinstance(data, dict) or data.pop("sha256", None) != digest_of(data):
+    said = data.pop("sha256", None) if isinstance(data, dict) else None
+    if said is None or said != digest_of(data):
         raise BundleError(f"{path}: altered since the build (its own hash differs); `trol-edge build --force`")
+    return said, data
+
+
+def digest(bundle: Bundle, target: str) -> str:
+    """The hash of a target's engines.json, which covers its engines."""
+    return _read(bundle, target)[0]
+
+
+def read(bundle: Bundle, target: str) -> EngineSet:
+    """The engine set of a target. Raises BundleError where there is none, or it is altered, or not signed as it must.
+
+    An engine is a program, so one that no trusted key signed is not opened where the bundle was opened with such keys.
+    """
+    path = folder_of(bundle, target) / MANIFEST
+    said, data = _read(bundle, target)
+    bundle.require_signed(engines_statement(bundle.identity, target, said), f"the list of engines for {target}")
     if data.get("format_version") != FORMAT_VERSION:
         raise BundleError(f"{path}: engine format {data.get('format_version')!r}, this reads {FORMAT_VERSION}")
     with guard(path, BundleError, "`trol-edge build --force`"):

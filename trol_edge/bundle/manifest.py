@@ -6,6 +6,7 @@
                             or quantized as the manifest's plan says, with their scales beside them
     tokenizer.json          for the `tokenizers` library; absent: token level only
     selftest.safetensors    what the FP32 reference computes, see selftest.py; absent: nothing to verify against
+    signatures.json         who signed it, see signature.py; in no hash
     verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify/
 
 A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
@@ -17,7 +18,7 @@ import dataclasses
 import fnmatch
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trol_edge.bundle.costs import Costs
@@ -26,6 +27,7 @@ from trol_edge.bundle.folder import digest_of, sha256_of, taken_back
 from trol_edge.bundle.graph_file import GraphFile, read_graph
 from trol_edge.bundle.names import EMBEDDING, LISTED_FILES, MANIFEST, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
+from trol_edge.bundle.signature import PublicKey, bundle_statement, public_keys, require
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.weights import TensorInfo, WeightsFile
@@ -106,8 +108,10 @@ class Bundle:
     The weights file is hashed while it is loaded, all other files here.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], trusted_keys: Sequence[PublicKey] | None = None) -> None:
+        """trusted_keys: ed25519 public keys; a bundle that none of them signed is not opened. None: any is."""
         self.folder = Path(folder)
+        self.trusted_keys = () if trusted_keys is None else public_keys(trusted_keys)
         path = self.folder / MANIFEST
         with guard(self.folder, BundleError, "give the folder of a bundle"):
             if not path.exists() and not (taken_back(self.folder) and path.exists()):
@@ -126,6 +130,7 @@ class Bundle:
         self.identity = data.pop("manifest_sha256", None)  # of the manifest, and so of every file that it lists
         if self.identity != digest_of(data):
             raise BundleError(f"{path}: altered since export (its own hash differs); copy or export the bundle again")
+        self.require_signed(bundle_statement(str(self.identity)), "it")
         with guard(path):
             self.manifest: Manifest = from_dict(Manifest, data, str(path))
         with guard(self.folder):
@@ -159,6 +164,10 @@ class Bundle:
         yield from _wrong_weights(self.manifest, tensors)
         for name, info in self.manifest.graphs.items():
             yield from _wrong_graph(name, info, read_graph(self.folder / info.file, WEIGHTS), tensors)
+
+    def require_signed(self, statement: bytes, what: str) -> None:
+        """Raise BundleError where there are trusted keys, and none of them signed a statement about `what`."""
+        require(self.folder, self.trusted_keys, statement, what)
 
     def path(self, name: str) -> Path:
         """Path of a file that the manifest lists; BundleError where it does not."""
@@ -310,9 +319,8 @@ def _wrong_graph(name: str, info: GraphInfo, file: GraphFile, tensors: dict[str,
     for what, listed, read in (("inputs", info.inputs, file.inputs), ("outputs", info.outputs, file.outputs)):
         ports = {port.name: (port.dtype, port.shape) for port in listed}
         there = {n: port for n, port in read.items() if n not in weights or what == "outputs"}
-        if different := sorted(
-            n for n in ports.keys() | (there.keys() if what == "inputs" else ()) if ports.get(n) != there.get(n)
-        ):
+        names = ports.keys() | (there.keys() if what == "inputs" else set())  # for more outputs nobody asks
+        if different := sorted(n for n in names if ports.get(n) != there.get(n)):
             yield f"{info.file} has other {what} than the manifest says ({printable(different[0])[:80]})"
     if lacking := [w for w in info.weights if _weight(w, tensors) is None]:
         yield f"{WEIGHTS} lacks {', '.join(printable(w)[:80] for w in lacking[:5])}"

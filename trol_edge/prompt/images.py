@@ -230,7 +230,7 @@ def _first_bytes(path: str | os.PathLike[str]) -> bytes:
 
 def _rgb_from_pillow(picture: Image.Image, name: str) -> U8:
     """Decode, turn upright and convert; the caller's picture is loaded but not changed."""
-    if picture.format and picture.format not in FORMATS and getattr(picture, "tile", ()):
+    if picture.format and picture.format not in FORMATS and getattr(picture, "tile", None):
         # Not decoded yet, and a Pillow picture may be of any format.
         raise ImageError(f"{name} is {picture.format}, which is not decoded here; save it as PNG or JPEG")
     _check_size(*picture.size, name)
