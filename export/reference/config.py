@@ -176,12 +176,12 @@ def su_amplitude(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tupl
 
 def end_tokens(value: Any) -> list[int]:
     """Ids that end an answer: one, or a list of them."""
-    ids = list(dict.fromkeys(value if isinstance(value, list) else [] if value is None else [value]))
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in ids):
         raise CheckpointError(
             f"eos_token_id {value!r:.80} is no token, nor a list of tokens; copy the config files again"
         )
-    return ids
+    return list(dict.fromkeys(ids))
 
 
 def differing(pairs: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
