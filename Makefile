@@ -193,7 +193,7 @@ $(VENV)/engine.stamp: pyproject.toml
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/engine.stamp
-	@$(PIP) -e '.[cpu,export,dev]'
+	@$(PIP) -e '.[cpu,export,sign,dev]'
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/engine.stamp

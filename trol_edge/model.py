@@ -12,6 +12,7 @@ from trol_edge.backend import Backend
 from trol_edge.bundle.embedding import Embeddings
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import TOKENIZER
+from trol_edge.bundle.signature import PublicKey
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import Lifetime
@@ -43,9 +44,10 @@ class Model:
         prefix_reuse: bool = True,
         provider: Provider | None = None,
         fallback: Provider | None = None,
+        trusted_keys: Sequence[PublicKey] | None = None,
     ) -> None:
         """Open a bundle; for arguments and errors see trol_edge.Runtime."""
-        self.bundle = Bundle(bundle)
+        self.bundle = Bundle(bundle, trusted_keys)
         manifest = self.bundle.manifest
         if manifest.target not in BACKENDS and provider is None:
             raise BundleError(
@@ -53,9 +55,10 @@ class Model:
                 f"it runs {', '.join(BACKENDS)}; export with --target cpu"
             )
         self.tokenizer: Tokenizer | None = None
-        self.ends = frozenset({manifest.spec.eos_token_id})
+        self.ends = frozenset({manifest.spec.eos_token_id, *manifest.spec.more_end_ids})
         if TOKENIZER in manifest.files:
             self.tokenizer = Tokenizer.from_file(self.bundle.path(TOKENIZER))
+            self.tokenizer.require_ids_below(manifest.spec.embedding_rows)
             self.ends |= end_ids(self.tokenizer, manifest.prompt)
             image_id = self.tokenizer.special_id(manifest.prompt.image)
             if image_id != manifest.spec.image_token_id:
@@ -63,6 +66,7 @@ class Model:
                     f"{self.bundle.folder}: {manifest.prompt.image} is token {image_id} in {TOKENIZER} and "
                     f"{manifest.spec.image_token_id} in the manifest; export the bundle again"
                 )
+        verify = verify or bool(self.bundle.trusted_keys)  # a signature covers hashes, and these cover the files
         settings = {"threads": _checked_threads(threads), "verify": verify, "prefix_reuse": prefix_reuse}
         self.backend: Backend
         if provider is not None:

@@ -17,6 +17,7 @@ from trol_edge.answering.loop import Answering
 from trol_edge.answering.options import AnswerOptions, Options, options_from_keywords
 from trol_edge.answering.results import Answer, Choice, Clock, Option, Piece, YesNo
 from trol_edge.answering.streams import AnswerStream, pieces
+from trol_edge.bundle.signature import PublicKey
 from trol_edge.errors import UnfinishedError, UsageError
 from trol_edge.model import Model, Provider
 from trol_edge.numeric import shown, truth
@@ -51,6 +52,7 @@ class Runtime:
         selftest: bool | None = None,
         provider: Provider | None = None,
         fallback: Provider | None = None,
+        trusted_keys: Sequence[PublicKey] | None = None,
     ) -> None:
         """Load a bundle folder.
 
@@ -67,12 +69,20 @@ class Runtime:
         run on a GPU) or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
         fallback: a provider to go over to, with a RuntimeWarning that says why, where engines cannot be loaded; None:
         that is an error.
-        Raises BundleError (missing, half-copied, altered, other version), BackendError (library, memory) and
-        VerifyError (the numbers are not the reference's).
+        trusted_keys: ed25519 public keys (PEM files, or bytes); a bundle, or engines, that none of them signed
+        (`trol-edge sign`) are not opened. Needs `trol-edge[sign]`. None: whoever made it.
+        Raises BundleError (missing, half-copied, altered, not signed, other version), BackendError (library, memory)
+        and VerifyError (the numbers are not the reference's).
         """
         vision_cache = VisionCache(vision_cache_bytes)
         self.model = Model(
-            bundle, threads=threads, verify=verify, prefix_reuse=prefix_reuse, provider=provider, fallback=fallback
+            bundle,
+            threads=threads,
+            verify=verify,
+            prefix_reuse=prefix_reuse,
+            provider=provider,
+            fallback=fallback,
+            trusted_keys=trusted_keys,
         )
         self.bundle = self.model.bundle
         if wanted(selftest):

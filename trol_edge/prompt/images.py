@@ -31,6 +31,53 @@ F32 = npt.NDArray[np.float32]
 
 Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]
 
+# The formats that are read, all of them by code in this process: Pillow's names, and how names of their files end.
+# Pillow knows more, but starts a program for one (EPS: Ghostscript), and others are parsers that nobody needs here.
+FORMATS = {
+    "AVIF": (".avif",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
+    "MPO": (".mpo",),
+    "PNG": (".png", ".apng"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# How files of other formats begin, so that they can be refused by name.
+_OTHERS = (
+    (b"%!PS", "EPS or PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "EPS"),
+    (b"%PDF", "PDF"),
+    (b"<svg", "SVG"),
+    (b"<?xml", "XML (SVG?)"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (b"\x76\x2f\x31\x01", "OpenEXR"),
+    (b"8BPS", "PSD"),
+    (b"\xd7\xcd\xc6\x9a", "WMF"),
+    (b"\x01\x00\x00\x00", "EMF"),
+    (b"icns", "ICNS"),
+    (b"\x00\x00\x01\x00", "ICO"),
+    (b"\x00\x00\x02\x00", "CUR"),
+    (b"DDS ", "DDS"),
+    (b"qoif", "QOI"),
+    (b"SIMPLE", "FITS"),
+    (b"GRIB", "GRIB"),
+    (b"BUFR", "BUFR"),
+    (b"\x89HDF", "HDF5"),
+    (b"\x01\xda", "SGI"),
+    (b"\x59\xa6\x6a\x95", "Sun raster"),
+    (b"/* XPM", "XPM"),
+    (b"\x00\x00\x01\xba", "MPEG"),
+    (b"\x1a\x45\xdf\xa3", "Matroska (a video)"),
+    (b"RIFF", "RIFF (a video?)"),
+)
+
 DARK = 1 << 14  # numbers that all lie below it may be a sensor's 10 to 14 bits
 SCALED = -16  # see _stored
 SAY_BITS = "nothing says its range: pass bits=, 8 to 16 (the brightest number is 2 ** bits - 1)"
@@ -85,7 +132,7 @@ class ImageSpec:
 def load_rgb(image: Picture, color: str = "rgb", bits: int | None = None) -> U8:
     """Return the picture as RGB bytes, uint8 [H, W, 3].
 
-    `image` is a file that Pillow can read (a path, or the bytes of one), a Pillow picture, or a uint8 array [H, W, 3]
+    `image` is a file of one of FORMATS (a path, or the bytes of one), a Pillow picture, or a uint8 array [H, W, 3]
     whose channels are in the order that `color` says, "rgb" or "bgr" (OpenCV's); the other kinds know their own order.
     A uint8 array is not copied, whatever its strides: what returns is a view of it, reversed for "bgr".
     Files and Pillow pictures, with the choices that matter:
@@ -180,22 +227,41 @@ def _rgb_from_file(path: str | os.PathLike[str], bits: int | None) -> U8:
 
 def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str, bits: int | None) -> U8:
     try:
-        with Image.open(stream) as picture:
+        with Image.open(stream, formats=tuple(FORMATS)) as picture:
             return _rgb_from_pillow(picture, name, bits)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name} is not a picture, or of a format that Pillow cannot read here; save it as PNG or JPEG"
-        ) from error
+        found = _format_of(stream)
+        kind = f"of the format {found}, which is not read" if found else "of a format that Pillow cannot read"
+        raise ImageError(f"{name} is not a picture, or {kind} here; save it as PNG or JPEG") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} has more than the {MAX_PIXELS} pixels allowed; make it smaller first") from error
     except Exception as error:  # Pillow's parser raises many types of error on a damaged header
         raise ImageError(f"{name} cannot be read ({_reason(error)}); copy or save it again") from error
 
 
+def _format_of(stream: str | os.PathLike[str] | io.BytesIO) -> str:
+    """The format that a file seems to have, by its first bytes, where it is none of FORMATS; "" if that is unknown."""
+    try:
+        start = stream.getvalue()[:32] if isinstance(stream, io.BytesIO) else _first_bytes(stream)
+    except OSError:
+        return ""
+    if start[4:8] == b"ftyp":
+        return f"HEIF or MP4 ({start[8:12].decode('ascii', 'replace')})"
+    return next((name for prefix, name in _OTHERS if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(prefix)), "")
+
+
+def _first_bytes(path: str | os.PathLike[str]) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(32)
+
+
 def _rgb_from_pillow(picture: Image.Image, name: str, bits: int | None) -> U8:
     """Decode, turn upright and convert; the caller's picture is loaded but not changed."""
+    if picture.format and picture.format not in FORMATS and getattr(picture, "tile", None):
+        # Not decoded yet, and a Pillow picture may be of any format.
+        raise ImageError(f"{name} is {picture.format}, which is not decoded here; save it as PNG or JPEG")
     _check_size(*picture.size, name)
     if picture.mode == "F":
         raise ImageError(f"{name} holds 32-bit floats, whose range is not defined; convert it to 8-bit RGB first")

@@ -20,13 +20,15 @@ from typing import Final, Literal
 
 import tokenizers
 
-from trol_edge.errors import BundleError, UsageError
+from trol_edge.errors import BundleError, TrolEdgeError, UsageError
 from trol_edge.prompt.charsmap import split_normalizer
+from trol_edge.reading import guard, read_text
 
 # sentencepiece merges characters that are not pieces themselves. The tokenizers library cannot, so export lists
 # such characters from this id on. Any that is left after merging becomes its bytes, or <unk>.
 UNLISTED: Final = 1 << 24
 MOST_STOPS, LONGEST_STOP = 256, 1024  # stop strings of an answer, and characters of one
+MOST_UNLISTED: Final = 1 << 21  # more characters than Unicode has
 
 # White space that a token with the flag lstrip or rstrip takes with it. It is Unicode's, which differs from Python's.
 _SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -45,10 +47,12 @@ class Tokenizer:
     def __init__(self, json_text: str, where: str = "tokenizer.json") -> None:
         """Read the text of a tokenizer.json; `where` names it in errors. Raises BundleError if it is unusable."""
         self._where = where
-        try:
-            loaded = tokenizers.Tokenizer.from_str(json_text)
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"{where} cannot be read ({error}); copy or export the bundle again") from error
+        with guard(where, BundleError, "copy or export the bundle again"):
+            self._read(tokenizers.Tokenizer.from_str(json_text))
+            self.decode(self.encode("a 1.\n"))  # what panics, does so here
+
+    def _read(self, loaded: tokenizers.Tokenizer) -> None:
+        where = self._where
         made_here = (
             isinstance(loaded.model, tokenizers.models.BPE)
             and isinstance(loaded.normalizer, tokenizers.normalizers.Sequence)
@@ -88,11 +92,18 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Read a tokenizer.json file. Raises BundleError if it is missing or damaged."""
-        try:
-            text = pathlib.Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{os.fspath(path)} cannot be read ({error}); copy or export the bundle again") from error
-        return cls(text, os.fspath(path))
+        return cls(read_text(pathlib.Path(path), BundleError, "copy or export the bundle again"), os.fspath(path))
+
+    def require_ids_below(self, rows: int, error: type[TrolEdgeError] = BundleError) -> None:
+        """Raise `error` where a token has an id that is no row of the embedding table, nor a character's."""
+        ids = self._loaded.get_vocab(with_added_tokens=True).values()
+        tokens = [i for i in ids if not UNLISTED <= i < UNLISTED + MOST_UNLISTED]
+        if (largest := max(tokens, default=0)) >= rows:
+            refusal = error(
+                f"{self._where} has a token {largest}, and the embedding table {rows} rows: it is another model's; "
+                "take the tokenizer files of the same checkpoint, and export again"
+            )
+            raise refusal
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
