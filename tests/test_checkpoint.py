@@ -20,7 +20,7 @@ from torch import Tensor
 from tests import cases
 from tests.cases import TOLERANCE, difference
 from tests.conftest import CONTEXT, NANO
-from tests.golden import GOLDEN, requires_all_golden, requires_golden
+from tests.golden import GOLDEN
 from tests.reference import Reference
 from trol_edge.errors import CheckpointError, ExportError, UsageError
 from trol_edge.export import internlm2, models, pipeline
@@ -29,7 +29,6 @@ from trol_edge.export.synth import synth
 from trol_edge.runtime import Runtime
 from trol_edge.weights import WeightsFile
 
-pytestmark = requires_golden
 
 CASE = GOLDEN / "internlm2-text"
 POSITIONS = "vit.vision_tower.vision_model.embeddings.position_embedding.weight"
@@ -582,7 +581,6 @@ def test_damaged_tokenizer(tmp_path: Path) -> None:
 # -- the published sizes, and synth ------------------------------------------------------------------------------------
 
 
-@requires_all_golden
 @pytest.mark.parametrize("name", ["trol-1.8b", "trol-7b"])
 def test_published_names_and_shapes(name: str) -> None:
     """Every tensor of the full-size models is accounted for, and their configs are those published."""

@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.golden import GOLDEN, requires_golden
+from tests.golden import GOLDEN
 
-pytestmark = requires_golden
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = GOLDEN / "internlm2-text"

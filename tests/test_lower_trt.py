@@ -17,7 +17,7 @@ import pytest
 from tests import cases, test_phi3
 from tests.cases import TOLERANCE, Array, difference
 from tests.conftest import CHECKPOINTS, CONTEXT, NANOS
-from tests.golden import GOLDEN, requires_golden
+from tests.golden import GOLDEN
 from trol_edge.bundle import Bundle, FileInfo, sha256_of, write_manifest
 from trol_edge.errors import ExportError
 from trol_edge.export import lower_trt, pipeline
@@ -93,7 +93,6 @@ def _golden(expected: dict[str, Array], row: int, padding: int) -> Array | None:
     return expected["cached_logits"][row][0] if "cached_logits" in expected and not padding else None
 
 
-@requires_golden
 @pytest.mark.parametrize("case", golden_cases())
 def test_lowered_graphs_equal_the_canonical_ones(
     case: str, canonical_bundle: Callable[..., Path], phi3_checkpoint: Callable[..., Path], tmp_path: Path
