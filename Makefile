@@ -50,7 +50,7 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 	$(BIN)/mypy
 
 bench: $(VENV)/engine.stamp  ## prefill, decode, memory: our precisions beside torch, llama.cpp and OpenVINO (if installed; see ARGS=--help)
-	$(BIN)/python -m trol_edge.export.bench $(ARGS)
+	$(BIN)/python -m tests.bench.speed $(ARGS)
 
 soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)
 	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
@@ -76,7 +76,7 @@ accuracy-outliers: $(VENV)/engine.stamp  ## the same with outlier channels in tr
 # --scale 2: larger pictures of the same scenes, which trol-nano-phi3 cuts into tiles.
 nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle
 	rm -rf build/$(MODEL)-scratch
-	$(BIN)/python -m trol_edge.export.train_nano $(MODEL) --out export/checkpoints/$(MODEL) \
+	$(BIN)/python -m trol_edge.export.nano.train $(MODEL) --out export/checkpoints/$(MODEL) \
 		--scratch build/$(MODEL)-scratch $(ARGS)
 	$(BIN)/trol-edge export $(MODEL) -o $(BUNDLE) --force
 	$(BIN)/trol-edge evaluate $(BUNDLE) --report export/checkpoints/$(MODEL)/REPORT.md
@@ -99,7 +99,7 @@ test-rtx: $(VENV)/test.stamp  ## real engine builds by TensorRT for RTX (1.7, ab
 # Checkpoints of random weights, bundles and engines of five builds, one after the other: 25 GB of disk, half an hour.
 engines-full: $(VENV)/engine.stamp  ## full-size engines (1.8B, 3.8B, random weights) by TensorRT for RTX, held to limits (ARGS=--help)
 	@$(PIP) -e '.[rtx]'
-	$(BIN)/python -m trol_edge.export.engines_full $(ARGS)
+	$(BIN)/python -m tests.bench.engines_full $(ARGS)
 
 test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built here (not yet run by us)
 	$(BIN)/trol-edge export trol-nano -o build/test-gpu --target $$($(BIN)/trol-edge targets --best) --force

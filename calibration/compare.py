@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.calibration import scenes as rendered
 from trol_edge.calibration.probes import probed
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import BundleError, UsageError
+from trol_edge.export import scenes as rendered
 from trol_edge.runtime import Runtime
 
 MOST_DB = 150.0

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from trol_edge.calibration import scenes
+from trol_edge.export import scenes
 from trol_edge.runtime import Runtime
 
 
@@ -21,7 +21,7 @@ def heading(scale: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Right answers and questions asked, by kind of question (see trol_edge.calibration.scenes)."""
+    """Right answers and questions asked, by kind of question (see trol_edge.export.scenes)."""
 
     right: dict[str, int]
     asked: dict[str, int]

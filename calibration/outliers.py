@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trol_edge.bundle import new_folder
+from trol_edge.bundle.manifest import new_folder
+from trol_edge.bundle.spec import ModelSpec
+from trol_edge.bundle.weights import ITEM_BYTES
 from trol_edge.calibration.samples import Progress
 from trol_edge.errors import UsageError
-from trol_edge.export.checkpoint import FLOATS, Checkpoint
-from trol_edge.spec import ModelSpec
-from trol_edge.weights import ITEM_BYTES
+from trol_edge.export.reference.checkpoint import FLOATS, Checkpoint
 
 WEIGHTS = "model.safetensors"
 NOT_COPIED = ("*.safetensors", "*.bin", "*.index.json", "trol_edge_source.json")

@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trol_edge.bundle import MANIFEST, Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.bundle.manifest import MANIFEST, Bundle, FileInfo, sha256_of, write_manifest
 from trol_edge.errors import BundleError
 from trol_edge.runtime import Runtime
 

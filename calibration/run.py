@@ -26,9 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from trol_edge.bundle.spec import ModelSpec
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.samples import Progress, SampleSet
-from trol_edge.calibration.statistics import (
+from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
+from trol_edge.export.quantize.stats import (
     BINS,
     PARTS,
     ROWS,
@@ -41,14 +43,12 @@ from trol_edge.calibration.statistics import (
     write_part,
     write_state,
 )
-from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
-from trol_edge.export import tokenizer
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.layerwise import Layerwise, rope_of
-from trol_edge.export.model import EagerAttention, LoraLinear
-from trol_edge.images import count_tiles, preprocess
-from trol_edge.spec import ModelSpec
-from trol_edge.text import Tokenizer, build_prompt
+from trol_edge.export.reference import tokenizer
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.layerwise import Layerwise, rope_of
+from trol_edge.export.reference.model import EagerAttention, LoraLinear
+from trol_edge.prompt.images import count_tiles, preprocess
+from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
 
 HIDDEN = "hidden"
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.calibration import scenes
 from trol_edge.errors import CalibrationError, ImageError
-from trol_edge.images import load_rgb
+from trol_edge.export import scenes
+from trol_edge.prompt.images import load_rgb
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 

@@ -23,18 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trol_edge.bundle.precision import QUANTIZED
 from trol_edge.calibration.run import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
-from trol_edge.calibration.statistics import Statistics
 from trol_edge.errors import CalibrationError, UsageError
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.layerwise import rope_of
-from trol_edge.export.model import EagerAttention
-from trol_edge.export.precision import LinearPlan, Options, make_plan
-from trol_edge.export.quantize import quantize, restore, round_to
-from trol_edge.export.scales import Scales, find_scales
-from trol_edge.images import preprocess
-from trol_edge.precision import QUANTIZED
+from trol_edge.export.quantize.recipes import LinearPlan, Options, make_plan
+from trol_edge.export.quantize.rounding import quantize, restore, round_to
+from trol_edge.export.quantize.scales import Scales, find_scales
+from trol_edge.export.quantize.stats import Statistics
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.layerwise import rope_of
+from trol_edge.export.reference.model import EagerAttention
+from trol_edge.prompt.images import preprocess
 
 # What a Linear is raised to, step by step.
 RAISED = {"int4": LinearPlan("int8"), "int8": LinearPlan("fp32"), "fp8": LinearPlan("fp16")}

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from trol_edge import targets
 from trol_edge._version import __version__
-from trol_edge.bundle import (
+from trol_edge.bundle import targets
+from trol_edge.bundle.costs import Costs
+from trol_edge.bundle.engines import is_shareable
+from trol_edge.bundle.manifest import (
     EMBEDDING,
     FORMAT,
     FORMAT_VERSION,
@@ -30,23 +32,27 @@ from trol_edge.bundle import (
     sha256_of,
     write_manifest,
 )
-from trol_edge.costs import Costs
-from trol_edge.engines import is_shareable
+from trol_edge.bundle.precision import CalibrationInfo
+from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import CalibrationError, ExportError, UsageError
-from trol_edge.export import counts, graphs, half, lower_ort, lower_trt, qdq, selftest, storage, tokenizer
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.family import Family
-from trol_edge.export.models import MODELS
-from trol_edge.export.precision import TARGETS, Options, Plan, is_linear, make_plan
-from trol_edge.export.scales import find_scales
+from trol_edge.export import storage
+from trol_edge.export.graphs import counts
+from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.lower import ort as lower_ort
+from trol_edge.export.lower import trt as lower_trt
+from trol_edge.export.quantize import half, qdq
+from trol_edge.export.quantize.recipes import TARGETS, Options, Plan, is_linear, make_plan
+from trol_edge.export.quantize.scales import find_scales
+from trol_edge.export.quantize.stored import IR_TYPES, Place, StoredWeights, places
+from trol_edge.export.reference import selftest, tokenizer
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.family import Family
+from trol_edge.export.reference.hub import MODELS
 from trol_edge.export.storage import Layout, Progress
-from trol_edge.export.stored import IR_TYPES, Place, StoredWeights, places
-from trol_edge.precision import CalibrationInfo
-from trol_edge.spec import ModelSpec
-from trol_edge.text import Tokenizer
+from trol_edge.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from trol_edge.calibration.statistics import Statistics
+    from trol_edge.export.quantize.stats import Statistics
 
 GPU_TARGETS = {name: entry for name, entry in targets.TARGETS.items() if entry.gpu}
 MIN_DEFAULT_CONTEXT = 2048  # tokens
@@ -79,7 +85,7 @@ def export(
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
     options choose the precision (default: the recipe fp32). All but fp32, and fp16 on a CPU, need statistics of this
     checkpoint's activations: calibration(checkpoint) loads or gathers them, after all that can be refused has been.
-    record_selftest: run the FP32 reference on a small prompt and keep what it computes, for `trol_edge.verify`.
+    record_selftest: run the FP32 reference on a small prompt and keep what it computes, for `trol_edge.verify.replay`.
     shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on
     the device serves both engines; not with int4.
     Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.

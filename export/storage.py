@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge.bundle.weights import ITEM_BYTES
 from trol_edge.errors import ExportError
-from trol_edge.weights import ITEM_BYTES
 
 ALIGNMENT = 64  # bytes; where the first tensor starts
 Progress = Callable[[str, int, int], None]  # (what, done, total); done and total in bytes or steps

@@ -13,17 +13,19 @@ from collections import defaultdict
 
 import onnx_ir as ir
 
-from trol_edge.bundle import EMBEDDING
-from trol_edge.costs import Costs
-from trol_edge.export import counts, graphs, pipeline
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.family import Family
-from trol_edge.export.models import find, shipped_folder
-from trol_edge.export.precision import Options, make_plan
-from trol_edge.export.qdq import scale_name
-from trol_edge.export.stored import IR_TYPES, stored_dtype
-from trol_edge.plan import Subject, cache_bytes
-from trol_edge.spec import ModelSpec
+from trol_edge.bundle.costs import Costs
+from trol_edge.bundle.manifest import EMBEDDING
+from trol_edge.bundle.spec import ModelSpec
+from trol_edge.export import pipeline
+from trol_edge.export.graphs import counts
+from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.quantize.qdq import scale_name
+from trol_edge.export.quantize.recipes import Options, make_plan
+from trol_edge.export.quantize.stored import IR_TYPES, stored_dtype
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.family import Family
+from trol_edge.export.reference.hub import find, shipped_folder
+from trol_edge.plan.estimate import Subject, cache_bytes
 
 PUBLISHED = "F16"  # what the published checkpoints hold
 

@@ -11,18 +11,19 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from trol_edge import machine, verify
 from trol_edge._version import __version__
-from trol_edge.bundle import SELFTEST, WEIGHTS, Bundle, sha256_of
-from trol_edge.engines import differences, read, verified
+from trol_edge.bundle.engines import differences, read, verified
+from trol_edge.bundle.manifest import SELFTEST, WEIGHTS, Bundle, sha256_of
+from trol_edge.bundle.targets import NOT_YET, TARGETS, Target
+from trol_edge.bundle.trt_operators import Version
+from trol_edge.bundle.weights import WeightsFile, loaded_dtype
 from trol_edge.errors import BackendError, BundleError, TrolEdgeError
-from trol_edge.machine import Jetson, Machine
+from trol_edge.machine import identity as machine
+from trol_edge.machine.identity import Jetson, Machine
 from trol_edge.runtimes.cuda import Device, devices
-from trol_edge.runtimes.trt_api import load
-from trol_edge.runtimes.trt_build import key_here
-from trol_edge.targets import NOT_YET, TARGETS, Target
-from trol_edge.trt_operators import Version
-from trol_edge.weights import WeightsFile, loaded_dtype
+from trol_edge.runtimes.trt.api import load
+from trol_edge.runtimes.trt.build import key_here
+from trol_edge.verify import replay as verify
 
 
 @dataclasses.dataclass(frozen=True)

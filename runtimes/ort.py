@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle import WEIGHTS, Bundle
+from trol_edge.answering.sampling import best_token
+from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
+from trol_edge.bundle.engines import ENGINES
+from trol_edge.bundle.manifest import WEIGHTS, Bundle
+from trol_edge.bundle.weights import TensorInfo, loaded_dtype
 from trol_edge.cache import Placed
-from trol_edge.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
-from trol_edge.engines import ENGINES
 from trol_edge.errors import BackendError, BundleError, UsageError
-from trol_edge.machine import available_memory, share_arenas
-from trol_edge.sampling import best_token
-from trol_edge.weights import TensorInfo, loaded_dtype
+from trol_edge.machine.identity import available_memory, share_arenas
 
 try:
     import onnxruntime as ort

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.errors import BackendError
-from trol_edge.machine import available_memory
-from trol_edge.plan import Machine, Rates, machine_of_host
+from trol_edge.machine.identity import available_memory
+from trol_edge.plan.estimate import Machine, Rates, machine_of_host
 
 try:
     import onnxruntime as ort
@@ -139,7 +139,7 @@ def _link(i: int) -> Node:
 
 
 def _attention(rng: Any, tokens: int, heads: int, size: int, threads: int | None) -> tuple[int, float]:
-    """Operations of one GroupQueryAttention over a prompt, as `trol_edge.costs` has them, and the seconds it takes."""
+    """Operations of one GroupQueryAttention over a prompt, by `trol_edge.bundle.costs`, and the seconds it takes."""
     half = heads // 2
     cache, table = np.zeros((1, half, CAPACITY, size), np.float32), np.ones((CAPACITY, size // 2), np.float32)
     feeds = {

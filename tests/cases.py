@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.golden import GOLDEN
-from trol_edge.images import load_rgb, preprocess
+from trol_edge.prompt.images import load_rgb, preprocess
 
 Array = npt.NDArray[Any]
 FAMILY = "internlm2"
@@ -136,8 +136,8 @@ class Run:
 @functools.cache
 def pixels_of(picture: Path) -> Array:
     """Pixel values of one picture, float32 [1, 3, P, P]."""
-    from trol_edge.export import internlm2
-    from trol_edge.export.checkpoint import Checkpoint
+    from trol_edge.export.reference import internlm2
+    from trol_edge.export.reference.checkpoint import Checkpoint
 
     return preprocess([load_rgb(picture)], internlm2.FAMILY.image(Checkpoint(picture.parent).spec))
 

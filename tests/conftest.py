@@ -35,7 +35,7 @@ NOT_IN_THE_GRAPH = {
 @pytest.fixture(scope="session")
 def traces() -> Iterator[dict[Any, Any]]:
     """Trace each architecture once: checkpoints that differ only in their weights share the (cloned) graphs."""
-    from trol_edge.export import graphs
+    from trol_edge.export.graphs import trace as graphs
 
     trace = graphs.trace
     memo: dict[Any, Any] = {"untouched": trace}
@@ -74,7 +74,7 @@ def exported(traces: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -
 def golden_bundle(exported: Callable[..., Path]) -> Callable[..., Path]:
     """Bundle of a golden case: golden_bundle("internlm2-text", target="cpu")."""
     from tests.golden import GOLDEN
-    from trol_edge.export.checkpoint import Checkpoint
+    from trol_edge.export.reference.checkpoint import Checkpoint
 
     def bundle(case: str, target: str = "cpu") -> Path:
         limit = Checkpoint(GOLDEN / case).spec.max_position_embeddings

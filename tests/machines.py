@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trol_edge import jetson
-from trol_edge.profile import (
+from trol_edge.machine import sensors as jetson
+from trol_edge.measure.record import (
     SCHEMA,
     SCHEMA_VERSION,
     Answer,

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save, save_file
 Array = npt.NDArray[Any]
 HERE = Path(__file__).resolve().parent / "data" / "golden"
 WEIGHTS, DECODER = "model.safetensors", "decoder.safetensors"
-# Runs that are not packed. `*-flash` differs from its twin only where padding is looked at, which we never do; `long` is `main` again with more tokens; the picture of dynamic-rope stands beyond the positions we serve.
+# Runs that are not packed. `*-flash` differs from its twin only where padding is looked at, which we never do; `long`
+# is `main` again with more tokens; the picture of dynamic-rope stands beyond the positions we serve.
 LEFT_OUT = {
     "internlm2-dynamic-rope": ("image",),
     "internlm2-leftpad-batch": ("text-flash", "images-flash", "mixed-flash"),

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tests.cases import STEPS, Array, Row, Run
 from tests.golden import GOLDEN
-from trol_edge.export import internlm2
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.model import Decoder, EagerAttention, rope_tables
+from trol_edge.export.reference import internlm2
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.model import Decoder, EagerAttention, rope_tables
 
 LONGEST = 2560  # tokens: more than any golden sequence
 

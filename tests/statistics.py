@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trol_edge.calibration.statistics import BINS, ROWS, PointStatistics, State, Statistics
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.model import EagerAttention, LoraLinear, rope_tables
+from trol_edge.export.quantize.stats import BINS, ROWS, PointStatistics, State, Statistics
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.model import EagerAttention, LoraLinear, rope_tables
 
 TOKENS = 48
 

@@ -12,7 +12,7 @@ import pytest
 
 import trol_edge
 from tests.conftest import NANO
-from trol_edge.options import AnswerOptions, Options
+from trol_edge.answering.options import AnswerOptions, Options
 
 PAGE = Path(trol_edge.__file__).with_name("API.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)

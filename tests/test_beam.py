@@ -13,7 +13,7 @@ from tests import cases, prompts
 from tests.cases import Array
 from tests.golden import GOLDEN
 from tests.prompts import STEPS, Prompts
-from trol_edge.beam import BeamSearch, Hypothesis, SessionBeams, search
+from trol_edge.answering.beam import BeamSearch, Hypothesis, SessionBeams, search
 from trol_edge.errors import UsageError
 from trol_edge.runtime import Runtime
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from trol_edge.bundle import Bundle
+from tests.bench import contenders
+from tests.bench import speed as bench
+from trol_edge.bundle.manifest import Bundle
 from trol_edge.errors import UsageError
-from trol_edge.export import bench, contenders
-from trol_edge.export.models import shipped_folder
+from trol_edge.export.reference.hub import shipped_folder
 
 NANO = shipped_folder("trol-nano")
 SPREAD = {"median", "min", "max"}

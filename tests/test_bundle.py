@@ -20,8 +20,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import CHECKPOINTS, NANO
-from trol_edge import bundle as bundle_module
-from trol_edge.bundle import (
+from trol_edge.bundle import manifest as bundle_module
+from trol_edge.bundle.manifest import (
     MANIFEST,
     SELFTEST,
     TOKENIZER,
@@ -32,14 +32,14 @@ from trol_edge.bundle import (
     new_folder,
     write_manifest,
 )
+from trol_edge.bundle.precision import CalibrationInfo, LinearPlan, Part, Plan
+from trol_edge.bundle.spec import LongRope, ModelSpec, VisionSpec
+from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BackendError, BundleError, ExportError, UsageError
 from trol_edge.export import pipeline
-from trol_edge.images import ImageSpec
-from trol_edge.precision import CalibrationInfo, LinearPlan, Part, Plan
+from trol_edge.prompt.images import ImageSpec
+from trol_edge.prompt.tokenizer import PromptSpec
 from trol_edge.runtime import Runtime
-from trol_edge.spec import LongRope, ModelSpec, VisionSpec
-from trol_edge.text import PromptSpec
-from trol_edge.weights import WeightsFile
 
 FILES = (SELFTEST, "step.onnx", TOKENIZER, "traverse.onnx", "traverse_text.onnx", "vision.onnx", WEIGHTS)
 

@@ -19,15 +19,17 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import NANO
-from trol_edge.calibration import observers, run, scenes
+from trol_edge.calibration import run
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.run import calibrate
-from trol_edge.calibration.statistics import PARTS, SMALLEST, PointStatistics, Statistics, part_path, read_point
-from trol_edge.cli import main
+from trol_edge.cli.main import main
 from trol_edge.errors import CalibrationError, UsageError
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.model import Decoder, EagerAttention, LoraLinear, rope_tables
-from trol_edge.images import preprocess
+from trol_edge.export import scenes
+from trol_edge.export.quantize import observers
+from trol_edge.export.quantize.stats import PARTS, SMALLEST, PointStatistics, Statistics, part_path, read_point
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.model import Decoder, EagerAttention, LoraLinear, rope_tables
+from trol_edge.prompt.images import preprocess
 
 COUNT = 3
 
@@ -252,7 +254,7 @@ def test_constant_activations_get_a_guarded_threshold(tmp_path: Path) -> None:
 
 
 def test_parts_with_nan_cannot_be_stored_or_read(cache: Path, tmp_path: Path) -> None:
-    from trol_edge.calibration.statistics import write_part
+    from trol_edge.export.quantize.stats import write_part
 
     good = read_point(part_path(cache, "decoder.layers.0"), "decoder.layers.0.qkv")
     bad = PointStatistics(**{**vars(good), "absmax": np.full_like(good.absmax, np.nan)})

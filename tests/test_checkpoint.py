@@ -22,13 +22,14 @@ from tests.cases import TOLERANCE, difference
 from tests.conftest import CONTEXT, NANO
 from tests.golden import GOLDEN
 from tests.reference import Reference
+from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import CheckpointError, ExportError, UsageError
-from trol_edge.export import internlm2, models, pipeline
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.synth import synth
+from trol_edge.export import pipeline
+from trol_edge.export.reference import hub as models
+from trol_edge.export.reference import internlm2
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.synth import synth
 from trol_edge.runtime import Runtime
-from trol_edge.weights import WeightsFile
-
 
 CASE = GOLDEN / "internlm2-text"
 POSITIONS = "vit.vision_tower.vision_model.embeddings.position_embedding.weight"
@@ -150,7 +151,7 @@ def test_layouts_read_alike(folder: Path, state: State, layout: Callable[[Path, 
 
 def test_blocks_make_up_the_tensor(monkeypatch: pytest.MonkeyPatch, folder: Path, state: State) -> None:
     """Read in pieces of a few rows, from either kind of file: the same tensors, no piece larger than asked."""
-    from trol_edge.export import checkpoint as module
+    from trol_edge.export.reference import checkpoint as module
 
     whole = {name: Checkpoint(CASE).tensor(name) for name in Checkpoint(CASE).names()}
     monkeypatch.setattr(module, "BLOCK_BYTES", 4 * 64 * 7)
@@ -173,7 +174,7 @@ def test_weights_file_does_not_depend_on_the_blocks(
     monkeypatch: pytest.MonkeyPatch, bundle: Callable[[Path], Path], folder: Path
 ) -> None:
     """Transposing block by block gives the same bytes."""
-    from trol_edge.export import checkpoint as module
+    from trol_edge.export.reference import checkpoint as module
 
     before = (bundle(folder) / "weights.safetensors").read_bytes()
     monkeypatch.setattr(module, "BLOCK_BYTES", 4 * 64 * 9)  # nine rows of most: of some, one is left over

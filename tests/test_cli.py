@@ -16,9 +16,9 @@ import pytest
 
 import trol_edge
 from tests.conftest import CHECKPOINTS, NANO, NANOS
-from trol_edge.bundle import MANIFEST, Bundle
+from trol_edge.bundle.manifest import MANIFEST, Bundle
 from trol_edge.calibration.evaluate import heading
-from trol_edge.cli import app, main
+from trol_edge.cli.main import app, main
 from trol_edge.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,7 +334,8 @@ def test_inspect_errors(cli: Callable[..., Result], tmp_path: Path) -> None:
 
 def test_synth(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a model's shapes by name; here a tiny one."""
-    from trol_edge.export import internlm2, models
+    from trol_edge.export.reference import hub as models
+    from trol_edge.export.reference import internlm2
 
     config = json.loads((NANO / "config.json").read_text(encoding="utf-8"))
     clip = json.loads((NANO / "clip_vision_config.json").read_text(encoding="utf-8"))
@@ -393,7 +394,7 @@ def test_a_limit_on_the_loss_raises_linears(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`mix` writes the plan that `export --max-loss` takes by itself."""
-    monkeypatch.setattr("trol_edge.cli.SENSITIVITY_SAMPLES", 1)
+    monkeypatch.setattr("trol_edge.cli.main.SENSITIVITY_SAMPLES", 1)
     statistics, plan = tmp_path / "statistics", tmp_path / "int4.json"
     assert cli("calibrate", NANO, "--samples", 2, "-o", statistics, "--json").code == 0
     rest = {"vision": "fp32", "lora": "fp32", "lm_head": "fp32", "scaling": False, "clipping": False}

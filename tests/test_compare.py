@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import NANO
-from trol_edge.bundle import WEIGHTS, Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.bundle.manifest import WEIGHTS, Bundle, FileInfo, sha256_of, write_manifest
 from trol_edge.calibration import compare as comparing
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.compare import Comparison, Place, compare, divergence, first_wrong, ratio_db
-from trol_edge.cli import main
+from trol_edge.cli.main import main
 from trol_edge.errors import BundleError, UsageError
 
 

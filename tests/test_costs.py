@@ -11,13 +11,14 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from trol_edge.bundle import Bundle
-from trol_edge.costs import Cost, Costs, Operation
+from trol_edge.bundle.costs import Cost, Costs, Operation
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.spec import ModelSpec, from_dict
 from trol_edge.errors import ExportError, UsageError
-from trol_edge.export import counts, unbuilt
-from trol_edge.export.precision import Options
-from trol_edge.plan import Subject, subject_of
-from trol_edge.spec import ModelSpec, from_dict
+from trol_edge.export import unbuilt
+from trol_edge.export.graphs import counts
+from trol_edge.export.quantize.recipes import Options
+from trol_edge.plan.estimate import Subject, subject_of
 
 COSTS = Costs(
     operations=(

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from tests.test_machine import RELEASE, tree
-from trol_edge import cli, verify
-from trol_edge.bundle import SELFTEST, Bundle, write_manifest
+from trol_edge.bundle.manifest import SELFTEST, Bundle, write_manifest
+from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError
 from trol_edge.runtimes import doctor
 from trol_edge.runtimes.cuda import Device
+from trol_edge.verify import replay as verify
 
 ORIN = Device("Orin (nvgpu)", "8.7", 8 << 30, (12, 6))
 

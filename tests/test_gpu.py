@@ -15,7 +15,7 @@ from tests.cases import difference
 from tests.conftest import NANO
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes.cuda import devices, open_cuda
-from trol_edge.runtimes.trt import TrtBackend
+from trol_edge.runtimes.trt.backend import TrtBackend
 
 pytestmark = pytest.mark.gpu
 PICTURE = NANO / "scene.png"

@@ -21,12 +21,12 @@ from tests.cases import STEPS, TOLERANCE, Array, Row, Run, compare, difference
 from tests.conftest import NANO
 from tests.golden import GOLDEN
 from tests.reference import Reference, reference
-from trol_edge.bundle import WEIGHTS, Bundle
+from trol_edge.bundle.manifest import WEIGHTS, Bundle
+from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, ContextError, UsageError
-from trol_edge.export.checkpoint import Checkpoint
+from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
 from trol_edge.session import Embeddings, Session
-from trol_edge.weights import to_float32
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CACHE = ("k0", "v0", "k2", "v2")
@@ -410,7 +410,7 @@ def test_memoised_traces_are_true(traces: dict[Any, Any], exported: Callable[...
     """The suite traces once per architecture; a fresh trace gives the same graph."""
     import onnx_ir
 
-    from trol_edge.export import graphs
+    from trol_edge.export.graphs import trace as graphs
 
     exported(NANO)
     checkpoint = Checkpoint(NANO)

@@ -18,7 +18,6 @@ import pytest
 
 from tests.golden import GOLDEN
 
-
 ROOT = Path(__file__).resolve().parents[1]
 CASE = GOLDEN / "internlm2-text"
 REPOSITORY = "BK-Lee/TroL-1.8B"
@@ -256,7 +255,7 @@ def test_shipped_model_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
 
 def test_export_fetches_first(hub: Hub, tmp_path: Path) -> None:
     """`trol-edge export trol-1.8b`: a checkpoint that does not hold what its name says is found before any tracing."""
-    code = "import sys\nfrom trol_edge.cli import main\nsys.exit(main(sys.argv[2:]))"
+    code = "import sys\nfrom trol_edge.cli.main import main\nsys.exit(main(sys.argv[2:]))"
     arguments = ("export", "trol-1.8b", "-o", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "checkpoints"))
     done = fetch(hub, tmp_path / "unused", *arguments, code=code)
     assert done.returncode == 1

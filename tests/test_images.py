@@ -15,10 +15,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.golden import GOLDEN
-from trol_edge import images
+from trol_edge.bundle.spec import from_dict
 from trol_edge.errors import BundleError, ImageError
-from trol_edge.images import MAX_PIXELS, ImageSpec, load_rgb, preprocess
-from trol_edge.spec import from_dict
+from trol_edge.prompt import images
+from trol_edge.prompt.images import MAX_PIXELS, ImageSpec, load_rgb, preprocess
 
 SPEC = ImageSpec("stretch", 490, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 

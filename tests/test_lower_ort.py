@@ -18,13 +18,24 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from trol_edge.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters, int8_from_nbits
+from trol_edge.bundle.derived import (
+    INT8,
+    INT8_SCALE,
+    NBITS,
+    NBITS_SCALE,
+    derive_int8,
+    derived_parameters,
+    int8_from_nbits,
+)
+from trol_edge.bundle.spec import LongRope, ModelSpec, VisionSpec
 from trol_edge.errors import ExportError
-from trol_edge.export import graphs, internlm2, lower_ort, phi3, qdq
-from trol_edge.export.family import Family
-from trol_edge.export.precision import LinearPlan, Plan
+from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.lower import ort as lower_ort
+from trol_edge.export.quantize import qdq
+from trol_edge.export.quantize.recipes import LinearPlan, Plan
+from trol_edge.export.reference import internlm2, phi3
+from trol_edge.export.reference.family import Family
 from trol_edge.export.storage import Layout, Rows
-from trol_edge.spec import LongRope, ModelSpec, VisionSpec
 
 Array = NDArray[Any]
 CAPACITY = 40

@@ -18,13 +18,14 @@ from tests import cases, test_phi3
 from tests.cases import TOLERANCE, Array, difference
 from tests.conftest import CHECKPOINTS, CONTEXT, NANOS
 from tests.golden import GOLDEN
-from trol_edge.bundle import Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.bundle.manifest import Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import ExportError
-from trol_edge.export import lower_trt, pipeline
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.lower_trt import add_token, lower, refusals
+from trol_edge.export import pipeline
+from trol_edge.export.lower import trt as lower_trt
+from trol_edge.export.lower.trt import add_token, lower, refusals
+from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
-from trol_edge.targets import TARGETS
 
 NANO = CHECKPOINTS / "trol-nano"
 PLAIN, RTX, TRT11 = TARGETS["jetson-jp6"], TARGETS["rtx"], TARGETS["jetson-trt11"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trol_edge import machine
+from trol_edge.machine import identity as machine
 
 ORIN_CPU = "".join(f"processor\t: {i}\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n\n" for i in range(6))
 THOR_CPU = ORIN_CPU.replace("0xd42", "0xd83")

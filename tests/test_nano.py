@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trol_edge.calibration import scenes
 from trol_edge.calibration.evaluate import Score, evaluate, heading, markdown, update_report
+from trol_edge.export import scenes
 from trol_edge.runtime import Runtime
 
 QUESTIONS = 240

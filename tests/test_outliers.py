@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.conftest import NANO
-from trol_edge.calibration import scenes
 from trol_edge.calibration.outliers import make_outliers
 from trol_edge.errors import ExportError, UsageError
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.model import Decoder, EagerAttention, rope_tables
+from trol_edge.export import scenes
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.model import Decoder, EagerAttention, rope_tables
 
 
 def logits(folder: Path, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:

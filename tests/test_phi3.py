@@ -18,11 +18,13 @@ from torch import Tensor
 from tests.golden import GOLDEN
 from tests.phi3_tokenizer import IMAGE_ID, make
 from trol_edge.errors import CheckpointError, ContextError, UsageError
-from trol_edge.export import graphs, phi3, pipeline
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.model import Decoder, EagerAttention, graph_rope_tables, rope_tables
-from trol_edge.export.models import find
-from trol_edge.images import count_tiles, load_rgb, preprocess
+from trol_edge.export import pipeline
+from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.reference import phi3
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.hub import find
+from trol_edge.export.reference.model import Decoder, EagerAttention, graph_rope_tables, rope_tables
+from trol_edge.prompt.images import count_tiles, load_rgb, preprocess
 from trol_edge.runtime import Runtime
 
 Array = NDArray[Any]

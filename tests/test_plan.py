@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from trol_edge import devices, plan
-from trol_edge.bundle import MANIFEST, Bundle, write_manifest
-from trol_edge.cli import main
-from trol_edge.costs import Costs, Operation
+from tests.bench import plan_check
+from trol_edge.bundle.costs import Costs, Operation
+from trol_edge.bundle.manifest import MANIFEST, Bundle, write_manifest
+from trol_edge.bundle.targets import TARGETS
+from trol_edge.cli.main import main
 from trol_edge.errors import BundleError, UsageError
-from trol_edge.export import plan_check
-from trol_edge.targets import TARGETS
+from trol_edge.machine import devices
+from trol_edge.plan import estimate as plan
 
 GB = 1_000_000_000
 NANO = "orin-nano-8gb"
@@ -243,7 +244,7 @@ def test_bundle_without_counts(nano_bundle: Path, tmp_path: Path) -> None:
     data = json.loads((tmp_path / MANIFEST).read_text())
     for info in data["graphs"].values():
         del info["costs"]
-    from trol_edge.bundle import _digest
+    from trol_edge.bundle.manifest import _digest
 
     data["manifest_sha256"] = _digest({k: v for k, v in data.items() if k != "manifest_sha256"})
     (tmp_path / MANIFEST).write_text(json.dumps(data))

@@ -15,16 +15,16 @@ import pytest
 
 from tests.conftest import NANO
 from tests.statistics import statistics_of
-from trol_edge import cli
-from trol_edge.bundle import WEIGHTS, Bundle
-from trol_edge.calibration.statistics import Statistics
+from trol_edge.bundle.manifest import WEIGHTS, Bundle
+from trol_edge.bundle.precision import tensor_bytes
+from trol_edge.bundle.weights import WeightsFile
+from trol_edge.cli import main as cli
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export import pipeline
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.precision import GATE, LinearPlan, Options, is_linear, make_plan, read_options
-from trol_edge.precision import tensor_bytes
+from trol_edge.export.quantize.recipes import GATE, LinearPlan, Options, is_linear, make_plan, read_options
+from trol_edge.export.quantize.stats import Statistics
+from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
-from trol_edge.weights import WeightsFile
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def statistics() -> Statistics:
 
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4", "fp8"])
 def test_recipes_follow_their_table(recipe: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Each Linear but the gate, by kind: what the table at the head of export/precision.py says."""
+    """Each Linear but the gate, by kind: what the table at the head of export/quantize/recipes.py says."""
     plan = make_plan(Options(recipe), shapes, "onnx")
     assert set(plan.linears) == {n for n, s in shapes.items() if is_linear(n, s)} - {GATE}
     both, alone = LinearPlan("int8", activations=True), LinearPlan("int8")

@@ -18,13 +18,14 @@ import pytest
 
 from tests.conftest import NANO
 from tests.machines import BOARDS, RUN, TIME, described, made, tree
-from trol_edge import jetson, profile_run
-from trol_edge.bundle import Bundle
-from trol_edge.cli import main
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.cli.main import main
 from trol_edge.errors import BackendError, BundleError, ContextError, ImageError, UsageError
-from trol_edge.profile import Profile, load, per_answer, percentiles, pooled, tokens_per_s
-from trol_edge.profile_compare import compare, judge
-from trol_edge.profile_samples import energy, integral, power, summary, verdict
+from trol_edge.machine import sensors as jetson
+from trol_edge.measure import run as profile_run
+from trol_edge.measure.compare import compare, judge
+from trol_edge.measure.record import Profile, load, per_answer, percentiles, pooled, tokens_per_s
+from trol_edge.measure.samples import energy, integral, power, summary, verdict
 from trol_edge.runtime import Runtime
 
 __all__ = ["tree"]  # a fixture

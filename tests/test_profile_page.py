@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from tests.machines import TIME, Tree, made, tree
-from trol_edge.profile import Profile
-from trol_edge.profile_compare import compare
-from trol_edge.profile_figures import _log_ticks, _ticks, number
-from trol_edge.profile_page import page
+from trol_edge.measure.compare import compare
+from trol_edge.measure.figures import _log_ticks, _ticks, number
+from trol_edge.measure.page import page
+from trol_edge.measure.record import Profile
 
 __all__ = ["tree"]  # a fixture
 

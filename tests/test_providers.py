@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import NANO, NANOS
-from trol_edge.bundle import Bundle
+from trol_edge.bundle.manifest import Bundle
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import ort as ort_module
-from trol_edge.runtimes import trt_build
 from trol_edge.runtimes.ort import OrtBackend
+from trol_edge.runtimes.trt import build as trt_build
 
 PICTURE = NANO / "scene.png"
 QUESTIONS: tuple[tuple[str, Any], ...] = (("Describe the scene.", PICTURE), ("What is this?", None))

@@ -16,9 +16,11 @@ from onnx.reference import ReferenceEvaluator
 
 from tests.conftest import NANO
 from trol_edge.errors import ExportError
-from trol_edge.export import graphs, half, qdq, quantize
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.precision import GATE, QUANTIZED, LinearPlan, Options, Plan, make_plan
+from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.quantize import half, qdq
+from trol_edge.export.quantize import rounding as quantize
+from trol_edge.export.quantize.recipes import GATE, QUANTIZED, LinearPlan, Options, Plan, make_plan
+from trol_edge.export.reference.checkpoint import Checkpoint
 
 Array = NDArray[Any]
 S, K, N = 5, 64, 6
@@ -435,7 +437,7 @@ def test_overflows_are_found_with_a_margin() -> None:
     import dataclasses
 
     from tests.statistics import statistics_of
-    from trol_edge.calibration.statistics import Statistics
+    from trol_edge.export.quantize.stats import Statistics
 
     seen = statistics_of(Checkpoint(NANO))
     assert half.find_overflows(seen) == ()

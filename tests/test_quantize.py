@@ -17,13 +17,14 @@ from onnx import TensorProto, helper
 from tests.conftest import NANO
 from tests.golden import GOLDEN
 from tests.statistics import statistics_of
-from trol_edge.calibration.statistics import Statistics
 from trol_edge.errors import CalibrationError
-from trol_edge.export import folding, quantize, scales
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.folding import Folding, Group, groups
-from trol_edge.export.model import EagerAttention, rope_tables
-from trol_edge.export.precision import LinearPlan, Options, make_plan
+from trol_edge.export.quantize import folding, scales
+from trol_edge.export.quantize import rounding as quantize
+from trol_edge.export.quantize.folding import Folding, Group, groups
+from trol_edge.export.quantize.recipes import LinearPlan, Options, make_plan
+from trol_edge.export.quantize.stats import Statistics
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.model import EagerAttention, rope_tables
 from trol_edge.export.storage import Layout, Rows, write
 
 INT8, INT4, FP8 = LinearPlan("int8"), LinearPlan("int4", 32), LinearPlan("fp8")

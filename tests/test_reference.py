@@ -15,8 +15,8 @@ from tests import cases
 from tests.cases import APART, NOT_COMPUTED, TOLERANCE, VISION, Array, compare, difference
 from tests.golden import GOLDEN
 from tests.reference import reference
-from trol_edge.export import internlm2
-from trol_edge.images import load_rgb, preprocess
+from trol_edge.export.reference import internlm2
+from trol_edge.prompt.images import load_rgb, preprocess
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

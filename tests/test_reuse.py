@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trol_edge.calibration import reuse
+from tests.bench import reuse
 
 
 def test_figures_of_the_shipped_model(nano_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,8 @@ from PIL import Image
 
 from tests.conftest import NANO
 from tests.slow import SlowBackend, slow_down
-from trol_edge import Answer, Runtime, beam
+from trol_edge import Answer, Runtime
+from trol_edge.answering import beam
 from trol_edge.errors import BackendError, ContextError, ImageError, TrolEdgeError, UnfinishedError, UsageError
 
 SCENE = NANO / "scene.png"
@@ -498,7 +499,7 @@ def test_traverse_mode_is_a_prefill_of_every_beginning(rt: Runtime, slow: SlowBa
 
 
 def test_beam_search_is_the_token_level_one(rt: Runtime) -> None:
-    """Same ids and score as trol_edge.beam on a session of one's own; one beam is greedy."""
+    """Same ids and score as trol_edge.answering.beam on a session of one's own; one beam is greedy."""
     session = rt.session()
     logits = session.prefill(rt.tokenize(DESCRIBE, 1), rt.preprocess(SCENE))
     for beams in (2, 5):

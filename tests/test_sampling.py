@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from trol_edge.answering.sampling import Sampler, SamplingParams
 from trol_edge.errors import BackendError, UsageError
-from trol_edge.sampling import Sampler, SamplingParams
 
 V = 50
 

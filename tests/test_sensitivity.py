@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tests.conftest import NANO
+from trol_edge.bundle.precision import QUANTIZED
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.run import calibrate
 from trol_edge.calibration.sensitivity import RAISED, _fewest, _Model, find_plan
-from trol_edge.calibration.statistics import Statistics
 from trol_edge.errors import CalibrationError, UsageError
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.precision import LinearPlan, Options, make_plan, read_options
-from trol_edge.export.scales import find_scales
-from trol_edge.precision import QUANTIZED
+from trol_edge.export.quantize.recipes import LinearPlan, Options, make_plan, read_options
+from trol_edge.export.quantize.scales import find_scales
+from trol_edge.export.quantize.stats import Statistics
+from trol_edge.export.reference.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

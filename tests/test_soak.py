@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trol_edge import machine, soak
-from trol_edge.cli import main
+from trol_edge.cli.main import main
+from trol_edge.machine import identity as machine
+from trol_edge.measure import soak
 from trol_edge.runtime import Runtime
 
 

@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 
+from trol_edge.bundle.targets import TARGETS, refusals, target
+from trol_edge.bundle.trt_operators import CLASSIC, RTX, refusal, supported
 from trol_edge.errors import UsageError
-from trol_edge.targets import TARGETS, refusals, target
-from trol_edge.trt_operators import CLASSIC, RTX, refusal, supported
 
 NEW = ("Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Swish")
 

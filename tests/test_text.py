@@ -13,9 +13,9 @@ import tokenizers
 from tokenizers import AddedToken, models, normalizers
 
 from tests.golden import GOLDEN
+from trol_edge.bundle.spec import from_dict
 from trol_edge.errors import BundleError, UsageError
-from trol_edge.spec import from_dict
-from trol_edge.text import IMAGE, PromptSpec, TextStream, Tokenizer, build_prompt, end_ids
+from trol_edge.prompt.tokenizer import IMAGE, PromptSpec, TextStream, Tokenizer, build_prompt, end_ids
 
 SPECIALS = ["<unk>", "<s>", "</s>", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<image>"]
 WORDS = ["What", "Wha", "\nW", "\n\n", "user", "ser", "us", "is", "▁is", "▁it", "▁▁", "日本", "<s", "se", "it", "at"]

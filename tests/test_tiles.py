@@ -13,13 +13,13 @@ import tokenizers
 from tests.golden import GOLDEN
 from tests.phi3_tokenizer import make
 from tests.test_text import INTERNLM2_PROMPT
-from trol_edge import tiles
 from trol_edge.errors import BundleError
-from trol_edge.export import internlm2, phi3
-from trol_edge.export.models import find
-from trol_edge.export.tokenizer import convert
-from trol_edge.images import ImageSpec, count_tiles, preprocess
-from trol_edge.text import IMAGE, Tokenizer, build_prompt, end_ids
+from trol_edge.export.reference import internlm2, phi3
+from trol_edge.export.reference.hub import find
+from trol_edge.export.reference.tokenizer import convert
+from trol_edge.prompt import tiles
+from trol_edge.prompt.images import ImageSpec, count_tiles, preprocess
+from trol_edge.prompt.tokenizer import IMAGE, Tokenizer, build_prompt, end_ids
 
 SPEC = phi3.model_spec(find("trol-3.8b").config, None, {})
 PICTURES, PROMPT = phi3.FAMILY.image(SPEC), phi3.FAMILY.prompt(SPEC)

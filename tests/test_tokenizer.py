@@ -10,8 +10,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export.tokenizer import _fields, _read_model, convert, verify
-from trol_edge.text import UNLISTED, Tokenizer
+from trol_edge.export.reference.tokenizer import _fields, _read_model, convert, verify
+from trol_edge.prompt.tokenizer import UNLISTED, Tokenizer
 
 SPECIALS = [f"[UNUSED_TOKEN_{i}]" for i in (143, 144, 145, 146)]
 ORDINARY = [*SPECIALS, "\n", "▁▁", "▁▁▁▁", "7", "ka", "<br>"]  # user-defined, most of them no markup

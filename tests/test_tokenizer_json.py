@@ -14,8 +14,8 @@ import tokenizers
 
 from tests.phi3_tokenizer import ADDED, IMAGE_ID, make
 from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export.tokenizer import added_ids, convert, verify
-from trol_edge.text import TextStream, Tokenizer
+from trol_edge.export.reference.tokenizer import added_ids, convert, verify
+from trol_edge.prompt.tokenizer import TextStream, Tokenizer
 
 STRINGS = 3000
 BOX = {"content": "<box>", "special": False, "normalized": True}

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from tests.conftest import CHECKPOINTS, NANOS
-from trol_edge.calibration import scenes
-from trol_edge.export import nano_data as data
-from trol_edge.export.checkpoint import Checkpoint
-from trol_edge.export.model import EagerAttention, rope_tables
-from trol_edge.export.nano_model import Nano, PackedAttention, answer_hidden, read_context
-from trol_edge.export.nano_publish import published_tensors, read_checkpoint, write_checkpoint
-from trol_edge.export.nano_recipes import RECIPES, Recipe, start_from
-from trol_edge.export.nano_report import answer
-from trol_edge.export.nano_text import ROW_TOKENS, ROWS, Packer, Prompts
-from trol_edge.images import preprocess
+from trol_edge.export import scenes
+from trol_edge.export.nano import data
+from trol_edge.export.nano.model import Nano, PackedAttention, answer_hidden, read_context
+from trol_edge.export.nano.publish import published_tensors, read_checkpoint, write_checkpoint
+from trol_edge.export.nano.recipes import RECIPES, Recipe, start_from
+from trol_edge.export.nano.report import answer
+from trol_edge.export.nano.text import ROW_TOKENS, ROWS, Packer, Prompts
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.model import EagerAttention, rope_tables
+from trol_edge.prompt.images import preprocess
 from trol_edge.runtime import Runtime
 
 

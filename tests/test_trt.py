@@ -23,9 +23,7 @@ from tests.cases import difference
 from tests.conftest import NANO
 from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
-from trol_edge import cli
-from trol_edge.bundle import WEIGHTS, Bundle, sha256_of
-from trol_edge.engines import (
+from trol_edge.bundle.engines import (
     ENGINES,
     FORMAT_VERSION,
     EngineInfo,
@@ -36,13 +34,15 @@ from trol_edge.engines import (
     shared_weights,
     write,
 )
+from trol_edge.bundle.manifest import WEIGHTS, Bundle, sha256_of
+from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import cuda as cuda_module
-from trol_edge.runtimes import trt as trt_module
-from trol_edge.runtimes import trt_build
 from trol_edge.runtimes.cuda import CudaPython, Device
-from trol_edge.runtimes.trt_api import Library
+from trol_edge.runtimes.trt import backend as trt_module
+from trol_edge.runtimes.trt import build as trt_build
+from trol_edge.runtimes.trt.api import Library
 
 PICTURE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
@@ -146,9 +146,9 @@ def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
 def sharing_bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """trol-nano for classic TensorRT, its weights in both engines, and as inputs of both."""
     pytest.importorskip("torch", reason="export is not installed")
+    from tests.bench.speed import made_up_statistics
     from trol_edge.export import pipeline
-    from trol_edge.export.bench import made_up_statistics
-    from trol_edge.export.precision import Options
+    from trol_edge.export.quantize.recipes import Options
 
     request.getfixturevalue("traces")
     options = Options(recipe=request.param, scaling=False, clipping=False, observer="minmax")

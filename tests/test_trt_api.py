@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from tests import bindings
-from trol_edge.trt_operators import Version
+from trol_edge.bundle.trt_operators import Version
 
 pytest.importorskip("mypy.build", reason="mypy is not installed")
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "runtimes" / "trt_api.py"
+SOURCE = ROOT / "runtimes" / "trt" / "api.py"
 RTX = "tensorrt_rtx"
 ALL = (*bindings.VERSIONS, RTX)
 

@@ -12,21 +12,32 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from tests.bench import engines_full
+from tests.bench.speed import made_up_statistics
 from tests.conftest import CHECKPOINTS, NANO, NANOS
-from trol_edge import cli
-from trol_edge.bundle import Bundle, sha256_of
-from trol_edge.engines import ENGINES, Key, build_bytes, device_bytes, read, shared_weights, verified, weight_bytes
+from trol_edge.bundle.engines import (
+    ENGINES,
+    Key,
+    build_bytes,
+    device_bytes,
+    read,
+    shared_weights,
+    verified,
+    weight_bytes,
+)
+from trol_edge.bundle.manifest import Bundle, sha256_of
+from trol_edge.bundle.precision import BITS
+from trol_edge.bundle.targets import TARGETS
+from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, UsageError
-from trol_edge.export import engines_full, pipeline
-from trol_edge.export.bench import made_up_statistics
-from trol_edge.export.precision import Options
+from trol_edge.export import pipeline
+from trol_edge.export.quantize.recipes import Options
 from trol_edge.export.unbuilt import published
-from trol_edge.plan import subject_of
-from trol_edge.precision import BITS
-from trol_edge.runtimes import doctor, trt_build
+from trol_edge.plan.estimate import subject_of
+from trol_edge.runtimes import doctor
 from trol_edge.runtimes.cuda import Device
-from trol_edge.runtimes.trt_api import LayerInfo, load
-from trol_edge.targets import TARGETS
+from trol_edge.runtimes.trt import build as trt_build
+from trol_edge.runtimes.trt.api import LayerInfo, load
 
 ORIN = Device("Orin", "8.7", 8 << 30, (12, 6))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from trol_edge.answering.turns import Call, Turns
 from trol_edge.errors import UnfinishedError, UsageError
 from trol_edge.latest import LatestCounts, LatestOnly
-from trol_edge.turns import Call, Turns
 
 
 class FakeClock:

@@ -19,15 +19,18 @@ import pytest
 
 from tests import trt_standin
 from tests.conftest import CHECKPOINTS, NANO
-from trol_edge import cli, machine, selftest, verify
-from trol_edge.bundle import MANIFEST, SELFTEST, WEIGHTS, Bundle, FileInfo, Manifest, sha256_of, write_manifest
-from trol_edge.engines import Key, folder_of, read, write
+from trol_edge.bundle import selftest
+from trol_edge.bundle.engines import Key, folder_of, read, write
+from trol_edge.bundle.manifest import MANIFEST, SELFTEST, WEIGHTS, Bundle, FileInfo, Manifest, sha256_of, write_manifest
+from trol_edge.bundle.spec import from_dict
+from trol_edge.cli import main as cli
 from trol_edge.errors import BundleError, VerifyError
+from trol_edge.machine import identity as machine
 from trol_edge.runtime import Runtime
-from trol_edge.runtimes import trt as trt_module
 from trol_edge.runtimes.cuda import CudaPython, Device
-from trol_edge.runtimes.trt_api import Library
-from trol_edge.spec import from_dict
+from trol_edge.runtimes.trt import backend as trt_module
+from trol_edge.runtimes.trt.api import Library
+from trol_edge.verify import replay as verify
 
 STORED = {"F16": np.uint16, "F32": np.uint32, "I8": np.uint8}  # bits of what is stored
 
@@ -99,10 +102,10 @@ def test_what_is_recorded_is_the_reference(each_bundle: Path, no_gradients: None
     """Layer by layer with tokens stepped together, against the whole model with one step after the other."""
     import torch
 
-    from trol_edge.export.checkpoint import Checkpoint
-    from trol_edge.export.layerwise import rope_of
-    from trol_edge.export.model import EagerAttention
-    from trol_edge.images import preprocess
+    from trol_edge.export.reference.checkpoint import Checkpoint
+    from trol_edge.export.reference.layerwise import rope_of
+    from trol_edge.export.reference.model import EagerAttention
+    from trol_edge.prompt.images import preprocess
 
     bundle = Bundle(each_bundle)
     source, test = Checkpoint(CHECKPOINTS / bundle.manifest.model), selftest.read(bundle)
@@ -155,9 +158,9 @@ def test_one_set_of_keys_and_values(nano_bundle: Path) -> None:
 
 def test_short_contexts(tmp_path: Path) -> None:
     """A prompt that is cut to fit; and a context too short for any, which export then notes."""
-    from trol_edge.export import selftest as recording
-    from trol_edge.export.checkpoint import Checkpoint
-    from trol_edge.weights import WeightsFile
+    from trol_edge.bundle.weights import WeightsFile
+    from trol_edge.export.reference import selftest as recording
+    from trol_edge.export.reference.checkpoint import Checkpoint
 
     source, path = Checkpoint(NANO), tmp_path / SELFTEST
     assert not recording.record(source, path, 12, None, lambda *_: None) and not path.exists()
@@ -360,8 +363,9 @@ def test_an_overflow_in_fp16(
     from safetensors.torch import load_file, save_file
 
     from tests.statistics import statistics_of
-    from trol_edge.export import half, pipeline
-    from trol_edge.export.precision import Options
+    from trol_edge.export import pipeline
+    from trol_edge.export.quantize import half
+    from trol_edge.export.quantize.recipes import Options
 
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(NANO, checkpoint)
@@ -396,7 +400,7 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """trol-nano in a precision with rounded weights, calibrated on a few scenes."""
     from trol_edge.calibration.run import calibrate
     from trol_edge.export import pipeline
-    from trol_edge.export.precision import Options
+    from trol_edge.export.quantize.recipes import Options
 
     folder = tmp_path_factory.mktemp("rounded")
     pipeline.export(

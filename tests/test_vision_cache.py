@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from trol_edge.errors import BackendError, UsageError
-from trol_edge.images import load_rgb
+from trol_edge.prompt.images import load_rgb
 from trol_edge.vision_cache import VisionCache, VisionCacheInfo, content_key
 
 

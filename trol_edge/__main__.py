@@ -2,6 +2,6 @@
 
 import sys
 
-from trol_edge.cli import main
+from trol_edge.cli.main import main
 
 sys.exit(main())

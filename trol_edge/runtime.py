@@ -18,22 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge import aio
-from trol_edge import verify as verify_numbers
-from trol_edge.answering import Answering, AnswerStream, Clock
-from trol_edge.answers import Answer, Choice, Option, Piece, YesNo
-from trol_edge.bundle import TOKENIZER, Bundle
+from trol_edge.answering import streams as aio
+from trol_edge.answering.choose import answer_logprobs, checked_options, softmax
+from trol_edge.answering.constrain import Grammars
+from trol_edge.answering.loop import Answering, AnswerStream, Clock
+from trol_edge.answering.options import AnswerOptions, Options, options_from_keywords
+from trol_edge.answering.results import Answer, Choice, Option, Piece, YesNo
+from trol_edge.answering.turns import Call, Turns
+from trol_edge.bundle.manifest import TOKENIZER, Bundle
+from trol_edge.bundle.targets import TARGETS
 from trol_edge.cache import Features
-from trol_edge.choose import answer_logprobs, checked_options, softmax
-from trol_edge.constrain import Grammars
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
-from trol_edge.images import Picture, count_tiles, load_rgb, preprocess
 from trol_edge.lifetime import Lifetime
-from trol_edge.options import AnswerOptions, Options, options_from_keywords
+from trol_edge.prompt.images import Picture, count_tiles, load_rgb, preprocess
+from trol_edge.prompt.tokenizer import ImageMark, Tokenizer, build_prompt, end_ids
 from trol_edge.session import Backend, Embeddings, Session
-from trol_edge.targets import TARGETS
-from trol_edge.text import ImageMark, Tokenizer, build_prompt, end_ids
-from trol_edge.turns import Call, Turns
+from trol_edge.verify import replay as verify_numbers
 from trol_edge.vision_cache import VisionCache, VisionCacheInfo, content_key
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 
 # Target of a bundle -> (module, class) that runs it; imported when a Runtime is made.
 BACKENDS = {"cpu": ("trol_edge.runtimes.ort", "OrtBackend")}
-BACKENDS |= {name: ("trol_edge.runtimes.trt", "TrtBackend") for name, entry in TARGETS.items() if entry.gpu}
+BACKENDS |= {name: ("trol_edge.runtimes.trt.backend", "TrtBackend") for name, entry in TARGETS.items() if entry.gpu}
 # Tokens of a prompt that are computed at a time: between two chunks a call can be stopped.
 PREFILL_CHUNK = 256
 DEADLINE_CHUNK = 64  # where it has a deadline
@@ -118,7 +118,7 @@ class Runtime:
         halves the K/V memory, and what needs the second set is refused (engines keep both always, so with them this is
         refused). vision_cache_bytes: image features kept for pictures that are asked about again, least recently used
         out first; 0: none. They lie where they are used: in the GPU's memory with engines. selftest: replay the
-        bundle's self-test (see trol_edge.verify) when this machine loads it for the first time; None: unless the
+        bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first time; None: unless the
         environment has TROL_EDGE_SELFTEST=0.
         provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda" or "tensorrt" (not yet
         run on a GPU), or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
@@ -182,8 +182,8 @@ class Runtime:
 
         prompt: the question, taken literally (special tokens in it are plain characters); or a list of str and
         trol_edge.IMAGE that says where the pictures stand. images: a path, PIL image, the bytes of a picture file or a
-        uint8 [H, W, 3] array (channels as `color` says), or a list of them. options: see trol_edge.options.Options;
-        greedy by default.
+        uint8 [H, W, 3] array (channels as `color` says), or a list of them. options: see
+        trol_edge.answering.options.Options; greedy by default.
         Raises UsageError, ImageError or ContextError for bad input, BackendError where inference fails; the Runtime
         stays usable.
         """

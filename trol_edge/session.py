@@ -11,11 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trol_edge.bundle import EMBEDDING, Bundle
+from trol_edge.bundle.manifest import EMBEDDING, Bundle
+from trol_edge.bundle.weights import to_float32
 from trol_edge.cache import Backend, Cache, Features, Placed, State
 from trol_edge.errors import BundleError, ContextError, UsageError
 from trol_edge.lifetime import Lifetime
-from trol_edge.weights import to_float32
 
 __all__ = ["Backend", "Embeddings", "OnChunk", "Session", "State"]
 

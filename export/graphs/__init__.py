@@ -1,0 +1,1 @@
+"""The canonical graphs, and what they cost."""

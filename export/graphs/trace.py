@@ -1,0 +1,317 @@
+"""Trace the model into ONNX graphs: no weights needed, the traversal loop unrolled, standard opset-23 operators only.
+
+| graph         | inputs                                                           | outputs                   |
+|---------------|------------------------------------------------------------------|---------------------------|
+| vision        | pixel_values [N,3,P,P]                                           | image_features [N,I,D]    |
+| traverse      | inputs_embeds [1,S,D], position_ids [1,S], slots [T],            | logits [1,V], both caches |
+|               | image_mask [1,S,1], both caches                                  |                           |
+| traverse_text | the same without image_mask: no LoRA in the graph                | logits [1,V], both caches |
+| step          | inputs_embeds [1,1,D], position_ids [1,1], first cache           | logits [1,V], first cache |
+
+A family without LoRA has no image_mask, and no traverse_text. A family whose rotary embedding has two factor sets has
+one input more in traverse and step, rope_offset [1] int64: how many rows of the rope tables to skip (see
+`model.graph_rope_tables`), so that one graph serves both sets.
+The first cache is past_key_<i> and past_value_<i> [1,G,C,E] in, present_key_<i> and present_value_<i> out, of every
+layer i: keys and values of the first pass. The second, of the second pass, is past_second_key_<i> and so on. New rows
+are written with ScatterND, so past and present may be bound to the same memory: then the write is in place. Logits are
+those of the last token. N, S and T are dynamic, the capacity C is fixed.
+
+`traverse` extends a prefix of any length: tokens at positions P..P+S-1 attend, pass by pass, to the rows that the
+caches hold for 0..P-1 and to each other. `slots` is 0..T-1 with T = P+S: its length says how much of the caches to read
+(a Slice, so a prompt without a prefix costs its own length and not C), and its values make the causal mask.
+Without a prefix the second cache is scratch, used by one layer at a time: all layers may then be bound to one pair of
+buffers. Both passes use the same weights, which stand in the graph once.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trol_edge._version import __version__
+from trol_edge.bundle.spec import ModelSpec
+from trol_edge.errors import ExportError
+from trol_edge.export.reference.family import Family
+from trol_edge.export.reference.model import Decoder
+
+OPSET = 23
+IR_VERSION = 11
+TRACED = ("vision", "traverse", "step")  # traverse_text is made of traverse
+ROPE = ("rope.cos", "rope.sin")  # float32 [rows, E/2] tables, stored beside the weights
+
+
+def cache_names(spec: ModelSpec, prefix: str) -> list[str]:
+    """Names of the cache tensors in graph order; prefix is "past" or "present", or "past_second" ... for pass two."""
+    return [f"{prefix}_{kind}_{i}" for i in range(spec.num_layers) for kind in ("key", "value")]
+
+
+class _CachedAttention:
+    """`Attend` in ONNX operators: RotaryEmbedding, ScatterND into the cache, Attention.
+
+    A traverse looks at the first T rows of its pass's cache; a step at the whole first cache, up to its own position.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rope: tuple[Tensor, Tensor],
+        positions: Tensor,
+        rope_rows: Tensor,
+        past: list[Tensor],
+        slots: Tensor | None,
+    ) -> None:
+        self.spec, self.rope, self.rope_rows, self.slots = spec, rope, rope_rows, slots
+        self.cache = list(past)
+        heads = torch.arange(spec.num_kv_heads)[:, None].expand(-1, positions.shape[1])  # [G, S]
+        rows = positions.expand(spec.num_kv_heads, -1)
+        # Where the new rows go: (0, key/value head, position).
+        self.rows = torch.stack((torch.zeros_like(heads), heads, rows), dim=-1)[None]  # [1, G, S, 3]
+        seen = torch.arange(past[0].shape[2]) if slots is None else slots
+        self.visible = seen[None, None, None] <= positions[:, None, :, None]  # [1, 1, S, T]; step: [1, 1, 1, C]
+        if slots is not None:
+            self.slice = [_ints(0), _operator("Shape", (slots,), torch.int64, (1,)), _ints(2)]  # start, end, axis
+
+    def __call__(self, qkv: Tensor, layer: int, traversal: int) -> Tensor:
+        h, g, e = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
+        batch, length, _ = qkv.shape
+        parts = qkv.split((h * e, g * e, g * e), dim=-1)
+        q, k, v = (t.view(batch, length, -1, e).transpose(1, 2) for t in parts)  # [1, heads, S, E]
+        q, k = (torch.onnx.ops.rotary_embedding(t, *self.rope, self.rope_rows) for t in (q, k))
+        first = 2 * (traversal * self.spec.num_layers + layer)
+        keys, values = self._write(first, k), self._write(first + 1, v)
+        context = torch.onnx.ops.attention(q, keys, values, self.visible)[0]
+        return context.transpose(1, 2).reshape(batch, length, h * e)
+
+    def _write(self, index: int, new: Tensor) -> Tensor:
+        """Put the new rows [1, G, S, E] into a cache; returns what is attended to: its first T rows, or all."""
+        past = self.cache[index]
+        self.cache[index] = _operator("ScatterND", (past, self.rows, new), past.dtype, past.shape)
+        if self.slots is None:
+            return self.cache[index]
+        batch, heads, _, size = past.shape
+        operands = (self.cache[index], *self.slice)
+        return _operator("Slice", operands, past.dtype, (batch, heads, self.slots.shape[0], size))
+
+
+def _operator(
+    name: str, operands: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[Any], attributes: Any = None
+) -> Tensor:
+    return torch.onnx.ops.symbolic(name, operands, attributes or {}, dtype=dtype, shape=shape, version=OPSET)
+
+
+def _ints(*values: int) -> Tensor:
+    # Not torch.tensor: a real tensor among fake ones stops the optimizer.
+    return _operator("Constant", (), torch.int64, (len(values),), {"value_ints": list(values)})
+
+
+class _DecoderGraph(nn.Module):
+    """What is traced as traverse, traverse_text or step."""
+
+    def __init__(self, spec: ModelSpec, decoder: Decoder, capacity: int, name: str) -> None:
+        super().__init__()
+        self.spec, self.decoder, self.name = spec, decoder, name
+        rows = capacity + (spec.long_rope.short_rows(capacity) if spec.long_rope else 0)
+        self.rope = nn.ParameterDict({k: nn.Parameter(torch.empty(rows, spec.head_dim // 2)) for k in ("cos", "sin")})
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, extra: dict[str, Tensor], past: list[Tensor]
+    ) -> list[Tensor]:
+        rows = position_ids + extra["rope_offset"] if "rope_offset" in extra else position_ids
+        rope = self.rope["cos"], self.rope["sin"]
+        attend = _CachedAttention(self.spec, rope, position_ids, rows, past, extra.get("slots"))
+        if self.name == "step":
+            x = self.decoder.step(inputs_embeds, attend)
+        else:
+            x = self.decoder.traverse(inputs_embeds, extra.get("image_mask"), attend)
+        return [self.decoder.logits(x[:, -1:])[:, 0], *attend.cache]
+
+
+class _VisionGraph(nn.Module):
+    def __init__(self, vision: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        return [self.vision(pixel_values)]
+
+
+def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model:
+    """Trace vision, traverse or step with a cache of `capacity` tokens; its weights are initializers without values.
+
+    No parameter is allocated: everything is traced with fake tensors.
+    """
+    with FakeTensorMode(), torch.no_grad():
+        if name == "vision":
+            pixels = torch.empty(2, 3, spec.vision.image_size, spec.vision.image_size)
+            module: nn.Module = _VisionGraph(family.vision(spec))
+            return _export(module, (pixels,), ({0: _dim("images")},), ["pixel_values"], ["image_features"])
+        length = 1 if name == "step" else 8  # any length above one will do for the trace
+        dynamic: dict[int, Any] = {} if name == "step" else {1: _dim("tokens")}
+        sets = ("",) if name == "step" else ("", "_second")
+        past_names = [n for s in sets for n in cache_names(spec, f"past{s}")]
+        past = [torch.empty(1, spec.num_kv_heads, capacity, spec.head_dim) for _ in past_names]
+        embeds = torch.empty(1, length, spec.hidden_size)
+        extra: dict[str, Tensor] = {}
+        extra_shapes: dict[str, Any] = {}
+        if name == "traverse":
+            extra["slots"], extra_shapes["slots"] = torch.zeros(length + 3, dtype=torch.int64), {0: _dim("slots")}
+        if spec.long_rope:
+            extra["rope_offset"], extra_shapes["rope_offset"] = torch.zeros(1, dtype=torch.int64), {}
+        if name == "traverse" and spec.lora_rank:
+            extra["image_mask"], extra_shapes["image_mask"] = torch.empty(1, length, 1), dynamic
+        args: tuple[Any, ...] = (embeds, torch.zeros(1, length, dtype=torch.int64), extra, past)
+        shapes: tuple[Any, ...] = (dynamic, dynamic, extra_shapes, [{} for _ in past])
+        inputs = ["inputs_embeds", "position_ids", *extra, *past_names]
+        outputs = ["logits", *(n for s in sets for n in cache_names(spec, f"present{s}"))]
+        decoder = family.decoder(spec)
+        assert isinstance(decoder, Decoder)
+        module = _DecoderGraph(spec, decoder, capacity, name)
+        return _export(module, args, shapes, inputs, outputs)
+
+
+def _dim(name: str) -> Any:
+    return torch.export.Dim(name, min=1)
+
+
+def _export(
+    module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...], inputs: list[str], outputs: list[str]
+) -> ir.Model:
+    with _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            args,
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+        )
+        if program is None:
+            raise ExportError("the trace returned nothing; this is a fault of trol-edge, please report it")
+        model = program.model
+        for value in model.graph.initializers.values():
+            if value.name in module.state_dict():
+                value.const_value = None  # fake: nothing below may look at it
+        onnxscript.optimizer.optimize(model)
+    # Stack traces with this machine's paths: most of the file's bytes, and another file on another machine.
+    common.ClearMetadataAndDocStringPass()(model)
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "trol-edge", __version__
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter narrates; its remarks about our own, tested trace are noise to a user."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def without_lora(traverse: ir.Model) -> ir.Model:
+    """traverse_text: a copy of the traverse graph for prompts without image tokens.
+
+    Where the image mask is zero everywhere, the low-rank terms (the only users of the mask) add nothing.
+    """
+    model = traverse.clone()
+    mask = next(value for value in model.graph.inputs if value.name == "image_mask")
+    for masked, _ in mask.uses():
+        (widened,) = (node for node, _ in masked.outputs[0].uses())
+        (added,) = (node for node, _ in widened.outputs[0].uses())
+        if (masked.op_type, widened.op_type, added.op_type) != ("Mul", "MatMul", "Add"):
+            raise ExportError(f"unexpected use of image_mask by {masked.name}; this is a fault of trol-edge")
+        base = next(value for value in added.inputs if value is not widened.outputs[0])
+        assert base is not None
+        added.outputs[0].replace_all_uses_with(base)
+    model.graph.inputs.remove(mask)
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def weight_names(model: ir.Model) -> list[str]:
+    """Initializers without a value: the parameters that the graph reads from the weights file."""
+    return [name for name, value in model.graph.initializers.items() if value.const_value is None]
+
+
+def fold_transposes(model: ir.Model) -> set[str]:
+    """Let Linear weights be stored as MatMul reads them, [in, out]; returns the names that are.
+
+    The trace has Transpose(weight) before each MatMul. Left in the graph it would be computed at load time,
+    into a second copy of every weight in every session.
+    """
+    folded = set()
+    for name in weight_names(model):
+        value = model.graph.initializers[name]
+        users = [node for node, _ in value.uses()]
+        if users and all(node.op_type == "Transpose" and len(node.outputs[0].shape or ()) == 2 for node in users):
+            for node in users:
+                node.outputs[0].replace_all_uses_with(value)
+                model.graph.remove(node, safe=True)
+            assert value.shape is not None
+            value.shape = ir.Shape(tuple(reversed(value.shape.dims)))
+            folded.add(name)
+    return folded
+
+
+def weights_as_inputs(model: ir.Model, which: Collection[str]) -> list[str]:
+    """Turn these parameters into graph inputs, int8 as they are or float32; returns their names, in input order.
+
+    For ONNX Runtime on a CPU: it shares one buffer of each weight between all sessions only where the weight is an
+    input. Initializers are copied, and packed, once per session.
+    """
+    names = [name for name in weight_names(model) if name in which]
+    for name in names:
+        value = model.graph.initializers.pop(name)
+        if value.dtype != ir.DataType.INT8:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.inputs.append(value)
+    return names
+
+
+def weights_from_file(
+    model: ir.Model, location: str, offsets: dict[str, tuple[ir.DataType, int, int]], as_inputs: Collection[str] = ()
+) -> None:
+    """Point the parameters into a weights file: name -> (dtype, offset, bytes); those of `as_inputs` become inputs.
+
+    Where the graph reads a parameter as float32 and the file has it in fewer bits, a Cast goes between.
+    """
+    for name in weight_names(model):
+        value = model.graph.initializers[name]
+        dtype, offset, length = offsets[name]
+        assert value.shape is not None
+        stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
+        if name not in as_inputs:
+            stored.const_value = ir.ExternalTensor(location, offset, length, dtype, shape=value.shape, name=name)
+        del model.graph.initializers[name]
+        if dtype == value.dtype:
+            value.replace_all_uses_with(stored)
+        else:
+            cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT})
+            cast.outputs[0].name = f"{name}.float32"
+            cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
+            model.graph.insert_before(model.graph[0], cast)
+            value.replace_all_uses_with(cast.outputs[0])
+        if name in as_inputs:
+            model.graph.inputs.append(stored)
+        else:
+            model.graph.register_initializer(stored)

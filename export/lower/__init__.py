@@ -1,0 +1,1 @@
+"""Canonical graphs rewritten into what one back end runs best."""

@@ -1,0 +1,1 @@
+"""The small models that ship with the repository: their data, their training, their report."""

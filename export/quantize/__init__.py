@@ -1,0 +1,1 @@
+"""Precision recipes, and everything that makes weights and activations smaller."""

@@ -1,0 +1,172 @@
+"""Recipes: from a name or a JSON file to a Plan that says for every Linear how it is treated.
+
+| recipe | decoder Linears | LoRA | output layer | vision tower, projector | everything else |
+|---|---|---|---|---|---|
+| fp32 | the checkpoint's dtype, multiplied in FP32 | same | same | same | FP32 |
+| fp16 | FP16 | FP16 | FP16 | FP16 | FP16, but FP32 where calibration saw values that FP16 cannot hold |
+| int8 | W8A8 | A: W8A8, B: W8 | W8A8 | W8A8 | floating point |
+| int4 | W4 in blocks; W8 where that costs too much | as int8 | W8 | W8A8 | floating point |
+| fp8  | W8A8 in E4M3 | A: the same, B: FP16 | the same | the same | floating point |
+
+W8A8: 8-bit weights with a scale per output channel, inputs rounded to 8 bits with one static scale per tensor.
+W8, W4: weights only. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the others.
+Norms, biases, the gate, the patch convolution, rotary tables, attention and the embedding are never quantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trol_edge.bundle import targets
+from trol_edge.bundle.precision import BLOCKS, PRECISIONS, QUANTIZED, LinearPlan, Plan
+from trol_edge.bundle.spec import from_dict
+from trol_edge.errors import UsageError
+
+__all__ = [
+    "BLOCKS",
+    "PRECISIONS",
+    "QUANTIZED",
+    "LinearPlan",
+    "Options",
+    "Plan",
+    "make_plan",
+    "point_of",
+    "read_options",
+]
+
+OBSERVERS = ("minmax", "percentile", "entropy", "mse")
+TARGETS = ("cpu", "onnx", *(name for name, entry in targets.TARGETS.items() if entry.gpu))
+GATE = "decoder.gate.weight"  # one column, shared by all layers: nothing to gain
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user chooses; a mixed plan file holds these keys. None means: as the recipe has it."""
+
+    recipe: str = "fp32"  # of PRECISIONS
+    block: int = 32  # of int4
+    lm_head: str | None = None  # precision of the output layer
+    vision: str | None = None  # precision of vision tower and projector
+    lora: str | None = None  # precision of the low-rank parts
+    observer: str = "mse"  # of the activation scales: minmax, percentile, entropy or mse
+    scaling: bool = True  # rescale channels where that cancels: SmoothQuant for int8 and fp8, AWQ for int4
+    clipping: bool = True  # find weight scales of least error
+    sensitive: float | None = 0.02  # int4: a Linear whose output error (share of its energy) is above this gets int8
+    linears: dict[str, LinearPlan] = dataclasses.field(default_factory=dict)  # pattern -> treatment; the last wins
+
+    def __post_init__(self) -> None:
+        known = {
+            "recipe": (self.recipe, PRECISIONS),
+            "block": (self.block, BLOCKS),
+            "lm_head": (self.lm_head, (None, *PRECISIONS)),
+            "vision": (self.vision, (None, *PRECISIONS)),
+            "lora": (self.lora, (None, *PRECISIONS)),
+            "observer": (self.observer, OBSERVERS),
+        }
+        wrong = [
+            f"{name} {value!r} is not one of {', '.join(str(c) for c in choices if c is not None)}"
+            for name, (value, choices) in known.items()
+            if value not in choices
+        ]
+        if self.sensitive is not None and not self.sensitive > 0:
+            wrong.append(f"sensitive {self.sensitive!r} is not above 0")
+        for pattern, linear in self.linears.items():
+            wrong += [f"{pattern}: {problem}" for problem in linear.problems()]
+        if wrong:
+            raise UsageError(f"precision: {'; '.join(wrong)}")
+
+
+def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> Options:
+    """Options from a recipe's name or a JSON file with the fields of `Options`; `chosen` that are not None win.
+
+    Raises UsageError for unknown keys and values, naming them all.
+    """
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if recipe_or_file in PRECISIONS:
+        return Options(recipe=str(recipe_or_file), **given)
+    path = Path(recipe_or_file)
+    if not path.is_file():
+        raise UsageError(
+            f"precision {str(recipe_or_file)!r} is neither one of {', '.join(PRECISIONS)} nor a file with a plan"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable as JSON ({error})") from error
+    if isinstance(data, dict):
+        data = data | given
+    return from_dict(Options, data, str(path), UsageError, "See CONTRIBUTING.md for the keys of a plan")
+
+
+def is_linear(name: str, shape: Sequence[object]) -> bool:
+    """Whether a parameter is a Linear weight (or a low-rank part of one), which is stored as MatMul reads it."""
+    return len(shape) == 2 and name.endswith((".weight", ".lora_a", ".lora_b"))
+
+
+def point_of(parameter: str) -> str:
+    """The point whose statistics describe a Linear's input: "a.qkv" of "a.qkv.weight" and of "a.qkv.lora_a"."""
+    return parameter.removesuffix(".weight").removesuffix(".lora_a")
+
+
+def make_plan(options: Options, shapes: Mapping[str, tuple[int, ...]], target: str) -> Plan:
+    """A plan for a checkpoint whose parameters have these shapes ([out, in] of a Linear).
+
+    Raises UsageError where the target cannot run what is asked for, or a pattern fits no Linear.
+    """
+    linears = {n: _recipe(n, s, options) for n, s in shapes.items() if is_linear(n, s) and n != GATE}
+    for pattern, linear in options.linears.items():
+        matching = [name for name in linears if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            raise UsageError(f"precision: no Linear's name fits {pattern!r}; `trol-edge inspect --json` lists them")
+        linears.update((name, linear) for name in matching)
+    for name, linear in linears.items():
+        if linear.precision == "int4" and (shapes[name][1] % (linear.block or 1) or shapes[name][0] % 2):
+            # The low-rank parts of a small model; a block may not end outside its row.
+            linears[name] = LinearPlan("int8")
+    used = {linear.precision for linear in linears.values()}
+    if (
+        target in targets.TARGETS
+        and "fp8" in used
+        and target != "cpu"
+        and "fp8" not in targets.target(target).precisions
+    ):
+        raise UsageError(f"precision fp8: target {target} has no FP8 units on its GPUs; choose int8 or int4")
+    if target == "cpu" and "fp8" in used:
+        raise UsageError(
+            "precision fp8: ONNX Runtime has no FP8 kernels on a CPU; choose int8, or --target onnx for a GPU that "
+            "has FP8 (NVIDIA Ada, Hopper, Blackwell, Thor; not Orin)"
+        )
+    compute = "fp16" if target != "cpu" and options.recipe != "fp32" else "fp32"
+    quantized = [linear for linear in linears.values() if linear.precision in QUANTIZED]
+    return Plan(
+        recipe="mixed" if options.linears else options.recipe,
+        compute=compute,
+        linears=linears,
+        observer=options.observer if any(linear.activations for linear in quantized) else None,
+        scaling=options.scaling and bool(quantized),
+        clipping=options.clipping and bool(quantized),
+    )
+
+
+def _recipe(name: str, shape: tuple[int, ...], options: Options) -> LinearPlan:
+    precision = options.recipe
+    if name.startswith("vision."):
+        precision = options.vision or {"int4": "int8"}.get(precision, precision)
+        return LinearPlan(precision, options.block if precision == "int4" else None, precision in ("int8", "fp8"))
+    if name == "decoder.lm_head.weight":
+        precision = options.lm_head or {"int4": "int8"}.get(precision, precision)
+        rounded = precision in ("int8", "fp8") and options.recipe == precision
+        return LinearPlan(precision, options.block if precision == "int4" else None, rounded)
+    if name.endswith((".lora_a", ".lora_b")):
+        precision = options.lora or {"int4": "int8"}.get(precision, precision)
+        if precision == "fp8" and name.endswith(".lora_b"):
+            precision = "fp16"  # its input is not calibrated, and FP8 weights alone have no kernels
+        rounded = name.endswith(".lora_a") and precision in ("int8", "fp8")
+        return LinearPlan(precision, options.block if precision == "int4" else None, rounded)
+    return LinearPlan(precision, options.block if precision == "int4" else None, precision in ("int8", "fp8"))

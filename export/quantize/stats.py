@@ -1,0 +1,237 @@
+"""What calibration knows about a checkpoint's activations: written layer by layer, read by quantization.
+
+A folder of statistics holds
+
+state.json          format, checkpoint identity, hash of the samples, and the stages (in order) that make it complete
+parts/<stage>.npz   one per finished stage: the arrays of its points, and "meta", JSON with their numbers and peaks
+
+A "point" is the input of one Linear, named by its parameter without ".weight": "decoder.layers.3.qkv",
+"vision.proj1"; the low-rank middle of a partial LoRA is "decoder.layers.3.qkv.lora_b". Both passes of the traversal
+count into one point, because they share the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.errors import CalibrationError, UsageError
+from trol_edge.export.quantize.observers import OBSERVERS
+
+Float32 = NDArray[np.float32]
+
+FORMAT = "trol-edge-statistics"
+FORMAT_VERSION = 1
+STATE = "state.json"
+PARTS = "parts"
+BINS = 2048
+ROWS = 64  # of the reservoir
+# Thresholds below this are raised to it: a tensor that is zero throughout must not get a scale of zero. It is far
+# below what any Linear of these models sees, and its scale, 1e-6 / 127, is still a normal float32.
+SMALLEST = 1e-6
+
+_ARRAYS = ("absmax", "mean_abs", "mean_square", "rows", "histogram")
+_NUMBERS = ("count", "histogram_max", "output_absmax")
+
+
+@dataclasses.dataclass(frozen=True)
+class PointStatistics:
+    """The input of one Linear with K input channels, over all samples.
+
+    histogram counts |x| in B equal bins over [0, histogram_max], from at most 256 random rows of each call; all else
+    but `rows` is over every row.
+    """
+
+    count: int  # rows (tokens) seen
+    absmax: Float32  # [K]
+    mean_abs: Float32  # [K]
+    mean_square: Float32  # [K], mean of x^2
+    rows: Float32  # [R, K], R <= 64: a uniform random choice of the rows
+    histogram: NDArray[np.int64]  # [B]
+    histogram_max: float
+    output_absmax: float  # largest |output| of the Linear, LoRA included
+
+    def amax(self, observer: str) -> float:
+        """Clipping threshold of |x| by "minmax", "percentile", "entropy" or "mse"; positive and finite, always.
+
+        Raises UsageError for another name.
+        """
+        if observer not in OBSERVERS:
+            raise UsageError(f"observer {observer!r} is not one of {', '.join(OBSERVERS)}")
+        largest = float(self.absmax.max(initial=0.0))
+        # The histogram knows its bins only, and not every row: the largest value itself is exact.
+        found = largest if observer == "minmax" else OBSERVERS[observer](self.histogram, self.histogram_max)
+        return max(min(found, largest), SMALLEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a cache folder is for; all of it must agree before anything in it is used."""
+
+    checkpoint: str  # identity, see Checkpoint.identity
+    samples_sha256: str
+    samples: int
+    stages: tuple[str, ...]  # in the order in which they run
+    skipped: tuple[str, ...] = ()  # samples that could not be used, each with the reason
+
+
+class Statistics:
+    """The statistics of all points of one checkpoint.
+
+    points: PointStatistics by name, read from disk when asked for. peaks: largest |value| of tensors that are no
+    input or output of a Linear: "decoder.layers.<i>.residual" and ".scores" (of attention, before the softmax),
+    "vision.layers.<i>.residual" and ".scores".
+    """
+
+    def __init__(self, points: Mapping[str, PointStatistics], peaks: Mapping[str, float], state: State) -> None:
+        self.points, self.peaks, self.state = points, peaks, state
+
+    @property
+    def checkpoint(self) -> str:
+        """Identity of the checkpoint."""
+        return self.state.checkpoint
+
+    @property
+    def samples(self) -> int:
+        """How many samples were seen."""
+        return self.state.samples
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], checkpoint_identity: str | None) -> Statistics:
+        """Open a finished cache folder.
+
+        Raises CalibrationError where it is missing, unfinished, damaged, or belongs to another checkpoint
+        (`checkpoint_identity`, from Checkpoint.identity; None: whichever it is).
+        """
+        path = Path(folder)
+        state = read_state(path)
+        if state is None:
+            raise CalibrationError(f"{path}: no {STATE} here; gather statistics with `trol-edge calibrate`")
+        if checkpoint_identity is not None and state.checkpoint != checkpoint_identity:
+            raise CalibrationError(
+                f"{path}: statistics of another checkpoint ({state.checkpoint[:12]}, this one is "
+                f"{checkpoint_identity[:12]}); calibrate this one into another folder"
+            )
+        missing = [stage for stage in state.stages if not part_path(path, stage).is_file()]
+        if missing:
+            raise CalibrationError(
+                f"{path}: unfinished, {len(missing)} of {len(state.stages)} stages are missing (next: {missing[0]}); "
+                "run `trol-edge calibrate` again with the same arguments, it goes on where it stopped"
+            )
+        points: dict[str, Path] = {}
+        peaks: dict[str, float] = {}
+        for stage in state.stages:
+            part = part_path(path, stage)
+            meta = _read_meta(part)
+            points |= dict.fromkeys(meta["points"], part)
+            peaks |= meta["peaks"]
+        return cls(_Points(points), peaks, state)
+
+
+class _Points(Mapping[str, PointStatistics]):
+    """Points by name, each read when asked for: all rows together would be hundreds of megabytes."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> PointStatistics:
+        return read_point(self._files[name], name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def part_path(folder: Path, stage: str) -> Path:
+    """File of one stage."""
+    return folder / PARTS / f"{stage}.npz"
+
+
+def read_state(folder: Path) -> State | None:
+    """The state of a cache folder, None where there is none. CalibrationError where it is of another format."""
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("format") != FORMAT or data.pop("format_version") != FORMAT_VERSION:
+            raise ValueError("another format or version")
+        strings = all(isinstance(data[key], str) for key in ("checkpoint", "samples_sha256"))
+        if not strings or not isinstance(data["samples"], int):
+            raise ValueError("fields of other types")
+        stages, skipped = (tuple(map(str, data.pop(key))) for key in ("stages", "skipped"))
+        return State(**data, stages=stages, skipped=skipped)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CalibrationError(f"{path}: not readable ({error}); remove the folder and calibrate again") from error
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Begin a cache folder."""
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(state)}
+    part = folder / f"{STATE}.part"
+    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(folder / STATE)
+
+
+def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], peaks: Mapping[str, float]) -> None:
+    """Store one stage, complete or not at all. Raises CalibrationError for numbers that are not finite."""
+    bad = [name for name, point in points.items() if not _finite(point)]
+    bad += [name for name, peak in peaks.items() if not math.isfinite(peak)]
+    if bad:
+        raise CalibrationError(
+            f"NaN or infinite activations at {', '.join(bad[:5])}; check the checkpoint with `trol-edge export`, and "
+            "the samples"
+        )
+    arrays: dict[str, Any] = {f"{name}/{a}": getattr(p, a) for name, p in points.items() for a in _ARRAYS}
+    meta = {"points": {name: {n: getattr(p, n) for n in _NUMBERS} for name, p in points.items()}, "peaks": dict(peaks)}
+    path = part_path(folder, stage)
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("wb") as f:
+        np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
+        f.flush()
+        os.fsync(f.fileno())
+    unfinished.replace(path)
+
+
+def read_point(path: Path, name: str) -> PointStatistics:
+    """One point of a part. CalibrationError where the file is damaged."""
+    numbers = _read_meta(path)["points"][name]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            point = PointStatistics(**{a: file[f"{name}/{a}"] for a in _ARRAYS}, **numbers)
+    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as error:
+        raise CalibrationError(_damaged(path, error)) from error
+    if not _finite(point):
+        raise CalibrationError(_damaged(path, f"{name} holds NaN or infinite values"))
+    return point
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            meta = json.loads(str(file["meta"]))
+        return {"points": dict(meta["points"]), "peaks": {k: float(v) for k, v in meta["peaks"].items()}}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise CalibrationError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, why: object) -> str:
+    return f"{path}: damaged ({why}); remove the folder and calibrate again"
+
+
+def _finite(point: PointStatistics) -> bool:
+    arrays: Sequence[Any] = (point.absmax, point.mean_abs, point.mean_square, point.rows)
+    numbers = (point.histogram_max, point.output_absmax)
+    return all(bool(np.isfinite(a).all()) for a in arrays) and all(map(math.isfinite, numbers))

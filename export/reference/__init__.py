@@ -1,0 +1,1 @@
+"""The reference model in PyTorch: checkpoints, both families, the tokenizer, the hub."""

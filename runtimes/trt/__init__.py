@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT for RTX: bindings, engine builds, and the back end that runs engines."""

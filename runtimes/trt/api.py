@@ -1,0 +1,397 @@
+"""TensorRT's Python API: the only file that touches it, so that what differs between its versions lives here.
+
+The same code drives `tensorrt` (10.3 to 11.x) and `tensorrt_rtx` (1.7). tests/test_trt_api.py type-checks this file
+against the real bindings of every version served: each class, method, keyword, property and enum member, with the
+arguments passed. Two rules make that possible: a method that touches the library says `trt = self.module` first, and
+what exists in some versions only stands in a method marked `@only`.
+
+Running an engine: not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from trol_edge.bundle.trt_operators import Version
+from trol_edge.errors import BackendError
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+Shape = tuple[int, ...]
+F = TypeVar("F", bound=Callable[..., Any])
+CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
+# TensorRT's names of types -> numpy's (of those that numpy knows), which a bundle uses.
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "BOOL": "bool"}
+DOCTOR = "`trol-edge doctor` looks"
+DTYPES |= {"BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT4": "int4", "UINT8": "uint8"}
+_SINCE: dict[Callable[..., Any], tuple[Version | None, Version | None]] = {}  # methods marked by `only`
+
+
+def only(classic: Version | None = None, rtx: Version | None = None) -> Callable[[F], F]:
+    """Mark a method that uses what a TensorRT has from that version on; None: never. Its caller asks `has` first."""
+
+    def mark(function: F) -> F:
+        _SINCE[function] = (classic, rtx)
+        return function
+
+    return mark
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """An input or output: dtype as numpy calls it, shape with -1 where it is dynamic.
+
+    profiles: smallest, best and largest shape in each optimization profile (inputs of an engine only).
+    """
+
+    name: str
+    is_input: bool
+    dtype: str
+    shape: Shape
+    profiles: tuple[tuple[Shape, Shape, Shape], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInfo:
+    """A layer of a network: its kind ("MATRIX_MULTIPLY"), and the dtypes of its inputs and outputs."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Library:
+    """One TensorRT, imported."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.rtx = module.__name__.startswith(RTX)
+        self.version: Version = tuple(int(part) for part in module.__version__.split(".")[:3])
+        self.messages: list[str] = []  # errors that the library logged, newest last
+        self._logger = self._make_logger()
+
+    @property
+    def title(self) -> str:
+        """ "TensorRT 10.3.0" or "TensorRT for RTX 1.7.1"."""
+        return f"TensorRT {'for RTX ' if self.rtx else ''}{'.'.join(map(str, self.version))}"
+
+    def has(self, method: Callable[..., Any]) -> bool:
+        """Whether this version can run a method marked `@only`."""
+        since = _SINCE[method][1 if self.rtx else 0]
+        return since is not None and self.version >= since
+
+    def _make_logger(self) -> trt.ILogger:
+        trt = self.module
+        messages = self.messages
+
+        class Logger(trt.ILogger):  # type: ignore[name-defined,misc]
+            """Keeps errors; the rest is not for users."""
+
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: trt.ILogger.Severity, msg: str) -> None:  # type: ignore[name-defined]
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    messages.append(msg)
+
+        return Logger()
+
+    def fail(self, what: str, advice: str, cause: BaseException | None = None) -> NoReturn:
+        """Raise a BackendError that ends in what the library said last."""
+        said = "; ".join(" ".join(message.split())[:400] for message in self.messages[-2:]) or "it said nothing more"
+        self.messages.clear()
+        if "outofmemory" in said.lower().replace(" ", "").replace("_", ""):
+            advice = "memory is short: close sessions and other programs, or export with lower precision or --context"
+        raise BackendError(f"{self.title} could not {what}: {said}; {advice}") from cause
+
+    def parse(self, graph: Path) -> Network:
+        """Read an ONNX file (and the weights file beside it) into a strongly typed network. Raises BackendError."""
+        trt = self.module
+        self.messages.clear()
+        try:
+            builder = trt.Builder(self._logger)
+        except TypeError as error:  # how the bindings say that the library gave them nothing
+            self.fail("start its builder", f"is there an NVIDIA GPU and driver? {DOCTOR}", error)
+        definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(definition, self._logger)
+        if not parser.parse_from_file(str(graph)):
+            for fault in [parser.get_error(i) for i in range(parser.num_errors)]:
+                self.messages.append(f"{fault.node_operator()} {fault.node_name()}: {fault.desc()}")
+            self.fail(f"read {graph.name}", "export the bundle again for this target")
+        return Network(self, builder, definition, parser)
+
+    def open(self, path: Path) -> Engine:
+        """Load an engine file, which must have been checked: a plan is code. Raises BackendError."""
+        trt = self.module
+        self.messages.clear()
+        try:
+            runtime = trt.Runtime(self._logger)
+        except TypeError as error:
+            self.fail("start", f"is there an NVIDIA GPU and driver? {DOCTOR}", error)
+        with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            # Mapped, not read: on a board that shares its memory with the GPU a second copy may not fit.
+            engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            self.fail(f"load {path.name}", "build the engines again on this machine: `trol-edge build`")
+        return Engine(self, runtime, engine)
+
+
+class Network:
+    """A parsed graph on its way to an engine."""
+
+    def __init__(
+        self, library: Library, builder: trt.Builder, definition: trt.INetworkDefinition, parser: trt.OnnxParser
+    ) -> None:
+        self.library, self.module = library, library.module
+        self._builder, self._definition = builder, definition
+        self._parser = parser  # the network refers to weights that the parser holds
+
+    def tensors(self) -> list[TensorInfo]:
+        """Inputs, then outputs."""
+        network = self._definition
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        return [self._info(t, True) for t in inputs] + [self._info(t, False) for t in outputs]
+
+    def _info(self, tensor: trt.ITensor, is_input: bool) -> TensorInfo:
+        return TensorInfo(tensor.name, is_input, DTYPES[tensor.dtype.name], tuple(tensor.shape))
+
+    def layers(self) -> list[LayerInfo]:
+        """Every layer, in order."""
+        found = []
+        for index in range(self._definition.num_layers):
+            layer = self._definition.get_layer(index)
+            inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+            outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+            kinds = [tuple(DTYPES[t.dtype.name] for t in ts if t is not None) for ts in (inputs, outputs)]
+            found.append(LayerInfo(layer.type.name, layer.name, kinds[0], kinds[1]))
+        return found
+
+    def unused_inputs(self) -> list[str]:
+        """Inputs that no layer reads. The parser drops what it does not understand without an error."""
+        read = set()
+        for index in range(self._definition.num_layers):
+            layer = self._definition.get_layer(index)
+            read |= {t.name for i in range(layer.num_inputs) if (t := layer.get_input(i)) is not None}
+        return [t.name for t in self.tensors() if t.is_input and t.name not in read]
+
+    @only(classic=(10, 15), rtx=(1, 7))
+    def let_attention_decompose(self) -> int:
+        """Allow every Attention without a kernel of its own (FP32, odd sizes) to be cut up; returns how many."""
+        trt = self.module
+        count = 0
+        for index in range(self._definition.num_layers):
+            layer = self._definition.get_layer(index)
+            if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+                layer.__class__ = trt.IAttentionOutputLayer  # the bindings' own way down from ILayer
+                assert isinstance(layer, trt.IAttentionOutputLayer)
+                layer.attention.decomposable = True
+                count += 1
+        return count
+
+    def build(
+        self,
+        path: Path,
+        profiles: Sequence[Mapping[str, tuple[Shape, Shape, Shape]]],
+        workspace_bytes: int | None,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        """Build the engine into a file. progress(phase, done, steps) is called as TensorRT goes on.
+
+        Raises BackendError where TensorRT refuses, lacks memory or cannot write.
+        """
+        trt = self.module
+        config = self._builder.create_builder_config()
+        if workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+        for shapes in profiles:
+            profile = self._builder.create_optimization_profile()
+            for name, (smallest, best, largest) in shapes.items():
+                profile.set_shape(name, smallest, best, largest)
+            if config.add_optimization_profile(profile) < 0:
+                self.library.fail(f"take the profile {dict(shapes)}", "please report this")
+        if self.library.has(Network.let_attention_decompose):
+            self.let_attention_decompose()
+        stopped: list[BaseException] = []
+        config.progress_monitor = self._monitor(progress, stopped)
+        if self.library.has(Network._stream):
+            done = self._stream(config, path)
+        else:
+            plan = self._builder.build_serialized_network(self._definition, config)
+            done = plan is not None
+            if done:
+                path.write_bytes(plan)
+        if stopped:
+            raise stopped[0]
+        if not done:
+            self.library.fail(
+                f"build {path.name}", "if memory ran out: close other programs, or export with a smaller --context"
+            )
+
+    @only(classic=(10, 13), rtx=(1, 7))
+    def _stream(self, config: trt.IBuilderConfig, path: Path) -> bool:
+        """Build straight into the file, without a copy of the engine in memory."""
+        trt = self.module
+        failed: list[OSError] = []
+        with path.open("wb") as file:
+
+            class Writer(trt.IStreamWriter):  # type: ignore[name-defined,misc]
+                """Hands each block to the file; a short count tells TensorRT to stop."""
+
+                def __init__(self) -> None:
+                    trt.IStreamWriter.__init__(self)
+
+                def write(self, data: bytes) -> int:
+                    try:
+                        return file.write(data)
+                    except OSError as error:
+                        failed.append(error)
+                        return 0
+
+            done = self._builder.build_serialized_network_to_stream(self._definition, config, Writer())
+        if failed:
+            raise BackendError(f"{path.name} cannot be written ({failed[0].strerror}); make room") from failed[0]
+        return done
+
+    def _monitor(self, progress: Callable[[str, int, int], None], stopped: list[BaseException]) -> trt.IProgressMonitor:
+        trt = self.module
+        steps: dict[str, int] = {}
+
+        class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
+            """Passes phases on; an exception (Ctrl-C too) cancels the build, and is raised when TensorRT has ended."""
+
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)
+
+            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+                steps[phase_name] = num_steps
+                self._report(phase_name, 0)
+
+            def step_complete(self, phase_name: str, step: int) -> bool:
+                self._report(phase_name, step + 1)
+                return not stopped
+
+            def phase_finish(self, phase_name: str) -> None:
+                self._report(phase_name, steps[phase_name])
+
+            def _report(self, phase: str, done: int) -> None:
+                try:
+                    if not stopped:
+                        progress(phase, done, steps[phase])
+                except BaseException as error:
+                    stopped.append(error)
+
+        return Monitor()
+
+
+class Engine:
+    """A loaded engine."""
+
+    def __init__(self, library: Library, runtime: trt.Runtime, engine: trt.ICudaEngine) -> None:
+        self.library, self.module = library, library.module
+        self._runtime, self._engine = runtime, engine  # the engine must not outlive its runtime
+        self.scratch_bytes = engine.device_memory_size_v2
+
+    def tensors(self) -> list[TensorInfo]:
+        """Inputs and outputs, in the engine's order."""
+        trt = self.module
+        engine = self._engine
+        found = []
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            profiles = []
+            for number in range(engine.num_optimization_profiles if is_input else 0):
+                smallest, best, largest = engine.get_tensor_profile_shape(name, number)
+                profiles.append((tuple(smallest), tuple(best), tuple(largest)))
+            dtype = DTYPES[engine.get_tensor_dtype(name).name]
+            found.append(TensorInfo(name, is_input, dtype, tuple(engine.get_tensor_shape(name)), tuple(profiles)))
+        return found
+
+    def context(self, cache: bytes | None = None) -> Context:
+        """A new execution context. cache: compiled kernels from an earlier run (TensorRT for RTX only)."""
+        self.library.messages.clear()
+        kept = None
+        if self.library.has(Engine._with_cache):
+            context, kept = self._with_cache(cache)
+        else:
+            context = self._engine.create_execution_context()
+        if context is None:
+            self.library.fail("make an execution context", "free GPU memory, or export with a smaller --context")
+        return Context(self, context, kept)
+
+    @only(rtx=(1, 7))
+    def _with_cache(self, blob: bytes | None) -> tuple[trt.IExecutionContext, Any]:
+        config = self._engine.create_runtime_config()
+        cache = config.create_runtime_cache()
+        if blob:
+            cache.deserialize(blob)  # refused (False) where driver or GPU changed: then kernels are compiled anew
+        config.set_runtime_cache(cache)
+        return self._engine.create_execution_context(config), cache
+
+
+class Context:
+    """What runs: shapes and addresses of every tensor, and the call."""
+
+    def __init__(self, engine: Engine, context: trt.IExecutionContext, cache: Any) -> None:
+        self.engine, self.library, self.module = engine, engine.library, engine.module
+        self._context, self._cache = context, cache
+
+    def profile(self, index: int, stream: int) -> None:
+        """Choose an optimization profile; shapes are to be set again."""
+        self._check(self._context.set_optimization_profile_async(index, stream), f"take profile {index}")
+
+    def shape(self, name: str, shape: Shape) -> None:
+        """Set the shape of an input."""
+        self._check(self._context.set_input_shape(name, shape), f"take shape {list(shape)} for {name}")
+
+    def address(self, name: str, pointer: int) -> None:
+        """Set the device address of an input or output."""
+        self._check(self._context.set_tensor_address(name, pointer), f"take an address for {name}")
+
+    def run(self, stream: int) -> None:
+        """Enqueue on a stream. Raises BackendError where a shape is missing or TensorRT refuses."""
+        self._check(self._context.execute_async_v3(stream), "run")
+
+    def capturable(self, stream: int) -> bool:
+        """Whether a run may be captured into a CUDA graph now."""
+        return not self.library.has(Context._asks_capturable) or self._asks_capturable(stream)
+
+    @only(rtx=(1, 7))
+    def _asks_capturable(self, stream: int) -> bool:
+        return self._context.is_stream_capturable(stream)
+
+    def compiled(self) -> bytes | None:
+        """Kernels compiled so far, to be kept (TensorRT for RTX only)."""
+        return self._serialized() if self._cache is not None and self.library.has(Context._serialized) else None
+
+    @only(rtx=(1, 7))
+    def _serialized(self) -> bytes | None:
+        cache: trt.IRuntimeCache = self._cache
+        blob = cache.serialize()
+        return None if blob is None else bytes(blob)
+
+    def _check(self, done: bool, what: str) -> None:
+        if not done:
+            self.library.fail(what, "run `trol-edge doctor`, and build the engines again if it finds no fault")
+
+
+def load(name: str) -> Library:
+    """Import a TensorRT module. Raises BackendError where it is not there or does not start."""
+    package = "tensorrt-rtx" if name == RTX else "tensorrt"
+    try:
+        return Library(importlib.import_module(name))
+    except ImportError as error:
+        advice = (
+            "pip install 'trol-edge[rtx]'"
+            if name == RTX
+            else "on a Jetson it comes with JetPack (use its system Python: python3 -m venv --system-site-packages)"
+        )
+        raise BackendError(f"{package} is not usable here ({error}); {advice}") from error

@@ -1,0 +1,532 @@
+"""TensorRT on a GPU: engines, device buffers, one stream. Not yet run on a GPU.
+
+Buffers are allocated once. The K/V cache is bound as past and as present, so an engine writes it where it lies:
+ScatterND puts the same rows at the same places however often it does so, which is what makes one address for both safe.
+(Two layers may not share a buffer, though: TensorRT knows nothing of it. So both K/V sets are always kept.)
+Image features stay in device memory, and are copied within it to their places among the embeddings. A step uploads one
+embedding and one position from page-locked memory, runs, and downloads the id of the best token, and the logits only
+where they are asked for; from the second on it is one CUDA graph. Calls from several threads take turns.
+Memory of sessions and features that nothing refers to any more is noted by the garbage collector, which may come at any
+time, and given back at the next allocation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.answering.sampling import best_token
+from trol_edge.bundle.engines import (
+    ENGINES,
+    KERNELS,
+    EngineSet,
+    Key,
+    differences,
+    folder_of,
+    read,
+    shared_weights,
+    verified,
+)
+from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
+from trol_edge.bundle.targets import target as target_of
+from trol_edge.cache import Placed
+from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
+from trol_edge.machine.identity import available_memory
+from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda
+from trol_edge.runtimes.trt import weights as trt_weights
+from trol_edge.runtimes.trt.api import Context, Engine, Library, TensorInfo, load
+
+Float32 = NDArray[np.float32]
+_Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
+
+
+class _Lease:
+    """Device memory and captured graphs of one object, noted as garbage when the object is gone."""
+
+    def __init__(self, garbage: deque[_Garbage]) -> None:
+        self.blocks: list[int] = []
+        self.graphs: list[Any] = []
+        weakref.finalize(self, garbage.append, (self.blocks, self.graphs)).atexit = False
+
+
+class DeviceFeatures:
+    """Image features in device memory: float32 [N, T, D], or of one picture [T, D]. `numpy.asarray` downloads them.
+
+    The memory is given back when neither this object nor a picture taken out of it is left.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, backend: TrtBackend, shape: tuple[int, ...], pointer: int, lease: _Lease) -> None:
+        self.backend, self.shape, self.pointer, self._lease = backend, shape, pointer, lease
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> DeviceFeatures:
+        """One picture of [N, T, D]."""
+        part = DeviceFeatures(self.backend, self.shape[1:], self.pointer, self._lease)
+        part.pointer += range(len(self))[index] * part.nbytes  # which raises IndexError, as a sequence must
+        return part
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        array = np.empty(self.shape, self.dtype)
+        with self.backend.lock:
+            self.backend.cuda.download(array, self.pointer)
+            self.backend.cuda.wait()
+        return array.astype(dtype or self.dtype, copy=False)
+
+
+class TrtBackend:
+    """The engines of one bundle, loaded on the first GPU."""
+
+    prefix_reuse = True
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        verify: bool = True,
+        prefix_reuse: bool = True,
+        *,
+        library: Library | None = None,
+        cuda: Cuda | None = None,
+        device: Device | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """threads is for a CPU and has no effect. verify: hash weights that engines share; engines are always hashed.
+
+        library, cuda, device: to use instead of what this machine has. cuda_graphs: capture the step.
+        Raises BackendError (no TensorRT, driver or GPU, not enough memory), BundleError (no engines, engines of
+        another GPU, driver or TensorRT, altered ones) and UsageError (prefix_reuse=False).
+        """
+        if not prefix_reuse:
+            raise UsageError(
+                f"{bundle.folder}: prefix_reuse=False would save nothing with engines: each layer needs buffers of its "
+                "own for the second pass, so both K/V sets are always kept; leave it out"
+            )
+        self.bundle, self.spec, self.context = bundle, bundle.manifest.spec, bundle.manifest.context
+        target = target_of(bundle.manifest.target)
+        if "token" not in {port.name for port in bundle.manifest.graphs["step"].outputs}:
+            raise BundleError(f"{bundle.folder}: its step does not say the best token; export the bundle again")
+        engines = read(bundle, target.name)
+        self.library = library or load(target.module)
+        if device is None and cuda is None:
+            found = devices()
+            if isinstance(found, str):
+                raise BackendError(f"no usable NVIDIA GPU: {found}; `trol-edge doctor` looks for the cause")
+            device = found[0]
+        self._require_fit(engines, device)
+        built = hashlib.sha256("".join(sorted(e.sha256 for e in engines.engines.values())).encode()).hexdigest()
+        gpu = f"{device.name}, driver {'.'.join(map(str, device.driver))}" if device else "a GPU"
+        self.identity = f"{self.library.title} on {gpu}, engines {built[:12]}"
+        paths = {name: verified(bundle, engines, name) for name in ENGINES}
+        self.cuda = cuda or open_cuda()
+        self.cuda_graphs = cuda_graphs and self.cuda.graphs
+        self._require_memory(engines, device)
+        self.lock = threading.RLock()
+        self.garbage: deque[_Garbage] = deque()
+        self._engines = {name: self.library.open(path) for name, path in paths.items()}
+        self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
+        self._contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
+        self._profiles = dict.fromkeys(self._contexts, 0)
+        graphs = bundle.manifest.graphs
+        # What no state owns: inputs of a traverse at their largest, and of the vision engine.
+        ports = (p for name in ("vision", "traverse") for p in (*graphs[name].inputs, *graphs[name].outputs))
+        self._lease = _Lease(self.garbage)
+        own = [p for p in ports if not p.name.startswith(("past_", "present_"))]
+        self._shared = self.allocate(own, "what all sessions share", self._lease)
+        self.weights = trt_weights.upload(bundle, self.cuda, verify)
+        self._shared |= self.weights
+        self._slots = np.arange(self.context, dtype=np.int64)
+        self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
+        self._kept = False
+        self._closing = weakref.finalize(self, _close, self.cuda, self._contexts, self._engines)
+        self._closing.atexit = False  # the end of the process does it, and must not pull memory from under a thread
+
+    def _require_fit(self, engines: EngineSet, device: Device | None) -> None:
+        target = target_of(engines.key.target)
+        gpu = device or Device("", "", 0, (0, 0))
+        key = Key(
+            target.name, self.library.title, gpu.name, gpu.capability, ".".join(map(str, gpu.driver)) if device else ""
+        )
+        if problems := differences(self.bundle, engines, key):
+            raise BundleError(
+                f"{self.bundle.folder}: these engines do not serve here: {'; '.join(problems)}; "
+                f"build them again on this machine: `trol-edge build {self.bundle.folder}`"
+            )
+        if target.capabilities and device is not None and device.capability not in target.capabilities:
+            raise BackendError(
+                f"{device.name} has compute capability {device.capability}, target {target.name} serves "
+                f"{', '.join(target.capabilities)}; export for another target"
+            )
+
+    def _require_memory(self, engines: EngineSet, device: Device | None) -> None:
+        shared = sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
+        needed = sum(info.bytes for info in engines.engines.values()) + shared + self.cache_bytes
+        free, total = self.cuda.memory()
+        if device is not None and device.integrated:
+            free = max(
+                free, available_memory() or 0
+            )  # there CUDA does not count what Linux would give up: files it has read
+        if needed > free:
+            raise BackendError(
+                f"{self.bundle.folder}: needs {needed / 1e9:.2f} GB of GPU memory (K/V cache "
+                f"{self.cache_bytes / 1e9:.2f}), {free / 1e9:.2f} of {total / 1e9:.2f} are free; "
+                "close other programs, or export with a lower precision or a smaller --context"
+            )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the K/V cache of one state, both sets."""
+        ports = self.bundle.manifest.graphs["traverse"].inputs
+        return sum(self._bytes(p) for p in ports if p.name.startswith("past_"))
+
+    def _checked(self, name: str, engine: Engine) -> dict[str, TensorInfo]:
+        """An engine's tensors by name, which must be those of the graph."""
+        graph = self.bundle.manifest.graphs[name]
+        found = {info.name: info for info in engine.tensors()}
+        wanted = {port.name: port for port in (*graph.inputs, *graph.outputs)}
+        weights = set(graph.weights) - set(graph.constants)
+        wrong = sorted(found.keys() ^ (wanted.keys() | weights)) + [
+            n for n, info in found.items() if n in wanted and info.dtype != wanted[n].dtype
+        ]
+        if wrong:
+            raise BundleError(
+                f"{self.bundle.folder}: the {name} engine has other inputs or outputs than the graph "
+                f"({', '.join(wrong[:5])}); build the engines again with `trol-edge build --force`"
+            )
+        return found
+
+    def new_context(self, name: str) -> Context:
+        """An execution context of an engine, with the kernels that an earlier run compiled, if it left any."""
+        return self._engines[name].context(_unwrapped(self._kernels(name)))
+
+    def _kernels(self, name: str) -> Path:
+        return folder_of(self.bundle, self.bundle.manifest.target) / f"{name}.{KERNELS}"
+
+    def keep_kernels(self, contexts: Mapping[str, Context]) -> None:
+        """Write what TensorRT for RTX compiled beside the engines, so that the next start need not; once."""
+        if self._kept:
+            return
+        self._kept = True
+        for name, context in {**self._contexts, **contexts}.items():
+            blob = context.compiled()
+            path = self._kernels(name)
+            if not blob or _unwrapped(path) == blob:
+                continue
+            try:
+                part = path.with_suffix(".part")
+                part.write_bytes(hashlib.sha256(blob).digest() + blob)
+                part.replace(path)
+            except OSError:
+                return  # a bundle that cannot be written to serves as well, it only starts slower
+
+    def _bytes(self, port: Port) -> int:
+        """Bytes of a tensor at its largest."""
+        sizes = {"tokens": self.context, "slots": self.context, "images": self.bundle.manifest.image.most_tiles}
+        size = np.dtype(port.dtype).itemsize
+        for d in port.shape:
+            size *= d if isinstance(d, int) else sizes[d]
+        return size
+
+    def allocate(self, ports: Iterable[Port], what: str, lease: _Lease) -> dict[str, int]:
+        """Device memory for tensors at their largest, in one block of the lease's; the lock must be held.
+
+        Zeroed, because 0 times a stray NaN would still be NaN. what: it is for, if there is too little.
+        """
+        self._sweep()
+        offsets, size = dict[str, int](), 0
+        for port in ports:
+            offsets.setdefault(port.name, size)
+            size += -(-self._bytes(port) // trt_weights.ALIGNMENT) * trt_weights.ALIGNMENT
+        base = self.cuda.allocate(size, what)
+        lease.blocks.append(base)
+        return {name: base + offset for name, offset in offsets.items()}
+
+    def _sweep(self) -> None:
+        """Give back what nothing refers to any more."""
+        if self.garbage:
+            self.cuda.wait()  # until what is enqueued, the zeroing of it perhaps, is done
+        while self.garbage:
+            blocks, graphs = self.garbage.popleft()
+            for graph in graphs:
+                self.cuda.drop(graph)
+            for block in blocks:
+                self.cuda.free(block)
+
+    def run(self, name: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+        """Enqueue vision or traverse with these shapes of its dynamic inputs; the lock must be held."""
+        context, index = self._contexts[name], self._profile(name, shapes)
+        if index != self._profiles[name]:
+            context.profile(index, self.cuda.stream)
+            self._profiles[name] = index
+        for tensor, shape in shapes.items():
+            context.shape(tensor, shape)
+        for tensor in self.infos[name]:
+            context.address(tensor, addresses[tensor])
+        context.run(self.cuda.stream)
+
+    def _profile(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The first optimization profile that serves these shapes."""
+        profiles = [self.infos[name][tensor].profiles for tensor in shapes]
+        for index in range(min((len(p) for p in profiles), default=0)):
+            if all(_within(shape, p[index]) for p, shape in zip(profiles, shapes.values(), strict=True)):
+                return index
+        raise ContextError(
+            f"the {name} engine was built for other sizes than { ({n: list(s) for n, s in shapes.items()}) }; "
+            "build the engines again with `trol-edge build --force`, or give a shorter prompt"
+        )
+
+    def encode_image(self, pixel_values: Float32) -> DeviceFeatures:
+        """pixel_values [N, 3, P, P] -> image features [N, T, D], in device memory."""
+        count, most = len(pixel_values), self.bundle.manifest.image.most_tiles
+        shape = (count, self.spec.vision.tokens_per_image, self.spec.hidden_size)
+        lease = _Lease(self.garbage)
+        port = Port("features", "float32", shape)
+        with self.lock:
+            pointer = self.allocate([port], f"the features of {count} picture(s) or tile(s)", lease)["features"]
+        features = DeviceFeatures(self, shape, pointer, lease)
+        for start in range(0, count, most):
+            part = np.ascontiguousarray(pixel_values[start : start + most], np.float32)
+            rows = features[start]
+            with self.lock:
+                self.cuda.upload(self._shared["pixel_values"], part)
+                self.run("vision", {"pixel_values": part.shape}, self._shared)
+                self.cuda.copy(rows.pointer, self._shared["image_features"], len(part) * rows.nbytes)
+                self.cuda.wait()  # until then `part` must stay
+        return features
+
+    def traverse(
+        self,
+        cache: Mapping[str, int],
+        embeddings: Float32,
+        image_mask: NDArray[np.bool_] | None,
+        rope_offset: int,
+        start: int,
+        pictures: Sequence[Placed],
+    ) -> Float32:
+        """Both passes over embeddings [S, D] behind `start` cached tokens; logits [V] of the last."""
+        graph = self.bundle.manifest.graphs["traverse"]
+        stop = start + len(embeddings)
+        mask = np.zeros(len(embeddings), bool) if image_mask is None else image_mask
+        given: dict[str, NDArray[Any]] = {
+            "inputs_embeds": embeddings[None],
+            "position_ids": self._slots[None, start:stop],
+            "slots": self._slots[:stop],
+            "image_mask": mask[None, :, None],
+            "rope_offset": np.array([rope_offset], np.int64),
+        }
+        feeds = {p.name: np.ascontiguousarray(given[p.name], p.dtype) for p in graph.inputs if p.name in given}
+        dynamic = {p.name for p in graph.inputs if any(isinstance(d, str) for d in p.shape)}
+        with self.lock:
+            for name, array in feeds.items():
+                self.cuda.upload(self._shared[name], array)
+            kept = [self._place(placed) for placed in pictures]
+            shapes = {name: array.shape for name, array in feeds.items() if name in dynamic}
+            self.run("traverse", shapes, {**self._shared, **cache})
+            self.cuda.download(self._logits, self._shared["logits"])
+            self.cuda.wait()
+            del kept
+            return self._logits[0].astype(np.float32)
+
+    def _place(self, placed: Placed) -> Any:
+        """Enqueue the copy of image features among the embeddings; returns what must stay until the stream is idle."""
+        features, width = placed.features, self.spec.hidden_size * 4
+        target, size = self._shared["inputs_embeds"] + placed.at * width, placed.count * width
+        if isinstance(features, DeviceFeatures):
+            if features.backend is not self:
+                raise UsageError("these image features are in the memory of another Runtime; encode the picture here")
+            self.cuda.copy(target, features.pointer + placed.first * width, size)
+            return features
+        rows = np.ascontiguousarray(features[placed.first : placed.first + placed.count], np.float32)
+        self.cuda.upload(target, rows)
+        return rows
+
+    def new_state(self) -> TrtState:
+        """K/V buffers of its own, empty."""
+        with self.lock:
+            return TrtState(self)
+
+    def require_open(self) -> None:
+        """Raise BackendError after close: a captured graph would go on with memory that is no longer ours."""
+        if not self._closing.alive:
+            raise BackendError(f"{self.bundle.folder}: its engines have been closed; open the bundle again")
+
+    def close(self) -> None:
+        """Give all device and page-locked memory back; states must not be used any more."""
+        with self.lock:
+            self._closing()
+
+
+class TrtState:
+    """The K/V buffers of one sequence, and a step that is bound to them once."""
+
+    def __init__(self, backend: TrtBackend) -> None:
+        self._backend = backend
+        graphs, cuda = backend.bundle.manifest.graphs, backend.cuda
+        past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
+        self._ports = {p.name: p for p in past}
+        step = graphs["step"]
+        own = [p for p in (*step.inputs, *step.outputs) if not p.name.startswith(("past_", "present_"))]
+        self._lease = _Lease(backend.garbage)
+        what = f"a session (both K/V sets for {backend.context} tokens)"
+        found = backend.allocate((*past, *own), what, self._lease)
+        self._own = {p.name: found[p.name] for p in own}
+        self._cache = {p.name: found[p.name] for p in past}
+        # Past and present are one buffer: engines write in place.
+        self._cache |= {name.replace("past_", "present_", 1): pointer for name, pointer in self._cache.items()}
+        # Page-locked, so that copies are part of the captured graph: it reads and writes these very addresses.
+        self._host = {p.name: cuda.pinned(tuple(int(d) for d in p.shape), p.dtype) for p in own}
+        self._given = [p.name for p in step.inputs if p.name in self._host]
+        rope = backend.spec.long_rope
+        self._long_rows = rope.short_rows(backend.context) if rope else 0
+        self._rope_offset = 0
+        self._context = backend.new_context("step")
+        for name in backend.infos["step"]:
+            self._context.address(name, {**backend.weights, **self._own, **self._cache}[name])
+        self._runs = 0
+        self._graph: Any = None
+
+    def traverse(
+        self,
+        embeddings: Float32,
+        image_mask: NDArray[np.bool_] | None,
+        long_rope: bool = False,
+        start: int = 0,
+        pictures: Sequence[Placed] = (),
+    ) -> Float32:
+        """See trol_edge.cache.State."""
+        self._rope_offset = self._long_rows if long_rope else 0
+        return self._backend.traverse(self._cache, embeddings, image_mask, self._rope_offset, start, pictures)
+
+    def step(self, embedding: Float32, position: int) -> Float32:
+        """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        with self._backend.lock:
+            self._start(embedding, position)
+            return self._logits()
+
+    def step_token(self, embedding: Float32, position: int) -> int:
+        """See trol_edge.cache.State; eight bytes are downloaded."""
+        with self._backend.lock:
+            self._start(embedding, position)
+            self._finish()
+            token = int(self._host["token"][0])
+            return token if token >= 0 else best_token(self._logits())  # below zero: not every logit is a number
+
+    def _start(self, embedding: Float32, position: int) -> None:
+        """Enqueue a step."""
+        backend = self._backend
+        backend.require_open()
+        self._host["inputs_embeds"][0, 0] = embedding
+        self._host["position_ids"][0, 0] = position
+        if "rope_offset" in self._host:
+            self._host["rope_offset"][0] = self._rope_offset
+        # The first run is plain: TensorRT sets itself up in it. Shapes and addresses are the same ever after.
+        if self._graph is None and self._runs and backend.cuda_graphs:
+            self._capture()
+        if self._graph is not None:
+            backend.cuda.launch(self._graph)
+        else:
+            self._enqueue()
+        self._runs += 1
+
+    def _capture(self) -> None:
+        """Make the step one CUDA graph, if TensorRT lets it."""
+        backend = self._backend
+        if not self._context.capturable(backend.cuda.stream):
+            return
+        try:
+            self._graph = backend.cuda.capture(self._enqueue)
+            self._lease.graphs.append(self._graph)
+        except BackendError as error:
+            backend.cuda_graphs = False
+            warnings.warn(f"steps run without a CUDA graph: {error}", RuntimeWarning, stacklevel=2)
+
+    def _enqueue(self) -> None:
+        cuda = self._backend.cuda
+        for name in self._given:
+            cuda.upload(self._own[name], self._host[name])
+        self._context.run(cuda.stream)
+        cuda.download(self._host["token"], self._own["token"])
+
+    def _logits(self) -> Float32:
+        """Download the logits of the last step."""
+        self._backend.cuda.download(self._host["logits"], self._own["logits"])
+        self._finish()
+        logits: Float32 = self._host["logits"][0].astype(np.float32, copy=False)
+        return logits
+
+    def _finish(self) -> None:
+        self._backend.cuda.wait()
+        if self._runs == 1:
+            self._backend.keep_kernels({"step": self._context})
+
+    def copy_rows(self, source: TrtState, start: int, stop: int, which: int) -> None:
+        """See trol_edge.cache.State; within the device, one copy per key or value head."""
+        backend = self._backend
+        with backend.lock:
+            for name, port in self._ports.items():
+                if name.startswith("past_second_") != bool(which):
+                    continue
+                _, heads, capacity, size = (int(d) for d in port.shape)
+                row = size * np.dtype(port.dtype).itemsize
+                for head in range(heads):
+                    at = (head * capacity + start) * row
+                    backend.cuda.copy(self._cache[name] + at, source._cache[name] + at, (stop - start) * row)
+            backend.cuda.wait()
+        if not which:
+            self._rope_offset = source._rope_offset
+
+    def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
+        """See trol_edge.cache.State; each buffer comes down whole."""
+        backend, found = self._backend, []
+        with backend.lock:
+            for name, port in self._ports.items():
+                if name.startswith("past_second_") == bool(which):
+                    host = np.empty([int(d) for d in port.shape], port.dtype)
+                    backend.cuda.download(host, self._cache[name])
+                    backend.cuda.wait()
+                    rows = host[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1)
+                    found.append(rows.astype(np.float32))
+        return found
+
+
+def _close(cuda: Cuda, contexts: dict[str, Context], engines: dict[str, Engine]) -> None:
+    """Give all memory back, when the back end is closed or gone, and with it all states and features."""
+    contexts.clear()
+    engines.clear()
+    cuda.close()
+
+
+def _dtype(graph: GraphInfo, name: str) -> str:
+    return next(p.dtype for p in (*graph.inputs, *graph.outputs) if p.name == name)
+
+
+def _within(shape: tuple[int, ...], profile: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> bool:
+    smallest, _, largest = profile
+    return all(low <= n <= high for low, n, high in zip(smallest, shape, largest, strict=True))
+
+
+def _unwrapped(path: Path) -> bytes | None:
+    """Kernels that an earlier run kept, if they are as they were written."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, blob = data[:32], data[32:]
+    return blob if hashlib.sha256(blob).digest() == digest else None

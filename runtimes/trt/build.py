@@ -1,0 +1,290 @@
+"""Build a bundle's engines: graphs in, `engines/TARGET/` out. The same for TensorRT and TensorRT for RTX.
+
+Checked before anything is parsed: the operators against what this TensorRT takes. Checked before anything is built:
+that every input is read, and that the layers compute in the types that the bundle asks for. Checked after: that the
+engine fits the memory of its target. Engines of classic TensorRT are built on the GPU that runs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from trol_edge._version import __version__
+from trol_edge.bundle.engines import (
+    ENGINES,
+    FORMAT_VERSION,
+    EngineInfo,
+    EngineSet,
+    Key,
+    Range,
+    build_bytes,
+    differences,
+    folder_of,
+    read,
+    shared_weights,
+    weight_bytes,
+    write,
+)
+from trol_edge.bundle.manifest import WEIGHTS, Bundle, GraphInfo, sha256_of
+from trol_edge.bundle.targets import Target, refusals
+from trol_edge.bundle.targets import target as target_of
+from trol_edge.errors import BackendError, BundleError
+from trol_edge.machine.identity import available_memory
+from trol_edge.runtimes.cuda import Device, devices
+from trol_edge.runtimes.trt.api import Library, Network, Shape, load
+
+SHORT = 64  # tokens: what a follow-up question has; longer chunks take the second profile
+COUNTED = ("MATRIX_MULTIPLY", "CONVOLUTION", "DEQUANTIZE", "QUANTIZE", "ATTENTION_INPUT")
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What came of a build. reason: why it was done, or why not ("up to date")."""
+
+    engines: EngineSet
+    folder: Path
+    built: bool
+    reason: str
+
+
+def build(
+    bundle: Bundle,
+    target: str | None = None,
+    *,
+    memory_bytes: int | None = None,
+    workspace_bytes: int | None = None,
+    force: bool = False,
+    library: Library | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Build:
+    """Add engines for a target (default: the bundle's own) to a bundle, unless those that are there still serve.
+
+    memory_bytes: of the device, which engines and K/V cache must fit (default: that of the GPU found, if it is to run
+    them). workspace_bytes: scratch memory that one layer may ask for. library: TensorRT to use instead of importing
+    the target's.
+    Raises BackendError (no TensorRT, no GPU where one is needed, refused, too large) and BundleError.
+    """
+    entry = target_of(target or bundle.manifest.target)
+    if not entry.gpu:
+        raise BundleError(
+            f"{bundle.folder}: made for target {entry.name}, for which there is nothing to build; "
+            "export with --target rtx (desktop) or jetson-jp6, jetson-jp7, jetson-trt11, tensorrt"
+        )
+    if bundle.manifest.target in ("cpu", "onnx"):
+        raise BundleError(
+            f"{bundle.folder}: its graphs were made for target {bundle.manifest.target!r}; "
+            f"export with --target {entry.name}"
+        )
+    library = library or load(entry.module)
+    found = devices()
+    device = found[0] if isinstance(found, list) else None
+    key = key_here(entry, library, device)
+    if memory_bytes is None and device is not None and not entry.rtx:
+        memory_bytes = device.memory_bytes
+    reason = why(bundle, key) if not force else "asked for"
+    if reason is None:
+        engines = read(bundle, entry.name)
+        return Build(engines, folder_of(bundle, entry.name), False, "up to date")
+    final = folder_of(bundle, entry.name)
+    final.parent.mkdir(exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", suffix=".part", dir=final.parent))
+    try:
+        infos = {}
+        for name in ENGINES:
+            infos[name] = _build_one(bundle, name, library, part, workspace_bytes, progress)
+            _require_memory(bundle, entry, infos, memory_bytes)
+        weights = bundle.manifest.files[WEIGHTS].sha256
+        engines = EngineSet(FORMAT_VERSION, f"trol-edge {__version__}", key, precision_of(bundle), weights, infos)
+        write(part, engines)
+        part.chmod(0o755)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Build(engines, final, True, reason)
+
+
+def key_here(target: Target, library: Library, device: Device | None) -> Key:
+    """What engines built now, here, are bound to."""
+    if not target.serves(library.version):
+        raise BackendError(
+            f"target {target.name} is for {target.library}, here is {library.title}; "
+            "choose another target (`trol-edge targets` lists those that this machine can build)"
+        )
+    if target.rtx:
+        return Key(target.name, library.title, "", "", "")
+    if device is None:
+        return Key(target.name, library.title, "", "", "")
+    if target.capabilities is not None and device.capability not in target.capabilities:
+        raise BackendError(
+            f"target {target.name} is for GPUs of compute capability {' and '.join(target.capabilities)}, here is "
+            f"{device.name} ({device.capability}); choose another target"
+        )
+    return Key(target.name, library.title, device.name, device.capability, ".".join(map(str, device.driver)))
+
+
+def why(bundle: Bundle, key: Key) -> str | None:
+    """Why engines are to be built, or None where those in the bundle serve."""
+    try:
+        engines = read(bundle, key.target)
+    except BundleError as error:
+        return str(error)
+    folder = folder_of(bundle, key.target)
+    for engine in engines.engines.values():
+        path = folder / engine.file
+        if not path.is_file() or path.stat().st_size != engine.bytes:
+            return f"{engine.file} is missing or truncated"
+    return "; ".join(differences(bundle, engines, key)) or None
+
+
+def precision_of(bundle: Bundle) -> str:
+    """The recipe that a bundle was exported with: fp32, fp16, int8, int4, fp8 or the name of a mixed one."""
+    return bundle.manifest.plan.recipe
+
+
+def compute_type(bundle: Bundle) -> str:
+    """float32 or float16: the type that a bundle's graphs compute in."""
+    return {"fp16": "float16", "fp32": "float32"}[bundle.manifest.plan.compute]
+
+
+def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
+    """Ranges of a graph's dynamic dimensions, one entry per optimization profile; empty where it has none."""
+    context, tiles = bundle.manifest.context, bundle.manifest.image.most_tiles
+    names = {d for port in graph.inputs for d in port.shape if isinstance(d, str)}
+    if not names:
+        return ()
+    if names == {"images"}:
+        return ({"images": (1, tiles, tiles)},)
+    if not names <= {"tokens", "slots"}:
+        raise BundleError(f"{bundle.folder}: {graph.file} has unknown dynamic dimensions {sorted(names)}")
+    short = min(SHORT, context)
+    ranges = [(1, max(1, short // 2), short)]
+    if context > short:
+        ranges.append((short + 1, max(short + 1, context // 2), context))
+    found: list[dict[str, Range]] = []
+    for tokens in ranges:
+        slots = (tokens[0], max(tokens[1], context // 2), context)
+        found.append({n: r for n, r in (("tokens", tokens), ("slots", slots)) if n in names})
+    return tuple(found)
+
+
+def shapes_of(graph: GraphInfo, ranges: Mapping[str, Range]) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Smallest, best and largest shape of every input with a dynamic dimension."""
+    found = {}
+    for port in graph.inputs:
+        if any(isinstance(d, str) for d in port.shape):
+            sizes = [tuple(d if isinstance(d, int) else ranges[d][i] for d in port.shape) for i in range(3)]
+            found[port.name] = (sizes[0], sizes[1], sizes[2])
+    return found
+
+
+def _build_one(
+    bundle: Bundle, name: str, library: Library, folder: Path, workspace_bytes: int | None, progress: Progress
+) -> EngineInfo:
+    graph = bundle.manifest.graphs[name]
+    path = bundle.path(graph.file)
+    if problems := refusals(graph.operators, library.version, library.rtx):
+        raise BackendError(
+            f"{bundle.folder}: {graph.file}: {'; '.join(problems)}; export with the target of this machine's TensorRT "
+            "(`trol-edge targets` says which)"
+        )
+    start = time.perf_counter()
+    progress(f"{name}: parse", 0, 1)
+    network = library.parse(path)
+    progress(f"{name}: parse", 1, 1)
+    if unused := network.unused_inputs():
+        raise BackendError(
+            f"{graph.file}: {library.title} would ignore the input(s) {', '.join(unused)}, so its answers would be "
+            "wrong; please report this"
+        )
+    _require_room(bundle, graph)
+    layers = count_layers(network)
+    require_precision(bundle, graph, layers)
+    ranges = profiles(bundle, graph)
+    file = f"{name}.engine"
+    network.build(
+        folder / file,
+        [shapes_of(graph, r) for r in ranges],
+        workspace_bytes,
+        lambda phase, done, steps: progress(f"{name}: {phase}", done, steps),
+    )
+    return EngineInfo(
+        file=file,
+        bytes=(folder / file).stat().st_size,
+        sha256=sha256_of(folder / file),
+        graph_sha256=bundle.manifest.files[graph.file].sha256,
+        weight_bytes=weight_bytes(bundle, graph.constants),
+        layers=layers,
+        profiles=ranges,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _require_room(bundle: Bundle, graph: GraphInfo) -> None:
+    """Raise BackendError where building would run out of this machine's memory: it is killed then, without a word."""
+    needed, free = build_bytes(weight_bytes(bundle, graph.constants)), available_memory(swap=True)
+    if free is not None and needed > free:
+        raise BackendError(
+            f"{graph.file}: building its engine takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
+            "available here; close other programs, add swap, or export with a lower --precision"
+        )
+
+
+def count_layers(network: Network) -> dict[str, int]:
+    """Layers that multiply or change precision, by kind and type of their first input."""
+    kinds = Counter(f"{x.kind} {x.inputs[0]}" for x in network.layers() if x.kind in COUNTED and x.inputs)
+    return dict(sorted(kinds.items()))
+
+
+def require_precision(bundle: Bundle, graph: GraphInfo, layers: Mapping[str, int]) -> None:
+    """Raise BackendError where the network does not compute in the precision asked for.
+
+    MATRIX_MULTIPLY layers must be of the type that the bundle computes in (others only where its plan keeps some in
+    FP32), and every DequantizeLinear of the graph must have become a layer.
+    """
+    asked, precision = compute_type(bundle), precision_of(bundle)
+    products = {kind.split()[1]: n for kind, n in layers.items() if kind.startswith("MATRIX_MULTIPLY")}
+    allowed = {asked, "float32"} if bundle.manifest.plan.kept_fp32 else {asked}
+    if not products.get(asked) or not set(products) <= allowed:
+        raise BackendError(f"{graph.file}: {precision} asks for products in {asked}, the network has {products}")
+    wanted = graph.operators.get("DequantizeLinear", 0)
+    found = {kind.split()[1]: n for kind, n in layers.items() if kind.startswith("DEQUANTIZE")}
+    if sum(found.values()) != wanted:
+        raise BackendError(f"{graph.file}: {wanted} DequantizeLinear in the graph, the network has {found}")
+
+
+def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineInfo], memory_bytes: int | None) -> None:
+    """Raise BackendError where engines and K/V cache are larger than the device's memory."""
+    if memory_bytes is None:
+        return
+    engines = sum(info.bytes for info in infos.values())
+    cache, shared = cache_bytes(bundle), sum(tensor.nbytes for tensor in shared_weights(bundle).values())
+    if engines + shared + cache > memory_bytes:
+        weights = f", the weights that they share {shared / 1e9:.2f} GB" if shared else ""
+        sharing = ", with --shared-weights" if not shared and bundle.manifest.plan.can_share_weights else ""
+        raise BackendError(
+            f"{bundle.folder}: engines {', '.join(infos)} take {engines / 1e9:.2f} GB{weights} and the K/V cache "
+            f"{cache / 1e9:.2f} GB, together {(engines + shared + cache) / 1e9:.2f}; the memory of target "
+            f"{target.name} is {memory_bytes / 1e9:.2f} GB; export with a lower --precision{sharing} or a smaller "
+            "--context"
+        )
+
+
+def cache_bytes(bundle: Bundle) -> int:
+    """Bytes of the K/V cache of one state, both sets, in the types of the graphs."""
+    total = 0
+    for port in bundle.manifest.graphs["traverse"].inputs:
+        if port.name.startswith("past_"):
+            count = 1
+            for d in port.shape:
+                count *= d if isinstance(d, int) else bundle.manifest.context
+            total += count * (2 if port.dtype == "float16" else 4)
+    return total

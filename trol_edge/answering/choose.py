@@ -1,0 +1,80 @@
+"""How likely a model holds given answers to be, from one prefill of the prompt.
+
+Options are walked as a tree of tokens, so that a common beginning is computed once; going back to a branch is
+`Session.truncate`, which copies nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.answering.sampling import log_sum_exp
+from trol_edge.errors import UsageError
+from trol_edge.session import Session
+
+Float32 = NDArray[np.float32]
+
+
+def checked_options(options: Sequence[str]) -> list[str]:
+    """The options, if a choice between them has a meaning; UsageError otherwise."""
+    if isinstance(options, str) or not isinstance(options, (list, tuple)) or len(options) < 2:
+        raise UsageError(f"options should be a list of two or more texts, found {reprlib.repr(options)}")
+    for i, option in enumerate(options):
+        if not isinstance(option, str) or not option.strip():
+            raise UsageError(f"option {i} is {reprlib.repr(option)}; every option needs text")
+        if option != option.strip():
+            raise UsageError(f"option {i} is {reprlib.repr(option)}; leave out the white space around it")
+        if option in options[:i]:
+            raise UsageError(f"option {reprlib.repr(option)} is there twice (items {options.index(option)} and {i})")
+    return list(options)
+
+
+def answer_logprobs(
+    session: Session,
+    logits: Float32,
+    answers: Sequence[Sequence[int]],
+    ends: Collection[int],
+    check: Callable[[], None],
+) -> list[float]:
+    """Natural logarithm of the probability of each answer (token ids), given the prompt that `session` holds.
+
+    logits: float32 [V] behind the prompt. ends: ids that end an answer; their probability after the last token counts,
+    which is what tells "left" from the beginning of "left door". Empty: the answers are beginnings, and how they go on
+    does not matter. check: called before each step; what it raises goes through.
+    The session holds the prompt, and perhaps tokens behind it, afterwards.
+    """
+    prompt = session.length
+    end_ids = np.fromiter(ends, np.int64)
+    totals = [0.0] * len(answers)
+    branches = [(list[int](), list(range(len(answers))))]  # (beginning, the answers that have it), depth first
+    while branches:
+        path, members = branches.pop()
+        if path:
+            check()
+            session.truncate(prompt + len(path) - 1)  # what is left is this branch's: siblings share it
+            logits = session.step_view(path[-1])
+        normaliser = log_sum_exp(logits)
+        followers: dict[int, list[int]] = {}
+        for i in members:
+            if len(answers[i]) == len(path):
+                totals[i] += log_sum_exp(logits[end_ids]) - normaliser if len(end_ids) else 0.0
+            else:
+                followers.setdefault(answers[i][len(path)], []).append(i)
+        for token, group in followers.items():
+            for i in group:
+                totals[i] += float(logits[token]) - normaliser
+            if len(end_ids) or max(len(answers[i]) for i in group) > len(path) + 1:
+                branches.append(([*path, token], group))
+    return totals
+
+
+def softmax(scores: Sequence[float]) -> list[float]:
+    """Probabilities, summing to 1, of scores that are logarithms."""
+    most = max(scores)
+    shares = [math.exp(score - most) for score in scores]
+    return [share / sum(shares) for share in shares]

@@ -1,0 +1,78 @@
+"""8-bit weights made of 4-bit ones when a bundle is loaded: what a compute-bound graph multiplies with on a CPU.
+
+A bundle stores 4-bit weights once, as ONNX Runtime's MatMulNBits reads them; a prompt is twice as fast with 8-bit ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.bundle.weights import FLOATS, TensorInfo
+
+# What is added to the name of a parameter.
+NBITS = ".nbits"  # uint8 [N, K/block, block/2]: two values 0..15 per byte, the first in the low half; 8 means zero
+NBITS_SCALE = ".nbits_scale"  # float32 [N*K/block]
+INT8 = ".int8"  # int8 [K, N], derived
+INT8_SCALE = ".int8_scale"  # float32 [N], derived
+ROWS = 512  # output channels converted at a time
+WORKERS = 2  # tensors converted at a time; numpy lets them run side by side
+
+
+def derived_parameters(names: Iterable[str]) -> list[str]:
+    """The parameters of which 8-bit weights are asked for, sorted."""
+    return sorted(name.removesuffix(INT8) for name in names if name.endswith(INT8))
+
+
+def loaded_bytes(name: str, tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of a weight in the CPU's memory: floating point as float32, quantized as stored, derived as made."""
+    if name in tensors:
+        tensor = tensors[name]
+        return 4 * math.prod(tensor.shape) if tensor.dtype in FLOATS else tensor.nbytes
+    packed = tensors[name.removesuffix(INT8).removesuffix(INT8_SCALE) + NBITS]
+    return 2 * packed.nbytes if name.endswith(INT8) else 4 * packed.shape[0]
+
+
+def derive_int8(arrays: dict[str, NDArray[Any]], parameters: Iterable[str], keep: Collection[str] = ()) -> None:
+    """Add <parameter>.int8 and .int8_scale to `arrays`, and take the 4-bit forms out as they are used up."""
+
+    def convert(parameter: str) -> None:
+        packed, scales = (arrays[parameter + suffix] for suffix in (NBITS, NBITS_SCALE))
+        made = int8_from_nbits(packed, scales)
+        for suffix in (NBITS, NBITS_SCALE):
+            if parameter + suffix not in keep:
+                del arrays[parameter + suffix]
+        arrays[parameter + INT8], arrays[parameter + INT8_SCALE] = made
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(convert, parameters))
+
+
+def int8_from_nbits(
+    packed: NDArray[np.uint8], scales: NDArray[np.float32]
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """4-bit weights [N, K/block, block/2] and scales [N*K/block] -> int8 [K, N] and its scales, float32 [N].
+
+    Each output channel is rounded to 255 steps between its largest values: an error of at most 1/254 of the largest.
+    """
+    n, blocks, half = packed.shape
+    scales = scales.reshape(n, blocks)
+    out = np.empty((blocks * half * 2, n), np.int8)
+    step = np.empty(n, np.float32)
+    for first in range(0, n, ROWS):
+        part, scale = packed[first : first + ROWS], scales[first : first + ROWS]
+        values = np.empty((*part.shape, 2), np.float32)
+        np.subtract(part & 15, np.float32(8), out=values[..., 0], casting="unsafe")
+        np.subtract(part >> 4, np.float32(8), out=values[..., 1], casting="unsafe")
+        values *= scale[..., None, None]
+        flat = values.reshape(len(part), -1)  # [rows, K]
+        largest = np.maximum(flat.max(axis=1), -flat.min(axis=1))
+        step[first : first + ROWS] = np.maximum(largest, np.float32(1e-30)) / 127
+        flat *= 1 / step[first : first + ROWS, None]
+        out[:, first : first + ROWS] = np.rint(flat, out=flat).astype(np.int8).T
+    return out, step

@@ -1,0 +1,212 @@
+"""The machines that a robot may carry: what is published about them, and where. Pure data; nothing here was measured.
+
+Peaks follow one rule, checked against NVIDIA's sparse TOPS: FP16 = 2 x multiply-adds per clock and SM x SMs x clock;
+INT8 and FP8, where there are units for it, twice that. "unverified" names fields that no source states outright.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.targets import TARGETS
+from trol_edge.errors import UsageError
+
+MIB = 1 << 20
+FP32_FMA = 128  # per clock and SM, on all of these
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A power mode: clock of the GPU, and read bandwidth of the memory at its clock."""
+
+    name: str
+    gpu_mhz: float
+    gb_per_s: float  # 1e9 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One machine. A JSON file with these fields describes another one (`trol-edge plan --show-device NAME`)."""
+
+    name: str
+    title: str
+    target: str  # of `trol-edge targets`
+    memory_bytes: int  # that Linux sees; of a desktop GPU: its own memory
+    os_bytes: int  # taken after boot without a desktop; of a desktop GPU: by the driver
+    desktop_bytes: int  # taken more by a desktop
+    sms: int
+    fp16_fma: int  # multiply-adds per clock and SM, in FP16 with FP32 sums
+    fp8: bool  # whether it has units for it
+    modes: tuple[Mode, ...]  # the first one is meant where none is named
+    sources: tuple[str, ...]
+    unverified: tuple[str, ...] = ()
+
+    def flops(self, mode: Mode, arithmetic: str) -> float:
+        """Peak operations per second in "float32", "float16", "int8" or "fp8"; a multiply-add is two."""
+        doubled = 2 * self.fp16_fma
+        fma = {"float32": FP32_FMA, "float16": self.fp16_fma, "int8": doubled, "fp8": doubled}[arithmetic]
+        return 2.0 * fma * self.sms * mode.gpu_mhz * 1e6
+
+
+_ORIN = ("Orin data sheets and NVIDIA's product pages (TOPS, bandwidth, clocks)",)
+_NANO = (
+    *_ORIN,
+    "hokwangchoi/jetson-orin-nano-benchmarks (tegrastats: 7607 MB in all, 519 MB used headless, EMC 3199 MHz)",
+    "ericxliu.me: about 6.8 GB free after boot headless, 5.2 GB with a desktop",
+)
+_GEFORCE = ("NVIDIA's and reviewers' specifications; FP16 with FP32 sums runs at half rate on GeForce",)
+_LIKE_NANO = "os_bytes and desktop_bytes are Orin Nano's"
+
+
+def _orin(name: str, title: str, mib: int, sms: int, modes: tuple[Mode, ...], *unverified: str) -> Device:
+    sources, unsure = (_NANO, unverified) if name == "orin-nano-8gb" else (_ORIN, (_LIKE_NANO, *unverified))
+    return Device(
+        name, title, "jetson-jp6", mib * MIB, 800_000_000, 1_600_000_000, sms, 1024, False, modes, sources, unsure
+    )
+
+
+def _desktop(
+    name: str, gib: int, sms: int, mhz: float, gb_per_s: float, fp8: bool, title: str = "", fma: int = 256
+) -> Device:
+    unsure = ("os_bytes: what a driver takes differs",)
+    modes = (Mode("default", mhz, gb_per_s),)
+    memory, full = gib * 1024 * MIB, title or f"GeForce {name.upper().replace('-', ' ')}"
+    return Device(name, full, "rtx", memory, 500_000_000, 700_000_000, sms, fma, fp8, modes, _GEFORCE, unsure)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _orin(
+            "orin-nano-4gb",
+            "Jetson Orin Nano 4GB",
+            3500,
+            4,
+            (Mode("10W", 625, 34), Mode("MAXN_SUPER", 1020, 51)),
+            "memory_bytes",
+        ),
+        _orin(
+            "orin-nano-8gb",
+            "Jetson Orin Nano 8GB",
+            7607,
+            8,
+            (Mode("15W", 612, 68.3), Mode("MAXN_SUPER", 1020, 102.4)),
+        ),
+        _orin(
+            "orin-nx-8gb",
+            "Jetson Orin NX 8GB",
+            7607,
+            8,
+            (Mode("20W", 765, 102.4), Mode("MAXN_SUPER", 1173, 102.4)),
+            "memory_bytes",
+        ),
+        _orin(
+            "orin-nx-16gb",
+            "Jetson Orin NX 16GB",
+            15643,
+            8,
+            (Mode("MAXN", 918, 102.4), Mode("MAXN_SUPER", 1173, 102.4)),
+        ),
+        _orin("agx-orin-32gb", "Jetson AGX Orin 32GB", 30536, 14, (Mode("MAXN", 930, 204.8),)),
+        _orin(
+            "agx-orin-64gb",
+            "Jetson AGX Orin 64GB",
+            62817,
+            16,
+            (Mode("MAXN", 1300, 204.8), Mode("50W", 1020, 204.8), Mode("30W", 612, 204.8), Mode("15W", 510, 136.5)),
+            "memory clock of the modes 50W and 30W",
+        ),
+        Device(
+            "agx-thor",
+            "Jetson AGX Thor (T5000)",
+            "jetson-jp7",
+            125772 * MIB,
+            1_500_000_000,
+            1_600_000_000,
+            20,
+            4096,
+            True,
+            (Mode("MAXN", 1575, 273),),
+            ("NVIDIA's product page; others measured 206 TFLOPS FP16, 516 TOPS INT8, 254 GB/s read",),
+            ("os_bytes", "desktop_bytes"),
+        ),
+        Device(
+            "thor-t4000",
+            "Jetson T4000",
+            "jetson-jp7",
+            62817 * MIB,
+            1_500_000_000,
+            1_600_000_000,
+            12,
+            4096,
+            True,
+            (Mode("MAXN", 1530, 273),),
+            ("NVIDIA's JetPack 7.1 page: 1200 sparse FP4 TFLOPS, 64 GB",),
+            ("everything but 64 GB and 273 GB/s: derived from the sparse FP4 figure",),
+        ),
+        _desktop("rtx-3060", 12, 28, 1777, 360, False),
+        _desktop("rtx-4060", 8, 24, 2460, 272, True),
+        _desktop("rtx-4070", 12, 46, 2475, 504, True),
+        _desktop("rtx-4090", 24, 128, 2520, 1008, True),
+        _desktop("rtx-5070", 12, 48, 2512, 672, True),
+        _desktop("rtx-5090", 32, 170, 2407, 1792, True),
+        _desktop("rtx-a2000", 12, 26, 1200, 288, False, "RTX A2000 12GB", 512),
+        _desktop("rtx-2000-ada", 16, 22, 2130, 224, True, "RTX 2000 Ada", 512),
+    )
+}
+
+
+def find(text: str) -> tuple[Device, Mode]:
+    """A device by "name", "name:mode" or the path of a JSON file ("file.json:mode"); case does not matter in modes.
+
+    Raises UsageError where there is none, and says how to describe one.
+    """
+    name, _, mode = text.partition(":")
+    if name in DEVICES:
+        device = DEVICES[name]
+    elif name.endswith(".json"):
+        device = _read(Path(name))
+    else:
+        raise UsageError(
+            f"device {name!r} is not in the table ({', '.join(DEVICES)}, host). Describe yours in a file: "
+            "trol-edge plan --show-device orin-nano-8gb > mine.json, change what differs, and give --device mine.json"
+        )
+    for found in device.modes:
+        if not mode or found.name.lower() == mode.lower():
+            return device, found
+    names = ", ".join(m.name for m in device.modes)
+    raise UsageError(f"device {device.name} has no mode {mode!r} in the table; there are {names}")
+
+
+def to_json(device: Device) -> str:
+    """What `find` reads back from a file."""
+    return json.dumps(dataclasses.asdict(device), indent=1)
+
+
+def _read(path: Path) -> Device:
+    advice = "Compare with the output of trol-edge plan --show-device orin-nano-8gb"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable as JSON ({error}). {advice}") from error
+    device = from_dict(Device, data, str(path), UsageError, advice)
+    numbers = {
+        f"mode {m.name}: {k}": v for m in device.modes for k, v in (("gpu_mhz", m.gpu_mhz), ("gb_per_s", m.gb_per_s))
+    }
+    numbers |= {"memory_bytes": device.memory_bytes, "sms": device.sms, "fp16_fma": device.fp16_fma}
+    wrong = [f"{name} {value} is not above 0" for name, value in numbers.items() if not value > 0]
+    wrong += [
+        f"{k} {v} is below 0"
+        for k, v in (("os_bytes", device.os_bytes), ("desktop_bytes", device.desktop_bytes))
+        if v < 0
+    ]
+    if not device.modes:
+        wrong.append("no modes")
+    if not (device.target in TARGETS and TARGETS[device.target].gpu):
+        wrong.append(f"target {device.target!r} is not one of {', '.join(n for n, t in TARGETS.items() if t.gpu)}")
+    if wrong:
+        raise UsageError(f"{path}: {'; '.join(wrong)}. {advice}")
+    return device

@@ -1,0 +1,157 @@
+"""What became slower since an older profile, beyond noise.
+
+How noise is judged: every answer gives one value per stage (steps of one answer are not independent, so their median).
+A stage is slower where the ratio of the medians, new / old, exceeds one by more than a threshold, with 99 % confidence:
+the lower end of the interval that 2000 bootstrap resamplings of both sides' answers give. The threshold is the drift
+of the two runs themselves, the largest ratio between the medians of their thirds, and 5 % at least. With fewer than
+five values on a side nothing can be resampled: then every new value must be above every old one, by 10 %. Peak memory
+is one value per run, and has 5 % to spare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from trol_edge.errors import UsageError
+from trol_edge.measure.record import STAGES, STARTS, BundleProfile, Profile, Run, Values, case_name, per_answer, starts
+from trol_edge.measure.samples import energy, verdict
+
+LEAST = 0.05  # slower by less is not called slower
+FEW, LEAST_OF_FEW = 5, 0.10
+CONFIDENCE, RESAMPLINGS = 0.99, 2000
+# Too short for a robot to notice, and for a clock to tell apart.
+TOO_SHORT_MS = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One stage of one case, then and now."""
+
+    where: str  # bundle and case
+    what: str
+    unit: str
+    old: float  # median
+    new: float
+    threshold: float  # share by which it may differ
+    slower: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Everything that both profiles measured; `unjudged` says why some of it means nothing."""
+
+    changes: tuple[Change, ...]
+    unjudged: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def slower(self) -> list[Change]:
+        """What became slower, or takes more, beyond noise."""
+        return [change for change in self.changes if change.slower]
+
+
+def compare(old: Profile, new: Profile) -> Comparison:
+    """Compare what both measured. Raises UsageError where they are of other machines, bundles or cases."""
+    _same_machine(old, new)
+    changes: list[Change] = []
+    unjudged, remarks = [], []
+    pairs = [(b, m) for m in new.bundles for b in old.bundles if _key(b) == _key(m)]
+    if not pairs:
+        raise UsageError(
+            f"the baseline has other bundles ({_listed(old)}) than this profile ({_listed(new)}); "
+            "a bundle is the same where model, target, precision and context are"
+        )
+    for before, after in pairs:
+        name = after.bundle.folder
+        if before.bundle.manifest_sha256 != after.bundle.manifest_sha256:
+            remarks.append(f"{name}: exported anew since the baseline (its manifest differs)")
+        if before.library != after.library:
+            remarks.append(f"{name}: {before.library} then, {after.library} now")
+        for key, values in starts(after).items():
+            if key in starts(before):
+                changes.append(judge(name, STARTS[key], "ms", starts(before)[key], values))
+        known = {_asked(run): run for run in before.runs}
+        matched = [(known[_asked(run)], run) for run in after.runs if _asked(run) in known]
+        if not matched:
+            cases = "; ".join(case_name(run.case) for run in before.runs)
+            raise UsageError(
+                f"{name}: the baseline measured other cases ({cases}); measure with the same --size, "
+                "--prompt-tokens and --tokens"
+            )
+        for was, run in matched:
+            where = f"{name}, {case_name(run.case)}"
+            bad = [f"then: {why}" for why in verdict(old, before, was).invalid]
+            bad += [f"now: {why}" for why in verdict(new, after, run).invalid]
+            if bad:
+                unjudged.append(f"{where}: {'; '.join(bad)}")
+            else:
+                changes += _run_changes(where, before, was, after, run)
+    return Comparison(tuple(changes), tuple(unjudged), tuple(remarks))
+
+
+def judge(where: str, what: str, unit: str, old: Values, new: Values) -> Change:
+    """One stage, from the values of the answers on both sides."""
+    was, now = float(np.median(old)), float(np.median(new))
+    if min(len(old), len(new)) < FEW:
+        threshold = LEAST_OF_FEW
+        slower = bool(new.min() > old.max() * (1 + threshold))
+    else:
+        threshold = max(LEAST, drift(old), drift(new))
+        rng = np.random.default_rng(0)
+        medians = [np.median(rng.choice(side, (RESAMPLINGS, len(side))), axis=1) for side in (old, new)]
+        low = float(np.quantile(medians[1] / np.maximum(medians[0], 1e-12), 1 - CONFIDENCE))
+        slower = low > 1 + threshold
+    if unit == "ms" and now - was < TOO_SHORT_MS:
+        slower = False
+    return Change(where, what, unit, was, now, threshold, slower)
+
+
+def drift(values: Values) -> float:
+    """By what share the medians of a run's thirds differ: what changes while nothing is changed."""
+    medians = [float(np.median(third)) for third in np.array_split(values, 3)]
+    return max(medians) / min(medians) - 1 if min(medians) > 0 else 0.0
+
+
+def _run_changes(where: str, before: BundleProfile, was: Run, after: BundleProfile, run: Run) -> list[Change]:
+    old, new = per_answer(was), per_answer(run)
+    found = [judge(where, STAGES[key], "ms", old[key], new[key]) for key in STAGES if key in old and key in new]
+    single = [("peak memory", "MB", was.peak_rss_bytes, run.peak_rss_bytes, 1e6)]
+    joules = energy(before, was), energy(after, run)
+    if joules[0] is not None and joules[1] is not None:
+        single.append(("energy per token", "mJ", joules[0].token_j, joules[1].token_j, 1e-3))
+    for what, unit, then, now, scale in single:
+        if then and now:
+            least = LEAST if unit == "MB" else LEAST_OF_FEW
+            found.append(Change(where, what, unit, then / scale, now / scale, least, now > then * (1 + least)))
+    return found
+
+
+def _same_machine(old: Profile, new: Profile) -> None:
+    differs = [
+        f"{name.replace('_', ' ')} {old.machine.get(name)!r} there, {new.machine.get(name)!r} here"
+        for name in ("model", "board", "cpu", "cores", "power_mode_name", "power_mode")
+        if old.machine.get(name) != new.machine.get(name)
+    ]
+    if differs:
+        raise UsageError(
+            f"the baseline is of another machine: {'; '.join(differs)}; take a baseline on this one, in this power mode"
+        )
+    if old.settings.threads != new.settings.threads:
+        raise UsageError(
+            f"the baseline ran with --threads {old.settings.threads}, this with {new.settings.threads}; use the same"
+        )
+
+
+def _key(measured: BundleProfile) -> tuple[str, str, str, int]:
+    bundle = measured.bundle
+    return bundle.model, bundle.target, bundle.precision, bundle.context
+
+
+def _asked(run: Run) -> tuple[object, ...]:
+    return run.case.size, run.case.prompt_tokens, run.case.tokens
+
+
+def _listed(profile: Profile) -> str:
+    return ", ".join(f"{b.model} {b.target} {b.precision} {b.context}" for b in (m.bundle for m in profile.bundles))

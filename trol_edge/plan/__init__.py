@@ -1,0 +1,1 @@
+"""What a bundle would take on a device: time and memory, from counts and rates."""

@@ -1,0 +1,464 @@
+"""Text to token ids and back: the tokenizer, the prompt template and streamed decoding. Only this file knows text.
+
+What is special here:
+- User text is literal. A special token typed by a user is encoded as plain characters: it cannot end the turn or
+  fake a picture. Only the template's own special tokens become ids, directly.
+- A segment is what sentencepiece would be given in one go. Its normalisation (dummy prefix, whitespace) sees the
+  whole segment, with a stand-in character for each id inside it; the BPE model sees the text between those ids.
+- Decoding works on bytes: a character spread over several byte tokens appears when its last byte does.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import dataclasses
+import enum
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal
+
+import numpy as np
+import tokenizers
+
+from trol_edge.errors import BundleError, UsageError
+
+__all__ = [
+    "IMAGE",
+    "UNLISTED",
+    "ImageMark",
+    "PromptSpec",
+    "TextStream",
+    "Tokenizer",
+    "build_prompt",
+    "end_ids",
+]
+
+# sentencepiece merges characters that are no pieces themselves. The tokenizers library cannot, so export lists
+# such characters from this id on; any that is left after merging becomes its bytes, or <unk>.
+UNLISTED: Final = 1 << 24
+
+# White space that a token with the flag lstrip or rstrip takes with it: Unicode's, which is not quite Python's.
+_SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+_STAND_INS = range(0xF0000, 0xFFFFE)  # private use: no normalisation touches these characters
+
+
+class ImageMark(enum.Enum):
+    """Type of `IMAGE`, the place of a picture in a prompt; an object, because any text could also be user text."""
+
+    IMAGE = "image"
+
+
+IMAGE: Final = ImageMark.IMAGE
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSpec:
+    """The prompt template of a model family; stored in the bundle manifest.
+
+    A prompt is before_system + system + before_question + pictures and question + after_question, and a picture is
+    image_prefix + tokens_per_image times image for each of its tiles + image_suffix. Raises BundleError for unusable
+    values.
+    """
+
+    before_system: str
+    system: str
+    before_question: str
+    after_question: str
+    image: str  # the token that stands for one image feature
+    image_prefix: str
+    image_suffix: str
+    after_image: str  # follows each picture that the caller did not place
+    tokens_per_image: int  # per tile, where pictures are cut into tiles
+    special_tokens: tuple[str, ...]  # the strings in the template that are tokens, not text
+    end_markers: tuple[str, ...]  # special tokens that end an answer
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("special_tokens", "end_markers"):
+            if not getattr(self, name) or not all(getattr(self, name)):
+                problems.append(f"{name} {getattr(self, name)!r} should be one or more non-empty strings")
+        if self.tokens_per_image < 1:
+            problems.append(f"tokens_per_image {self.tokens_per_image} is not a count")
+        if problems:
+            raise BundleError(f"prompt template: {'; '.join(problems)}; export the bundle again with this version")
+
+
+class Tokenizer:
+    """Ids of a text and text of ids, for a `tokenizer.json` made by `trol_edge.export.reference.tokenizer`.
+
+    Made of a sentencepiece model: equal to sentencepiece on the same segments. Made of a published tokenizer.json
+    (it has a decoder): equal to the tokenizers library on that file, but for bytes that are no UTF-8. Holds no state
+    between calls, so threads may share it.
+    """
+
+    def __init__(self, json_text: str, where: str = "tokenizer.json") -> None:
+        """Read the text of a tokenizer.json; `where` names it in errors. Raises BundleError if it is unusable."""
+        self._where = where
+        try:
+            loaded = tokenizers.Tokenizer.from_str(json_text)
+        except Exception as error:  # the library raises plain Exception
+            raise BundleError(f"{where} cannot be read ({error}); copy or export the bundle again") from error
+        made_here = (
+            isinstance(loaded.model, tokenizers.models.BPE)
+            and isinstance(loaded.normalizer, tokenizers.normalizers.Sequence)
+            and (loaded.pre_tokenizer is None or isinstance(loaded.pre_tokenizer, tokenizers.pre_tokenizers.Metaspace))
+        )
+        if not made_here:
+            raise BundleError(f"{where} was not made by trol_edge.export.reference.tokenizer; export the bundle again")
+        self._loaded = loaded
+        self._model = loaded.model
+        self._unknown_id = self._piece_id(loaded.model.unk_token or "")
+        byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)] if loaded.model.byte_fallback else []
+        self._byte_ids = [self._piece_id(piece) for piece in byte_pieces]
+        self._bytes = {i: bytes([byte]) for byte, i in enumerate(self._byte_ids)}
+        added = loaded.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
+        self._charsmap, self._normalizer = _split_normalizer(loaded.normalizer)
+        self._prefix = loaded.pre_tokenizer.prepend_scheme if loaded.pre_tokenizer is not None else "never"
+        self._like_library = loaded.decoder is not None
+        # Export's use of the `normalized` flag: set for pieces that sentencepiece itself finds inside a segment,
+        # clear for tokens at which a text is cut into segments.
+        self._cuts = frozenset(i for i, token in added.items() if not token.normalized)
+        self._silent = frozenset(i for i in self._cuts if added[i].special)  # no text of their own
+        self._special = {token.content: i for i, token in added.items() if token.special or i in self._cuts}
+        self._lstrip = frozenset(i for i, token in added.items() if token.lstrip)
+        self._rstrip = frozenset(i for i, token in added.items() if token.rstrip)
+        plain = {token.content: i for i, token in added.items() if token.content not in self._special}
+        if self._like_library:
+            # sentencepiece finds such a piece before normalisation, the library (and shows) its normalised form
+            plain = {self._normalizer.normalize_str(t): i for t, i in plain.items()}
+            self._added |= {i: t for t, i in plain.items()}
+        self._plain = plain
+        self._plain_pattern = _any_of(self._plain)
+        # sentencepiece drops leading spaces of decoded text by the same two settings that add and remove them here
+        self._drops_every_space = self._normalise("a ").endswith("a")
+        self._drops_a_space = self._drops_every_space or self._normalise("a") != "a"
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read a tokenizer.json file. Raises BundleError if it is missing or damaged."""
+        try:
+            text = pathlib.Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{os.fspath(path)} cannot be read ({error}); copy or export the bundle again") from error
+        return cls(text, os.fspath(path))
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Content -> id of every token that user text cannot produce."""
+        return self._special
+
+    def _piece_id(self, piece: str) -> int:
+        found = self._loaded.token_to_id(piece)
+        if found is None:
+            raise BundleError(f"{self._where} lacks the piece {piece!r}; export the bundle again")
+        return int(found)
+
+    def special_id(self, content: str) -> int:
+        """Id of a special token. Raises BundleError if the tokenizer has no such token."""
+        if content not in self._special:
+            raise BundleError(
+                f"{self._where} has no special token {content!r}, which the prompt template needs; "
+                "export the bundle again from a complete checkpoint"
+            )
+        return self._special[content]
+
+    def parse(self, text: str, special_tokens: Iterable[str] | None = None) -> list[str | int]:
+        """Cut trusted text at `special_tokens` (all of them by default), which become ids. Never for user text."""
+        pattern = _any_of(self._special if special_tokens is None else special_tokens)
+        pieces = pattern.split(text) if pattern else [text]
+        return [self.special_id(p) if i % 2 else p for i, p in enumerate(pieces) if p]
+
+    def encode(self, parts: str | Sequence[str | int]) -> list[int]:
+        """Return the ids of a text, or of text and ids in order. Text is literal, ids are kept as they are.
+
+        Raises UsageError for a text with lone surrogates, which has no UTF-8 form.
+        """
+        ids: list[int] = []
+        segment: list[str | int] = []
+        before: int | None = None  # the cut behind which the segment begins
+        for part in [parts] if isinstance(parts, str) else parts:
+            if isinstance(part, int) and part in self._cuts:
+                ids += self._encode_segment(segment, before, part)
+                ids.append(part)
+                segment, before = [], part
+            elif isinstance(part, int):
+                segment.append(part)
+            else:
+                segment.append(_checked(part))
+        return ids + self._encode_segment(segment, before, None)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids, as sentencepiece does. Tokens without text of their own (<s>, <unk>, <image>) and
+        ids of no token (padded rows of an output layer) give nothing; bytes that are no UTF-8 give U+FFFD each, and
+        valid characters beside them stay (the tokenizers library loses those)."""
+        stream = TextStream(self)
+        return "".join([stream.push(i) for i in ids]) + stream.flush()
+
+    def token_bytes(self, token_id: int) -> tuple[bytes, bool]:
+        """UTF-8 bytes of one token, perhaps a part of a character, and whether they begin with its own space."""
+        # the library's own answer for an added token is its normalised form, with the dummy prefix
+        token = self._added.get(token_id) or (self._loaded.id_to_token(token_id) if 0 <= token_id < UNLISTED else None)
+        if token is None or token_id in self._silent:
+            return b"", False
+        if token_id in self._bytes:
+            byte = self._bytes[token_id]
+            return byte, self._like_library and byte == b" "
+        return token.replace("▁", " ").encode(), token.startswith("▁")
+
+    def dropped_spaces(self) -> Literal["none", "one", "all"]:
+        """How many leading spaces of an answer belong to the tokenizer and not to the text."""
+        return "all" if self._drops_every_space else "one" if self._drops_a_space else "none"
+
+    def _encode_segment(self, segment: list[str | int], before: int | None, after: int | None) -> list[int]:
+        """Ids of what stands between two cuts (None: the begin or end of the text)."""
+        if before in self._rstrip:
+            _strip(segment, 0)
+        if after in self._lstrip:
+            _strip(segment, -1)
+        inner = [part for part in segment if isinstance(part, int)]
+        text = "".join(part for part in segment if isinstance(part, str))
+        stand_in = _stand_in(text)
+        whole = "".join(part if isinstance(part, str) else stand_in for part in segment)
+        ids: list[int] = []
+        for i, between in enumerate(self._normalise(whole, first=before is None).split(stand_in)):
+            ids += inner[i - 1 : i]  # none before the first
+            for part in self._split_plain(between):
+                ids += [part] if isinstance(part, int) else self._encode_piece(part)
+        return ids
+
+    def _split_plain(self, text: str) -> list[str | int]:
+        """Cut at pieces that sentencepiece matches whole but that are ordinary text, such as runs of spaces."""
+        if self._plain_pattern is None:
+            return [text]
+        return [self._plain[p] if i % 2 else p for i, p in enumerate(self._plain_pattern.split(text))]
+
+    def _encode_piece(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for token in self._model.tokenize(text):
+            if token.id < UNLISTED and token.id != self._unknown_id:
+                ids.append(token.id)
+            elif token.id >= UNLISTED and self._byte_ids:
+                ids += [self._byte_ids[byte] for byte in token.value.encode()]
+            elif not ids or ids[-1] != self._unknown_id:  # sentencepiece fuses neighbours
+                ids.append(self._unknown_id)
+        return ids
+
+    def _normalise(self, text: str, first: bool = True) -> str:
+        """Text of a segment as the BPE model reads it; first: it begins the whole text."""
+        if self._like_library:
+            text = self._normalizer.normalize_str(text)
+            text = text.replace(" ", "▁")  # where a pre-tokenizer does it, not the normalizer
+            prefixed = self._prefix == "always" or (self._prefix == "first" and first)
+            return "▁" + text if prefixed and text and not text.startswith("▁") else text
+        exempt: list[str] = []
+        stand_in = _stand_in(text)
+        if self._plain_pattern is not None:
+            exempt = self._plain_pattern.findall(text)
+            text = self._plain_pattern.sub(stand_in, text)
+        if self._charsmap is not None:
+            text = self._charsmap.normalise(text)
+        text = self._normalizer.normalize_str(text)
+        return re.sub(stand_in, lambda _: exempt.pop(0), text)
+
+
+def _any_of(contents: Iterable[str]) -> re.Pattern[str] | None:
+    """Pattern whose `split` puts the longest match of any of `contents` at the odd indices."""
+    longest_first = sorted(contents, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def _strip(segment: list[str | int], end: Literal[0, -1]) -> None:
+    """Take white space off the begin (0) or end (-1) of a segment, up to an id."""
+    while segment and isinstance(text := segment[end], str):
+        text = text.rstrip(_SPACES) if end else text.lstrip(_SPACES)
+        if text:
+            segment[end] = text
+            return
+        del segment[end]
+
+
+def _stand_in(text: str) -> str:
+    return next(chr(code) for code in _STAND_INS if chr(code) not in text)
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the text holds a lone surrogate, {text[error.start]!r} at character {error.start}, which is no valid "
+            "Unicode; decode the input with errors='replace'"
+        ) from error
+    return text
+
+
+def _split_normalizer(normalizer: Any) -> tuple[_Charsmap | None, Any]:
+    """Take the character map off: the library applies it per grapheme and so loses combining marks."""
+    steps = json.loads(normalizer.__getstate__())["normalizers"]
+    if not steps or steps[0]["type"] != "Precompiled":
+        return None, normalizer
+    rest = tokenizers.normalizers.Sequence([])
+    rest.__setstate__(json.dumps({"type": "Sequence", "normalizers": steps[1:]}).encode())
+    return _Charsmap(base64.b64decode(steps[0]["precompiled_charsmap"])), rest
+
+
+class _Charsmap:
+    """sentencepiece's character map: the longest key at each place of a text is replaced.
+
+    The map is a double-array trie of UTF-8 keys (u32 units, darts-clone layout) and NUL-ended replacements.
+    """
+
+    def __init__(self, blob: bytes) -> None:
+        size = int.from_bytes(blob[:4], "little")
+        self._units: list[int] = np.frombuffer(blob, "<u4", size // 4, 4).tolist()
+        self._replacements = blob[4 + size :]
+
+    def normalise(self, text: str) -> str:
+        data = text.encode()
+        out = bytearray()
+        at = 0
+        while at < len(data):
+            length, start = self._longest(data, at)
+            if length:
+                out += self._replacements[start : self._replacements.index(0, start)]
+            else:
+                length = 1 if data[at] < 0x80 else 2 if data[at] < 0xE0 else 3 if data[at] < 0xF0 else 4
+                out += data[at : at + length]
+            at += length
+        return out.decode()
+
+    def _longest(self, data: bytes, at: int) -> tuple[int, int]:
+        """Length in bytes of the longest key at `at` and where its replacement starts; (0, 0) if there is none."""
+        found = (0, 0)
+        node = _trie_offset(self._units[0])
+        for i in range(at, len(data)):
+            node ^= data[i]
+            unit = self._units[node]
+            if unit & 0x800000FF != data[i]:
+                break
+            node ^= _trie_offset(unit)
+            if unit & 0x100:
+                found = (i + 1 - at, self._units[node] & 0x7FFFFFFF)
+        return found
+
+
+def _trie_offset(unit: int) -> int:
+    return (unit >> 10) << ((unit & 0x200) >> 6)
+
+
+def build_prompt(
+    tokenizer: Tokenizer,
+    spec: PromptSpec,
+    prompt: str | Sequence[str | ImageMark],
+    tiles: int | Sequence[int] = (),
+    answer: str = "",
+) -> list[int]:
+    """Return the ids of a whole prompt, and of an answer to it (or its beginning) where one is given.
+
+    `prompt` is the question, with the pictures before it, or a sequence of texts and `IMAGE`, once per picture,
+    that is followed to the letter. `tiles` says how many tiles each picture has (`images.count_tiles`); an int is a
+    number of pictures of one tile each. Raises UsageError for a prompt without text, of another type, with lone
+    surrogates, or whose `IMAGE` count is not the number of pictures; BundleError for a tokenizer that does not fit
+    `spec`.
+    """
+    counts = [1] * tiles if isinstance(tiles, int) else list(tiles)
+    user: list[str | ImageMark]
+    if isinstance(prompt, str):
+        user = [part for _ in counts for part in (IMAGE, spec.after_image)] + [prompt]
+        text = prompt
+    else:
+        user = _checked_parts(prompt, len(counts))
+        text = "".join(part for part in user if isinstance(part, str))
+    if not text.strip():
+        raise UsageError("the prompt has no text; pass a question")
+
+    def template(part: str) -> list[str | int]:
+        return tokenizer.parse(part, spec.special_tokens)
+
+    image_id = tokenizer.special_id(spec.image)
+    before, after = template(spec.image_prefix), template(spec.image_suffix)
+    pictures = iter([*before, *[image_id] * (spec.tokens_per_image * count), *after] for count in counts)
+    parts = [*template(spec.before_system), spec.system, *template(spec.before_question)]
+    for part in user:
+        parts += [part] if isinstance(part, str) else next(pictures)
+    return tokenizer.encode([*parts, *template(spec.after_question), *([answer] if answer else [])])
+
+
+def _checked_parts(prompt: Sequence[str | ImageMark], pictures: int) -> list[str | ImageMark]:
+    if not isinstance(prompt, (list, tuple)):
+        raise UsageError(f"the prompt is a {type(prompt).__name__}; pass a str, or a list of str and IMAGE")
+    for i, part in enumerate(prompt):
+        if not isinstance(part, (str, ImageMark)):
+            raise UsageError(f"item {i} of the prompt is a {type(part).__name__}; pass str and IMAGE only")
+    placed = sum(part is IMAGE for part in prompt)
+    if placed != pictures:
+        raise UsageError(
+            f"the prompt places {placed} pictures but {pictures} were passed; put IMAGE once per picture, "
+            "or pass the prompt as one str to have the pictures stand before it"
+        )
+    return list(prompt)
+
+
+def end_ids(tokenizer: Tokenizer, spec: PromptSpec) -> frozenset[int]:
+    """Ids that end an answer. Raises BundleError if the tokenizer lacks one of the end markers."""
+    return frozenset(tokenizer.special_id(marker) for marker in spec.end_markers)
+
+
+class TextStream:
+    """Text of an answer as its tokens arrive; all that it returns, joined, equals `Tokenizer.decode` of the ids.
+
+    With stop strings the text ends before the first of them to be completed, and only text that may be the
+    beginning of one is held back. Work per token does not grow with the answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+        """Raises UsageError if `stop` is not a str or a sequence of non-empty str."""
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) and s for s in stops):
+            raise UsageError(f"stop {stop!r} should be a non-empty str or a list of them")
+        self.stopped: str | None = None  # the stop string that ended the text
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._held = ""
+        self._dropping = tokenizer.dropped_spaces()
+        # each byte that is no UTF-8 becomes one lone surrogate here, and U+FFFD below
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+
+    def push(self, token_id: int) -> str:
+        """Return the text that this token completes, perhaps none; none at all after a stop string."""
+        data, spaced = self._tokenizer.token_bytes(token_id)
+        if data and self._dropping != "none":
+            data = data[spaced:]
+            if data or self._dropping == "one":
+                self._dropping = "none"
+        return self._emit(data, final=False)
+
+    def flush(self) -> str:
+        """Return what was held back; call it once, after the last token."""
+        return self._emit(b"", final=True)
+
+    def _emit(self, data: bytes, *, final: bool) -> str:
+        if self.stopped is not None:
+            return ""
+        self._held += _ESCAPED_BYTE.sub("\ufffd", self._decoder.decode(data, final))
+        found = [(at + len(s), at, s) for s in self._stops if (at := self._held.find(s)) >= 0]
+        if found:
+            _, end, self.stopped = min(found)
+        else:
+            end = len(self._held) - (0 if final else self._possible_stop())
+        text, self._held = self._held[:end], self._held[end:]
+        return text
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max(map(len, self._stops), default=0)
+        for length in range(min(len(self._held), longest - 1), 0, -1):
+            if any(s.startswith(self._held[-length:]) for s in self._stops):
+                return length
+        return 0

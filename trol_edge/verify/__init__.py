@@ -1,0 +1,1 @@
+"""Whether the numbers of a bundle are the reference's, on this machine."""
