@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import kept
 from trol_edge.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -22,52 +24,52 @@ os.environ["TROL_EDGE_SELFTEST"] = "0"
 NANOS = ("trol-nano", "trol-nano-phi3")  # the shipped models, one per family
 NANO = CHECKPOINTS / NANOS[0]
 CONTEXT = 2560  # tokens: room for the longest golden prompt, two pictures
-# A trace holds no weights, so it does not depend on these numbers of a checkpoint.
-NOT_IN_THE_GRAPH = {
-    "rope_theta": 0.0,
-    "max_position_embeddings": 0,
-    "eos_token_id": 0,
-    "image_token_id": 0,
-    "embedding_rows": 0,
-}
 
 
-@pytest.fixture(scope="session")
-def traces() -> Iterator[dict[Any, Any]]:
-    """Trace each architecture once: checkpoints that differ only in their weights share the (cloned) graphs."""
+@pytest.fixture(scope="session", autouse=True)
+def traces() -> Iterator[Callable[..., Any]]:
+    """Trace each architecture once and keep it (tests/traces.py): the suite's largest cost. Yields the real trace."""
+    if importlib.util.find_spec("torch") is None:  # the environment of a robot
+        yield lambda *_: None
+        return
+    from tests.traces import remember
     from trol_edge.export.graphs import trace as graphs
 
-    trace = graphs.trace
-    memo: dict[Any, Any] = {"untouched": trace}
-
-    def once(name: str, family: Any, spec: Any, capacity: int) -> Any:
-        same = dataclasses.replace(spec, **NOT_IN_THE_GRAPH)
-        key = (name, family.name, same, None if name == "vision" else capacity)
-        if key not in memo:
-            memo[key] = trace(name, family, spec, capacity)
-        return memo[key].clone()
-
+    real = graphs.trace
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "trace", once)
-        yield memo
+        patch.setattr(graphs, "trace", remember(real))
+        yield real
 
 
 @pytest.fixture(scope="session")
-def exported(traces: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Bundle of a checkpoint folder, exported once per session: exported(folder, target="cpu", context=None)."""
+def exported() -> Iterator[Callable[..., Path]]:
+    """Bundle of a checkpoint folder, made once and kept: exported(folder, target="cpu", context=None, lowered=True).
+
+    With lowered=False it has the graphs as they are traced. To change files of it, copy it.
+    """
     from trol_edge.export import pipeline
 
-    done: dict[Any, Path] = {}
+    sources, versions = kept.sources(pipeline.__name__), installed()
 
-    def export(checkpoint: Path, target: str = "cpu", context: int | None = None) -> Path:
-        key = (checkpoint, target, context)
-        if key not in done:
-            folder = tmp_path_factory.mktemp("bundle") / checkpoint.name
-            pipeline.export(checkpoint, folder, target=target, context=context)
-            done[key] = folder
-        return done[key]
+    def export(checkpoint: Path, target: str = "cpu", context: int | None = None, lowered: bool = True) -> Path:
+        def make(folder: Path) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                if not lowered:
+                    patch.delitem(pipeline.LOWERINGS, target)
+                pipeline.export(checkpoint, folder, target=target, context=context)
 
-    return export
+        files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+        key = kept.digest([*sources, *files], versions, checkpoint.name, target, context, lowered)
+        return kept.folder("bundles", key, make)
+
+    yield export
+    assert kept.altered() == [], "a test wrote into a bundle that others read, too"
+
+
+def installed() -> tuple[str, ...]:
+    """Versions of what makes a bundle."""
+    names = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "safetensors", "sentencepiece")
+    return tuple(f"{name} {metadata.version(name)}" for name in names)
 
 
 @pytest.fixture(scope="session")

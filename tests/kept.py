@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "tests"
-VERSIONS = 3  # of one name, the newest by use: a change of sources makes a new one of each
+NEWEST = 40  # folders of one name: what was not used for longest goes first
+_used: dict[Path, str] = {}
 
 
 def digest(paths: Iterable[Path], *more: object) -> str:
@@ -26,22 +29,70 @@ def digest(paths: Iterable[Path], *more: object) -> str:
     return found.hexdigest()[:20]
 
 
-def folder(name: str, key: str, make: Callable[[Path], None]) -> Path:
-    """The folder of this name and key; `make` writes it if there is none. Other processes wait for it meanwhile."""
+@functools.cache
+def sources(module: str) -> tuple[Path, ...]:
+    """The file of a module of ours and of every module of ours that it imports, at any depth."""
+    found: dict[str, Path] = {}
+    new = [module]
+    while new:
+        name = new.pop()
+        if name not in found and (path := _file(name)) is not None:
+            found[name] = path
+            new += [*_imported(path), name.rpartition(".")[0]]
+    return tuple(sorted(found.values()))
+
+
+def _file(module: str) -> Path | None:
+    """Through the links trol_edge/export, ...: every room once."""
+    path = ROOT.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Names that may be modules: of `from a.b import c` both a.b and a.b.c."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path}: a relative import"
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def folder(name: str, key: str, make: Callable[[Path], object]) -> Path:
+    """The folder of this name and key; `make` writes it if there is none. Other processes wait for it meanwhile.
+
+    Nobody may write into it: `altered` finds who did, and it is made anew.
+    """
     home = KEPT / name
     home.mkdir(parents=True, exist_ok=True)
-    found = home / key
-    with (home / "lock").open("w") as lock:
+    found, listing = home / key, home / f"{key}.files"
+    if found in _used:
+        return found
+    with (home / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not found.exists():
+        if not (listing.exists() and listing.read_text(encoding="utf-8") == _listing(found)):
+            shutil.rmtree(found, ignore_errors=True)
             part = Path(tempfile.mkdtemp(dir=home, prefix="part-"))
             try:
-                make(part / name)
-                (part / name).replace(found)
+                make(part / key)
+                (part / key).replace(found)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-            others = sorted((p for p in home.iterdir() if p.is_dir() and p != found), key=lambda p: p.stat().st_mtime)
-            for old in others[: 1 - VERSIONS]:
-                shutil.rmtree(old, ignore_errors=True)
-        os.utime(found)
+            listing.write_text(_listing(found), encoding="utf-8")
+        _used[found] = _listing(found)
+        os.utime(listing)
+    for old in sorted(home.glob("*.files"), key=lambda path: path.stat().st_mtime)[:-NEWEST]:
+        shutil.rmtree(old.with_suffix(""), ignore_errors=True)
+        old.unlink(missing_ok=True)
     return found
+
+
+def _listing(found: Path) -> str:
+    files = sorted(path for path in found.rglob("*") if path.is_file())
+    states = ((path.relative_to(found), path.stat()) for path in files)
+    return "".join(f"{path} {state.st_size} {state.st_mtime_ns}\n" for path, state in states)
+
+
+def altered() -> list[Path]:
+    """Folders that this process used and whose files are no longer those it was given."""
+    return [path for path, listing in _used.items() if _listing(path) != listing]

@@ -298,7 +298,7 @@ def test_unusable_arrays_are_refused(array, message):
         load_rgb(array)
 
 
-@pytest.mark.parametrize("thing", [None, 3, [[1, 2, 3]], io.BytesIO(b""), [picture()]], ids=str)
+@pytest.mark.parametrize("thing", [None, 3, [[1, 2, 3]], io.BytesIO(b""), [picture()]], ids=lambda thing: type(thing).__name__)
 def test_other_types_are_refused(thing):
     with pytest.raises(ImageError, match=f"of type {type(thing).__name__}; pass a file path"):
         load_rgb(thing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ from tests.golden import GOLDEN
 from tests.phi3_tokenizer import IMAGE_ID, make
 from trol_edge.errors import CheckpointError, ContextError, UsageError
 from trol_edge.export import pipeline
-from trol_edge.export.graphs import trace as graphs
 from trol_edge.export.reference import phi3
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.hub import find
@@ -230,30 +230,14 @@ def reference() -> Iterator[Callable[[str], Reference]]:
 
 
 @pytest.fixture(scope="module")
-def runtime(phi3_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Runtime of a golden case through its bundle; checkpoints of one architecture share their traces."""
-    traces: dict[Any, Any] = {}
-    loaded: dict[Any, Runtime] = {}
-    trace = graphs.trace
+def runtime(phi3_checkpoint: Callable[..., Path], exported: Callable[..., Path]) -> Callable[..., Runtime]:
+    """Runtime of a golden case through its bundle."""
 
-    def once(name: str, family: Any, spec: Any, capacity: int) -> Any:
-        same = dataclasses.replace(spec, max_position_embeddings=0, eos_token_id=0, image_token_id=0)
-        key = (name, same.vision if name == "vision" else dataclasses.replace(same, vision=spec_of("phi3-text").vision))
-        if key not in traces:
-            traces[key] = trace(name, family, spec, capacity)
-        return traces[key].clone()
-
+    @functools.cache
     def get(case: str, **changes: Any) -> Runtime:
-        key = (case, *changes.items())
-        if key not in loaded:
-            bundle = tmp_path_factory.mktemp("bundle") / case
-            pipeline.export(phi3_checkpoint(case, **changes), bundle, context=CONTEXT)
-            loaded[key] = Runtime(bundle)
-        return loaded[key]
+        return Runtime(exported(phi3_checkpoint(case, **changes), "cpu", CONTEXT))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "trace", once)
-        yield get
+    return get
 
 
 def test_every_golden_array_is_compared() -> None:
