@@ -6,6 +6,7 @@ BUNDLE ?= build/$(MODEL)
 CONTEXT ?=
 SCENES ?= 2000
 MINUTES ?= 10
+PIECE_MB ?= 48
 # Empty: the best that runs on this machine (`trol-edge targets --best`), in the recipe fp32.
 TARGET ?=
 PRECISION ?=
@@ -21,7 +22,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test check test-slow test-all test-golden faults browser profile bindings test-rtx engines-full test-gpu test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
+.PHONY: help engine test check test-slow test-all test-golden faults browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -121,6 +122,22 @@ test-gpu: $(VENV)/test.stamp  ## parity on an NVIDIA GPU, with engines built her
 	$(BIN)/trol-edge export trol-nano -o build/test-gpu --target $$($(BIN)/trol-edge targets --best) --force
 	$(BIN)/trol-edge build build/test-gpu && $(BIN)/trol-edge doctor build/test-gpu
 	TROL_EDGE_GPU_BUNDLE=build/test-gpu $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
+
+# One folder that proves on a GPU, without a network, what nothing here can: python3 run.py --budget 720, there.
+gpu-kit: $(VENV)/test.stamp  ## build/gpu-kit: wheels, bundles, engines and a script for a machine with a GPU (PIECE_MB=48, ARGS=--help)
+	@$(PIP) -e '.[rtx]'
+	$(BIN)/python deploy/gpu_kit/make.py --piece-mb $(PIECE_MB) $(ARGS)
+
+gpu-kit-jetson: $(VENV)/test.stamp  ## build/gpu-kit-jetson: the same for a Jetson, with JetPack's own TensorRT
+	$(BIN)/python deploy/gpu_kit/make.py --jetson -o build/gpu-kit-jetson --piece-mb $(PIECE_MB) $(ARGS)
+
+# Two bundles, and the CPU in the GPU's place: the script's own faults show here.
+gpu-kit-check: $(VENV)/test.stamp  ## try the kit's script without a GPU
+	$(BIN)/python deploy/gpu_kit/make.py -o build/gpu-kit-check --no-wheels --no-engines --piece-mb 1 \
+		--only trol-nano-cpu-fp16,trol-nano-tensorrt-fp16
+	rm -rf build/gpu-kit-check/result build/gpu-kit-check/scratch
+	cd build/gpu-kit-check && $(abspath $(BIN))/python run.py --dry --budget 170 --soak-s 5 \
+		--skip prepare-trol-nano-phi3,prepare-trol-nano-int8,full-trol-nano-phi3,full-trol-nano-int8,torch
 
 # The robot side alone, on the oldest Python and ONNX Runtime we promise: no torch, no onnx in that environment.
 test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime 1.23.2

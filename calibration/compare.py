@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge import svg
 from trol_edge.calibration.probes import probed
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import BundleError, UsageError
@@ -129,7 +130,7 @@ def _compare(
             for runtime, own in zip((a, b), values, strict=True):
                 own.clear()
                 if pixels is not None:
-                    own[FEATURES] = np.asarray(runtime._backend.encode_image(pixels))
+                    own[FEATURES] = np.asarray(runtime.model.backend.encode_image(pixels))
             logits = [s.prefill_features(ids, v.get(FEATURES)) for s, v in zip(sessions, values, strict=True)]
             for place, array in values[0].items():
                 ratios.setdefault(place, []).append(ratio_db(array, values[1][place]))
@@ -140,7 +141,7 @@ def _compare(
                 token, others_token = (int(x.argmax()) for x in logits)
                 top.append(token == others_token)
                 agreed &= top[-1]
-                if token in a._ends:
+                if token in a.model.ends:
                     break
                 logits = [s.step(token) for s in sessions]
             same.append(agreed)
@@ -229,12 +230,12 @@ def save(folder: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> N
         path.mkdir(parents=True, exist_ok=True)
         data = [dataclasses.asdict(c) for c in comparisons]
         (path / "compare.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (path / "compare.svg").write_text(svg(comparisons), encoding="utf-8")
+        (path / "compare.svg").write_text(picture(comparisons), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
 
 
-def svg(comparisons: Sequence[Comparison]) -> str:
+def picture(comparisons: Sequence[Comparison]) -> str:
     """The ratios along the network, one line per bundle, as a self-contained picture."""
     places = [place.name for place in comparisons[0].places]
     width, height, left, top, bottom = 60 + max(24 * len(places), 360), 300, 46, 16, 96
@@ -250,40 +251,28 @@ def svg(comparisons: Sequence[Comparison]) -> str:
 
     shown = names(comparisons)
     colours = ("#1f5fbf", "#c8501e", "#2f8f4e", "#8a3fa0", "#a08000")
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + bottom + 18 * len(comparisons)}" '
-        'font-family="sans-serif" font-size="10">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
+    body = ""
     for db in range(low, high + 1, 10):
-        parts.append(f'<path d="M{left} {y(db):.1f}H{width}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(db) + 3:.1f}" text-anchor="end">{db} dB</text>')
+        body += svg.line(left, y(db), width, y(db), "#ddd") + svg.text_at(left - 6, y(db) + 3, f"{db} dB", "end")
     for i, name in enumerate(places):
-        parts.append(
-            f'<text transform="translate({x(i) + 3:.1f} {height + 10}) rotate(-60)" text-anchor="end">'
-            f"{name.replace('.layers.', ' ').replace('.', ' ')}</text>"
-        )
+        label = name.replace(".layers.", " ").replace(".", " ")
+        turned = f' transform="rotate(-60 {x(i) + 3:.1f} {height + 10})"'
+        body += svg.text_at(x(i) + 3, height + 10, label, "end", more=turned)
     for k, c in enumerate(comparisons):
         colour = colours[k % len(colours)]
-        line = " ".join(f"{x(i):.1f},{y(p.mean_db):.1f}" for i, p in enumerate(c.places))
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        body += svg.path([(x(i), y(p.mean_db)) for i, p in enumerate(c.places)], colour, "stroke-width:1.5")
         for i, p in enumerate(c.places):
-            radius = 5 if p.name == c.wrong else 2
-            parts.append(f'<circle cx="{x(i):.1f}" cy="{y(p.mean_db):.1f}" r="{radius}" fill="{colour}"/>')
-        label = f"{_escape(shown[k])} against {_escape(Path(c.reference).name)}"
-        label += f": goes wrong at {c.wrong}" if c.wrong else ""
-        parts.append(f'<text x="{left}" y="{height + bottom + 18 * k}" font-size="12" fill="{colour}">{label}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+            body += svg.circle(x(i), y(p.mean_db), 5 if p.name == c.wrong else 2, colour)
+        label = f"{shown[k]} against {Path(c.reference).name}" + (f": goes wrong at {c.wrong}" if c.wrong else "")
+        more = f' style="font-size:12px;fill:{colour}"'
+        body += svg.text_at(left, height + bottom + 18 * k, label, more=more)
+    return svg.document(width, height + bottom + 18 * len(comparisons), body)
 
 
 def names(comparisons: Sequence[Comparison]) -> list[str]:
     """Short names of the bundles: of their folders, where these differ."""
     short = [Path(c.bundle).name for c in comparisons]
     return short if len(set(short)) == len(short) else [c.bundle for c in comparisons]
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _place(name: str, db: NDArray[np.float64]) -> Place:
@@ -303,5 +292,5 @@ def _require_same_model(reference: Path, a: Runtime, other: Path, b: Runtime) ->
             f"{reference} is {one.model} and {other} is {two.model}, of other sizes; compare bundles of one checkpoint"
         )
     for path, runtime in ((reference, a), (other, b)):
-        if runtime._tokenizer is None:
+        if runtime.model.tokenizer is None:
             raise BundleError(f"{path}: has no tokenizer, so it cannot be asked; export with the tokenizer files")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trol_edge.bundle.manifest import new_folder
+from trol_edge.bundle.folder import new_folder
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.weights import ITEM_BYTES
 from trol_edge.calibration.samples import Progress

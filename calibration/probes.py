@@ -19,7 +19,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trol_edge.bundle.manifest import MANIFEST, Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
+from trol_edge.bundle.names import MANIFEST
 from trol_edge.errors import BundleError
 from trol_edge.runtime import Runtime
 
@@ -64,7 +66,7 @@ def probed(
             files[graph.file] = FileInfo(path.stat().st_size, sha256_of(path))
         write_manifest(copy, dataclasses.replace(manifest, files=files))
         runtime = Runtime(copy, threads=threads, verify=False, selftest=False)
-        backend: Any = runtime._backend
+        backend: Any = runtime.model.backend
         backend.watched = {name: tuple(values) for name, values in places.items()}
 
         def watcher(graph: str, values: dict[str, Any]) -> None:

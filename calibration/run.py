@@ -11,7 +11,7 @@ Axes: N pictures or tiles of a sample, S tokens of its prompt (and answer, where
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import fnmatch
 import math
 import os
 import zlib
@@ -22,38 +22,32 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
+from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.calibration import samples as sampling
+from trol_edge.calibration.collect import Collector
+from trol_edge.calibration.prompts import SamplePrompt, model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
 from trol_edge.export.quantize.stats import (
-    BINS,
     PARTS,
-    ROWS,
     STATE,
-    PointStatistics,
-    State,
+    CalibrationState,
     Statistics,
     part_path,
     read_state,
     write_part,
     write_state,
 )
-from trol_edge.export.reference import tokenizer
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.layerwise import Layerwise, rope_of
-from trol_edge.export.reference.model import EagerAttention, LoraLinear
-from trol_edge.prompt.images import count_tiles, preprocess
-from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
+from trol_edge.export.reference.model import EagerAttention
+from trol_edge.prompt.images import preprocess
 
 HIDDEN = "hidden"
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HISTOGRAM_ROWS = 256  # of one call
-RESIDUAL_NORMS = ("attention_norm", "mlp_norm", "norm1", "norm2")  # what stands before them is the residual stream
 
 
 def calibrate(
@@ -84,7 +78,7 @@ def calibrate(
     chosen = samples if isinstance(samples, SampleSet) else sampling.load(samples, count, progress, side)
     prompts, skipped = model_prompts(source, chosen)
     run = _Run(source, prompts, Path(cache), COMPUTE[compute], progress)
-    state = State(
+    state = CalibrationState(
         checkpoint=source.identity(),
         samples_sha256=chosen.sha256,
         samples=len(prompts),
@@ -99,48 +93,7 @@ def calibrate(
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One sample as the model reads it."""
-
-    name: str
-    sample: sampling.Sample
-    ids: NDArray[np.int64]  # [S]
-    squares: int  # pictures or tiles
-    question: int  # tokens before the answer
-
-
-def model_prompts(source: Checkpoint, chosen: SampleSet) -> tuple[list[Prompt], list[str]]:
-    """Token ids of every sample; those that are longer than the model's positions are skipped, with the reason."""
-    spec, family = source.spec, source.family
-    template, image = family.prompt(spec), family.image(spec)
-    text = tokenizer.convert(source.folder, (template.image,))
-    if text is None:
-        raise CalibrationError(
-            f"{source.folder}: no tokenizer, so prompts cannot be read; copy the published tokenizer files there"
-        )
-    words = Tokenizer(text, str(source.folder))
-    prompts, skipped = [], []
-    for sample in chosen.samples:
-        tiles = count_tiles(sample.load(), image)
-        ids = build_prompt(words, template, sample.prompt, tiles)
-        question = len(ids)
-        ids = words.encode([*ids, sample.answer]) if sample.answer else ids
-        if len(ids) > spec.max_position_embeddings:
-            skipped.append(f"{sample.name}: {len(ids)} tokens, the model knows {spec.max_position_embeddings}")
-        else:
-            prompts.append(Prompt(sample.name, sample, np.asarray(ids, np.int64), sum(tiles), question))
-    if not prompts:
-        raise CalibrationError(f"none of {len(skipped)} samples is usable; the first: {skipped[0]}")
-    if not any(p.squares for p in prompts):
-        raise CalibrationError(
-            f"none of the {len(prompts)} samples has a picture, so the vision tower would go without statistics; "
-            "give at least one with a picture"
-        )
-    return prompts, skipped
-
-
-def _open_cache(folder: Path, state: State, overwrite: bool) -> None:
+def _open_cache(folder: Path, state: CalibrationState, overwrite: bool) -> None:
     """Make the cache folder ready for this run; whatever else it holds is refused, or removed with `overwrite`."""
     found = read_state(folder) if not overwrite or (folder / STATE).is_file() else None
     if found == state:
@@ -149,10 +102,11 @@ def _open_cache(folder: Path, state: State, overwrite: bool) -> None:
         what = "another checkpoint" if found.checkpoint != state.checkpoint else "other samples"
         raise CalibrationError(f"{folder}: statistics of {what}; choose another folder, or replace them (--force)")
     if folder.exists():
-        others = [p.name for p in folder.iterdir() if p.name not in (STATE, f"{STATE}.part", PARTS, HIDDEN)]
+        ours = (STATE, f".{STATE}.*.part", PARTS, HIDDEN)
+        others = [p.name for p in folder.iterdir() if not any(fnmatch.fnmatch(p.name, name) for name in ours)]
         if others or not folder.is_dir():
             raise CalibrationError(f"{folder}: holds other files ({', '.join(others[:3])}); choose another folder")
-        for path in [*folder.glob(f"{PARTS}/*"), *folder.glob(f"{HIDDEN}/*"), *folder.glob(f"{STATE}*")]:
+        for path in [*folder.glob(f"{PARTS}/*"), *folder.glob(f"{HIDDEN}/*"), *folder.glob(f"*{STATE}*")]:
             path.unlink()
     try:
         write_state(folder, state)
@@ -164,14 +118,14 @@ class _Run:
     """All stages over all samples."""
 
     def __init__(
-        self, source: Checkpoint, prompts: list[Prompt], folder: Path, compute: torch.dtype, progress: Progress
+        self, source: Checkpoint, prompts: list[SamplePrompt], folder: Path, compute: torch.dtype, progress: Progress
     ) -> None:
         self.source, self.prompts, self.folder, self.progress = source, prompts, folder, progress
         self.spec: ModelSpec = source.spec
         self.model = Layerwise(source, compute)
         self.pictures = [p for p in prompts if p.squares]
 
-    def stages(self) -> dict[str, Callable[[_Collector], None]]:
+    def stages(self) -> dict[str, Callable[[Collector], None]]:
         """What runs, by name, in order."""
         tower = {f"vision.layers.{i}": self._vision_layer(i) for i in range(self.spec.vision.num_layers)}
         layers = {f"decoder.layers.{i}": self._decoder_layer(i) for i in range(self.spec.num_layers)}
@@ -198,7 +152,7 @@ class _Run:
             if number < done:
                 continue
             self.stage, self.number = name, number
-            collector = _Collector(seed=zlib.crc32(name.encode()))
+            collector = Collector(seed=zlib.crc32(name.encode()))
             stage(collector)
             write_part(self.folder, name, collector.finished(), collector.peaks)
             keep = {self._hidden(n) for n in ([] if number + 1 == len(stages) else self._needed(number + 1))}
@@ -236,23 +190,19 @@ class _Run:
         """Write this stage's hidden states; they take their name when all are there."""
         path = self._hidden(self.stage)
         path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(".part")
         try:
-            with unfinished.open("wb") as f:
+            with new_file(path) as part, part.open("wb") as f:
 
                 def write(x: Tensor) -> None:
                     f.write(x.float().contiguous().numpy().data)
 
                 yield write
-                f.flush()
-                os.fsync(f.fileno())
         except OSError as error:
             raise CalibrationError(f"{path}: cannot be written ({error.strerror}); make room") from error
-        unfinished.replace(path)
 
     # -- vision ------------------------------------------------------------------------------------------------
 
-    def _vision_embed(self, collector: _Collector) -> None:
+    def _vision_embed(self, collector: Collector) -> None:
         image = self.source.family.image(self.spec)
         with self.model.part("vision.embed") as tower, self._writer() as write:
             for i, prompt in enumerate(self.pictures):
@@ -271,8 +221,8 @@ class _Run:
         tokens = os.path.getsize(self._hidden(self.order[self.number - 1])) // (4 * width * squares)
         return [(p.squares, tokens, width) for p in self.pictures]
 
-    def _vision_layer(self, index: int) -> Callable[[_Collector], None]:
-        def stage(collector: _Collector) -> None:
+    def _vision_layer(self, index: int) -> Callable[[Collector], None]:
+        def stage(collector: Collector) -> None:
             name = f"vision.layers.{index}"
             with self.model.part(name) as layer, collector.watch(layer, name), self._writer() as write:
                 for i, x in self._each(self._vision_shapes()):
@@ -283,7 +233,7 @@ class _Run:
 
         return stage
 
-    def _vision_features(self, collector: _Collector) -> None:
+    def _vision_features(self, collector: Collector) -> None:
         shapes, name = self._vision_shapes(), "vision.features"
         with (
             self.model.part(name) as tower,
@@ -298,7 +248,7 @@ class _Run:
 
     # -- decoder -----------------------------------------------------------------------------------------------
 
-    def _decoder_embed(self, collector: _Collector) -> None:
+    def _decoder_embed(self, collector: Collector) -> None:
         used = np.unique(np.concatenate([p.ids for p in self.prompts]))
         table = self.model.embeddings(used)
         tokens, width = self.spec.vision.tokens_per_image, self.spec.hidden_size
@@ -311,8 +261,8 @@ class _Run:
                 collector.peak("decoder.embed.residual", x, prompt.name)
                 write(x)
 
-    def _decoder_layer(self, index: int) -> Callable[[_Collector], None]:
-        def stage(collector: _Collector) -> None:
+    def _decoder_layer(self, index: int) -> Callable[[Collector], None]:
+        def stage(collector: Collector) -> None:
             name = f"decoder.layers.{index}"
             shapes = [(len(p.ids), self.spec.hidden_size) for p in self.prompts]
             with self.model.part(name) as layer, collector.watch(layer, name), self._writer() as write:
@@ -330,7 +280,7 @@ class _Run:
 
         return stage
 
-    def _lm_head(self, collector: _Collector) -> None:
+    def _lm_head(self, collector: Collector) -> None:
         """Of the tokens behind the last picture: the only ones whose logits are ever asked for."""
         name = "decoder.lm_head"
         hidden = []
@@ -344,173 +294,3 @@ class _Run:
         rows = torch.cat(hidden)
         for _, block in self.source.blocks("decoder.lm_head.weight"):
             collector.output(name, F.linear(rows, block.float()))
-
-
-class _Collector:
-    """Statistics of the Linears of one stage, through forward hooks, and peaks of what lies between them."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.points: dict[str, _Point] = {}
-        self.peaks: dict[str, float] = {}
-        self.sample_name = ""
-        self._seen: tuple[Tensor, _Rows] | None = None  # q, k and v (gate and up) read the same tensor
-
-    @contextlib.contextmanager
-    def sample(self, name: str) -> Iterator[None]:
-        """Name the sample under way, for messages."""
-        self.sample_name, self._seen = name, None
-        yield
-        self._seen = None
-
-    @contextlib.contextmanager
-    def watch(self, module: nn.Module, prefix: str, only: Iterable[str] | None = None) -> Iterator[None]:
-        """Observe every Linear below a module (or those named `only`), its norms and its attention."""
-        handles = []
-        for name, child in module.named_modules():
-            path = f"{prefix}.{name}"
-            if only is not None and name not in only:
-                continue
-            if isinstance(child, (nn.Linear, LoraLinear)):
-                handles.append(child.register_forward_hook(self._hook(path)))
-            elif name in RESIDUAL_NORMS:
-                handles.append(child.register_forward_pre_hook(self._residual(f"{prefix}.residual")))
-        try:
-            with _Scores(lambda scores: self.peak(f"{prefix}.scores", scores)):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.input(path, args[0])
-            self.output(path, output)
-            mask = args[1] if len(args) > 1 else None
-            if isinstance(module, LoraLinear) and mask is not None and module.lora_a is not None:
-                assert module.lora_b is not None
-                middle = F.linear(args[0][mask[..., 0] > 0], module.lora_a)
-                rows = self.input(f"{path}.lora_b", middle)
-                self.output(f"{path}.lora_b", F.linear(rows.some.to(module.lora_b.dtype), module.lora_b))
-
-        return hook
-
-    def _residual(self, name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, args: self.peak(name, args[0])
-
-    def peak(self, name: str, tensor: Tensor, sample: str | None = None) -> None:
-        """Note the largest |value| of a tensor."""
-        low, high = (float(v) for v in torch.aminmax(tensor))
-        self.peaks[name] = max(self.peaks.get(name, 0.0), self._finite(name, max(-low, high), sample))
-
-    def input(self, name: str, tensor: Tensor) -> _Rows:
-        """Note what a Linear reads: [..., K]."""
-        if self._seen is None or self._seen[0] is not tensor:
-            rows = _Rows(tensor.detach().reshape(-1, tensor.shape[-1]).float(), self.rng)
-            self._finite(name, float(rows.absmax.max()), None)
-            self._seen = (tensor, rows)
-        rows = self._seen[1]
-        self.points.setdefault(name, _Point()).add(rows)
-        return rows
-
-    def output(self, name: str, tensor: Tensor) -> None:
-        """Note what a Linear gives."""
-        low, high = (float(v) for v in torch.aminmax(tensor))
-        point = self.points[name]
-        point.output_absmax = max(point.output_absmax, self._finite(f"{name} (output)", max(-low, high), None))
-
-    def _finite(self, name: str, value: float, sample: str | None) -> float:
-        if not math.isfinite(value):
-            raise CalibrationError(
-                f"NaN or infinite activations at {name}, sample {sample or self.sample_name!r}; the checkpoint's "
-                "weights are damaged or too large for float32: `trol-edge export` names tensors that are not finite"
-            )
-        return value
-
-    def finished(self) -> dict[str, PointStatistics]:
-        """All points of the stage."""
-        return {name: point.statistics() for name, point in self.points.items()}
-
-
-class _Rows:
-    """One call's input of a Linear, [n, K] float32: sums over all rows, and a few rows themselves."""
-
-    def __init__(self, x: Tensor, rng: np.random.Generator) -> None:
-        self.count = len(x)
-        magnitude = x.abs()
-        self.absmax = magnitude.amax(0)
-        self.sum_abs = magnitude.sum(0, dtype=torch.float64)
-        self.sum_square = magnitude.square_().sum(0, dtype=torch.float64)
-        self.keys = rng.random(self.count)
-        chosen = np.argsort(self.keys)[:HISTOGRAM_ROWS]
-        self.keys = self.keys[chosen]
-        self.some = x[torch.from_numpy(chosen)]
-
-
-class _Point:
-    """Running statistics of one point."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.output_absmax = 0.0
-        self.top = 0.0
-        self.histogram = torch.zeros(BINS, dtype=torch.int64)
-        self.keys = np.empty(0)
-
-    def add(self, rows: _Rows) -> None:
-        if not self.count:
-            self.absmax, self.sum_abs, self.sum_square = rows.absmax, rows.sum_abs, rows.sum_square
-            self.rows = rows.some[:ROWS]
-            self.keys = rows.keys[:ROWS]
-        else:
-            self.absmax = torch.maximum(self.absmax, rows.absmax)
-            self.sum_abs, self.sum_square = self.sum_abs + rows.sum_abs, self.sum_square + rows.sum_square
-            # The rows with the smallest random keys of all that were ever seen: a uniform choice.
-            keys = np.concatenate((self.keys, rows.keys[:ROWS]))
-            chosen = np.argsort(keys)[:ROWS]
-            self.rows = torch.cat((self.rows, rows.some[:ROWS]))[torch.from_numpy(chosen)]
-            self.keys = keys[chosen]
-        self.count += rows.count
-        self._grow(float(rows.absmax.max()))
-        if self.top > 0:
-            counts = torch.histc(rows.some.abs(), BINS, 0.0, self.top)
-            self.histogram += counts.long()
-        else:
-            self.histogram[0] += rows.some.numel()
-
-    def _grow(self, largest: float) -> None:
-        """Let the histogram reach `largest`: its range is doubled, and neighbouring bins become one."""
-        if self.top == 0:
-            self.top = largest  # what was counted until now is zero, and in the first bin
-        while self.top < largest:
-            self.top *= 2
-            merged = self.histogram.view(-1, 2).sum(1)
-            self.histogram = torch.cat((merged, torch.zeros_like(merged)))
-
-    def statistics(self) -> PointStatistics:
-        return PointStatistics(
-            count=self.count,
-            absmax=self.absmax.numpy(),
-            mean_abs=(self.sum_abs / self.count).float().numpy(),
-            mean_square=(self.sum_square / self.count).float().numpy(),
-            rows=self.rows.numpy(),
-            histogram=self.histogram.numpy(),
-            histogram_max=self.top,
-            output_absmax=self.output_absmax,
-        )
-
-
-class _Scores(TorchFunctionMode):
-    """Hand the attention scores, before mask and softmax, to a function; what attention computes stays as it is."""
-
-    def __init__(self, note: Callable[[Tensor], None]) -> None:
-        super().__init__()
-        self.note = note
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            q, k = args[:2]  # [N, H, S, E], [N, G, T, E]
-            group = q.shape[1] // k.shape[1]
-            for head in range(q.shape[1]):  # one at a time: all heads together would be the largest tensor of the run
-                self.note(q[:, head] @ k[:, head // group].transpose(-1, -2) / math.sqrt(q.shape[-1]))
-        return func(*args, **(kwargs or {}))

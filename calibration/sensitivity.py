@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trol_edge.bundle.precision import QUANTIZED
-from trol_edge.calibration.run import model_prompts
+from trol_edge.bundle.precision import QUANTIZED, LinearPlan
+from trol_edge.calibration.prompts import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, UsageError
-from trol_edge.export.quantize.recipes import LinearPlan, Options, make_plan
+from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
 from trol_edge.export.quantize.rounding import quantize, restore, round_to
 from trol_edge.export.quantize.scales import Scales, find_scales
 from trol_edge.export.quantize.stats import Statistics
@@ -47,7 +47,7 @@ class MixedPlan:
     the limit.
     """
 
-    options: Options
+    options: RecipeOptions
     linears: Mapping[str, LinearPlan]
     sensitivity: Mapping[str, float]
     recipe_nats: float
@@ -59,7 +59,7 @@ class MixedPlan:
         """Whether the limit is kept."""
         return self.nats <= self.max_loss
 
-    def mixed(self) -> Options:
+    def mixed(self) -> RecipeOptions:
         """The recipe with what was raised: options for an export."""
         return dataclasses.replace(self.options, linears={**self.options.linears, **self.linears})
 
@@ -75,7 +75,7 @@ def find_plan(
     checkpoint: str | os.PathLike[str],
     calibration: Callable[[Checkpoint], Statistics],
     samples: SampleSet,
-    options: Options,
+    options: RecipeOptions,
     max_loss: float,
     progress: Progress = lambda what, done, total: None,
 ) -> MixedPlan:
@@ -97,7 +97,7 @@ def find_plan(
     if statistics.checkpoint != source.identity():
         raise CalibrationError("the statistics belong to another checkpoint; calibrate this one into another folder")
     scales = find_scales(source, plan, statistics, None, progress)
-    model = _Model(source, samples, scales)
+    model = RoundedModel(source, samples, scales)
     wanted = model.logits({})
     plans = {name: linear for name, linear in scales.plan.linears.items() if linear.precision in QUANTIZED}
 
@@ -115,13 +115,31 @@ def find_plan(
         raisable = [n for n in order if current[n].precision in RAISED]
         if not raisable:
             break
-        raised, nats = _fewest(current, raisable, loss, max_loss)
+        raised, nats = fewest(current, raisable, loss, max_loss)
         current |= raised
     changed = {name: linear for name, linear in current.items() if linear != plans[name]}
     return MixedPlan(options, changed, sensitivity, recipe_nats, nats, max_loss)
 
 
-def _fewest(
+def within(
+    checkpoint: str | os.PathLike[str],
+    calibration: Callable[[Checkpoint], Statistics],
+    samples: SampleSet,
+    options: RecipeOptions,
+    max_loss: float,
+    progress: Progress = lambda what, done, total: None,
+) -> RecipeOptions:
+    """Options for an export that loses at most `max_loss` nats; UsageError where no mixture of precisions does."""
+    found = find_plan(checkpoint, calibration, samples, options, max_loss, progress)
+    if not found.reached:
+        raise UsageError(
+            f"--max-loss {max_loss:g} nats: {found.nats:.2e} are lost even with {len(found.linears)} of "
+            f"{len(found.sensitivity)} Linears raised; choose a higher limit, or a recipe of more bits"
+        )
+    return found.mixed()
+
+
+def fewest(
     current: Mapping[str, LinearPlan],
     order: Sequence[str],
     loss: Callable[[Mapping[str, LinearPlan]], float],
@@ -152,7 +170,7 @@ def _divergence(p: Tensor, q: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-class _Model:
+class RoundedModel:
     """The whole reference with folded weights, of which any choice can be rounded for one run."""
 
     def __init__(self, source: Checkpoint, samples: SampleSet, scales: Scales) -> None:

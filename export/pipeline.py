@@ -14,34 +14,21 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from trol_edge._version import __version__
-from trol_edge.bundle import targets
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.engines import is_shareable
-from trol_edge.bundle.manifest import (
-    EMBEDDING,
-    FORMAT,
-    FORMAT_VERSION,
-    SELFTEST,
-    TOKENIZER,
-    WEIGHTS,
-    FileInfo,
-    GraphInfo,
-    Manifest,
-    Port,
-    new_folder,
-    sha256_of,
-    write_manifest,
-)
-from trol_edge.bundle.precision import CalibrationInfo
+from trol_edge.bundle.folder import new_folder, sha256_of
+from trol_edge.bundle.manifest import FORMAT, FORMAT_VERSION, FileInfo, GraphInfo, Manifest, Port, write_manifest
+from trol_edge.bundle.names import EMBEDDING, SELFTEST, TOKENIZER, WEIGHTS
+from trol_edge.bundle.precision import CalibrationInfo, PrecisionPlan
+from trol_edge.bundle.sizes import is_shareable
 from trol_edge.bundle.spec import ModelSpec
+from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import CalibrationError, ExportError, UsageError
 from trol_edge.export import storage
-from trol_edge.export.graphs import counts
-from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.graphs import canonical, counts
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.lower import trt as lower_trt
 from trol_edge.export.quantize import half, qdq
-from trol_edge.export.quantize.recipes import TARGETS, Options, Plan, is_linear, make_plan
+from trol_edge.export.quantize.recipes import EXPORT_TARGETS, RecipeOptions, is_linear, make_plan
 from trol_edge.export.quantize.scales import find_scales
 from trol_edge.export.quantize.stored import IR_TYPES, Place, StoredWeights, places
 from trol_edge.export.reference import selftest, tokenizer
@@ -54,7 +41,6 @@ from trol_edge.prompt.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from trol_edge.export.quantize.stats import Statistics
 
-GPU_TARGETS = {name: entry for name, entry in targets.TARGETS.items() if entry.gpu}
 MIN_DEFAULT_CONTEXT = 2048  # tokens
 ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
 
@@ -71,7 +57,7 @@ def export(
     model: str | None = None,
     target: str = "cpu",
     context: int | None = None,
-    options: Options | None = None,
+    options: RecipeOptions | None = None,
     shared_weights: bool = False,
     calibration: Callable[[Checkpoint], Statistics] | None = None,
     record_selftest: bool = True,
@@ -93,13 +79,13 @@ def export(
     Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
     `bundle`.
     """
-    if target not in TARGETS:
-        raise ExportError(f"target {target!r} is not one of {', '.join(TARGETS)}")
+    if target not in EXPORT_TARGETS:
+        raise ExportError(f"target {target!r} is not one of {', '.join(EXPORT_TARGETS)}")
     source = Checkpoint(checkpoint, family=MODELS[model].family.name if model in MODELS else None)
     spec = source.spec
     context = default_context(source.family, spec) if context is None else context
     require_context(context, spec)
-    options = options or Options()
+    options = options or RecipeOptions()
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
     if shared_weights:
         _require_shareable(plan, target)
@@ -126,7 +112,10 @@ def export(
         dtypes = {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()}
         for name, traced in models.items():
             lowered |= prepare(name, traced, target, plan, scales.inputs if scales else {}, dtypes)
-        used = {weight for traced in models.values() for weight in graphs.weight_names(traced)} | {EMBEDDING, *lowered}
+        used = {weight for traced in models.values() for weight in canonical.weight_names(traced)} | {
+            EMBEDDING,
+            *lowered,
+        }
         layouts |= lowered
         layouts = {name: layout for name, layout in layouts.items() if name in used}
         written = storage.write(folder / WEIGHTS, layouts, stored.read, progress)
@@ -203,18 +192,18 @@ def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:
 
 def _trace(source: Checkpoint, context: int, progress: Progress) -> dict[str, ir.Model]:
     models = {}
-    for i, name in enumerate(graphs.TRACED):
-        progress("trace", i, len(graphs.TRACED))
-        models[name] = graphs.trace(name, source.family, source.spec, context)
-    progress("trace", len(graphs.TRACED), len(graphs.TRACED))
+    for i, name in enumerate(canonical.TRACED):
+        progress("trace", i, len(canonical.TRACED))
+        models[name] = canonical.trace(name, source.family, source.spec, context)
+    progress("trace", len(canonical.TRACED), len(canonical.TRACED))
     if source.spec.lora_rank:
-        models["traverse_text"] = graphs.without_lora(models["traverse"])
+        models["traverse_text"] = canonical.without_lora(models["traverse"])
     return models
 
 
 def _fold_transposes(name: str, model: ir.Model) -> None:
-    linear = {w for w in graphs.weight_names(model) if is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
-    if graphs.fold_transposes(model) != linear:
+    linear = {w for w in canonical.weight_names(model) if is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
+    if canonical.fold_transposes(model) != linear:
         raise ExportError(f"the trace of {name} reads a weight otherwise than it is stored; please report this")
 
 
@@ -222,7 +211,7 @@ def prepare(
     name: str,
     model: ir.Model,
     target: str,
-    plan: Plan,
+    plan: PrecisionPlan,
     input_scales: Mapping[str, float],
     dtypes: Mapping[str, ir.DataType],
 ) -> dict[str, Layout]:
@@ -233,11 +222,11 @@ def prepare(
     _fold_transposes(name, model)
     if plan.quantized:
         qdq.insert(model, plan, input_scales)
-    if target in GPU_TARGETS or (target == "onnx" and plan.quantized):
+    if is_gpu(target) or (target == "onnx" and plan.quantized):
         qdq.separate_readers(model)
     if plan.compute == "fp16":
         half.convert(model, plan.kept_fp32, dtypes)
-    if target in GPU_TARGETS and name == "step":
+    if is_gpu(target) and name == "step":
         lower_trt.add_token(model)
     return LOWERINGS[target](name, model) if target in LOWERINGS else {}
 
@@ -249,16 +238,16 @@ def take_inputs(
 
     lowered: what `prepare` returned, of all graphs. shared: of traverse and step, see `export`.
     """
-    weights = tuple(graphs.weight_names(model))
+    weights = tuple(canonical.weight_names(model))
     as_inputs = [w for w in weights if w in shared]
     if target == "cpu":
-        as_inputs = graphs.weights_as_inputs(model, {w for w in weights if w not in lowered})
-    return weights, as_inputs, counts.count(model, weights, scores=target not in GPU_TARGETS)
+        as_inputs = canonical.weights_as_inputs(model, {w for w in weights if w not in lowered})
+    return weights, as_inputs, counts.count(model, weights, scores=not is_gpu(target))
 
 
-def _require_shareable(plan: Plan, target: str) -> None:
+def _require_shareable(plan: PrecisionPlan, target: str) -> None:
     """Raise UsageError where no TensorRT would take the weights as inputs."""
-    if target not in GPU_TARGETS:
+    if not is_gpu(target):
         raise UsageError(f"shared weights are for TensorRT; target {target} holds them once anyway")
     if not plan.can_share_weights:
         raise UsageError(
@@ -270,7 +259,7 @@ def _require_shareable(plan: Plan, target: str) -> None:
 def shareable(models: Mapping[str, ir.Model]) -> set[str]:
     """Matrices that both traverse and step read: nearly all bytes that two engines would hold twice."""
     step = models["step"].graph.initializers
-    both = set(graphs.weight_names(models["traverse"])) & set(graphs.weight_names(models["step"]))
+    both = set(canonical.weight_names(models["traverse"])) & set(canonical.weight_names(models["step"]))
     return {name for name in both if is_shareable(name, tuple(step[name].shape or ()))}
 
 
@@ -285,14 +274,22 @@ def _write_graph(
 ) -> GraphInfo:
     inputs, outputs = ports(model.graph.inputs), ports(model.graph.outputs)
     weights, as_inputs, costs = take_inputs(model, target, lowered, shared)
-    graphs.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()}, as_inputs)
-    if target in GPU_TARGETS:
-        model = lower_trt.lower(model, GPU_TARGETS[target])
+    canonical.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()}, as_inputs)
+    if is_gpu(target):
+        model = lower_trt.lower(model, TARGETS[target])
     file = f"{name}.onnx"
     (folder / file).write_bytes(ir.to_proto(model).SerializeToString())
     operators = dict(Counter(node.op_type for node in model.graph))
     constants = tuple(w for w in weights if w not in as_inputs)
-    return GraphInfo(file, inputs, outputs, weights, constants, operators, costs)
+    return GraphInfo(
+        file=file,
+        inputs=inputs,
+        outputs=outputs,
+        weights=weights,
+        constants=constants,
+        operators=operators,
+        costs=costs,
+    )
 
 
 def ports(values: Iterable[ir.Value]) -> tuple[Port, ...]:

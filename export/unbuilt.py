@@ -14,18 +14,19 @@ from collections import defaultdict
 import onnx_ir as ir
 
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.manifest import EMBEDDING
+from trol_edge.bundle.names import EMBEDDING
+from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.bundle.spec import ModelSpec
+from trol_edge.bundle.targets import is_gpu
 from trol_edge.export import pipeline
-from trol_edge.export.graphs import counts
-from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.graphs import canonical, counts
 from trol_edge.export.quantize.qdq import scale_name
-from trol_edge.export.quantize.recipes import Options, make_plan
+from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
 from trol_edge.export.quantize.stored import IR_TYPES, stored_dtype
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import find, shipped_folder
-from trol_edge.plan.estimate import Subject, cache_bytes
+from trol_edge.plan.subject import Subject
 
 PUBLISHED = "F16"  # what the published checkpoints hold
 
@@ -39,7 +40,7 @@ class Unbuilt:
         self.context = pipeline.default_context(family, spec) if context is None else context
         self._traces: dict[tuple[str, int], ir.Model] = {}
 
-    def subject(self, target: str, options: Options) -> Subject:
+    def subject(self, target: str, options: RecipeOptions) -> Subject:
         """What there is to plan for one target and precision. Raises UsageError where they do not go together."""
         layers = self.spec.num_layers
         if options.linears:
@@ -60,30 +61,30 @@ class Unbuilt:
             cache_bytes=grown(one.cache_bytes, two.cache_bytes, layers),
         )
 
-    def _subject(self, target: str, options: Options, layers: int, tower: int) -> Subject:
+    def _subject(self, target: str, options: RecipeOptions, layers: int, tower: int) -> Subject:
         vision = dataclasses.replace(self.spec.vision, num_layers=tower)
         spec = dataclasses.replace(self.spec, num_layers=layers, vision=vision)
         shapes = {name: source.shape for name, source in self.family.sources(spec).items()}
         shapes |= {"decoder.gate.weight": (1, spec.hidden_size), "decoder.gate.bias": (1,)}
         plan = make_plan(options, shapes, target)
         dtypes = {n: IR_TYPES[stored_dtype(n, s, PUBLISHED, plan, False)] for n, s in shapes.items()}
-        dtypes |= dict.fromkeys(graphs.ROPE, ir.DataType.FLOAT)
+        dtypes |= dict.fromkeys(canonical.ROPE, ir.DataType.FLOAT)
         scale_type = ir.DataType.FLOAT16 if plan.compute == "fp16" else ir.DataType.FLOAT
         dtypes |= {scale_name(linear): scale_type for linear in plan.linears}
-        models = {name: self._trace(name, spec).clone() for name in graphs.TRACED}
+        models = {name: self._trace(name, spec).clone() for name in canonical.TRACED}
         if spec.lora_rank:
-            models["traverse_text"] = graphs.without_lora(models["traverse"])
+            models["traverse_text"] = canonical.without_lora(models["traverse"])
         lowered: set[str] = set()
         for name, model in models.items():
             lowered |= pipeline.prepare(name, model, target, plan, defaultdict(lambda: 1.0), dtypes).keys()
-        can_share = target in pipeline.GPU_TARGETS and plan.can_share_weights
+        can_share = is_gpu(target) and plan.can_share_weights
         shared = pipeline.shareable(models) if can_share else set()
         costs: dict[str, Costs] = {}
         sizes: dict[str, dict[str, int]] = {}
         caches = 0
         for name, model in models.items():
             if name == "step":
-                caches = cache_bytes(pipeline.ports(model.graph.inputs))
+                caches = cache_bytes(pipeline.ports(model.graph.inputs), self.context)
             names, _, costs[name] = pipeline.take_inputs(model, target, lowered)
             values = {v.name: v for v in (*model.graph.initializers.values(), *model.graph.inputs)}
             sizes[name] = {w: counts.bytes_of(values[w]) for w in names}
@@ -109,7 +110,7 @@ class Unbuilt:
     def _trace(self, name: str, spec: ModelSpec) -> ir.Model:
         layers = spec.vision.num_layers if name == "vision" else spec.num_layers
         if (name, layers) not in self._traces:
-            self._traces[name, layers] = graphs.trace(name, self.family, spec, self.context)
+            self._traces[name, layers] = canonical.trace(name, self.family, spec, self.context)
         return self._traces[name, layers]
 
 

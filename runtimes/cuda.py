@@ -25,7 +25,7 @@ COMPUTE_MAJOR, COMPUTE_MINOR, INTEGRATED = 75, 76, 18  # of CUdevice_attribute
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
+class Gpu:
     """A GPU as the driver describes it. driver: newest CUDA that it serves, as (12, 6)."""
 
     name: str
@@ -338,7 +338,7 @@ def open_cuda() -> Cuda:
     )
 
 
-def devices(library: str = "libcuda.so.1") -> list[Device] | str:
+def devices(library: str = "libcuda.so.1") -> list[Gpu] | str:
     """GPUs of this machine, asked of the driver itself; or why there are none."""
     try:
         driver = ctypes.CDLL(library)
@@ -366,5 +366,5 @@ def devices(library: str = "libcuda.so.1") -> list[Device] | str:
             ask("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
             numbers.append(value.value)
         name, capability = text.value.decode(errors="replace"), f"{numbers[0]}.{numbers[1]}"
-        found.append(Device(name, capability, size.value, version, bool(numbers[2])))
+        found.append(Gpu(name, capability, size.value, version, bool(numbers[2])))
     return found or "the driver finds no GPU"

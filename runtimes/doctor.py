@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import os
 import platform
 import sys
@@ -13,17 +12,20 @@ from pathlib import Path
 
 from trol_edge._version import __version__
 from trol_edge.bundle.engines import differences, read, verified
-from trol_edge.bundle.manifest import SELFTEST, WEIGHTS, Bundle, sha256_of
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import SELFTEST, WEIGHTS
+from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
 from trol_edge.bundle.targets import NOT_YET, TARGETS, Target
 from trol_edge.bundle.trt_operators import Version
-from trol_edge.bundle.weights import WeightsFile, loaded_dtype
+from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BackendError, BundleError, TrolEdgeError
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
 from trol_edge.machine.identity import Jetson, Machine
-from trol_edge.runtimes.cuda import Device, devices
+from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import load
 from trol_edge.runtimes.trt.build import key_here
-from trol_edge.verify import replay as verify
+from trol_edge.verify.passed import passed_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Check:
     needed: bool = False
 
 
-def status(target: Target, found: list[Device] | str) -> Status:
+def status(target: Target, found: list[Gpu] | str) -> Status:
     """What there is for one target. found: the GPUs, or why there are none."""
     version, title = _version(target)
     if version is None:
@@ -63,7 +65,7 @@ def status(target: Target, found: list[Device] | str) -> Status:
     why_run = str(found) if gpu is None else ""
     if gpu is not None and target.capabilities is not None and gpu.capability not in target.capabilities:
         why_run = f"{gpu.name} has compute capability {gpu.capability}, not {' or '.join(target.capabilities)}"
-    if not why_run and not any(_there(name) for name in ("pycuda", "cuda")):
+    if not why_run and not any(is_there(name) for name in ("pycuda", "cuda")):
         why_run = "neither pycuda nor cuda-python is installed"
     why_build = "" if target.rtx else why_run
     return Status(target.name, title, not why_build, why_build, not why_run, why_run)
@@ -84,7 +86,7 @@ def _version(target: Target) -> tuple[Version | None, str]:
     return library.version, library.title
 
 
-def _there(name: str) -> bool:
+def is_there(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -113,7 +115,7 @@ def examine(folder: str | os.PathLike[str] | None = None, root: str | os.PathLik
 
     A bundle that is damaged is a finding, not an error. root: where the files that describe the machine lie.
     """
-    here, found = machine.read(root), devices()
+    here, found = identity.read(root), devices()
     checks = [*_machine(here), *_installation()]
     checks.append(
         Check("driver", False, found)
@@ -122,7 +124,7 @@ def examine(folder: str | os.PathLike[str] | None = None, root: str | os.PathLik
     )
     for gpu in found if isinstance(found, list) else ():
         checks.append(Check("GPU", True, f"{gpu.name}, capability {gpu.capability}, {gpu.memory_bytes / 1e9:.1f} GB"))
-    bindings = [name for name in ("pycuda", "cuda") if _there(name)]
+    bindings = [name for name in ("pycuda", "cuda") if is_there(name)]
     how = "neither pycuda nor cuda-python; for a GPU: pip install 'trol-edge[jetson]' or 'trol-edge[rtx]'"
     checks.append(Check("CUDA from Python", bool(bindings), ", ".join(bindings) or how))
     for module in ("tensorrt", "tensorrt_rtx"):
@@ -154,7 +156,8 @@ def _machine(here: Machine) -> list[Check]:
         text = "no /etc/nv_tegra_release, so JetPack's version is not known (in a container: mount that file)"
         return [*checks, Check("Jetson", False, f"{board.module or 'unknown module'}; {text}")]
     if board.tensorrt is None:
-        text = f"this version of trol-edge does not know which JetPack that is (it knows {', '.join(machine.JETPACKS)})"
+        known = ", ".join(identity.JETPACKS)
+        text = f"this version of trol-edge does not know which JetPack that is (it knows {known})"
         return [*checks, Check("Jetson", False, f"{board.module}, Jetson Linux {board.l4t}; {text}")]
     shipped = ".".join(map(str, board.tensorrt))
     text = f"{board.module} ({board.part}), JetPack {board.jetpack} (Jetson Linux {board.l4t}) with TensorRT {shipped}"
@@ -192,7 +195,7 @@ def _installation() -> list[Check]:
     text = f"trol-edge {__version__} in {Path(__file__).resolve().parents[1]}, Python {platform.python_version()}"
     checks = [Check("trol-edge", good, text if good else f"{text}; it is made for Python 3.10 to 3.13", True)]
     for name, (modules, use) in EXTRAS.items():
-        missing = [module for module in modules if not _there(module)]
+        missing = [module for module in modules if not is_there(module)]
         if missing:
             text = f"not installed (no {', '.join(missing)}), needed for {use}: pip install 'trol-edge[{name}]'"
             checks.append(Check(f"extra {name}", False, text))
@@ -216,7 +219,7 @@ def _broken(module: str) -> str:
     return ""
 
 
-def _bundle(folder: Path, found: list[Device] | str, here: Machine, known: dict[str, Status]) -> list[Check]:
+def _bundle(folder: Path, found: list[Gpu] | str, here: Machine, known: dict[str, Status]) -> list[Check]:
     try:
         bundle = Bundle(folder)
         weights = bundle.weights()
@@ -244,7 +247,7 @@ def _bundle(folder: Path, found: list[Device] | str, here: Machine, known: dict[
     if SELFTEST not in manifest.files:
         text = "the bundle has none, so nothing tells whether its numbers are right here; export it again"
         return [*checks, Check("self-test", False, text)]
-    passed = verify.passed_here(bundle)
+    passed = passed_here(bundle)
     text = (
         f"passed on this machine: {', '.join(passed)}"
         if passed
@@ -256,9 +259,8 @@ def _bundle(folder: Path, found: list[Device] | str, here: Machine, known: dict[
 def _memory(bundle: Bundle, weights: WeightsFile, here: Machine) -> Check:
     """Weights as they are loaded, and a session's cache, against what is available."""
     manifest = bundle.manifest
-    used = {name for graph in manifest.graphs.values() for name in graph.weights} & set(weights.tensors)
-    size = sum(math.prod(t.shape) * loaded_dtype(t.dtype).itemsize for t in (weights.tensors[name] for name in used))
-    cache = 2 * manifest.spec.kv_bytes_per_token * manifest.context
+    size = cpu_bytes(bundle, (name for graph in manifest.graphs.values() for name in graph.weights))
+    cache = cache_bytes(manifest.graphs["traverse"].inputs, manifest.context)
     text = f"needs about {(size + cache) / 1e9:.1f} GB (weights {size / 1e9:.1f}, both K/V sets {cache / 1e9:.1f})"
     free = here.available_bytes
     if free and size + cache > free:
@@ -267,7 +269,7 @@ def _memory(bundle: Bundle, weights: WeightsFile, here: Machine) -> Check:
     return Check("memory", True, f"{text}, {free / 1e9:.1f} are available")
 
 
-def _engines(bundle: Bundle, target: Target, found: list[Device] | str) -> list[Check]:
+def _engines(bundle: Bundle, target: Target, found: list[Gpu] | str) -> list[Check]:
     try:
         engines = read(bundle, target.name)
         for name in engines.engines:

@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
+from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
-from trol_edge.bundle.manifest import WEIGHTS, Bundle
-from trol_edge.bundle.weights import TensorInfo, loaded_dtype
-from trol_edge.cache import Placed
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.machine.identity import available_memory, share_arenas
 
@@ -81,24 +82,26 @@ class OrtBackend:
         missing = [name for name in sorted(kept | sources | constants) if name not in file.tensors]
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
-        self.weight_bytes = sum(_loaded_bytes(file.tensors[name]) for name in kept)
-        # Once in all sessions where they are inputs; else once in each, widened where a CPU computes in float32.
-        if manifest.target == "cpu":
-            self.weight_bytes += sum(file.tensors[name].nbytes for name in constants)
+        # Once for all sessions, but where graphs for a GPU hold weights of their own: these once in each.
+        held = [used] if manifest.target == "cpu" else [inputs, *(manifest.graphs[name].constants for name in ENGINES)]
+        if self.memory == "cpu":
+            self.weight_bytes = sum(cpu_bytes(bundle, names) for names in held)
         else:
-            tensors = [file.tensors[w] for name in ENGINES for w in manifest.graphs[name].weights]
-            self.weight_bytes += sum(_loaded_bytes(t) if provider == "cpu" else t.nbytes for t in tensors)
-        self.weight_bytes += sum(2 * file.tensors[parameter + NBITS].nbytes for parameter in derived)
+            self.weight_bytes = sum(file.tensors[name].nbytes for names in held for name in names)
         self._require_memory()
         share_arenas()
         arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None)
         derive_int8(arrays, derived, keep=kept)
-        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        self.weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
+        self._options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `placement`
         self._options.intra_op_num_threads = threads or 0
+        if any(linear.precision == "fp8" for linear in manifest.plan.linears.values()):
+            # Nothing to gain: no kernels multiply FP8. And 1.31 moves the rounding past operators that take no FP8.
+            self._options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._lock = threading.Lock()
-        self._sessions: dict[str, Any] = {}
+        self.sessions: dict[str, Any] = {}
         # For measurements: outputs of a graph beyond those that the manifest lists, and who gets their values.
         self.watched: dict[str, tuple[str, ...]] = {}
         self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
@@ -108,7 +111,7 @@ class OrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache of one state at full context: both sets, or one and a layer's scratch."""
-        one_set = self.bundle.manifest.kv_bytes_per_token * self.context
+        one_set = cache_bytes(self.bundle.manifest.graphs["step"].inputs, self.context)
         return 2 * one_set if self.prefix_reuse else one_set + one_set // self.spec.num_layers
 
     def _require_memory(self) -> None:
@@ -126,27 +129,48 @@ class OrtBackend:
     def graph(self, name: str) -> Any:
         """The session of a graph; made on first use (vision and traverse_text may never be)."""
         with self._lock:
-            if name not in self._sessions:
+            if name not in self.sessions:
                 path = self.bundle.path(self.bundle.manifest.graphs[name].file)
                 # ONNX Runtime plans memory once per combination of input shapes and never forgets a plan: with any
                 # prefix before any chunk that is a leak.
                 self._options.enable_mem_pattern = name == "step"
-                self._sessions[name] = _call(f"load {path.name}", _open, path, self._options, self._providers(name))
-                self._require_used(self._sessions[name])
-            return self._sessions[name]
+                self.sessions[name] = _call(
+                    f"load {path.name}", open_session, path, self._options, self.providers_of(name)
+                )
+                self._require_used(self.sessions[name])
+            return self.sessions[name]
 
-    def _providers(self, name: str) -> list[Any]:
+    def placement(self) -> dict[str, dict[str, dict[str, int]]]:
+        """What runs where: graph -> ONNX Runtime's name of a provider -> operator -> count.
+
+        Of the graphs loaded so far. Raises BackendError where this ONNX Runtime cannot tell (before 1.24).
+        """
+        found: dict[str, dict[str, dict[str, int]]] = {}
+        for name, session in self.sessions.items():
+            if not hasattr(session, "get_provider_graph_assignment_info"):
+                raise BackendError(
+                    f"onnxruntime {ort.__version__} does not tell where operators run; 1.24 and newer do"
+                )
+            for part in _call("say where operators run", session.get_provider_graph_assignment_info):
+                operators = found.setdefault(name, {}).setdefault(part.ep_name, {})
+                for node in part.get_nodes():
+                    operators[node.op_type] = operators.get(node.op_type, 0) + 1
+        return found
+
+    def providers_of(self, name: str) -> list[Any]:
         """Provider of a graph, with its options; the CPU's behind it for operators that it lacks."""
         if self.provider == "cpu":
             return ["CPUExecutionProvider"]
-        options: dict[str, str] = {"device_id": "0"}
+        # Device memory in the sizes asked for, not in powers of two: sessions share it with other programs.
+        cuda = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
+        options = dict(cuda) if self.provider == "cuda" else {"device_id": "0"}
         if self.provider == "tensorrt":
             # No engine cache: an engine is a program, and ONNX Runtime loads one without looking at its hash.
             options |= {"trt_fp16_enable": str(int(self.bundle.manifest.plan.compute == "fp16"))}
             options |= _profile(self.bundle, name)
         chain: list[Any] = [(PROVIDERS[self.provider][0], options)]
         if self.provider == "tensorrt":
-            chain.append(("CUDAExecutionProvider", {"device_id": "0"}))
+            chain.append(("CUDAExecutionProvider", cuda))
         return [*chain, "CPUExecutionProvider"]
 
     def _require_used(self, session: Any) -> None:
@@ -163,7 +187,7 @@ class OrtBackend:
         binding = self.graph(name).io_binding()
         graph = self.bundle.manifest.graphs[name]
         for weight in (name for name in graph.weights if name not in graph.constants):
-            binding.bind_ortvalue_input(weight, self._weights[weight])
+            binding.bind_ortvalue_input(weight, self.weights[weight])
         for key, value in values.items():
             binding.bind_ortvalue_input(key, value)
         return binding
@@ -191,9 +215,9 @@ class OrtBackend:
         out = np.empty((len(pixel_values), self.spec.vision.tokens_per_image, self.spec.hidden_size), np.float32)
         at_once = 1 if self.memory == "cpu" else max(1, len(pixel_values))
         for i in range(0, len(pixel_values), at_once):
-            binding = self.bind("vision", {"pixel_values": _value(pixel_values[i : i + at_once])})
+            binding = self.bind("vision", {"pixel_values": value_of(pixel_values[i : i + at_once])})
             # To the host, from wherever it is computed.
-            binding.bind_ortvalue_output("image_features", _value(out[i : i + at_once]))
+            binding.bind_ortvalue_output("image_features", value_of(out[i : i + at_once]))
             self.run("vision", binding, shrink=i + at_once >= len(pixel_values))
         return out
 
@@ -222,38 +246,47 @@ class OrtState:
         # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
         shape = (1, spec.num_kv_heads, backend.context, spec.head_dim)
         buffers: list[Any] = [np.zeros(shape, port.dtype) for port in past[: sets + own]]
-        values = [_value(array, backend.memory) for array in buffers]
+        values = [value_of(array, backend.memory) for array in buffers]
         if backend.memory != "cpu":
             buffers = list(values)
         self.cache, self.second = buffers[:sets], buffers[sets:]
         values += values[-2:] * (spec.num_layers - own // 2)
-        self._past = dict(zip((p.name for p in past), values, strict=True))
-        self._present = dict(zip(present, values, strict=True))
+        self.past = dict(zip((p.name for p in past), values, strict=True))
+        self.present = dict(zip(present, values, strict=True))
         self._embedding = np.zeros((1, 1, spec.hidden_size), np.float32)
         self._position = np.zeros((1, 1), np.int64)
         self._slots = np.arange(backend.context, dtype=np.int64)
         self._logits = np.zeros((1, spec.vocab_size), np.float32)
-        self._rope_offset = np.zeros(1, np.int64)  # rows of the rope tables to skip: 0, or to the long factor set
-        self._long_rope_offset = spec.long_rope.short_rows(backend.context) if spec.long_rope else None
+        self.rope_offset = np.zeros(1, np.int64)  # rows of the rope tables to skip: 0, or to the long factor set
+        self.long_rope_offset = spec.long_rope.short_rows(backend.context) if spec.long_rope else None
         self._one = {
-            "inputs_embeds": _value(self._embedding),
-            "position_ids": _value(self._position),
-            "image_mask": _value(np.zeros((1, 1, 1), np.float32)),
+            "inputs_embeds": value_of(self._embedding),
+            "position_ids": value_of(self._position),
+            "image_mask": value_of(np.zeros((1, 1, 1), np.float32)),
         }
-        self._step = self._bind("step", self._one)
+        self._anew = {**self._one, "rope_offset": value_of(self.rope_offset)}  # what is other in every run
+        self.step_binding = self._bind("step", self._one)
         self._traverse_one: Any = None  # bound at first use
 
     def _bind(self, name: str, feeds: Mapping[str, Any]) -> Any:
         graph = self._backend.bundle.manifest.graphs[name]
-        given = {**self._past, **feeds, "rope_offset": _value(self._rope_offset)}
+        given = {**self.past, **feeds, "rope_offset": value_of(self.rope_offset)}
         binding = self._backend.bind(name, {p.name: given[p.name] for p in graph.inputs if p.name in given})
-        binding.bind_ortvalue_output("logits", _value(self._logits))
+        binding.bind_ortvalue_output("logits", value_of(self._logits))
         for port in graph.outputs:
-            if port.name in self._present:
-                binding.bind_ortvalue_output(port.name, self._present[port.name])
+            if port.name in self.present:
+                binding.bind_ortvalue_output(port.name, self.present[port.name])
             elif port.name != "logits":
                 binding.bind_output(port.name)
         return binding
+
+    def _run_again(self, name: str, binding: Any) -> None:
+        """Run a graph that was bound before, on what its input arrays hold now."""
+        if self._backend.memory != "cpu":  # there ONNX Runtime copies an input when it is bound, not when it runs
+            for port in self._backend.bundle.manifest.graphs[name].inputs:
+                if port.name in self._anew:
+                    binding.bind_ortvalue_input(port.name, self._anew[port.name])
+        self._backend.run(name, binding)
 
     def traverse(
         self,
@@ -263,30 +296,30 @@ class OrtState:
         start: int = 0,
         pictures: Sequence[Placed] = (),
     ) -> Float32:
-        """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        """See trol_edge.backend.State; the returned array is overwritten by the next call."""
         for placed in pictures:
             rows = np.asarray(placed.features[placed.first : placed.first + placed.count])
             embeddings[placed.at : placed.at + placed.count] = rows
-        self._rope_offset[0] = self._long_rope_offset if long_rope and self._long_rope_offset is not None else 0
+        self.rope_offset[0] = self.long_rope_offset if long_rope and self.long_rope_offset is not None else 0
         stop = start + len(embeddings)
         name = "traverse_text" if self._text and image_mask is None else "traverse"
         if len(embeddings) == 1 and image_mask is None:  # decoding with both passes: only the length to read is new
             self._embedding[0], self._position[0, 0] = embeddings, start
             self._traverse_one = self._traverse_one or self._bind(name, self._one)
-            self._traverse_one.bind_ortvalue_input("slots", _value(self._slots[:stop]))
-            self._backend.run(name, self._traverse_one)
+            self._traverse_one.bind_ortvalue_input("slots", value_of(self._slots[:stop]))
+            self._run_again(name, self._traverse_one)
             return self._logits[0]
         mask = np.zeros(len(embeddings)) if image_mask is None else image_mask
         feeds = {
-            "inputs_embeds": _value(embeddings[None]),
-            "position_ids": _value(self._slots[None, start:stop]),
-            "slots": _value(self._slots[:stop]),
-            "image_mask": _value(mask.astype(np.float32)[None, :, None]),
+            "inputs_embeds": value_of(embeddings[None]),
+            "position_ids": value_of(self._slots[None, start:stop]),
+            "slots": value_of(self._slots[:stop]),
+            "image_mask": value_of(mask.astype(np.float32)[None, :, None]),
         }
         self._backend.run(name, self._bind(name, feeds), shrink=True)
         return self._logits[0]
 
-    def copy_rows(self, source: OrtState, start: int, stop: int, which: int) -> None:
+    def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
         """Copy rows start..stop-1 of the first (which 0) or second set; with the first also the choice of factors."""
         mine, theirs = (self.second, source.second) if which else (self.cache, source.cache)
         for to, of in zip(mine, theirs, strict=True):
@@ -297,23 +330,27 @@ class OrtState:
                 array[:, :, start:stop] = of.numpy()[:, :, start:stop]
                 to.update_inplace(array)
         if not which:
-            self._rope_offset[:] = source._rope_offset
+            self.rope_offset[:] = source.rope_offset
 
     def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
-        """See trol_edge.cache.State."""
+        """See trol_edge.backend.State."""
         if which and not self._backend.prefix_reuse:
             return []
-        return [a[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1) for a in (self.cache, self.second)[which]]
+        found = []
+        for buffer in (self.cache, self.second)[which]:
+            array = buffer if isinstance(buffer, np.ndarray) else buffer.numpy()
+            found.append(array[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1).astype(np.float32))
+        return found
 
     def step(self, embedding: Float32, position: int) -> Float32:
         """One pass over one token. embedding [D] at `position`; logits [V], overwritten by the next call."""
         self._embedding[0, 0] = embedding
         self._position[0, 0] = position
-        self._backend.run("step", self._step)
+        self._run_again("step", self.step_binding)
         return self._logits[0]
 
     def step_token(self, embedding: Float32, position: int) -> int:
-        """See trol_edge.cache.State."""
+        """See trol_edge.backend.State."""
         return best_token(self.step(embedding, position))
 
 
@@ -352,12 +389,12 @@ def _profile(bundle: Bundle, name: str) -> dict[str, str]:
     }
 
 
-def _value(array: NDArray[Any], memory: str = "cpu") -> Any:
+def value_of(array: NDArray[Any], memory: str = "cpu") -> Any:
     # On a CPU the value refers to the array's memory, so it must be contiguous and must live as long.
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), memory, 0)
 
 
-def _open(path: Path, options: Any, providers: list[Any]) -> Any:
+def open_session(path: Path, options: Any, providers: list[Any]) -> Any:
     return ort.InferenceSession(os.fspath(path), options, providers=providers)
 
 
@@ -368,5 +405,4 @@ def _call(what: str, function: Any, *args: Any) -> Any:
         raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
 
 
-def _loaded_bytes(tensor: TensorInfo) -> int:
-    return int(np.prod(tensor.shape)) * loaded_dtype(tensor.dtype).itemsize
+_: type[Backend] = OrtBackend  # for type checkers: it is one

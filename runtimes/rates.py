@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trol_edge.errors import BackendError
 from trol_edge.machine.identity import available_memory
-from trol_edge.plan.estimate import Machine, Rates, machine_of_host
+from trol_edge.plan.rates import Platform, Rates, platform_of_host
 
 try:
     import onnxruntime as ort
@@ -41,10 +41,10 @@ Array = NDArray[Any]
 Node = tuple[str, str, Sequence[str], str, dict[str, int]]  # domain, operator, inputs, outputs (words), attributes
 
 
-def host(threads: int | None = None) -> Machine:
+def host(threads: int | None = None) -> Platform:
     """This machine: measured now, with the memory that is free now."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine_of_host(measure(threads), total, available_memory() or total)
+    return platform_of_host(measure(threads), total, available_memory() or total)
 
 
 def measure(
@@ -130,7 +130,17 @@ def measure(
     stored["int4"] = 32 * (packed["w0"].nbytes + scales.nbytes) / taken
     next_step()
     products = {kind: tuple(points) for kind, points in arithmetic.items()} | {"attention": tuple(attention)}
-    return Rates(products, tuple(reads), tuple(touches), stored, operator, 0.0, start, run, fused=False)
+    return Rates(
+        arithmetic=products,
+        reads=tuple(reads),
+        touches=tuple(touches),
+        stored=stored,
+        operator=operator,
+        product=0.0,
+        attention=start,
+        run=run,
+        fused=False,
+    )
 
 
 def _link(i: int) -> Node:

@@ -33,7 +33,7 @@ def traces() -> Iterator[Callable[..., Any]]:
         yield lambda *_: None
         return
     from tests.traces import remember
-    from trol_edge.export.graphs import trace as graphs
+    from trol_edge.export.graphs import canonical as graphs
 
     real = graphs.trace
     with pytest.MonkeyPatch.context() as patch:

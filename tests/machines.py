@@ -16,7 +16,6 @@ from trol_edge.machine import sensors as jetson
 from trol_edge.measure.record import (
     SCHEMA,
     SCHEMA_VERSION,
-    Answer,
     BundleId,
     BundleProfile,
     Case,
@@ -25,6 +24,7 @@ from trol_edge.measure.record import (
     Run,
     Settings,
     Start,
+    TimedAnswer,
     Work,
 )
 
@@ -67,7 +67,9 @@ ANSWERS = 20
 RUN = 2.0, 2.0 + 0.5 * ANSWERS  # an answer lasts half a second
 
 
-def answers(step_ms: float = 10.0, first_ms: float = 100.0, jitter: float = 0.02, seed: int = 0) -> tuple[Answer, ...]:
+def answers(
+    step_ms: float = 10.0, first_ms: float = 100.0, jitter: float = 0.02, seed: int = 0
+) -> tuple[TimedAnswer, ...]:
     """Answers of 40 steps, one after the other from the begin of the run on."""
     rng, found = np.random.default_rng(seed), []
     for i in range(ANSWERS):
@@ -75,7 +77,7 @@ def answers(step_ms: float = 10.0, first_ms: float = 100.0, jitter: float = 0.02
         prefill = first_ms * (0.7 + jitter * rng.standard_normal())
         first = 0.3 * first_ms + prefill
         found.append(
-            Answer(
+            TimedAnswer(
                 start_s=RUN[0] + 0.5 * i,
                 preprocess_ms=0.1 * first_ms,
                 vision_ms=0.2 * first_ms,
@@ -100,7 +102,7 @@ def made(
     **how: Any,
 ) -> Profile:
     """A profile of known numbers. root: a tree, whose sensors every sample repeats; columns: samples in their place."""
-    machine = jetson.Machine(root if root is not None else "/nowhere")
+    machine = jetson.Sensors(root if root is not None else "/nowhere")
     constant = {k: v for k, v in machine.sample(os.getpid()).items() if k != "t_s"} if root is not None else {}
     samples: dict[str, Any] = {"t_s": TIME.tolist(), "rss_bytes": np.linspace(1e8, 3e8, len(TIME)).tolist()}
     samples |= {"available_bytes": [5e9] * len(TIME), "cpu": [1.9] * len(TIME), "cpu_own": [1.8] * len(TIME)}

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from trol_edge.runtime import Pace, Runtime
+from trol_edge.answering.turns import Pace
+from trol_edge.runtime import Runtime
 
 
 class FakeClock:
@@ -87,13 +88,12 @@ class SlowState:
 
 def slow_down(runtime: Runtime, vision_s: float = 0.05, token_s: float = 0.001, step_s: float = 0.01) -> SlowBackend:
     """Make a Runtime run on told time, from now on and as if it had just been loaded."""
-    open_runtime: Any = runtime
-    if isinstance(open_runtime._backend, SlowBackend):
-        open_runtime._backend = open_runtime._backend.backend
+    model, desk = runtime.model, runtime.desk
+    real: Any = model.backend
     clock = FakeClock()
-    slow = SlowBackend(open_runtime._backend, clock, vision_s, token_s, step_s)
-    open_runtime._backend, open_runtime._clock = slow, clock
-    open_runtime._vision_pace, open_runtime._prefill_pace = Pace(), Pace()
-    open_runtime._idle.clear()
-    open_runtime._vision_cache.clear()
+    slow = SlowBackend(real.backend if isinstance(real, SlowBackend) else real, clock, vision_s, token_s, step_s)
+    model.backend, desk.now = slow, clock  # type: ignore[assignment]
+    desk.vision_pace, desk.prefill_pace = Pace(), Pace()
+    desk.idle.clear()
+    desk.vision_cache.clear()
     return slow

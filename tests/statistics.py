@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trol_edge.export.quantize.stats import BINS, ROWS, PointStatistics, State, Statistics
+from trol_edge.export.quantize.stats import BINS, ROWS, CalibrationState, PointStatistics, Statistics
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.model import EagerAttention, LoraLinear, rope_tables
 
@@ -41,7 +41,7 @@ def statistics_of(source: Checkpoint, identity: str | None = None) -> Statistics
         vision(torch.randn(1, 3, spec.vision.image_size, spec.vision.image_size, generator=generator))
     points = {name: _point(torch.cat(rows), largest[name]) for name, rows in inputs.items()}
     peaks = {f"decoder.layers.{i}.residual": float(x.abs().max()) for i in range(spec.num_layers)}
-    return Statistics(points, peaks, State(identity or source.identity(), "", 1, ()))
+    return Statistics(points, peaks, CalibrationState(identity or source.identity(), "", 1, ()))
 
 
 def _note(point: str, x: Tensor, out: Tensor, inputs: dict[str, list[Tensor]], largest: dict[str, float]) -> None:

@@ -196,7 +196,7 @@ def test_caches_are_reordered(load: Prompts, monkeypatch: pytest.MonkeyPatch) ->
     random = np.random.default_rng(3)
     answers: list[tuple[int, ...]] = [()]
     copied: list[tuple[int, int]] = []
-    kind: Any = type(session._state)
+    kind: Any = type(session.cache.state)
     copy = kind.copy_rows
     monkeypatch.setattr(kind, "copy_rows", lambda s, o, a, b, which: (copied.append((a, b)), copy(s, o, a, b, which)))
     for step in range(12):

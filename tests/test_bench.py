@@ -68,7 +68,7 @@ def test_the_runtimes_own_cost_is_what_the_inference_call_leaves(result: dict[st
 
 def test_numbers_are_json_and_print(result: dict[str, Any]) -> None:
     again = json.loads(json.dumps(result))
-    again["shapes"][0]["contenders"].append(bench._row("Q4_0", "not installed ('gguf')"))
+    again["shapes"][0]["contenders"].append(bench.row_of("Q4_0", "not installed ('gguf')"))
     console = Console(width=128)
     with console.capture() as captured:
         bench.show(again, console)
@@ -78,11 +78,11 @@ def test_numbers_are_json_and_print(result: dict[str, Any]) -> None:
 
 
 def test_a_contender_that_fails_has_its_error_in_its_row(nano_bundle: Path, tmp_path: Path) -> None:
-    job = contenders.Job("int8", str(NANO), str(tmp_path), "", {"text": [1]}, None, bench.SHAPES["nano"], 1)
-    sample = bench._run_job(job)
+    job = contenders.Task("int8", str(NANO), str(tmp_path), "", {"text": [1]}, None, bench.SHAPES["nano"], 1)
+    sample = bench.run_task(job)
     assert "no bundle.json" in sample["error"]
     good = dataclasses.replace(job, bundle=str(nano_bundle))
-    (row,) = bench._summary("nano", {"int8": good}, {"int8": [sample]})["contenders"]
+    (row,) = bench.summary("nano", {"int8": good}, {"int8": [sample]})["contenders"]
     assert row["error"] == sample["error"] and not row["prompts"]
 
 
@@ -111,13 +111,13 @@ def test_gguf_has_the_decoders_shape(nano_bundle: Path, tmp_path: Path) -> None:
         read = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
         shapes = contenders.gguf_tensors(spec)
         assert {name: tuple(reversed(t.shape.tolist())) for name, t in read.items()} == shapes
-        assert all(t.n_bytes == contenders._ggml_bytes(name, shapes[name], kind) for name, t in read.items())
+        assert all(t.n_bytes == contenders.ggml_bytes(name, shapes[name], kind) for name, t in read.items())
 
 
 def test_targets_are_judged_by_what_was_measured() -> None:
     def row(name: str, prefill: float, decode: float) -> dict[str, Any]:
         rates = {"prefill_tokens_per_s": {"median": prefill}, "decode_tokens_per_s": {"median": decode}}
-        made = bench._row(name, None) | {"prompts": {"long": rates}, "peak_bytes": 130, "weight_bytes": 100}
+        made = bench.row_of(name, None) | {"prompts": {"long": rates}, "peak_bytes": 130, "weight_bytes": 100}
         return made
 
     rows = [row("int8", 80, 10), row("Q8_0", 60, 9), row("Q4_0", 90, 20), row("int4", 80, 19)]
@@ -135,12 +135,12 @@ def test_targets_are_judged_by_what_was_measured() -> None:
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
-    said = bench._absent("openvino", str(tmp_path / "python"))
+    said = bench.absent("openvino", str(tmp_path / "python"))
     assert said is not None and "does not run" in said
     kind = dataclasses.replace(contenders.CONTENDERS["Q4_0"], modules=("json", "no_such_module"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(contenders.CONTENDERS, "Q4_0", kind)
-        said = bench._absent("Q4_0", sys.executable)
+        said = bench.absent("Q4_0", sys.executable)
     assert said is not None and "'no_such_module'" in said and "pip install llama-cpp-python gguf" in said
 
 
@@ -151,5 +151,5 @@ def test_a_peer_whose_model_cannot_be_made_does_not_stop_the_others(nano_bundle:
         patch.setitem(contenders.CONTENDERS, "Q4_0", broken)
         bundles, pythons = {"int8": nano_bundle}, {"int8": sys.executable, "Q4_0": sys.executable}
         shape = bench.SHAPES["nano"]
-        jobs = bench._prepare(shape, ("int8", "Q4_0"), tmp_path, bundles, pythons, failed, lambda line: None)
+        jobs = bench.prepare(shape, ("int8", "Q4_0"), tmp_path, bundles, pythons, failed, lambda line: None)
     assert set(jobs) == {"int8"} and "no_such_function" in str(failed["Q4_0"])

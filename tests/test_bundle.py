@@ -21,24 +21,16 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import CHECKPOINTS, NANO
 from trol_edge.bundle import manifest as bundle_module
-from trol_edge.bundle.manifest import (
-    MANIFEST,
-    SELFTEST,
-    TOKENIZER,
-    WEIGHTS,
-    Bundle,
-    FileInfo,
-    Manifest,
-    new_folder,
-    write_manifest,
-)
-from trol_edge.bundle.precision import CalibrationInfo, LinearPlan, Part, Plan
+from trol_edge.bundle.folder import new_folder
+from trol_edge.bundle.manifest import Bundle, FileInfo, Manifest, write_manifest
+from trol_edge.bundle.names import MANIFEST, SELFTEST, TOKENIZER, WEIGHTS
+from trol_edge.bundle.precision import CalibrationInfo, LinearPlan, Part, PrecisionPlan
 from trol_edge.bundle.spec import LongRope, ModelSpec, VisionSpec
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BackendError, BundleError, ExportError, UsageError
 from trol_edge.export import pipeline
 from trol_edge.prompt.images import ImageSpec
-from trol_edge.prompt.tokenizer import PromptSpec
+from trol_edge.prompt.template import PromptSpec
 from trol_edge.runtime import Runtime
 
 FILES = (SELFTEST, "step.onnx", TOKENIZER, "traverse.onnx", "traverse_text.onnx", "vision.onnx", WEIGHTS)
@@ -130,7 +122,9 @@ def small_manifest() -> Manifest:
         tools={"torch": "2.9"},
         notes=("a note",),
         parts={"decoder": Part(8, {"int4": 1}, 6)},
-        plan=Plan("int4", "fp32", {"a.weight": LinearPlan("int4", 32)}, "mse", True, True, ("decoder.residual",)),
+        plan=PrecisionPlan(
+            "int4", "fp32", {"a.weight": LinearPlan("int4", 32)}, "mse", True, True, ("decoder.residual",)
+        ),
         calibration=CalibrationInfo(7, "abc"),
     )
 

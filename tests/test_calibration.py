@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import NANO
+from trol_edge.calibration import prompts as prompts_module
 from trol_edge.calibration import run
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.run import calibrate
@@ -66,7 +67,7 @@ class Plain:
             for name, child in module.named_modules():
                 if isinstance(child, (nn.Linear, LoraLinear)):
                     child.register_forward_hook(self.hook(f"{prefix}.{name}"))
-        prompts, _ = run.model_prompts(checkpoint, sampling.load(None, COUNT))
+        prompts, _ = prompts_module.model_prompts(checkpoint, sampling.load(None, COUNT))
         for prompt in prompts:
             features = vision(torch.from_numpy(preprocess(prompt.sample.load(), family.image(self.spec))))
             ids = torch.from_numpy(prompt.ids)

@@ -610,7 +610,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """A model by name, of golden's size, so that its graphs have been traced already."""
     config = json.loads((CASE / "config.json").read_text(encoding="utf-8"))
     clip = json.loads((CASE / "clip_vision_config.json").read_text(encoding="utf-8"))
-    monkeypatch.setitem(models.MODELS, "tiny", models.Model("tiny", "nobody/tiny", internlm2.FAMILY, config))
+    monkeypatch.setitem(models.MODELS, "tiny", models.Published("tiny", "nobody/tiny", internlm2.FAMILY, config))
     monkeypatch.setattr(internlm2, "CLIP_L_14_336", clip)
     return "tiny"
 
@@ -714,4 +714,4 @@ def test_spec_is_what_the_config_says() -> None:
         },
         "long_rope": None,
     }
-    assert spec.kv_bytes_per_token == 2 * 3 * 2 * 16 * 4
+    assert spec.kv_values_per_token == 2 * 3 * 2 * 16

@@ -16,7 +16,8 @@ import pytest
 
 import trol_edge
 from tests.conftest import CHECKPOINTS, NANO, NANOS
-from trol_edge.bundle.manifest import MANIFEST, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import MANIFEST
 from trol_edge.calibration.evaluate import heading
 from trol_edge.cli.main import app, main
 from trol_edge.runtime import Runtime
@@ -206,7 +207,7 @@ def test_export_of_a_published_model_without_network(tmp_path: Path) -> None:
 MISSING = """
 import sys
 sys.modules[{library!r}] = None
-from trol_edge.cli import main
+from trol_edge.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -339,7 +340,7 @@ def test_synth(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.M
 
     config = json.loads((NANO / "config.json").read_text(encoding="utf-8"))
     clip = json.loads((NANO / "clip_vision_config.json").read_text(encoding="utf-8"))
-    monkeypatch.setitem(models.MODELS, "tiny", models.Model("tiny", "nobody/tiny", internlm2.FAMILY, config))
+    monkeypatch.setitem(models.MODELS, "tiny", models.Published("tiny", "nobody/tiny", internlm2.FAMILY, config))
     monkeypatch.setattr(internlm2, "CLIP_L_14_336", clip)
     out = tmp_path / "tiny"
     data = cli("synth", "--model", "tiny", "-o", out, "--json").json()
@@ -394,7 +395,7 @@ def test_a_limit_on_the_loss_raises_linears(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`mix` writes the plan that `export --max-loss` takes by itself."""
-    monkeypatch.setattr("trol_edge.cli.main.SENSITIVITY_SAMPLES", 1)
+    monkeypatch.setattr("trol_edge.cli.export.SENSITIVITY_SAMPLES", 1)
     statistics, plan = tmp_path / "statistics", tmp_path / "int4.json"
     assert cli("calibrate", NANO, "--samples", 2, "-o", statistics, "--json").code == 0
     rest = {"vision": "fp32", "lora": "fp32", "lm_head": "fp32", "scaling": False, "clipping": False}

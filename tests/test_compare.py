@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trol_edge.bundle.manifest import WEIGHTS, Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.calibration import compare as comparing
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.compare import Comparison, Place, compare, divergence, first_wrong, ratio_db
@@ -95,7 +97,7 @@ def test_command_line(nano_bundle: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert [c["wrong"] for c in found] == [None, "decoder.layers.3"] and found[0]["scenes"] == 4
     picture = (tmp_path / "report" / "compare.svg").read_text(encoding="utf-8")
     root = ElementTree.fromstring(picture)
-    assert len(root.findall("{*}polyline")) == 2 and "goes wrong at decoder.layers.3" in picture
+    assert len(root.findall("{*}path")) == 2 and "goes wrong at decoder.layers.3" in picture
     assert "href" not in picture
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".compare")] == []
 

@@ -13,12 +13,13 @@ import pytest
 
 from trol_edge.bundle.costs import Cost, Costs, Operation
 from trol_edge.bundle.manifest import Bundle
-from trol_edge.bundle.spec import ModelSpec, from_dict
+from trol_edge.bundle.spec import ModelSpec
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import ExportError, UsageError
 from trol_edge.export import unbuilt
 from trol_edge.export.graphs import counts
-from trol_edge.export.quantize.recipes import Options
-from trol_edge.plan.estimate import Subject, subject_of
+from trol_edge.export.quantize.recipes import RecipeOptions
+from trol_edge.plan.subject import Subject, subject_of
 
 COSTS = Costs(
     operations=(
@@ -30,12 +31,20 @@ COSTS = Costs(
 )
 
 
+def by_kind(costs: Costs, **dims: int) -> dict[str, Cost]:
+    """Totals of one run for each kind of operator that the graph has."""
+    sizes = costs.dims(dims)
+    kinds = dict.fromkeys(o.kind for o in costs.operations)
+    own = {kind: tuple(o for o in costs.operations if o.kind == kind) for kind in kinds}
+    return {kind: dataclasses.replace(costs, operations=own[kind]).at(**sizes) for kind in kinds}
+
+
 def test_totals() -> None:
     assert COSTS.at(tokens=5, slots=7) == Cost(2 * 30 + 140, 24, 2 * 104 + 40, 7 * 16 + 10)
     assert COSTS.at(tokens=5).flops == 60 + 4 * 5 * 10, "slots has a default"
     assert COSTS.at(tokens=1, images=3) == COSTS.at(tokens=1), "other graphs' dimensions are ignored"
     assert COSTS.at(tokens=1).bytes == 24 + 2 * 24 + 8 + 162
-    assert COSTS.by_kind(tokens=5, slots=7)["linear"] == Cost(60, 24, 208, 0)
+    assert by_kind(COSTS, tokens=5, slots=7)["linear"] == Cost(60, 24, 208, 0)
     assert (COSTS.peak_bytes(tokens=5), COSTS.peak_bytes(tokens=50)) == (100, 400)
 
 
@@ -104,7 +113,7 @@ def test_traverse_by_hand(counted: Any, s: int, t: int) -> None:
     for graph in costs.keys() & {"traverse", "traverse_text"}:
         lora = r and graph == "traverse"
         shapes = with_lora(spec) if lora else linears(spec)
-        kinds = costs[graph].by_kind(tokens=s, slots=t)
+        kinds = by_kind(costs[graph], tokens=s, slots=t)
         layers = products([*(shapes * passes), *([(d, 1)] * spec.num_layers)], s)
         assert kinds["linear"] == total(layers, products([(d, v)], 1))
         assert kinds["attention"] == attention(spec, passes, s, t)
@@ -120,7 +129,7 @@ def test_traverse_by_hand(counted: Any, s: int, t: int) -> None:
 def test_step_by_hand(counted: Any, t: int) -> None:
     spec, costs = counted
     d, f, v, layers = spec.hidden_size, spec.intermediate_size, spec.vocab_size, spec.num_layers
-    kinds = costs["step"].by_kind(slots=t)
+    kinds = by_kind(costs["step"], slots=t)
     assert kinds["linear"] == products([*(linears(spec) * layers), (d, v)], 1)
     assert kinds["attention"] == attention(spec, layers, 1, t)
     assert kinds["norm"] == Cost(4 * d * (2 * layers + 1), 4 * d * (2 * layers + 1), 8 * d * (2 * layers + 1), 0)
@@ -140,7 +149,7 @@ def test_vision_by_hand(counted: Any, images: int) -> None:
     tokens = v.tokens_per_image
     patches = 4 * tokens if phi3 else tokens
     n = images * (patches + 1)
-    kinds = costs["vision"].by_kind(images=images)
+    kinds = by_kind(costs["vision"], images=images)
     qkv = [(w, 3 * w)] if phi3 else [(w, w)] * 3
     tower = products([*qkv, (w, w), (w, f), (f, w)] * v.num_layers, n)
     features = 4 * w if phi3 else w
@@ -162,13 +171,13 @@ def test_vision_by_hand(counted: Any, images: int) -> None:
 def test_bundle_and_model_agree(each_bundle: Path) -> None:
     """Two traced layers stand for all: every count, the peaks and the bytes are those of the whole export."""
     whole = subject_of(Bundle(each_bundle))
-    quick = model(whole.name).subject("cpu", Options())
+    quick = model(whole.name).subject("cpu", RecipeOptions())
     assert numbers(quick) == numbers(whole)
 
 
 def numbers(subject: Subject) -> Any:
     sizes = [{"images": 3, "tokens": s, "slots": t} for s, t in SIZES]
-    found = {n: [(c.by_kind(**d), c.peak_bytes(**d)) for d in sizes] for n, c in subject.graphs.items()}
+    found = {n: [(by_kind(c, **d), c.peak_bytes(**d)) for d in sizes] for n, c in subject.graphs.items()}
     embedding = subject.embedding_bytes
     return found, subject.weights, subject.decoder_bytes, subject.cache_bytes, subject.context, embedding
 
@@ -184,7 +193,7 @@ def model(name: str) -> unbuilt.Unbuilt:
 def test_precisions(target: str, precision: str) -> None:
     """A step reads each of its weights once, in the type in which it is loaded (and rows of the rotary tables)."""
     shape = model("trol-nano")
-    subject, spec = shape.subject(target, Options(recipe=precision)), shape.spec
+    subject, spec = shape.subject(target, RecipeOptions(recipe=precision)), shape.spec
     rotary = 2 * shape.context * spec.head_dim // 2 * 4
     cost = subject.graphs["step"].at()
     assert cost.weight_bytes + rotary == subject.weights["step"]

@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 
 from tests.test_machine import RELEASE, tree
-from trol_edge.bundle.manifest import SELFTEST, Bundle, write_manifest
+from trol_edge.bundle.manifest import Bundle, write_manifest
+from trol_edge.bundle.names import SELFTEST
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError
 from trol_edge.runtimes import doctor
-from trol_edge.runtimes.cuda import Device
+from trol_edge.runtimes.cuda import Gpu
 from trol_edge.verify import replay as verify
 
-ORIN = Device("Orin (nvgpu)", "8.7", 8 << 30, (12, 6))
+ORIN = Gpu("Orin (nvgpu)", "8.7", 8 << 30, (12, 6))
 
 
 @dataclasses.dataclass
@@ -48,7 +49,7 @@ def examine(monkeypatch: pytest.MonkeyPatch, root: Path, libraries: dict[str, Li
 
     monkeypatch.setattr(doctor, "load", load)
     monkeypatch.setattr(doctor, "devices", lambda: found)
-    monkeypatch.setattr(doctor, "_there", lambda name: name in ("cuda", "onnxruntime"))
+    monkeypatch.setattr(doctor, "is_there", lambda name: name in ("cuda", "onnxruntime"))
     return {check.what: check for check in doctor.examine(root=root)}
 
 
@@ -100,7 +101,7 @@ def test_a_bare_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.metadata, "version", missing)
-    monkeypatch.setattr(doctor, "_there", lambda name: False)
+    monkeypatch.setattr(doctor, "is_there", lambda name: False)
     monkeypatch.setattr(doctor, "devices", lambda: "there is no NVIDIA driver")
     checks = {check.what: check for check in doctor.examine(root=tmp_path)}
     for name in ("cpu", "formats", "camera", "export"):
@@ -178,7 +179,7 @@ def test_bundles_that_do_not_run(
     write_manifest(folder, dataclasses.replace(manifest, files=files))
     code, checks = said(folder, capsys)
     assert code == 0 and "the bundle has none" in checks["self-test"]["text"]
-    here = doctor.machine.read()
-    monkeypatch.setattr(doctor.machine, "read", lambda root="/": dataclasses.replace(here, available_bytes=1000))
+    here = doctor.identity.read()
+    monkeypatch.setattr(doctor.identity, "read", lambda root="/": dataclasses.replace(here, available_bytes=1000))
     code, checks = said(folder, capsys)
     assert code == 1 and "export with a smaller --context or precision" in checks["memory"]["text"]

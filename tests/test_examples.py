@@ -125,7 +125,7 @@ def test_asyncio_time_limit(nano: Runtime, capsys: pytest.CaptureFixture[str]) -
     text, _ = asyncio.run(asyncio_loop.run(nano, DESCRIBE, str(SCENE), 1e-9))
     assert nano.generate(DESCRIBE, SCENE).text.startswith(text)
     assert "time is up" in capsys.readouterr().out
-    assert nano._busy == []
+    assert nano.desk.busy == []
 
 
 # -- ROS 2 -------------------------------------------------------------------------------------------------------------

@@ -71,13 +71,13 @@ def test_the_same_answers_as_on_a_cpu(gpu: Runtime, nano: Runtime) -> None:
             assert gpu.generate(question, picture).token_ids == nano.generate(question, picture).token_ids
     pixels = nano.preprocess(PICTURE)
     assert pixels is not None
-    ours, theirs = (np.asarray(r._backend.encode_image(pixels)) for r in (gpu, nano))
+    ours, theirs = (np.asarray(r.model.backend.encode_image(pixels)) for r in (gpu, nano))
     assert difference(ours, theirs) <= CLOSE["float16"]
 
 
 def test_captured_steps_equal_plain_ones(gpu: Runtime) -> None:
     """Logits of the same steps with and without CUDA graphs; and the same again on a second state."""
-    rows = gpu._embeddings[np.arange(5, 25)]
+    rows = gpu.model.embeddings[np.arange(5, 25)]
     found = []
     for graphs in (True, False):
         backend = TrtBackend(gpu.bundle, cuda_graphs=graphs)

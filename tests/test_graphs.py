@@ -23,12 +23,14 @@ from tests.conftest import NANO
 from tests.golden import GOLDEN
 from tests.reference import Reference, reference
 from tests.traces import NOT_IN_THE_GRAPH
-from trol_edge.bundle.manifest import WEIGHTS, Bundle
+from trol_edge.bundle.embedding import Embeddings
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, ContextError, UsageError
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
-from trol_edge.session import Embeddings, Session
+from trol_edge.session import Session
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CACHE = ("k0", "v0", "k2", "v2")
@@ -71,7 +73,7 @@ def served(session: Session, run: Run, row: Row) -> dict[str, Array]:
 
 def buffers(session: Session) -> list[Array]:
     """The KV cache of a session on ONNX Runtime: per layer keys and values [1, G, C, E]."""
-    cache: list[Array] = session._state.cache  # type: ignore[attr-defined]
+    cache: list[Array] = session.cache.state.cache  # type: ignore[attr-defined]
     return cache
 
 
@@ -101,7 +103,7 @@ def test_prompt_beyond_the_positions_is_refused(name: str, runtime: Callable[[st
 def test_vision_graph_equals_golden(case: str, name: str, runtime: Callable[[str], Runtime]) -> None:
     """Image features of all pictures of a run in one call, and of each alone."""
     run = cases.load(case, name)
-    encode = runtime(case)._backend.encode_image
+    encode = runtime(case).model.backend.encode_image
     pixels = np.concatenate([p for row in run.rows if (p := run.pixels(row)) is not None])
     together = encode(pixels)
     assert difference(run.stored(together), run.expected["projector"]) <= TOLERANCE
@@ -191,7 +193,7 @@ def test_one_token_prompt_is_traversed(runtime: Callable[[str], Runtime]) -> Non
 def graphs_run(monkeypatch: pytest.MonkeyPatch, runtime: Callable[[str], Runtime]) -> list[str]:
     """Names of the graphs that the picture case's backend runs from here on."""
     seen: list[str] = []
-    backend: Any = runtime(ONE_IMAGE)._backend
+    backend: Any = runtime(ONE_IMAGE).model.backend
     run = backend.run
     monkeypatch.setattr(backend, "run", lambda name, *args, **more: (seen.append(name), run(name, *args, **more))[1])
     return seen
@@ -205,13 +207,13 @@ def test_text_prompt_skips_lora(runtime: Callable[[str], Runtime], graphs_run: l
     keys = [array.copy() for array in buffers(session)]
     assert graphs_run == ["traverse_text"]
     embeddings = Embeddings(runtime(ONE_IMAGE).bundle)[ids]
-    state = runtime(ONE_IMAGE)._backend.new_state()
+    state = runtime(ONE_IMAGE).model.backend.new_state()
     masked = state.traverse(embeddings, np.zeros(len(ids), bool))
     assert graphs_run == ["traverse_text", "traverse"]
     assert difference(logits, masked) <= 1e-6
     for ours, theirs in zip(keys, state.cache, strict=True):  # type: ignore[attr-defined]
         assert difference(ours, theirs) <= 1e-6
-    marked = runtime(ONE_IMAGE)._backend.new_state().traverse(embeddings, np.ones(len(ids), bool))
+    marked = runtime(ONE_IMAGE).model.backend.new_state().traverse(embeddings, np.ones(len(ids), bool))
     assert difference(logits, marked) > 0.1  # the mask matters
 
 
@@ -240,7 +242,7 @@ def test_graphs_are_standard_onnx(bundle: Bundle) -> None:
     for name, info in bundle.manifest.graphs.items():
         onnx.checker.check_model(bundle.folder / info.file, full_check=True)
         proto = model(bundle, name)
-        # On a CPU one operator stands for rotation, cache and attention, see lower_ort.py.
+        # On a CPU one operator stands for rotation, cache and attention, see lower/ort.py.
         fused = {("com.microsoft", "GroupQueryAttention")} if bundle.manifest.target == "cpu" else set()
         assert {(o.domain, o.version) for o in proto.opset_import} - {("com.microsoft", 1)} == {("", 23)}
         assert not proto.functions
@@ -340,21 +342,21 @@ def test_each_tensor_of_the_checkpoint_stands_once(bundle: Bundle) -> None:
 
 def test_weights_in_memory_are_shared(runtime: Callable[[str], Runtime]) -> None:
     """One float32 buffer per weight, bound to every graph that reads it."""
-    backend: Any = runtime(ONE_IMAGE)._backend
+    backend: Any = runtime(ONE_IMAGE).model.backend
     names = {name for info in backend.bundle.manifest.graphs.values() for name in info.weights}
-    assert set(backend._weights) == names
-    addresses = {value.data_ptr() for value in backend._weights.values()}
+    assert set(backend.weights) == names
+    addresses = {value.data_ptr() for value in backend.weights.values()}
     assert len(addresses) == len(names)
-    assert backend.weight_bytes == sum(4 * int(np.prod(v.shape())) for v in backend._weights.values())
+    assert backend.weight_bytes == sum(4 * int(np.prod(v.shape())) for v in backend.weights.values())
 
 
 def test_cache_is_written_in_place(runtime: Callable[[str], Runtime]) -> None:
     """Past and present are one buffer, bound once; a step writes one row of it and leaves the others alone."""
     session = runtime(TEXT).session()
-    state: Any = session._state
+    state: Any = session.cache.state
     addresses = [array.ctypes.data for array in buffers(session)]
-    assert [value.data_ptr() for value in state._past.values()][: len(addresses)] == addresses
-    assert [value.data_ptr() for value in state._present.values()][: len(addresses)] == addresses
+    assert [value.data_ptr() for value in state.past.values()][: len(addresses)] == addresses
+    assert [value.data_ptr() for value in state.present.values()][: len(addresses)] == addresses
     token = int(session.prefill(np.arange(3, 20)).argmax())
     for _ in range(10):
         before = [array.copy() for array in buffers(session)]
@@ -363,7 +365,7 @@ def test_cache_is_written_in_place(runtime: Callable[[str], Runtime]) -> None:
         for old, new in zip(before, buffers(session), strict=True):
             rows = np.flatnonzero((old != new).any(axis=(0, 1, 3)))
             assert rows.tolist() == [position]
-        outputs = state._step.get_outputs()
+        outputs = state.step_binding.get_outputs()
         assert [value.data_ptr() for value in outputs[1:]] == addresses
     session.prefill(np.arange(3, 9))
     assert [array.ctypes.data for array in buffers(session)] == addresses
@@ -413,7 +415,7 @@ def test_kept_traces_are_true(name: str, traces: Callable[..., Any]) -> None:
     """The suite traces once per architecture; a fresh trace gives the same graph."""
     import onnx_ir
 
-    from trol_edge.export.graphs import trace as graphs
+    from trol_edge.export.graphs import canonical as graphs
 
     checkpoint = Checkpoint(NANO)
     fresh = traces(name, checkpoint.family, checkpoint.spec, 2048)

@@ -35,10 +35,10 @@ NOT_FOR = {"export": {"trol_edge.runtime"}, "runtimes": {"trol_edge.runtime"}}
 LATE = "trol_edge/cli/"
 # The only files or folders that know each of these libraries.
 HOME: dict[str, tuple[str, ...]] = {
-    "torch": ("export/", "calibration/run.py", "calibration/sensitivity.py", "calibration/outliers.py"),
+    "torch": ("export/", *(f"calibration/{name}.py" for name in ("run", "collect", "sensitivity", "outliers"))),
     "onnx": (),  # onnx_ir is what we use
     "onnx_ir": ("export/", "calibration/probes.py"),
-    "onnxscript": ("export/graphs/trace.py",),
+    "onnxscript": ("export/graphs/canonical.py",),
     "safetensors": ("export/nano/publish.py", "export/reference/checkpoint.py", "export/reference/selftest.py"),
     "sentencepiece": ("export/nano/text.py", "export/reference/tokenizer.py"),
     "huggingface_hub": ("export/reference/hub.py",),
@@ -48,7 +48,7 @@ HOME: dict[str, tuple[str, ...]] = {
     "tensorrt_rtx": (),
     "cuda": (),  # by name, when a GPU is opened
     "pycuda": ("runtimes/cuda.py",),
-    "tokenizers": ("trol_edge/prompt/tokenizer.py", "export/reference/tokenizer.py"),
+    "tokenizers": ("trol_edge/prompt/", "export/reference/tokenizer.py"),
     "typer": ("trol_edge/cli/",),
     "rich": ("trol_edge/cli/",),
     "PIL": ("trol_edge/prompt/images.py", "trol_edge/prompt/tiles.py", "export/scenes.py", "export/nano/"),
@@ -153,7 +153,7 @@ PLANTED = [
     ("trol_edge/bundle/spec.py", "try:\n    from onnxruntime import InferenceSession\nexcept ImportError:\n    pass"),
     ("trol_edge/bundle/spec.py", "if True:\n    import transformers as t"),
     ("trol_edge/prompt/tokenizer.py", "import sentencepiece"),
-    ("trol_edge/prompt/images.py", "import tokenizers"),
+    ("trol_edge/bundle/spec.py", "import tokenizers"),
     ("trol_edge/runtime.py", "def f():\n    import llguidance"),
     ("trol_edge/prompt/images.py", "import cv2"),
     ("trol_edge/examples/camera.py", "from trol_edge.runtimes import ort"),
@@ -166,12 +166,12 @@ PLANTED = [
     ("trol_edge/cli/export.py", "def f():\n    import torch"),
     ("trol_edge/runtime.py", "import importlib\nimportlib.import_module('trol_edge.runtimes.ort')"),
     ("trol_edge/runtime.py", "import typer"),
-    ("export/graphs/trace.py", "from trol_edge.runtimes import ort"),
-    ("export/graphs/trace.py", "def f():\n    from ...runtimes.ort import OrtBackend"),
-    ("export/graphs/trace.py", "from trol_edge.runtime import Runtime"),
-    ("export/graphs/trace.py", "import trol_edge.calibration.samples"),
-    ("export/graphs/trace.py", "from trol_edge.calibration.run import calibrate"),
-    ("export/graphs/trace.py", "import runtimes"),
+    ("export/graphs/canonical.py", "from trol_edge.runtimes import ort"),
+    ("export/graphs/canonical.py", "def f():\n    from ...runtimes.ort import OrtBackend"),
+    ("export/graphs/canonical.py", "from trol_edge.runtime import Runtime"),
+    ("export/graphs/canonical.py", "import trol_edge.calibration.samples"),
+    ("export/graphs/canonical.py", "from trol_edge.calibration.run import calibrate"),
+    ("export/graphs/canonical.py", "import runtimes"),
     ("export/nano/report.py", "from trol_edge.runtime import Runtime"),
     ("export/nano/model.py", "from trol_edge.calibration import samples"),
     ("runtimes/ort.py", "import torch"),
@@ -201,7 +201,7 @@ def test_planted_breaches_are_seen(file: str, source: str) -> None:
         ("trol_edge/cli/export.py", "def f():\n    from trol_edge.export import pipeline"),
         ("trol_edge/prompt/tokenizer.py", "import tokenizers"),
         (
-            "export/graphs/trace.py",
+            "export/graphs/canonical.py",
             "import torch\nimport onnx_ir\nfrom trol_edge.export.reference.model import Decoder",
         ),
         ("export/nano/data.py", "from trol_edge.export import scenes"),
@@ -214,6 +214,135 @@ def test_planted_breaches_are_seen(file: str, source: str) -> None:
 def test_open_doors_are_no_breaches(file: str, source: str) -> None:
     """Nor does a rule forbid what it should not."""
     assert breaches(source, file) == []
+
+
+# -- circles and private members ---------------------------------------------------------------------------------------
+
+
+def module_of(file: str) -> str:
+    """The module of a file, by its path from the root."""
+    name = file.rsplit("/", 1)[1].removesuffix(".py")
+    return package_of(file) if name == "__init__" else f"{package_of(file)}.{name}"
+
+
+def folder_of(module: str) -> str:
+    """A module's folder within its room; a module that lies in the room itself stands for itself."""
+    parts = module.split(".")
+    depth = 3 if len(parts) > 1 and parts[1] in ROOMS else 2
+    return ".".join(parts[:depth])
+
+
+def arrows(files: dict[str, str]) -> dict[str, set[str]]:
+    """Which modules each module imports, late imports included, of files by path from the root."""
+    known = {module_of(file) for file in files}
+    found: dict[str, set[str]] = {}
+    for file, source in files.items():
+        mine = found.setdefault(module_of(file), set())
+        for entry in imports(source, package_of(file)):
+            full = {f"{entry.module}.{name}" for name in entry.names}
+            mine |= (full & known) or ({entry.module} & known)
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of a graph, or an empty list."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for other in sorted(graph.get(node, ())):
+            if found := visit(other, [*path, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := visit(node, []))), [])
+
+
+def folded(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The graph of folders."""
+    found: dict[str, set[str]] = {}
+    for module, others in graph.items():
+        mine = found.setdefault(folder_of(module), set())
+        mine |= {folder_of(other) for other in others} - {folder_of(module)}
+    return found
+
+
+def privates(source: str) -> list[str]:
+    """Private members of other modules that a source text uses: `other._name`, or `from other import _name`."""
+    tree, own, found = ast.parse(source), set[str](), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for child in ast.walk(node):
+                if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    own.add(child.name)
+                elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+                    own.add(child.id)
+                elif (
+                    isinstance(child, ast.Attribute)
+                    and isinstance(child.ctx, ast.Store)
+                    and ast.unparse(child.value) in ("self", "cls")
+                ):
+                    own.add(child.attr)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found += [f"{node.lineno}: import {a.name}" for a in node.names if re.match(r"_(?!_|version$)", a.name)]
+        elif (
+            isinstance(node, ast.Attribute)
+            and re.match(r"_(?!_)", node.attr)
+            and ast.unparse(node.value) not in ("self", "cls")
+            and node.attr not in own
+            and ast.unparse(node) != "os._exit"  # documented under this name
+        ):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_no_circles() -> None:
+    """Neither between files nor between folders."""
+    graph = arrows({str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sources()})
+    assert sum(map(len, graph.values())) > 300
+    assert circle(graph) == []
+    assert circle(folded(graph)) == []
+
+
+def test_planted_circles_are_seen() -> None:
+    """Late imports count, and so does a circle of folders that no file closes by itself."""
+    files = {
+        "trol_edge/bundle/spec.py": "",
+        "trol_edge/bundle/sizes.py": "from trol_edge.bundle import spec",
+        "export/nano/data.py": "from trol_edge.bundle.sizes import cache_bytes",
+    }
+    assert circle(arrows(files)) == circle(folded(arrows(files))) == []
+    assert circle(arrows(files | {"trol_edge/bundle/spec.py": "def f():\n    from .sizes import cache_bytes"})) == [
+        "trol_edge.bundle.sizes",
+        "trol_edge.bundle.spec",
+        "trol_edge.bundle.sizes",
+    ]
+    files |= {"trol_edge/plan/rates.py": "import trol_edge.bundle.spec", "trol_edge/plan/time.py": ""}
+    assert circle(folded(arrows(files))) == []
+    files |= {"trol_edge/bundle/sizes.py": "import trol_edge.plan.time"}
+    assert circle(arrows(files)) == []
+    assert circle(folded(arrows(files))) == ["trol_edge.bundle", "trol_edge.plan", "trol_edge.bundle"]
+
+
+def test_no_module_uses_anothers_private_members() -> None:
+    """Without exceptions."""
+    files = [*sources(), *(ROOT / "tests").rglob("*.py")]
+    found = [f"{path.relative_to(ROOT)}:{use}" for path in files for use in privates(path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_planted_private_uses_are_seen() -> None:
+    """Of an object, of a module, and by name; a class may know its like."""
+    assert len(privates("def f(runtime):\n    return runtime._backend")) == 1
+    assert len(privates("import a\n\n\ndef _b(): ...\n\n\na._b()")) == 1
+    assert len(privates("from a import _b")) == 1
+    own = "class A:\n    def __init__(self, other):\n        self._x = other._x\n\n\ndef f(a):\n    return a._x"
+    assert privates(own) == []
 
 
 # -- what is loaded ----------------------------------------------------------------------------------------------------
@@ -385,8 +514,8 @@ def test_errors_that_are_raised_are_ours() -> None:
         },
         "AssertionError": {"export/nano/report.py"},
         "error": {"trol_edge/bundle/spec.py"},  # a parameter: BundleError, or another of the family
-        "BadParameter": {"trol_edge/cli/main.py"},
-        "Exit": {"trol_edge/cli/main.py"},
+        "BadParameter": {"trol_edge/cli/checkpoints.py", "trol_edge/cli/measure.py", "trol_edge/cli/plan.py"},
+        "Exit": {"trol_edge/cli/check.py", "trol_edge/cli/device.py", "trol_edge/cli/measure.py"},
     }
     found = []
     for path in sources():

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.golden import GOLDEN
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError, ImageError
 from trol_edge.prompt import images
 from trol_edge.prompt.images import MAX_PIXELS, ImageSpec, load_rgb, preprocess
@@ -40,12 +40,12 @@ def test_resize_equals_golden(index):
     golden = np.load(GOLDEN / "uint8_bicubic.npz")
     image = golden[f"in{index}"].transpose(1, 2, 0)
     lines = golden["lines"] if "lines" in golden else np.arange(490)
-    np.testing.assert_array_equal(images._resize(image, 490).transpose(2, 0, 1)[:, lines], golden[f"out{index}"])
+    np.testing.assert_array_equal(images.resize(image, 490).transpose(2, 0, 1)[:, lines], golden[f"out{index}"])
 
 
 def test_normalise_table_equals_golden():
     want = np.load(GOLDEN / "normalise_tables.npz")["internlm2_fp32"]
-    np.testing.assert_array_equal(images._normalise_table(SPEC.mean, SPEC.std).view(np.uint32), want.view(np.uint32))
+    np.testing.assert_array_equal(images.normalise_table(SPEC.mean, SPEC.std).view(np.uint32), want.view(np.uint32))
 
 
 def golden_runs():
@@ -93,13 +93,13 @@ def slow_resize(image, size):
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 3), (3, 1), (4, 4), (5, 40), (40, 5), (13, 12), (97, 61)])
 def test_resize_equals_the_slow_way(size):
     image = picture(*size)
-    np.testing.assert_array_equal(images._resize(image, 12), slow_resize(image, 12))
+    np.testing.assert_array_equal(images.resize(image, 12), slow_resize(image, 12))
 
 
 @pytest.mark.parametrize("size", [1, 2, 12, 490])
 def test_a_picture_of_the_target_size_is_left_alone(size):
     image = picture(size, size)
-    np.testing.assert_array_equal(images._resize(image, size), image)
+    np.testing.assert_array_equal(images.resize(image, size), image)
 
 
 def test_order_and_number_of_pictures_are_kept():
@@ -122,7 +122,7 @@ def test_inputs_are_not_changed():
 def test_threads_agree():
     parts = [picture(40 + i, 60 - i, i) for i in range(12)]
     want = [preprocess([part], SPEC) for part in parts]
-    images._taps.cache_clear()
+    images.taps.cache_clear()
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         for found, expected in zip(pool.map(lambda part: preprocess([part], SPEC), parts), want, strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -298,7 +298,9 @@ def test_unusable_arrays_are_refused(array, message):
         load_rgb(array)
 
 
-@pytest.mark.parametrize("thing", [None, 3, [[1, 2, 3]], io.BytesIO(b""), [picture()]], ids=lambda thing: type(thing).__name__)
+@pytest.mark.parametrize(
+    "thing", [None, 3, [[1, 2, 3]], io.BytesIO(b""), [picture()]], ids=lambda thing: type(thing).__name__
+)
 def test_other_types_are_refused(thing):
     with pytest.raises(ImageError, match=f"of type {type(thing).__name__}; pass a file path"):
         load_rgb(thing)

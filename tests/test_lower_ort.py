@@ -27,12 +27,12 @@ from trol_edge.bundle.derived import (
     derived_parameters,
     int8_from_nbits,
 )
+from trol_edge.bundle.precision import LinearPlan, PrecisionPlan
 from trol_edge.bundle.spec import LongRope, ModelSpec, VisionSpec
 from trol_edge.errors import ExportError
-from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.graphs import canonical as graphs
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.quantize import qdq
-from trol_edge.export.quantize.recipes import LinearPlan, Plan
 from trol_edge.export.reference import internlm2, phi3
 from trol_edge.export.reference.family import Family
 from trol_edge.export.storage import Layout, Rows
@@ -64,7 +64,7 @@ class Case:
             and n != "decoder.gate.weight"
             and not (treatment.block and int(shape[0]) % treatment.block)  # type: ignore[index]
         }
-        plan = Plan("mixed", "fp32", linears)
+        plan = PrecisionPlan("mixed", "fp32", linears)
         if treatment is not None:
             qdq.insert(self.canonical, plan, dict.fromkeys(linears, 0.04))
         self.lowered = self.canonical.clone()
@@ -302,7 +302,7 @@ def _one_matmul(treatment: LinearPlan, k: int = 64, n: int = 48) -> tuple[ir.Mod
     node = ir.node("MatMul", [x, w], outputs=[y])
     model = ir.Model(ir.Graph([x], [y], nodes=[node], opset_imports={"": 23}), ir_version=11)
     model.graph.initializers["w"] = w
-    qdq.insert(model, Plan("mixed", "fp32", {"w": treatment}), {"w": 0.05})
+    qdq.insert(model, PrecisionPlan("mixed", "fp32", {"w": treatment}), {"w": 0.05})
     rng = np.random.default_rng(2)
     top = 7 if treatment.precision == "int4" else 127
     values = rng.integers(-top, top + 1, (n, k), dtype=np.int8)

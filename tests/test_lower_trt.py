@@ -18,7 +18,8 @@ from tests import cases, test_phi3
 from tests.cases import TOLERANCE, Array, difference
 from tests.conftest import CHECKPOINTS, CONTEXT, NANOS
 from tests.golden import GOLDEN
-from trol_edge.bundle.manifest import Bundle, FileInfo, sha256_of, write_manifest
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import ExportError
 from trol_edge.export.lower import trt as lower_trt
@@ -53,7 +54,7 @@ def answers(runtime: Runtime, ids: Array, pixels: Array | None, steps: int) -> l
     logits = [session.prefill(ids, pixels)]
     while len(logits) <= steps and session.length < session.limit:
         logits.append(session.step(int(logits[-1].argmax())))
-    features = [] if pixels is None else [runtime._backend.encode_image(session.check_pixels(pixels))]
+    features = [] if pixels is None else [runtime.model.backend.encode_image(session.check_pixels(pixels))]
     return [*logits, *features]
 
 
@@ -113,7 +114,7 @@ def test_nanos_lowered_give_the_same_answer(
         assert plain.generate(prompt, images).token_ids == nano.generate(prompt, images).token_ids
     pixels = nano.preprocess(picture)
     assert pixels is not None
-    features = [r._backend.encode_image(pixels) for r in (nano, plain)]
+    features = [r.model.backend.encode_image(pixels) for r in (nano, plain)]
     assert difference(features[1], features[0]) <= EXACT
 
 

@@ -290,7 +290,7 @@ def test_bundle(runtime: Any, case: str, name: str) -> None:
     if "projector" in run.expected:
         settings = rt.bundle.manifest.image
         pixels = preprocess([picture for row in run.pictures for picture in row], settings)
-        assert_close("projector", run.stored(rt._backend.encode_image(pixels)), run.expected["projector"])
+        assert_close("projector", run.stored(rt.model.backend.encode_image(pixels)), run.expected["projector"])
     limit = rt.bundle.manifest.spec.long_rope
     for row in run.rows():
         session = rt.session()
@@ -300,7 +300,7 @@ def test_bundle(runtime: Any, case: str, name: str) -> None:
         assert served == STEPS or (limit is not None and name == "crossing" and session.rope == "short")
         while len(logits) < served:
             logits.append(session.step(int(logits[-1].argmax())))
-        cache = session._state.cache
+        cache = session.cache.state.cache
         ours: dict[str, Array] = {
             "cached_ids": np.array([row.argmax() for row in logits]),
             "cached_logits": np.stack(logits),
@@ -327,11 +327,11 @@ def test_both_factor_sets_are_in_one_graph(runtime: Any) -> None:
     (row,) = run.rows()
     session = rt.session()
     logits = [session.prefill(row.ids)]
-    state = session._state
+    state = session.cache.state
     for position in range(len(row.ids), len(row.ids) + STEPS - 1):
         if position == session.limit:
-            state._rope_offset[0] = state._long_rope_offset
-        logits.append(state.step(rt._embeddings[int(logits[-1].argmax())], position).copy())
+            state.rope_offset[0] = state.long_rope_offset
+        logits.append(state.step(rt.model.embeddings[int(logits[-1].argmax())], position).copy())
     assert_close("cached_logits", np.stack(logits), run.expected["cached_logits"][0])
 
 
@@ -427,17 +427,17 @@ def test_a_cpu_encodes_one_tile_after_the_other(runtime: Any, monkeypatch: pytes
     rt = runtime("phi3-tiles")
     pixels = rt.preprocess(np.random.default_rng(0).integers(0, 256, (60, 120, 3), np.uint8))
     sizes: list[int] = []
-    bind = rt._backend.bind
+    bind = rt.model.backend.bind
 
     def watched(name: str, values: dict[str, Any]) -> Any:
         sizes.append(values["pixel_values"].shape()[0])
         return bind(name, values)
 
-    monkeypatch.setattr(rt._backend, "bind", watched)
-    features = rt._backend.encode_image(pixels)
+    monkeypatch.setattr(rt.model.backend, "bind", watched)
+    features = rt.model.backend.encode_image(pixels)
     assert sizes == [1, 1, 1]
-    monkeypatch.setattr(rt._backend, "memory", "cuda")  # which takes them together
-    assert np.array_equal(rt._backend.encode_image(pixels), features)
+    monkeypatch.setattr(rt.model.backend, "memory", "cuda")  # which takes them together
+    assert np.array_equal(rt.model.backend.encode_image(pixels), features)
     assert sizes == [1, 1, 1, 3]
 
 

@@ -13,12 +13,17 @@ import pytest
 
 from tests.bench import plan_check
 from trol_edge.bundle.costs import Costs, Operation
-from trol_edge.bundle.manifest import MANIFEST, Bundle, write_manifest
+from trol_edge.bundle.manifest import Bundle, write_manifest
+from trol_edge.bundle.names import MANIFEST
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli.main import main
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.machine import devices
+from trol_edge.plan import compare, duration
 from trol_edge.plan import estimate as plan
+from trol_edge.plan import memory as memory_module
+from trol_edge.plan import rates as rates_module
+from trol_edge.plan import subject as subject_module
 
 GB = 1_000_000_000
 NANO = "orin-nano-8gb"
@@ -31,10 +36,10 @@ def graph(weights: int, peak: int = 0) -> Costs:
     return Costs((linear, attend), ({"1": peak},), {"tokens": 1, "slots": 2048})
 
 
-def subject(weights: float = 1.0, precision: str = "fp16", **changes: Any) -> plan.Subject:
+def subject(weights: float = 1.0, precision: str = "fp16", **changes: Any) -> subject_module.Subject:
     """A model whose decoder takes so many GB, and 0.5 GB of cache."""
     size = round(weights * GB)
-    given = plan.Subject(
+    given = subject_module.Subject(
         name="made-up",
         target="jetson-jp6",
         precision=precision,
@@ -54,8 +59,8 @@ def subject(weights: float = 1.0, precision: str = "fp16", **changes: Any) -> pl
 
 
 @pytest.fixture
-def nano() -> plan.Machine:
-    return plan.machine_of(*devices.find(NANO))
+def nano() -> rates_module.Platform:
+    return rates_module.platform_of(*devices.find(NANO))
 
 
 def test_table_follows_its_rule() -> None:
@@ -100,31 +105,31 @@ def test_own_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         devices.find(str(mine))
 
 
-def test_times(nano: plan.Machine) -> None:
+def test_times(nano: rates_module.Platform) -> None:
     """By hand: a step of 1 GB of weights and 8 MB of cache at 68.3 GB/s; five kernels to start."""
-    found = plan.stage("step", graph(GB), GB, nano, slots=1000)
+    found = duration.graph_time("step", graph(GB), GB, nano, slots=1000)
     moved = GB + 4 * 2000 * 1000
     assert found.floor == pytest.approx(moved / 68.3e9)
-    start = 5 * plan.OPERATOR_CYCLES / 612e6
-    assert found.expected == pytest.approx(moved / (68.3e9 * plan.BANDWIDTH) + start, rel=1e-3)
+    start = 5 * rates_module.OPERATOR_CYCLES / 612e6
+    assert found.expected == pytest.approx(moved / (68.3e9 * rates_module.BANDWIDTH) + start, rel=1e-3)
     assert found.bound == "memory"
-    prompt = plan.stage("traverse", graph(GB), GB, nano, tokens=2000, slots=2000)
+    prompt = duration.graph_time("traverse", graph(GB), GB, nano, tokens=2000, slots=2000)
     flops = 2001 * 10**9 + 4 * 1000 * 2000**2
     peak = 2 * 8 * 1024 * 612e6
     assert prompt.floor == pytest.approx(flops / peak)
     assert prompt.bound == "arithmetic"
-    assert prompt.expected > prompt.floor / plan.ARITHMETIC["float16"]
+    assert prompt.expected > prompt.floor / rates_module.ARITHMETIC["float16"]
 
 
-def test_element_wise_operators_wait_for_memory(nano: plan.Machine) -> None:
+def test_element_wise_operators_wait_for_memory(nano: rates_module.Platform) -> None:
     """On a CPU, where they take time; what a product reads and writes adds to its arithmetic there."""
     peak = dataclasses.replace(nano.peak, touches=((1, 1e9),))
     reached = dataclasses.replace(nano.reached, touches=((1, 1e9),), fused=False, operator=0.0, product=0.0)
     cpu = dataclasses.replace(nano, peak=peak, reached=reached)
 
-    def run(kind: str) -> plan.Stage:
+    def run(kind: str) -> duration.GraphTime:
         one = Operation(kind, "float16", None, 1, {"1": 10**9}, 0, {"1": 10**7}, {})
-        return plan.stage("step", Costs((one,), ({"1": 0},), {}), 0, cpu)
+        return duration.graph_time("step", Costs((one,), ({"1": 0},), {}), 0, cpu)
 
     assert (run("pointwise").expected, run("pointwise").bound) == (pytest.approx(0.01), "memory")
     assert (run("norm").expected, run("norm").bound) == (pytest.approx(0.01), "memory")
@@ -134,16 +139,16 @@ def test_element_wise_operators_wait_for_memory(nano: plan.Machine) -> None:
 
 def test_rates_between_points() -> None:
     points = ((10, 1.0), (1000, 100.0))
-    assert [plan._at(points, n) for n in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 100])
+    assert [duration.rate_at(points, n) for n in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 100])
 
 
-def test_verdicts(nano: plan.Machine) -> None:
+def test_verdicts(nano: rates_module.Platform) -> None:
     fits = plan.plan(subject(1.0), nano)
     assert (fits.verdict, fits.changes) == ("fits", ())
     memory = fits.memory
     assert memory.weights == 2.1 * GB, "traverse and step hold their weights each"
     assert (memory.cache, memory.activations) == (GB, GB // 10 + GB // 20)
-    assert memory.remains == memory.usable - memory.system - 3_250_000_000 - plan.RUNTIME_BYTES["gpu"]
+    assert memory.remains == memory.usable - memory.system - 3_250_000_000 - memory_module.RUNTIME_BYTES["gpu"]
 
     desktop = plan.plan(subject(1.9, cache_bytes=GB), nano, desktop=True)
     assert desktop.verdict == "fits with these changes"
@@ -171,38 +176,40 @@ def test_verdicts(nano: plan.Machine) -> None:
     assert plan.plan(subject(5.0), nano).verdict == "does not fit"
 
 
-def test_shorter_context(nano: plan.Machine) -> None:
-    found = plan.plan(subject(1.0, cache_bytes=5 * GB), nano, plan.Workload(tiles=1))
+def test_shorter_context(nano: rates_module.Platform) -> None:
+    found = plan.plan(subject(1.0, cache_bytes=5 * GB), nano, subject_module.Workload(tiles=1))
     assert found.changes[-1] == "a context of 512 tokens"
 
 
 def test_one_set_on_a_cpu() -> None:
     """Only ONNX Runtime's back end can do without the second set; weights are shared by its graphs."""
-    rates = dataclasses.replace(plan.machine_of(*devices.find(NANO)).reached, fused=False)
-    found = plan.plan(subject(1.0, target="cpu", cache_bytes=GB), plan.machine_of_host(rates, 4 * GB, 3_000_000_000))
+    rates = dataclasses.replace(rates_module.platform_of(*devices.find(NANO)).reached, fused=False)
+    found = plan.plan(
+        subject(1.0, target="cpu", cache_bytes=GB), rates_module.platform_of_host(rates, 4 * GB, 3_000_000_000)
+    )
     assert found.memory.weights == 1.1 * GB
     assert [text.split(" (")[0] for text in found.changes] == ["one K/V set"]
     assert found.memory.build == 0
     assert found.next_question is not None
 
 
-def test_question_beyond_context(nano: plan.Machine) -> None:
+def test_question_beyond_context(nano: rates_module.Platform) -> None:
     with pytest.raises(UsageError, match=r"9 tile\(s\) of 256 tokens.*do not fit a context of 2048"):
-        plan.plan(subject(), nano, plan.Workload(tiles=9))
+        plan.plan(subject(), nano, subject_module.Workload(tiles=9))
 
 
-def test_other_target_says_nothing(nano: plan.Machine) -> None:
+def test_other_target_says_nothing(nano: rates_module.Platform) -> None:
     with pytest.raises(UsageError, match="made for target cpu"):
         plan.plan(subject(target="cpu"), nano)
 
 
-def test_best_precision_for_a_goal(nano: plan.Machine) -> None:
+def test_best_precision_for_a_goal(nano: rates_module.Platform) -> None:
     plans = [plan.plan(subject(w, p), nano) for w, p in ((9.0, "fp16"), (2.0, "int8"), (1.0, "int4"))]
     fast = plans[2].tokens_per_second[1]
-    assert plan.best(plans, None, None) is plans[1], "FP16 does not fit"
-    assert plan.best(plans, None, fast - 1) is plans[2]
-    assert plan.best(plans, None, fast + 1) is None
-    assert plan.best(plans, 1e-6, None) is None
+    assert compare.best(plans, None, None) is plans[1], "FP16 does not fit"
+    assert compare.best(plans, None, fast - 1) is plans[2]
+    assert compare.best(plans, None, fast + 1) is None
+    assert compare.best(plans, 1e-6, None) is None
 
 
 def test_bundle_on_the_robot(nano_bundle: Path) -> None:
@@ -211,7 +218,7 @@ def test_bundle_on_the_robot(nano_bundle: Path) -> None:
 import sys
 from trol_edge.runtimes import rates
 rates.SECONDS, rates.WORKING_SETS, rates.TENSORS = 0.002, (1 << 20, 4 << 20), (1 << 16, 1 << 20)
-from trol_edge.cli import main
+from trol_edge.cli.main import main
 code = main(["plan", {str(nano_bundle)!r}, "--json"])
 assert not {{"torch", "onnx", "onnx_ir"}} & set(sys.modules), "the thin side imported the workshop"
 sys.exit(code)
@@ -244,12 +251,12 @@ def test_bundle_without_counts(nano_bundle: Path, tmp_path: Path) -> None:
     data = json.loads((tmp_path / MANIFEST).read_text())
     for info in data["graphs"].values():
         del info["costs"]
-    from trol_edge.bundle.manifest import _digest
+    from trol_edge.bundle.folder import digest_of
 
-    data["manifest_sha256"] = _digest({k: v for k, v in data.items() if k != "manifest_sha256"})
+    data["manifest_sha256"] = digest_of({k: v for k, v in data.items() if k != "manifest_sha256"})
     (tmp_path / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(BundleError, match=r"never counted.*export it again"):
-        plan.subject_of(Bundle(tmp_path))
+        subject_module.subject_of(Bundle(tmp_path))
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,13 +15,14 @@ import pytest
 
 from tests.conftest import NANO
 from tests.statistics import statistics_of
-from trol_edge.bundle.manifest import WEIGHTS, Bundle
-from trol_edge.bundle.precision import tensor_bytes
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.precision import LinearPlan, tensor_bytes
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.cli import main as cli
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export import pipeline
-from trol_edge.export.quantize.recipes import GATE, LinearPlan, Options, is_linear, make_plan, read_options
+from trol_edge.export.quantize.recipes import GATE, RecipeOptions, is_linear, make_plan, read_options
 from trol_edge.export.quantize.stats import Statistics
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
@@ -46,7 +47,7 @@ def statistics() -> Statistics:
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4", "fp8"])
 def test_recipes_follow_their_table(recipe: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Each Linear but the gate, by kind: what the table at the head of export/quantize/recipes.py says."""
-    plan = make_plan(Options(recipe), shapes, "onnx")
+    plan = make_plan(RecipeOptions(recipe), shapes, "onnx")
     assert set(plan.linears) == {n for n, s in shapes.items() if is_linear(n, s)} - {GATE}
     both, alone = LinearPlan("int8", activations=True), LinearPlan("int8")
     same = LinearPlan(recipe, activations=recipe in ("int8", "fp8"))
@@ -67,12 +68,12 @@ def test_recipes_follow_their_table(recipe: str, shapes: dict[str, tuple[int, ..
     assert plan.compute == ("fp32" if recipe == "fp32" else "fp16")
     assert plan.quantized == (recipe in ("int8", "int4", "fp8"))
     assert (plan.observer is not None) == plan.quantized  # int4 has pictures and low-rank parts in W8A8
-    assert make_plan(Options("fp16"), shapes, "cpu").compute == "fp32"
+    assert make_plan(RecipeOptions("fp16"), shapes, "cpu").compute == "fp32"
 
 
 def test_choices(shapes: dict[str, tuple[int, ...]]) -> None:
     """Output layer, vision, low-rank parts and blocks are chosen apart from the recipe."""
-    options = Options("int4", block=64, lm_head="fp16", vision="fp32", lora="fp16")
+    options = RecipeOptions("int4", block=64, lm_head="fp16", vision="fp32", lora="fp16")
     plan = make_plan(options, shapes, "cpu")
     count = Counter((linear.precision, linear.block) for linear in plan.linears.values())
     vision = sum(name.startswith("vision.") and is_linear(name, shape) for name, shape in shapes.items())
@@ -85,18 +86,18 @@ def test_choices(shapes: dict[str, tuple[int, ...]]) -> None:
 def test_patterns_apply_in_order(shapes: dict[str, tuple[int, ...]]) -> None:
     """A later pattern wins over an earlier one, and both over the recipe."""
     chosen = {"decoder.layers.0.*": LinearPlan("fp16"), "*.mlp.down.weight": LinearPlan("int8", activations=True)}
-    plan = make_plan(Options("int4", linears=chosen), shapes, "cpu")
+    plan = make_plan(RecipeOptions("int4", linears=chosen), shapes, "cpu")
     assert plan.recipe == "mixed"
     assert plan.linears["decoder.layers.0.qkv.weight"] == LinearPlan("fp16")
     assert plan.linears["decoder.layers.0.mlp.down.weight"] == LinearPlan("int8", activations=True)
     assert plan.linears["decoder.layers.1.qkv.weight"] == LinearPlan("int4", 32)
     with pytest.raises(UsageError, match=r"no Linear's name fits 'decoder\.layer\.\*'"):
-        make_plan(Options("int4", linears={"decoder.layer.*": LinearPlan("fp16")}), shapes, "cpu")
+        make_plan(RecipeOptions("int4", linears={"decoder.layer.*": LinearPlan("fp16")}), shapes, "cpu")
 
 
 def test_blocks_never_end_outside_a_row(shapes: dict[str, tuple[int, ...]]) -> None:
     """Low-rank parts of 16 inputs have no block of 32: they get eight bits."""
-    plan = make_plan(Options("int4", lora="int4"), shapes, "cpu")
+    plan = make_plan(RecipeOptions("int4", lora="int4"), shapes, "cpu")
     assert plan.linears["decoder.layers.0.qkv.lora_a"] == LinearPlan("int4", 32)
     assert plan.linears["decoder.layers.0.qkv.lora_b"] == LinearPlan("int8")
 
@@ -104,9 +105,9 @@ def test_blocks_never_end_outside_a_row(shapes: dict[str, tuple[int, ...]]) -> N
 def test_fp8_is_refused_where_it_cannot_run(shapes: dict[str, tuple[int, ...]]) -> None:
     """By recipe, by choice, by pattern; before any work."""
     for options in (
-        Options("fp8"),
-        Options("int8", vision="fp8"),
-        Options("int8", linears={"*.qkv.weight": LinearPlan("fp8", activations=True)}),
+        RecipeOptions("fp8"),
+        RecipeOptions("int8", vision="fp8"),
+        RecipeOptions("int8", linears={"*.qkv.weight": LinearPlan("fp8", activations=True)}),
     ):
         with pytest.raises(UsageError, match="fp8: ONNX Runtime has no FP8 kernels on a CPU; choose int8"):
             make_plan(options, shapes, "cpu")
@@ -128,16 +129,16 @@ def test_fp8_is_refused_where_it_cannot_run(shapes: dict[str, tuple[int, ...]]) 
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     """The value and the choices."""
     with pytest.raises(UsageError, match=message):
-        Options(**options)
+        RecipeOptions(**options)
 
 
 def test_plan_files(tmp_path: Path) -> None:
     """JSON with the fields of Options; what the command line says wins."""
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"recipe": "int4", "block": 64, "linears": {"*.down.weight": {"precision": "int8"}}}))
-    assert read_options(path) == Options("int4", block=64, linears={"*.down.weight": LinearPlan("int8")})
+    assert read_options(path) == RecipeOptions("int4", block=64, linears={"*.down.weight": LinearPlan("int8")})
     assert read_options(str(path), block=128, vision=None).block == 128
-    assert read_options("int8", observer="minmax") == Options("int8", observer="minmax")
+    assert read_options("int8", observer="minmax") == RecipeOptions("int8", observer="minmax")
     bad = {"recipe": "int4", "blocks": 64, "scaling": "yes", "linears": {"*": {"precision": "int8", "bits": 8}}}
     path.write_text(json.dumps(bad))
     with pytest.raises(UsageError) as caught:
@@ -164,7 +165,9 @@ def quantized(
     def make(recipe: str, target: str) -> Path:
         if (recipe, target) not in done:
             folder = tmp_path_factory.mktemp("quantized") / f"{recipe}-{target}"
-            pipeline.export(NANO, folder, target=target, options=Options(recipe), calibration=lambda source: statistics)
+            pipeline.export(
+                NANO, folder, target=target, options=RecipeOptions(recipe), calibration=lambda source: statistics
+            )
             done[recipe, target] = folder
         return done[recipe, target]
 
@@ -244,11 +247,15 @@ def test_fp16_graphs_answer(quantized: Callable[..., Path], nano: Runtime) -> No
     found, wanted = list[Any](), list[Any]()
     for each, values in ((runtime, found), (nano, wanted)):
         session = each.session()
-        values += [np.asarray(each._backend.encode_image(pixels)), session.prefill(ids, pixels), session.step(ids[-1])]
+        values += [
+            np.asarray(each.model.backend.encode_image(pixels)),
+            session.prefill(ids, pixels),
+            session.step(ids[-1]),
+        ]
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == np.float32
         assert 0 < np.abs(ours - theirs).max() < 0.01 * np.abs(theirs).max()
-    state: Any = runtime.session()._state
+    state: Any = runtime.session().cache.state
     assert state.cache[0].dtype == np.float16
 
 
@@ -262,11 +269,11 @@ def test_statistics_of_another_checkpoint(traces: dict[Any, Any], tmp_path: Path
         return Statistics({}, {}, other)
 
     with pytest.raises(CalibrationError, match="belong to another checkpoint"):
-        pipeline.export(NANO, tmp_path / "out", options=Options("int8"), calibration=calibration)
+        pipeline.export(NANO, tmp_path / "out", options=RecipeOptions("int8"), calibration=calibration)
     assert len(seen) == 1 and list(tmp_path.iterdir()) == []
     with pytest.raises(UsageError, match="fp8"):
-        pipeline.export(NANO, tmp_path / "out", options=Options("fp8"), calibration=calibration)
+        pipeline.export(NANO, tmp_path / "out", options=RecipeOptions("fp8"), calibration=calibration)
     pipeline.export(NANO, tmp_path / "plain", calibration=calibration)
     assert len(seen) == 1  # fp32 needs none
     with pytest.raises(UsageError, match="needs the statistics of a calibration"):
-        pipeline.export(NANO, tmp_path / "out", options=Options("int8"))
+        pipeline.export(NANO, tmp_path / "out", options=RecipeOptions("int8"))

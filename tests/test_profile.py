@@ -22,6 +22,8 @@ from trol_edge.bundle.manifest import Bundle
 from trol_edge.cli.main import main
 from trol_edge.errors import BackendError, BundleError, ContextError, ImageError, UsageError
 from trol_edge.machine import sensors as jetson
+from trol_edge.measure import bench, process, starts
+from trol_edge.measure import peaks as peaks_module
 from trol_edge.measure import run as profile_run
 from trol_edge.measure.compare import compare, judge
 from trol_edge.measure.record import Profile, load, per_answer, percentiles, pooled, tokens_per_s
@@ -50,15 +52,15 @@ def test_rails_of_each_board(tree: Tree, board: str) -> None:
     """Watts by name as tegrastats shows them; sums of shunts and rails that are not connected are left out."""
     data = described(board)
     assert "not recorded on a device" in data["source"]
-    sample = jetson.Machine(tree(board)).sample(os.getpid())
+    sample = jetson.Sensors(tree(board)).sample(os.getpid())
     rails = {name.removeprefix("power_w/"): value for name, value in sample.items() if name.startswith("power_w/")}
     assert rails == pytest.approx(data["expect_w"])
-    assert jetson.Machine(tree(board)).missing() == []
+    assert jetson.Sensors(tree(board)).missing() == []
 
 
 def test_orin_nano(tree: Tree) -> None:
     """Identity, mode by its name, clocks and caps, memory, counters; gated sensors are None, never 0."""
-    machine = jetson.Machine(tree("orin-nano"))
+    machine = jetson.Sensors(tree("orin-nano"))
     identity = machine.identity()
     assert "Orin Nano" in str(identity["model"]) and identity["board"] == "p3767" and identity["l4t"] == "36.4.7"
     assert (identity["power_mode"], identity["power_mode_name"]) == (2, "MAXN_SUPER")
@@ -76,7 +78,7 @@ def test_orin_nano(tree: Tree) -> None:
 
 def test_agx_orin(tree: Tree) -> None:
     """Its total is a sum; a gated sensor reads -256 degrees there and is left out."""
-    machine = jetson.Machine(tree("agx-orin"))
+    machine = jetson.Sensors(tree("agx-orin"))
     sample = machine.sample(os.getpid())
     assert sample["temperature_c/GPU-therm"] is None and sample["temperature_c/tj-therm"] == 42
     assert sample["gpu_load"] == 0 and sample["gpu_hz"] == 1.3005e9
@@ -86,7 +88,7 @@ def test_agx_orin(tree: Tree) -> None:
 
 def test_thor(tree: Tree) -> None:
     """Its total has a chip of its own; memory has a clock, the GPU's load no file."""
-    machine = jetson.Machine(tree("thor"))
+    machine = jetson.Sensors(tree("thor"))
     sample = machine.sample(os.getpid())
     assert machine.total_power() == ("power_w/VIN",)
     assert (sample["gpu_hz"], sample["emc_hz"], sample["emc_cap_hz"]) == (1.575e9, 4.266e9, 4.266e9)
@@ -100,7 +102,7 @@ def test_what_a_tree_lacks_is_said(tree: Tree) -> None:
     root = tree("orin-nano", {f"{path}/in1_label": None, f"{path}/in3_label": None, "var/lib/nvpmodel/status": None,
                               "sys/class/hwmon/hwmon3/oc2_event_cnt": None, "etc/nvpmodel.conf": None,
                               "sys/class/devfreq/17000000.gpu/device/of_node/name": None})  # fmt: skip
-    machine = jetson.Machine(root)
+    machine = jetson.Sensors(root)
     assert machine.missing() == [
         "rail VDD_IN is missing", "rail VDD_SOC is missing", "energy needs VDD_IN, so there is none",
         "over-current counter oc2 is missing", "GPU clock is missing", "power mode is missing",
@@ -111,7 +113,7 @@ def test_what_a_tree_lacks_is_said(tree: Tree) -> None:
 
 def test_nothing_at_all_is_no_error(tmp_path: Path) -> None:
     """An empty tree: no identity, no sensors, and a word about it."""
-    machine = jetson.Machine(tmp_path)
+    machine = jetson.Sensors(tmp_path)
     assert set(machine.identity().values()) == {None}
     assert machine.missing() == ["no power sensor here (no rails, no RAPL): no energy"]
     assert machine.sample(os.getpid())["largest_free_block_bytes"] is None
@@ -123,14 +125,14 @@ def test_rapl(tmp_path: Path) -> None:
     zone.mkdir(parents=True)
     (zone / "name").write_text("package-0")
     (zone / "energy_uj").write_text("1000")
-    assert jetson.Machine(tmp_path).total_power() == ("energy_uj/package-0",)
+    assert jetson.Sensors(tmp_path).total_power() == ("energy_uj/package-0",)
     counter = (1e6 * 7 * TIME) % 40e6  # 7 W, with wraps
     profile = made(columns={"energy_uj/package-0": counter})
     measured = dataclasses.replace(profile.bundles[0], total_power=("energy_uj/package-0",))
     found = power(measured)
     assert found is not None and np.allclose(found[1], 7) and len(found[1]) == len(TIME) - 1 - 2
     (zone / "energy_uj").write_text("")  # as one that this user may not read: no number comes
-    closed = jetson.Machine(tmp_path)
+    closed = jetson.Sensors(tmp_path)
     assert closed.missing() == ["RAPL package-0 is there, but only root may read it"] and closed.total_power() == ()
 
 
@@ -374,33 +376,31 @@ def test_other_files_are_refused(tmp_path: Path, change: Callable[[Any], Any], m
 # -- a real run --------------------------------------------------------------------------------------------------------
 
 
-def job(bundle: Path, **more: Any) -> profile_run.Job:
+def job(bundle: Path, **more: Any) -> process.Job:
     """One quick case."""
     plain: dict[str, Any] = {
         "bundle": str(bundle), "sizes": ((160, 120),), "prompt_tokens": (None,), "image": None, "tokens": 6,
         "warmup": 1, "runs": 2, "threads": None, "interval_s": 0.05, "root": "/",
     }  # fmt: skip
-    return profile_run.Job(**(plain | more))
+    return process.Job(**(plain | more))
 
 
 @pytest.fixture
 def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests do not wait for an idle second."""
-    monkeypatch.setattr(profile_run, "IDLE_S", 0.1)
+    monkeypatch.setattr(bench, "IDLE_S", 0.1)
 
 
 @pytest.mark.usefixtures("no_rest")
 def test_answers_are_those_of_the_runtime(each_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens as `generate`; stages add up; the second question reuses picture and prefix; case by case."""
     pushed: list[int] = []
-    push = profile_run.TextStream.push
-    monkeypatch.setattr(profile_run.TextStream, "push", lambda self, token: pushed.append(token) or push(self, token))
-    measured = profile_run.measure(job(each_bundle, image=str(NANO / "scene.png"), sizes=()))
+    push = bench.TextStream.push
+    monkeypatch.setattr(bench.TextStream, "push", lambda self, token: pushed.append(token) or push(self, token))
+    measured = bench.measure(job(each_bundle, image=str(NANO / "scene.png"), sizes=()))
     run = measured.runs[0]
     with Runtime(each_bundle) as runtime:
-        wanted = [
-            runtime.generate(question, NANO / "scene.png", max_new_tokens=6) for question in profile_run.QUESTIONS
-        ]
+        wanted = [runtime.generate(question, NANO / "scene.png", max_new_tokens=6) for question in bench.QUESTIONS]
     assert wanted[0].prompt_tokens == run.case.prompt_tokens
     for i, answer in enumerate(wanted):  # after their end the profile goes on
         assert tuple(pushed[6 * i : 6 * i + len(answer.token_ids)]) == answer.token_ids
@@ -422,7 +422,7 @@ def test_answers_are_those_of_the_runtime(each_bundle: Path, monkeypatch: pytest
 @pytest.mark.usefixtures("no_rest")
 def test_a_sweep(nano_bundle: Path, tree: Tree) -> None:
     """Sizes x prompt lengths, no picture among them; on a board's tree the samples have its rails."""
-    measured = profile_run.measure(
+    measured = bench.measure(
         job(nano_bundle, sizes=((320, 200), None), prompt_tokens=(None, 300), root=str(tree("orin-nano")), warmup=0)
     )
     cases = [(run.case.size, run.case.prompt_tokens, run.case.image_tokens) for run in measured.runs]
@@ -437,8 +437,8 @@ def test_a_sweep(nano_bundle: Path, tree: Tree) -> None:
 @pytest.mark.usefixtures("no_rest")
 def test_a_bundle_without_a_tokenizer(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up ids stand for the text; nothing is detokenised, and that is said."""
-    monkeypatch.setattr(profile_run, "Runtime", without_tokenizer)
-    measured = profile_run.measure(job(nano_bundle, prompt_tokens=(None, 120), runs=1, warmup=0))
+    monkeypatch.setattr(bench, "Runtime", without_tokenizer)
+    measured = bench.measure(job(nano_bundle, prompt_tokens=(None, 120), runs=1, warmup=0))
     assert [run.case.prompt_tokens for run in measured.runs] == [80, 120]
     assert measured.runs[0].answers[0].detokenise_ms == ()
     assert measured.runs[0].second[0].reused_tokens == 76
@@ -447,7 +447,7 @@ def test_a_bundle_without_a_tokenizer(nano_bundle: Path, monkeypatch: pytest.Mon
 def without_tokenizer(*arguments: Any, **more: Any) -> Runtime:
     """A Runtime that serves token ids only."""
     runtime = Runtime(*arguments, **more)
-    runtime._tokenizer = None
+    runtime.model.tokenizer = None
     return runtime
 
 
@@ -455,11 +455,11 @@ def without_tokenizer(*arguments: Any, **more: Any) -> Runtime:
 def test_bad_cases_are_refused(nano_bundle: Path, tmp_path: Path) -> None:
     """Prompts that are too short or too long, sizes, bundles, pictures, numbers: in words."""
     with pytest.raises(UsageError, match="a prompt of 20 tokens is too short: template, picture and question take"):
-        profile_run.measure(job(nano_bundle, prompt_tokens=(20,)))
+        bench.measure(job(nano_bundle, prompt_tokens=(20,)))
     with pytest.raises(ContextError, match="do not fit the context of"):
-        profile_run.measure(job(nano_bundle, prompt_tokens=(5000,)))
+        bench.measure(job(nano_bundle, prompt_tokens=(5000,)))
     with pytest.raises(UsageError, match="a picture of 0x5 is not measured"):
-        profile_run.measure(job(nano_bundle, sizes=((0, 5),)))
+        bench.measure(job(nano_bundle, sizes=((0, 5),)))
     with pytest.raises(BundleError, match=r"no bundle\.json"):
         profile_run.profile([tmp_path])
     with pytest.raises(ImageError):
@@ -473,9 +473,9 @@ def test_bad_cases_are_refused(nano_bundle: Path, tmp_path: Path) -> None:
 def test_an_error_crosses_the_process(nano_bundle: Path) -> None:
     """The measuring process's own error arrives as what it was; its death as one sentence."""
     with pytest.raises(UsageError, match="a prompt of 20 tokens is too short"):
-        profile_run._process("measure_job", job(nano_bundle, prompt_tokens=(20,)))
-    with pytest.raises(BackendError, match=r"the process that measures it ended: AttributeError.*nothing_of_this_name"):
-        profile_run._process("nothing_of_this_name", job(nano_bundle))
+        process.in_process("bench.measure_job", job(nano_bundle, prompt_tokens=(20,)))
+    with pytest.raises(BackendError, match=r"the process that measures it ended: ImportError.*nothing_of_this_name"):
+        process.in_process("bench.nothing_of_this_name", job(nano_bundle))
 
 
 def test_the_page_cache_is_really_cold(nano_bundle: Path, tmp_path: Path) -> None:
@@ -483,8 +483,8 @@ def test_the_page_cache_is_really_cold(nano_bundle: Path, tmp_path: Path) -> Non
     data = tmp_path / "data"
     data.write_bytes(bytes(1 << 20))
     (tmp_path / "empty").write_bytes(b"")
-    assert profile_run.cached_share([data, tmp_path / "empty"]) == 1.0
-    assert profile_run.cached_share([]) is None
+    assert starts.cached_share([data, tmp_path / "empty"]) == 1.0
+    assert starts.cached_share([]) is None
 
 
 def test_counts_make_the_roofline(nano_bundle: Path) -> None:
@@ -492,7 +492,7 @@ def test_counts_make_the_roofline(nano_bundle: Path) -> None:
     bundle = Bundle(nano_bundle)
     manifest = bundle.manifest
     if all(getattr(graph, "costs", None) is None for graph in manifest.graphs.values()):
-        assert profile_run.work(bundle, [5] * 10, 4) is None
+        assert bench.work(bundle, [5] * 10, 4) is None
 
     class Costs:
         """1 operation per token and 1 byte per token before it, as the interface has it."""
@@ -507,12 +507,12 @@ def test_counts_make_the_roofline(nano_bundle: Path) -> None:
     bundle.manifest = dataclasses.replace(manifest, graphs=graphs)
     ids = [5] * 300
     ids[3:67] = [manifest.spec.image_token_id] * 64
-    found = profile_run.work(bundle, ids, 40)
+    found = bench.work(bundle, ids, 40)
     assert found is not None and set(found) == {"vision", "prefill", "step"}
     assert (found["vision"].flops, found["vision"].bytes) == (1, 11)
     assert (found["prefill"].flops, found["prefill"].bytes) == (300, 20 + 300 + 256 + 300)
     assert (found["step"].flops, found["step"].bytes) == (1, 10 + 1 + 320)
-    text_only = profile_run.work(bundle, [5] * 10, 4)
+    text_only = bench.work(bundle, [5] * 10, 4)
     assert text_only is not None and "vision" not in text_only
 
 
@@ -568,7 +568,7 @@ def test_peaks_of_a_jetson(tree: Callable[..., Path]) -> None:
         ("agx-orin", {"var/lib/nvpmodel/status": "pmode:0002 fmode:quiet\n"}, 20.1, 204.8),
         ("thor", {"var/lib/nvpmodel/status": "pmode:0000 fmode:default\n"}, 258, 273),
     ):
-        peaks = profile_run.table_peaks(jetson.Machine(tree(board, changes)))
+        peaks = peaks_module.table_peaks(jetson.Sensors(tree(board, changes)))
         assert peaks is not None and peaks.source.startswith("table of devices: Jetson ")
         assert (peaks.flops_per_s / 1e12, peaks.bytes_per_s / 1e9) == (pytest.approx(tera, rel=0.01), giga)
-    assert profile_run.table_peaks(jetson.Machine(tree("thor"))) is None
+    assert peaks_module.table_peaks(jetson.Sensors(tree("thor"))) is None

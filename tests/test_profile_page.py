@@ -15,9 +15,9 @@ import pytest
 
 from tests.machines import TIME, Tree, made, tree
 from trol_edge.measure.compare import compare
-from trol_edge.measure.figures import _log_ticks, _ticks, number
 from trol_edge.measure.page import page
 from trol_edge.measure.record import Profile
+from trol_edge.svg import log_ticks, number, ticks
 
 __all__ = ["tree"]  # a fixture
 
@@ -109,11 +109,11 @@ def test_numbers_and_ticks() -> None:
     assert [number(v) for v in (0, 0.00471, 0.183, 1.234, 12.34, 131.4, 20345)] == [
         "0", "0.00471", "0.183", "1.23", "12.3", "131", "20345"
     ]  # fmt: skip
-    assert _ticks(193, 10) == [0, 20, 40, 60, 80, 100, 120, 140, 160, 180]
-    assert _ticks(0.9, 3) == pytest.approx([0, 0.5]) and _ticks(0, 3) == [0]
-    assert _log_ticks(0.15, 30, 12) == pytest.approx([0.2, 0.5, 1, 2, 5, 10, 20])
-    assert _log_ticks(0.15, 30, 3) == [1, 10]
-    assert _log_ticks(9.1, 10.9, 6) == pytest.approx([9.5, 10, 10.5])  # no power of ten would do
+    assert ticks(193, 10) == [0, 20, 40, 60, 80, 100, 120, 140, 160, 180]
+    assert ticks(0.9, 3) == pytest.approx([0, 0.5]) and ticks(0, 3) == [0]
+    assert log_ticks(0.15, 30, 12) == pytest.approx([0.2, 0.5, 1, 2, 5, 10, 20])
+    assert log_ticks(0.15, 30, 3) == [1, 10]
+    assert log_ticks(9.1, 10.9, 6) == pytest.approx([9.5, 10, 10.5])  # no power of ten would do
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.conftest import NANO, NANOS
@@ -47,19 +48,55 @@ def test_the_same_answers_as_a_cpu_bundle(
             assert ours.token_ids == theirs.token_ids
     scratch = Runtime(plain.bundle.folder, provider="cpu", prefix_reuse=False)
     assert scratch.generate(*QUESTIONS[0]).token_ids == usual.generate(*QUESTIONS[0]).token_ids
-    backend = scratch._backend
+    backend = scratch.model.backend
     assert isinstance(backend, OrtBackend)
     state = backend.new_state()
     assert backend.cache_bytes == sum(array.nbytes for array in (*state.cache, *state.second))
 
 
 def test_caches_that_lie_on_a_gpu(gpu_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How rows are copied where buffers are no arrays: forks, and sessions that become others."""
-    runtime, usual = Runtime(gpu_bundle, provider="cpu"), Runtime(gpu_bundle, provider="cpu")
-    backend: Any = runtime._backend
+    """As ONNX Runtime has it on a GPU: buffers are no arrays, and an input is copied when it is bound, not at a run.
 
-    value = ort_module._value
-    monkeypatch.setattr(ort_module, "_value", lambda array, memory="cpu": value(array))
+    Forks, sessions that become others, steps, tokens with both passes, and the rows that `verify` reads.
+    """
+    runtime, usual = Runtime(gpu_bundle, provider="cpu"), Runtime(gpu_bundle, provider="cpu")
+    backend: Any = runtime.model.backend
+
+    value, bind, on_gpu = ort_module.value_of, OrtBackend.bind, list[Any]()
+
+    def made(array: Any, memory: str = "cpu") -> Any:
+        found = value(array)
+        if memory == "cuda":
+            on_gpu.append(found)
+        return found
+
+    class Binding:
+        """An IOBinding that copies what is not on the GPU."""
+
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def bind_ortvalue_input(self, name: str, given: Any) -> None:
+            there = any(given is other for other in on_gpu)
+            self._inner.bind_ortvalue_input(name, given if there else value(given.numpy().copy()))
+
+    def bound(self: OrtBackend, name: str, values: Any) -> Any:
+        plain = bind(self, name, {})
+        binding = Binding(plain)
+        for key, given in values.items():
+            binding.bind_ortvalue_input(key, given)
+        return binding
+
+    def run(self: OrtBackend, name: str, binding: Any, shrink: bool = False) -> None:
+        plain_run(self, name, getattr(binding, "_inner", binding), shrink)
+
+    plain_run = OrtBackend.run
+    monkeypatch.setattr(ort_module, "value_of", made)
+    monkeypatch.setattr(backend, "bind", bound.__get__(backend))
+    monkeypatch.setattr(backend, "run", run.__get__(backend))
     backend.memory = "cuda"  # as our code sees it; ONNX Runtime is given the CPU's
     ids = runtime.tokenize("What is this?")
 
@@ -71,10 +108,18 @@ def test_caches_that_lie_on_a_gpu(gpu_bundle: Path, monkeypatch: pytest.MonkeyPa
             tokens += [each.step_token(tokens[-1]) for _ in range(3)]
         tokens.append(int(twin.extend(ids[-3:]).argmax()))
         session.become(twin)
+        tokens += [int(session.extend([token]).argmax()) for token in (5, 7, 9)]
         return [*tokens, session.step_token(3)]
+
+    def rows(r: Runtime) -> list[Any]:
+        state = r.model.backend.new_state()
+        state.traverse(np.ones((3, r.bundle.manifest.spec.hidden_size), np.float32), None)
+        return [row for which in (0, 1) for row in state.rows(np.array([0, 2], np.int32), which)]
 
     assert not hasattr(backend.new_state().cache[0], "dtype")
     assert tell(runtime) == tell(usual)
+    for ours, theirs in zip(rows(runtime), rows(usual), strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_falls_back_only_where_asked(gpu_bundle: Path, nano: Runtime) -> None:
@@ -116,8 +161,10 @@ def test_providers_that_are_not_there(gpu_bundle: Path, monkeypatch: pytest.Monk
             Runtime(gpu_bundle, provider=provider)  # type: ignore[arg-type]
     monkeypatch.setattr(ort_module.ort, "get_available_providers", lambda: [TENSORRT, CUDA, "CPUExecutionProvider"])
     monkeypatch.setattr(ort_module.ort, "preload_dlls", lambda: None, raising=False)
-    opened = ort_module._open
-    monkeypatch.setattr(ort_module, "_open", lambda path, options, providers: opened(path, options, providers[-1:]))
+    opened = ort_module.open_session
+    monkeypatch.setattr(
+        ort_module, "open_session", lambda path, options, providers: opened(path, options, providers[-1:])
+    )
     with pytest.raises(BackendError, match=rf"could not start {CUDA} \(it printed why, and would compute on the CPU\)"):
         Runtime(gpu_bundle, provider="cuda")
 
@@ -127,10 +174,11 @@ def test_what_providers_are_given(gpu_bundle: Path) -> None:
     bundle = Bundle(gpu_bundle)
     backend: Any = OrtBackend.__new__(OrtBackend)
     backend.bundle, backend.provider = bundle, "cuda"
-    assert backend._providers("step") == [(CUDA, {"device_id": "0"}), "CPUExecutionProvider"]
+    given = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
+    assert backend.providers_of("step") == [(CUDA, given), "CPUExecutionProvider"]
     backend.provider = "tensorrt"
-    (name, options), *others = backend._providers("traverse")
-    assert name == TENSORRT and others == [(CUDA, {"device_id": "0"}), "CPUExecutionProvider"]
+    (name, options), *others = backend.providers_of("traverse")
+    assert name == TENSORRT and others == [(CUDA, given), "CPUExecutionProvider"]
     assert options["trt_fp16_enable"] == "0" and not any("cache" in key for key in options)
     width, context = bundle.manifest.spec.hidden_size, bundle.manifest.context
     assert options["trt_profile_min_shapes"].startswith(f"inputs_embeds:1x1x{width},position_ids:1x1,slots:1")
@@ -140,7 +188,7 @@ def test_what_providers_are_given(gpu_bundle: Path) -> None:
     )
     for end in ("min", "opt", "max"):
         assert [part.split(":")[0] for part in options[f"trt_profile_{end}_shapes"].split(",")] == list(dynamic)
-    assert not any("profile" in key for key in backend._providers("step")[0][1])
+    assert not any("profile" in key for key in backend.providers_of("step")[0][1])
     half = dataclasses.replace(bundle.manifest.plan, compute="fp16")
     bundle.manifest = dataclasses.replace(bundle.manifest, plan=half)
-    assert backend._providers("step")[0][1]["trt_fp16_enable"] == "1"
+    assert backend.providers_of("step")[0][1]["trt_fp16_enable"] == "1"

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from tests.conftest import NANO
+from trol_edge.bundle.precision import QUANTIZED, LinearPlan, PrecisionPlan
 from trol_edge.errors import ExportError
-from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.graphs import canonical as graphs
 from trol_edge.export.quantize import half, qdq
 from trol_edge.export.quantize import rounding as quantize
-from trol_edge.export.quantize.recipes import GATE, QUANTIZED, LinearPlan, Options, Plan, make_plan
+from trol_edge.export.quantize.recipes import GATE, RecipeOptions, make_plan
 from trol_edge.export.reference.checkpoint import Checkpoint
 
 Array = NDArray[Any]
@@ -70,9 +71,9 @@ def pair() -> ir.Model:
     return b.model(b.node("Add", "y", total, third, shape=(1, S, N)))
 
 
-def plan(linears: Mapping[str, LinearPlan], compute: str = "fp32") -> Plan:
+def plan(linears: Mapping[str, LinearPlan], compute: str = "fp32") -> PrecisionPlan:
     """A plan for a small graph."""
-    return Plan("mixed", compute, dict(linears))
+    return PrecisionPlan("mixed", compute, dict(linears))
 
 
 def filled(model: ir.Model, values: Mapping[str, Array]) -> bytes:
@@ -215,7 +216,7 @@ def traced(traces: dict[Any, Any]) -> dict[str, ir.Model]:
 def test_every_linear_of_the_model_is_quantized(traced: dict[str, ir.Model], recipe: str) -> None:
     """Counted without the pass's own check: each MatMul by a parameter, but the gate's, as the plan says."""
     source = Checkpoint(NANO)
-    chosen = make_plan(Options(recipe), {n: source.shape(n) for n in source.names()}, "onnx")
+    chosen = make_plan(RecipeOptions(recipe), {n: source.shape(n) for n in source.names()}, "onnx")
     scales = {name: 0.05 for name, linear in chosen.linears.items() if linear.activations}
     seen = set()
     for name, trace in traced.items():
@@ -470,7 +471,7 @@ def test_tensorrt_builds_every_graph(traces: dict[Any, Any], tmp_path: Path, rec
 
     folder = tmp_path / recipe
     manifest = pipeline.export(
-        NANO, folder, target="onnx", context=256, options=Options(recipe), calibration=lambda c: statistics_of(c)
+        NANO, folder, target="onnx", context=256, options=RecipeOptions(recipe), calibration=lambda c: statistics_of(c)
     )
     messages: list[str] = []
 

@@ -17,11 +17,12 @@ from onnx import TensorProto, helper
 from tests.conftest import NANO
 from tests.golden import GOLDEN
 from tests.statistics import statistics_of
+from trol_edge.bundle.precision import LinearPlan
 from trol_edge.errors import CalibrationError
 from trol_edge.export.quantize import folding, scales
 from trol_edge.export.quantize import rounding as quantize
 from trol_edge.export.quantize.folding import Folding, Group, groups
-from trol_edge.export.quantize.recipes import LinearPlan, Options, make_plan
+from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
 from trol_edge.export.quantize.stats import Statistics
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.model import EagerAttention, rope_tables
@@ -236,7 +237,7 @@ def test_foldings_cover_every_linear_that_can_be() -> None:
     source = Checkpoint(NANO)
     shapes = {name: source.shape(name) for name in source.names()}
     read = {name for group in groups(source.spec, shapes) for name in group.readers}
-    linears = {name for name in make_plan(Options(), shapes, "cpu").linears if not name.endswith(".lora_b")}
+    linears = {name for name in make_plan(RecipeOptions(), shapes, "cpu").linears if not name.endswith(".lora_b")}
     assert {name.split(".")[-2] for name in linears - read} == {"fc2", "proj1", "proj2"}
     assert read <= linears
 
@@ -277,7 +278,7 @@ def test_the_search_lowers_the_error(statistics: Statistics) -> None:
     errors = {}
     for scaling in (False, True):
         only = {f"{name}.weight": LinearPlan("int8", activations=True)}
-        plan = make_plan(Options("int8", scaling=scaling, observer="minmax"), shapes, "cpu")
+        plan = make_plan(RecipeOptions("int8", scaling=scaling, observer="minmax"), shapes, "cpu")
         plan = dataclasses.replace(plan, linears=only)
         found = scales.find_scales(source, plan, seen, None, lambda *_: None)
         errors[scaling] = found.errors[f"{name}.weight"]
@@ -288,7 +289,7 @@ def test_the_search_lowers_the_error(statistics: Statistics) -> None:
 def test_linears_that_share_an_input_share_its_scale(statistics: Statistics) -> None:
     """gate and up, and their low-rank parts, read one tensor; so do q, k and v of the tower."""
     source = Checkpoint(NANO)
-    plan = make_plan(Options("int8", observer="minmax"), {n: source.shape(n) for n in source.names()}, "cpu")
+    plan = make_plan(RecipeOptions("int8", observer="minmax"), {n: source.shape(n) for n in source.names()}, "cpu")
     found = scales.find_scales(source, plan, statistics, None, lambda *_: None)
     assert set(found.inputs) == {n for n, linear in plan.linears.items() if linear.activations}
     assert all(math.isfinite(s) and s > 0 for s in found.inputs.values())
@@ -302,7 +303,7 @@ def test_sensitive_linears_get_more_bits(statistics: Statistics) -> None:
     """int4: what loses more than the limit is int8, and then loses less; without a limit nothing changes."""
     source = Checkpoint(NANO)
     shapes = {n: source.shape(n) for n in source.names()}
-    plan = make_plan(Options("int4"), shapes, "cpu")
+    plan = make_plan(RecipeOptions("int4"), shapes, "cpu")
     free = scales.find_scales(source, plan, statistics, None, lambda *_: None)
     assert free.plan.linears == plan.linears
     blocked = {n: e for n, e in free.errors.items() if plan.linears[n].precision == "int4"}
@@ -328,7 +329,7 @@ def test_odd_activations_give_usable_scales(statistics: Statistics, value: str) 
     )  # fmt: skip
     seen = Statistics({**statistics.points, name: odd}, statistics.peaks, statistics.state)
     for recipe in ("int8", "int4"):
-        plan = make_plan(Options(recipe), {n: source.shape(n) for n in source.names()}, "cpu")
+        plan = make_plan(RecipeOptions(recipe), {n: source.shape(n) for n in source.names()}, "cpu")
         found = scales.find_scales(source, plan, seen, 0.02, lambda *_: None)
         factors = [*found.folding.columns.values(), *found.folding.rows.values()]
         assert all(bool((t > 0).all()) and bool(t.isfinite().all()) for t in factors)
@@ -338,7 +339,7 @@ def test_odd_activations_give_usable_scales(statistics: Statistics, value: str) 
 def test_bad_statistics_are_refused(statistics: Statistics) -> None:
     """NaN in a point, and a point that is missing."""
     source = Checkpoint(NANO)
-    plan = make_plan(Options("int8"), {n: source.shape(n) for n in source.names()}, "cpu")
+    plan = make_plan(RecipeOptions("int8"), {n: source.shape(n) for n in source.names()}, "cpu")
     name = "decoder.layers.0.qkv"
     point = statistics.points[name]
     nan = dataclasses.replace(point, absmax=np.full_like(point.absmax, np.nan))

@@ -51,8 +51,8 @@ def nothing_left(rt: Runtime) -> Any:
     """After every test no session is reserved and no call queued."""
     yield
     gc.collect()
-    assert rt._busy == []
-    assert len(rt._turns) == 0
+    assert rt.desk.busy == []
+    assert len(rt.desk.turns) == 0
 
 
 def picture() -> Any:
@@ -69,10 +69,10 @@ def in_thread(work: Any, *arguments: Any) -> Any:
 def queued(rt: Runtime, count: int) -> None:
     """Wait until so many calls have the turn or wait for it."""
     for _ in range(60_000):
-        if len(rt._turns) == count:
+        if len(rt.desk.turns) == count:
             return
         threading.Event().wait(0.001)
-    raise AssertionError(f"{len(rt._turns)} calls, not {count}")
+    raise AssertionError(f"{len(rt.desk.turns)} calls, not {count}")
 
 
 # -- deadlines and stops -----------------------------------------------------------------------------------------------
@@ -84,8 +84,8 @@ def test_a_deadline_ends_an_answer_within_a_step(rt: Runtime, slow: SlowBackend)
     assert whole.finish_reason == "stop"
     ended = set()
     for milliseconds in (1, 30, 49, 51, 60, 120, 180, 186, 190, 200, 230, 300, 400, 420, 1000):
-        rt._idle.clear()
-        rt._vision_cache.clear()
+        rt.desk.idle.clear()
+        rt.desk.vision_cache.clear()
         start = slow.clock.now
         answer = rt.generate(DESCRIBE, SCENE, deadline_ms=milliseconds)
         late_s = slow.clock.now - start - milliseconds / 1e3
@@ -110,7 +110,7 @@ def test_the_first_deadline_overshoots_by_one_chunk_at_most(rt: Runtime, slow: S
 def test_a_cut_prompt_is_gone_on_with(rt: Runtime, slow: SlowBackend) -> None:
     """The chunks that were done before a deadline are not computed again, and the answer is the whole one's."""
     whole = rt.generate(QUESTION, SCENE)
-    rt._idle.clear()
+    rt.desk.idle.clear()
     cut = rt.generate(QUESTION, SCENE, deadline_ms=50, prefill_chunk=20)
     assert (cut.finish_reason, cut.token_ids) == ("deadline", ())
     again = rt.generate(QUESTION, SCENE)
@@ -189,7 +189,7 @@ def test_deadlines_that_are_none(rt: Runtime, value: Any) -> None:
 def test_choices_have_no_partial_result(rt: Runtime, slow: SlowBackend) -> None:
     """A deadline in the prompt or among the options is an error that says so."""
     for milliseconds in (30, 150):
-        rt._idle.clear()
+        rt.desk.idle.clear()
         with pytest.raises(UnfinishedError, match=f"deadline_ms={milliseconds}") as caught:
             rt.choose(QUESTION, ["cyan ring", "red star", "purple triangle"], SCENE, deadline_ms=milliseconds)
         assert caught.value.reason == "deadline"
@@ -295,7 +295,7 @@ def test_a_cancelled_astream_ends_its_thread(rt: Runtime, slow: SlowBackend) -> 
 
     asyncio.run(main())
     assert slow.calls.count("step") == 1
-    assert rt._busy == []
+    assert rt.desk.busy == []
     for _ in range(5000):
         if threading.active_count() <= before:
             break
@@ -311,7 +311,7 @@ def test_an_astream_that_is_left_or_fails(rt: Runtime) -> None:
         async for _ in pieces:
             break
         await pieces.aclose()
-        assert rt._busy == []
+        assert rt.desk.busy == []
         for bad, error in (({"prompt": ""}, UsageError), ({"prompt": "a", "images": "gone.png"}, ImageError)):
             with pytest.raises(error):
                 async for _ in rt.astream(**bad):  # type: ignore[arg-type]
@@ -328,7 +328,7 @@ def test_ask_many_is_one_generate_each(rt: Runtime, slow: SlowBackend) -> None:
     questions = [QUESTION, DESCRIBE, COUNT]
     alone = []
     for question in questions:
-        rt._idle.clear()
+        rt.desk.idle.clear()
         alone.append(rt.generate(question, SCENE))
     slow = slow_down(rt)
     together = rt.ask_many(questions, SCENE)
@@ -348,7 +348,7 @@ def test_ask_many_is_one_generate_each(rt: Runtime, slow: SlowBackend) -> None:
 def test_ask_many_has_one_deadline(rt: Runtime, slow: SlowBackend) -> None:
     """Questions that it does not reach are answered with nothing, and say why."""
     rt.ask_many([QUESTION], SCENE)
-    rt._idle.clear()
+    rt.desk.idle.clear()
     answers = rt.ask_many([QUESTION, DESCRIBE, COUNT], SCENE, deadline_ms=250)
     assert [a.finish_reason for a in answers] == ["stop", "deadline", "deadline"]
     assert (answers[2].text, answers[2].token_ids) == ("", ())
@@ -376,8 +376,8 @@ def test_frames_may_change_size_from_call_to_call(rt: Runtime) -> None:
     frames = [array, array[:100, :80], array[::2, ::3], np.ascontiguousarray(array[5:]), array[:1, :1]]
     alone = []
     for frame in frames:
-        rt._idle.clear()
-        rt._vision_cache.clear()
+        rt.desk.idle.clear()
+        rt.desk.vision_cache.clear()
         alone.append(rt.generate(DESCRIBE, np.ascontiguousarray(frame), max_new_tokens=12).token_ids)
     with rt.session() as session:
         for _ in range(2):
@@ -421,7 +421,7 @@ def test_choose_equals_scoring_each_option_alone(rt: Runtime) -> None:
         for token in ids:
             total += log_softmax(logits)[token]
             logits = session.step(token)
-        total += np.log(np.exp(log_softmax(logits)[list(rt._ends)]).sum())
+        total += np.log(np.exp(log_softmax(logits)[list(rt.model.ends)]).sum())
         assert found.text == option
         assert found.tokens == len(ids) + 1
         assert found.logprob == pytest.approx(total, abs=1e-3)
@@ -495,7 +495,7 @@ def test_traverse_mode_is_a_prefill_of_every_beginning(rt: Runtime, slow: SlowBa
     for token in answer.token_ids:
         assert int(rt.session().prefill(ids, pixels).argmax()) == token
         ids.append(token)
-    assert int(rt.session().prefill(ids, pixels).argmax()) in rt._ends
+    assert int(rt.session().prefill(ids, pixels).argmax()) in rt.model.ends
 
 
 def test_beam_search_is_the_token_level_one(rt: Runtime) -> None:
@@ -503,7 +503,7 @@ def test_beam_search_is_the_token_level_one(rt: Runtime) -> None:
     session = rt.session()
     logits = session.prefill(rt.tokenize(DESCRIBE, 1), rt.preprocess(SCENE))
     for beams in (2, 5):
-        wanted = beam.search(session, logits, num_beams=beams, max_new_tokens=40, end_ids=rt._ends)
+        wanted = beam.search(session, logits, num_beams=beams, max_new_tokens=40, end_ids=rt.model.ends)
         answer = rt.generate(DESCRIBE, SCENE, num_beams=beams, max_new_tokens=40)
         assert answer.token_ids == wanted.token_ids
         assert answer.score == pytest.approx(wanted.score, abs=1e-5)
@@ -518,7 +518,7 @@ def test_beam_search_has_deadlines_and_limits(rt: Runtime, slow: SlowBackend) ->
     answer = rt.generate(DESCRIBE, SCENE, num_beams=3, deadline_ms=100)
     assert answer.finish_reason == "deadline"
     assert 0 < len(answer.token_ids) < 6
-    rt._idle.clear()
+    rt.desk.idle.clear()
     assert rt.generate(DESCRIBE, SCENE, num_beams=3, deadline_ms=3).token_ids == ()
     with pytest.raises(UsageError, match="no pieces; use generate"):
         rt.stream(DESCRIBE, num_beams=2)
@@ -636,7 +636,7 @@ def test_forms_that_nothing_satisfies(rt: Runtime, form: Any, message: str) -> N
 
 def test_forms_without_their_library(rt: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the installation that brings it."""
-    vars(rt).pop("_grammars", None)
+    vars(rt.desk).pop("grammars", None)
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(BackendError, match=r"trol-edge\[formats\]"):
         rt.generate(QUESTION, response_format=re.compile("a"))
@@ -702,7 +702,7 @@ def test_a_runtime_that_is_dropped_frees_its_model(nano_bundle: Path) -> None:
     stream = runtime.stream(DESCRIBE)
     next(stream)
     session = runtime.session().fork()
-    model: Any = weakref.ref(runtime._backend)
+    model: Any = weakref.ref(runtime.model.backend)
     del runtime, stream, session
     gc.collect()
     assert model() is None

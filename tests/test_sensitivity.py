@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.conftest import NANO
-from trol_edge.bundle.precision import QUANTIZED
+from trol_edge.bundle.precision import QUANTIZED, LinearPlan
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.run import calibrate
-from trol_edge.calibration.sensitivity import RAISED, _fewest, _Model, find_plan
+from trol_edge.calibration.sensitivity import RAISED, RoundedModel, fewest, find_plan
 from trol_edge.errors import CalibrationError, UsageError
-from trol_edge.export.quantize.recipes import LinearPlan, Options, make_plan, read_options
+from trol_edge.export.quantize.recipes import RecipeOptions, make_plan, read_options
 from trol_edge.export.quantize.scales import find_scales
 from trol_edge.export.quantize.stats import Statistics
 from trol_edge.export.reference.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ def statistics(samples: sampling.SampleSet, tmp_path_factory: pytest.TempPathFac
     return calibrate(NANO, samples, tmp_path_factory.mktemp("statistics") / "nano")
 
 
-INT4 = Options(recipe="int4", vision="fp32", lora="fp32", lm_head="fp32", scaling=False, clipping=False)
+INT4 = RecipeOptions(recipe="int4", vision="fp32", lora="fp32", lm_head="fp32", scaling=False, clipping=False)
 
 
 def test_a_plan_keeps_its_limit_with_few_raised(
@@ -58,11 +58,11 @@ def test_a_plan_keeps_its_limit_with_few_raised(
 def test_rounding_is_undone(statistics: Statistics, samples: sampling.SampleSet) -> None:
     """One Linear rounded changes the logits; afterwards they are what they were, and folding never changed them."""
     source = Checkpoint(NANO)
-    plan = make_plan(Options(recipe="int8"), {name: source.shape(name) for name in source.names()}, "cpu")
+    plan = make_plan(RecipeOptions(recipe="int8"), {name: source.shape(name) for name in source.names()}, "cpu")
     scales = find_scales(source, plan, statistics, None, lambda what, done, total: None)
     assert scales.folding.columns
-    model = _Model(source, samples, scales)
-    plain = _Model(source, samples, dataclasses.replace(scales, folding=type(scales.folding)({})))
+    model = RoundedModel(source, samples, scales)
+    plain = RoundedModel(source, samples, dataclasses.replace(scales, folding=type(scales.folding)({})))
     before = model.logits({})
     for name in ("decoder.layers.1.qkv.weight", "vision.layers.0.fc1.weight", "decoder.lm_head.weight"):
         rounded = model.logits({name: plan.linears[name]})
@@ -77,7 +77,7 @@ def test_unusable_limits_and_recipes(statistics: Statistics, samples: sampling.S
         with pytest.raises(UsageError, match="choose a limit above 0"):
             find_plan(NANO, lambda source: statistics, samples, INT4, limit)
     with pytest.raises(UsageError, match="rounds no Linear"):
-        find_plan(NANO, lambda source: statistics, samples, Options(recipe="fp32"), 0.1)
+        find_plan(NANO, lambda source: statistics, samples, RecipeOptions(recipe="fp32"), 0.1)
     stranger = Statistics(
         statistics.points, statistics.peaks, dataclasses.replace(statistics.state, checkpoint="0" * 64)
     )
@@ -95,8 +95,8 @@ def test_bisection_finds_the_fewest() -> None:
         return sum(cost for name, cost in costs.items() if linears[name].precision == "int4")
 
     for limit, count in ((14.9, 1), (7.0, 1), (6.9, 2), (3.0, 2), (1.0, 3), (0.5, 4), (0.0, 4)):
-        raised, nats = _fewest(plans, list(costs), loss, limit)
+        raised, nats = fewest(plans, list(costs), loss, limit)
         assert len(raised) == count and nats <= limit, limit
-    raised, nats = _fewest(plans, list(costs), lambda linears: 5.0, 1.0)
+    raised, nats = fewest(plans, list(costs), lambda linears: 5.0, 1.0)
     assert len(raised) == 4 and nats == 5.0
     assert all(RAISED[p].precision not in ("int4",) for p in QUANTIZED)

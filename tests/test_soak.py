@@ -83,15 +83,15 @@ def test_wrong_answers_fail_it(nano_bundle: Path, monkeypatch: pytest.MonkeyPatc
 def test_sessions_left_behind_fail_it(nano_bundle: Path) -> None:
     """What `_left_behind` looks for is found."""
     with Runtime(nano_bundle) as runtime:
-        assert soak._left_behind(runtime) == []
+        assert soak.left_behind(runtime) == []
         kept = [runtime.session() for _ in range(2)]
-        assert soak._left_behind(runtime) == ["2 sessions are left, at most 1 waits for the next answer"]
+        assert soak.left_behind(runtime) == ["2 sessions are left, at most 1 waits for the next answer"]
         del kept
         stream = runtime.stream("What is this?")
         next(stream)
-        assert soak._left_behind(runtime) == ["1 sessions reserved, 0 calls queued"]
+        assert soak.left_behind(runtime) == ["1 sessions reserved, 0 calls queued"]
         stream.close()
-        assert soak._left_behind(runtime) == []
+        assert soak.left_behind(runtime) == []
 
 
 ARENAS = """
@@ -112,7 +112,7 @@ hold.wait()
 """
 
 
-@pytest.mark.skipif(machine._from_libc("malloc_info") is None, reason="only glibc has arenas that could be bounded")
+@pytest.mark.skipif(machine.from_libc("malloc_info") is None, reason="only glibc has arenas that could be bounded")
 @pytest.mark.parametrize(("own_limit", "fewest", "most"), [(None, 1, 2), ("4", 3, 4)])
 def test_threads_share_arenas(nano_bundle: Path, tmp_path: Path, own_limit: str | None, fewest: int, most: int) -> None:
     """A Runtime bounds how many the C library makes, unless the user did."""

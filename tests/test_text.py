@@ -13,9 +13,10 @@ import tokenizers
 from tokenizers import AddedToken, models, normalizers
 
 from tests.golden import GOLDEN
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError, UsageError
-from trol_edge.prompt.tokenizer import IMAGE, PromptSpec, TextStream, Tokenizer, build_prompt, end_ids
+from trol_edge.prompt.template import IMAGE, PromptSpec, build_prompt, end_ids
+from trol_edge.prompt.tokenizer import TextStream, Tokenizer
 
 SPECIALS = ["<unk>", "<s>", "</s>", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<image>"]
 WORDS = ["What", "Wha", "\nW", "\n\n", "user", "ser", "us", "is", "▁is", "▁it", "▁▁", "日本", "<s", "se", "it", "at"]
@@ -88,7 +89,7 @@ def test_two_pictures_equal_the_authors(tokenizer):
 
 def test_text_between_template_tokens_is_encoded_in_one_go(tokenizer):
     ids = build_prompt(tokenizer, SMALL, "What is it?")
-    newline_w = tokenizer._piece_id("\nW")
+    newline_w = tokenizer.piece_id("\nW")
     assert newline_w in ids and newline_w in build_prompt(tokenizer, SMALL, "What is it?", 1)
 
 
@@ -259,7 +260,7 @@ def test_threads_may_share_a_tokenizer(tokenizer):
 
 
 def byte_ids(tokenizer, data):
-    return [tokenizer._byte_ids[b] for b in data]
+    return [tokenizer.byte_ids[b] for b in data]
 
 
 def random_ids(tokenizer, rng):
@@ -356,5 +357,5 @@ def test_work_per_token_does_not_grow_with_the_answer(tokenizer, monkeypatch):
     monkeypatch.setattr(Tokenizer, "token_bytes", lambda self, i: (seen.append(i), real(self, i))[1])
     text = TextStream(tokenizer, "never")
     ids = tokenizer.encode("What is it? ") * 500
-    longest = max(len(text._held) for i in ids if text.push(i) is not None)
+    longest = max(len(text.held) for i in ids if text.push(i) is not None)
     assert seen == ids and longest < len("never")

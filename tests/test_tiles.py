@@ -19,7 +19,8 @@ from trol_edge.export.reference.hub import find
 from trol_edge.export.reference.tokenizer import convert
 from trol_edge.prompt import tiles
 from trol_edge.prompt.images import ImageSpec, count_tiles, preprocess
-from trol_edge.prompt.tokenizer import IMAGE, Tokenizer, build_prompt, end_ids
+from trol_edge.prompt.template import IMAGE, build_prompt, end_ids
+from trol_edge.prompt.tokenizer import Tokenizer
 
 SPEC = phi3.model_spec(find("trol-3.8b").config, None, {})
 PICTURES, PROMPT = phi3.FAMILY.image(SPEC), phi3.FAMILY.prompt(SPEC)

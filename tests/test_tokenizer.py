@@ -10,7 +10,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export.reference.tokenizer import _fields, _read_model, convert, verify
+from trol_edge.export.reference.tokenizer import convert, protobuf_fields, read_model, verify
 from trol_edge.prompt.tokenizer import UNLISTED, Tokenizer
 
 SPECIALS = [f"[UNUSED_TOKEN_{i}]" for i in (143, 144, 145, 146)]
@@ -257,12 +257,12 @@ def test_a_nul_piece_is_one_id(tmp_path):
 def test_the_model_file_is_read_as_protobuf_reads_it(tmp_path):
     data = edited(train(add_dummy_prefix=True, normalization_rule_name="nmt_nfkc"), hand_made)
     write(tmp_path, data)
-    model, want = _read_model(tmp_path / "tokenizer.model"), proto.ModelProto.FromString(data)
+    model, want = read_model(tmp_path / "tokenizer.model"), proto.ModelProto.FromString(data)
     assert [(p.text, p.score, p.kind) for p in model.pieces] == [(p.piece, p.score, p.type) for p in want.pieces]
     assert model.byte_fallback is want.trainer_spec.byte_fallback is True
     assert model.charsmap == want.normalizer_spec.precompiled_charsmap
     assert model.add_dummy_prefix and not model.remove_extra_whitespaces
-    assert dict(_fields(b"")) == {}
+    assert dict(protobuf_fields(b"")) == {}
 
 
 def test_convert_is_deterministic_and_orders_ids(tmp_path):

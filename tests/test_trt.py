@@ -23,30 +23,23 @@ from tests.cases import difference
 from tests.conftest import NANO
 from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
-from trol_edge.bundle.engines import (
-    ENGINES,
-    FORMAT_VERSION,
-    EngineInfo,
-    EngineSet,
-    Key,
-    folder_of,
-    read,
-    shared_weights,
-    write,
-)
-from trol_edge.bundle.manifest import WEIGHTS, Bundle, sha256_of
+from trol_edge.bundle.engines import ENGINES, FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, write
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.sizes import cache_bytes, shared_weights
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import cuda as cuda_module
-from trol_edge.runtimes.cuda import CudaPython, Device
+from trol_edge.runtimes.cuda import CudaPython, Gpu
 from trol_edge.runtimes.trt import backend as trt_module
 from trol_edge.runtimes.trt import build as trt_build
 from trol_edge.runtimes.trt.api import Library
 
 PICTURE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
-GPU = Device("stand-in for Orin", "8.7", 8 << 30, (12, 6))
+GPU = Gpu("stand-in for Orin", "8.7", 8 << 30, (12, 6))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +97,7 @@ def machine(
 
 def backend(runtime: Runtime) -> trt_module.TrtBackend:
     """The back end of a Runtime."""
-    found = runtime._backend
+    found = runtime.model.backend
     assert isinstance(found, trt_module.TrtBackend)
     return found
 
@@ -116,7 +109,7 @@ def test_the_same_answers_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
         assert runtime.generate(prompt, picture).token_ids == nano.generate(prompt, picture).token_ids
     pixels = nano.preprocess([PICTURE, PICTURE])
     assert pixels is not None
-    ours, theirs = (np.asarray(r._backend.encode_image(pixels)) for r in (runtime, nano))
+    ours, theirs = (np.asarray(r.model.backend.encode_image(pixels)) for r in (runtime, nano))
     assert difference(ours, theirs) <= 1e-5
 
 
@@ -146,12 +139,12 @@ def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
 def sharing_bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """trol-nano for classic TensorRT, its weights in both engines, and as inputs of both."""
     pytest.importorskip("torch", reason="export is not installed")
-    from tests.bench.speed import made_up_statistics
     from trol_edge.export import pipeline
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.made_up import made_up_statistics
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     request.getfixturevalue("traces")
-    options = Options(recipe=request.param, scaling=False, clipping=False, observer="minmax")
+    options = RecipeOptions(recipe=request.param, scaling=False, clipping=False, observer="minmax")
     folders = []
     for shared in (False, True):
         folders.append(tmp_path_factory.mktemp("sharing") / request.param)
@@ -190,8 +183,8 @@ def test_engines_that_share_their_weights(
     apart, shared = used
     assert apart.weights == {} and shared.weights.keys() == shared_weights(shared.bundle).keys() != set()
     state = shared.new_state()
-    assert {w: state._context._context.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
-    assert {w: shared._contexts["traverse"]._context.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
+    assert {w: state.execution.raw.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
+    assert {w: shared.contexts["traverse"].raw.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
     # Altered weights are found before anything is uploaded.
     path = shared.bundle.path("weights.safetensors")
     data = bytearray(path.read_bytes())
@@ -232,7 +225,7 @@ def test_without_cuda_graphs(machine: Machine, nano: Runtime, plain_bundle: Path
     logits = []
     for engine in (plain, backend(runtime)):
         state = engine.new_state()
-        rows = runtime._embeddings[np.arange(5)]
+        rows = runtime.model.embeddings[np.arange(5)]
         state.traverse(rows, None)
         logits.append([state.step(rows[i], 5 + i).copy() for i in range(4)])
     assert "launch" in machine.cuda.calls
@@ -257,8 +250,8 @@ def test_a_greedy_answer_downloads_tokens_only(machine: Machine, nano: Runtime) 
 def test_logits_that_are_no_numbers(machine: Machine, nano: Runtime) -> None:
     """The error of a CPU, from the logits, which are looked at then."""
     for runtime in (machine.open(), nano):
-        state = runtime._backend.new_state()
-        state.traverse(runtime._embeddings[np.arange(3)], None)
+        state = runtime.model.backend.new_state()
+        state.traverse(runtime.model.embeddings[np.arange(3)], None)
         broken = np.full(runtime.bundle.manifest.spec.hidden_size, np.nan, np.float32)
         with pytest.raises(BackendError, match=r"logit 0 of \d+ is nan: the graph computed no usable numbers"):
             state.step_token(broken, 3)
@@ -296,11 +289,11 @@ def test_pictures_are_known_by_their_pixels(machine: Machine, nano: Runtime) -> 
     session.prefill(ids, pixels[..., ::-1].copy(), reuse=True)
     assert 0 < session.reused < ids.index(runtime.bundle.manifest.spec.image_token_id) + 1
     # Arrays are taken too, and so are several blocks; another Runtime's device memory is not.
-    features = np.asarray(runtime._backend.encode_image(pixels))
+    features = np.asarray(runtime.model.backend.encode_image(pixels))
     assert difference(session.prefill_features(ids, [features]), logits) <= 1e-5
     other = machine.open()
     with pytest.raises(UsageError, match="in the memory of another Runtime"):
-        session.prefill_features(ids, other._backend.encode_image(pixels))
+        session.prefill_features(ids, other.model.backend.encode_image(pixels))
     assert difference(session.prefill(ids, pixels), logits) <= 1e-5
 
 
@@ -322,7 +315,7 @@ def test_memory_follows_its_users(machine: Machine) -> None:
         fork.step(4)
         fork.step(5)
         del session, fork
-        held.add(machine.cuda._held())
+        held.add(machine.cuda.held())
     assert runtime.vision_cache.entries == 100_000 // size
     assert len(held) <= 1 + 100_000 // size  # it grew by features until the cache was full, and then no more
     pinned = len(machine.cuda.host)
@@ -353,7 +346,8 @@ def test_both_sets_are_always_kept(machine: Machine, capsys: pytest.CaptureFixtu
     with pytest.raises(UsageError, match="prefix_reuse=False would save nothing with engines"):
         Runtime(machine.folder, prefix_reuse=False)
     both = backend(machine.open()).cache_bytes
-    assert both == 2 * Bundle(machine.folder).manifest.kv_bytes_per_token * Bundle(machine.folder).manifest.context
+    manifest = Bundle(machine.folder).manifest
+    assert both == 2 * cache_bytes(manifest.graphs["step"].inputs, manifest.context)
     assert cli.main(["inspect", str(machine.folder)]) == 0
     assert f"two sets, {both / 1e6:.1f} MB, always: engines keep both" in " ".join(capsys.readouterr().out.split())
 
@@ -497,11 +491,11 @@ def test_too_little_memory(machine: Machine) -> None:
         machine.open()
     machine.cuda.total = 1 << 34
     runtime = machine.open()
-    machine.cuda.total = machine.cuda._held() + 1000
+    machine.cuda.total = machine.cuda.held() + 1000
     cache, pixels = backend(runtime).cache_bytes / 1e6, runtime.preprocess(PICTURE)
     for what, run in (
         (rf"a session \(both K/V sets for 2048 tokens\) needs {cache:.0f}", lambda: runtime.session()),
-        (r"features of 1 picture\(s\) or tile\(s\) needs 0\.0", lambda: runtime._backend.encode_image(pixels)),
+        (r"features of 1 picture\(s\) or tile\(s\) needs 0\.0", lambda: runtime.model.backend.encode_image(pixels)),
     ):
         with pytest.raises(BackendError, match=rf"cudaMalloc failed \(cudaErrorMemoryAllocation\): .*{what}") as caught:
             run()
@@ -563,7 +557,7 @@ def context(machine: Machine) -> Iterator[tuple[Any, CudaRuntime, Library]]:
     """The step's execution context, bare, with good addresses."""
     runtime = machine.open()
     state = backend(runtime).new_state()
-    yield state._context._context, machine.cuda, backend(runtime).library
+    yield state.execution.raw, machine.cuda, backend(runtime).library
     del runtime  # until here: with it goes the memory
 
 

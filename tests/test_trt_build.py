@@ -13,33 +13,26 @@ import onnx_ir as ir
 import pytest
 
 from tests.bench import engines_full
-from tests.bench.speed import made_up_statistics
 from tests.conftest import CHECKPOINTS, NANO, NANOS
-from trol_edge.bundle.engines import (
-    ENGINES,
-    Key,
-    build_bytes,
-    device_bytes,
-    read,
-    shared_weights,
-    verified,
-    weight_bytes,
-)
-from trol_edge.bundle.manifest import Bundle, sha256_of
+from trol_edge.bundle.engines import ENGINES, Key, read, verified
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.precision import BITS
+from trol_edge.bundle.sizes import build_bytes, device_bytes, engine_weight_bytes, shared_weights
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.export import pipeline
-from trol_edge.export.quantize.recipes import Options
+from trol_edge.export.quantize.made_up import made_up_statistics
+from trol_edge.export.quantize.recipes import RecipeOptions
 from trol_edge.export.unbuilt import published
-from trol_edge.plan.estimate import subject_of
+from trol_edge.plan.subject import subject_of
 from trol_edge.runtimes import doctor
-from trol_edge.runtimes.cuda import Device
+from trol_edge.runtimes.cuda import Gpu
 from trol_edge.runtimes.trt import build as trt_build
 from trol_edge.runtimes.trt.api import LayerInfo, load
 
-ORIN = Device("Orin", "8.7", 8 << 30, (12, 6))
+ORIN = Gpu("Orin", "8.7", 8 << 30, (12, 6))
 
 
 def library_or_skip() -> Any:
@@ -100,7 +93,7 @@ def test_engines_are_really_built(built: trt_build.Build, rtx_bundle: Path) -> N
 
 def recipe(model: str, precision: str, folder: Path, shared: bool = False) -> Bundle:
     """A shipped model exported for TensorRT for RTX, with made-up scales: engines do not depend on them."""
-    options = Options(recipe=precision, scaling=False, clipping=False, sensitive=None, observer="minmax")
+    options = RecipeOptions(recipe=precision, scaling=False, clipping=False, sensitive=None, observer="minmax")
     pipeline.export(
         CHECKPOINTS / model,
         folder,
@@ -157,10 +150,10 @@ def test_shared_weights_are_really_built(precision: str, traces: dict[Any, Any],
         assert shared.keys() == tensors.keys() - {port.name for port in graph.inputs}
         assert {tensors[w].dtype for w in shared} == {"float16" if precision == "fp16" else "int8"}
         assert {w: tensors[w].shape for w in shared} == {w: t.shape for w, t in shared.items()}
-        whole = weight_bytes(apart, apart.manifest.graphs[name].constants)
+        whole = engine_weight_bytes(apart, apart.manifest.graphs[name].constants)
         assert done.engines.engines[name].weight_bytes == whole - size
     vision = done.engines.engines["vision"]
-    assert vision.weight_bytes == weight_bytes(apart, apart.manifest.graphs["vision"].constants)
+    assert vision.weight_bytes == engine_weight_bytes(apart, apart.manifest.graphs["vision"].constants)
     # What inspect says, of either bundle.
     assert device_bytes(bundle) == device_bytes(apart)
     before, after = device_bytes(bundle)
@@ -168,7 +161,7 @@ def test_shared_weights_are_really_built(precision: str, traces: dict[Any, Any],
     held = sum(engine.weight_bytes for engine in done.engines.engines.values())
     assert after == held + size
     # What plan says, of either bundle and of the model before it is exported.
-    unbuilt = published("trol-nano").subject("rtx", Options(recipe=precision))
+    unbuilt = published("trol-nano").subject("rtx", RecipeOptions(recipe=precision))
     of_apart, of_shared = subject_of(apart), subject_of(bundle)
     assert (of_apart.shared, of_shared.shared, unbuilt.shared) == (False, True, False)
     assert {s.shareable_bytes for s in (of_apart, of_shared, unbuilt)} == {size}
@@ -209,7 +202,7 @@ def test_plain_graphs_are_taken_too(plain_bundle: Path, tmp_path: Path) -> None:
         assert [t.name for t in tensors] == [p.name for p in (*graph.inputs, *graph.outputs)]
         assert [t.dtype for t in tensors] == [p.dtype for p in (*graph.inputs, *graph.outputs)]
         assert "ATTENTION_INPUT float32" not in trt_build.count_layers(network)
-    info = trt_build._build_one(bundle, "step", library, tmp_path, None, lambda *report: None)
+    info = trt_build.build_one(bundle, "step", library, tmp_path, None, lambda *report: None)
     assert info.sha256 == sha256_of(tmp_path / "step.engine")
 
 
@@ -353,7 +346,7 @@ def test_too_little_memory_to_build(plain_bundle: Path, tmp_path: Path, monkeypa
     """Said before TensorRT begins, with what it takes and what there is: a process without memory is killed."""
     library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()]))
     bundle = copy(plain_bundle, tmp_path)
-    needed = build_bytes(weight_bytes(bundle, bundle.manifest.graphs["traverse"].constants))
+    needed = build_bytes(engine_weight_bytes(bundle, bundle.manifest.graphs["traverse"].constants))
     assert (trt_build.available_memory(swap=True) or 1 << 40) > 1 << 20
     monkeypatch.setattr(trt_build, "available_memory", lambda swap: needed - 1)
     with pytest.raises(
@@ -368,7 +361,7 @@ def test_too_little_memory_to_build(plain_bundle: Path, tmp_path: Path, monkeypa
 
 def test_limits_of_full_size_builds() -> None:
     """Each limit that a build misses is said, and none that it keeps."""
-    case = engines_full.Case("trol-1.8b", "fp16", seconds=240, peak_bytes=14e9)
+    case = engines_full.FullSize("trol-1.8b", "fp16", seconds=240, peak_bytes=14e9)
     engine = {"bytes": 1030, "weight_bytes": 1000}
     good = engines_full.Built("trol-1.8b", "fp16", "", 1.0, 240.0, 14 * 10**9, {"step": engine}, ())
     assert engines_full.misses(case, good) == []
@@ -379,7 +372,7 @@ def test_limits_of_full_size_builds() -> None:
         "step: 1.031 times its weights, at most 1.03",
     ]
     machine = dataclasses.replace(good, peak_bytes=1 << 50)
-    assert "peak memory" in engines_full.misses(engines_full.Case("trol-3.8b", "int8"), machine)[0]
+    assert "peak memory" in engines_full.misses(engines_full.FullSize("trol-3.8b", "int8"), machine)[0]
 
 
 def test_shared_weights_that_are_refused(tmp_path: Path) -> None:
@@ -395,7 +388,7 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
     """With the K/V cache, in figures; and then no engines are left in the bundle."""
     library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()], size=3_000_000))
     bundle = copy(plain_bundle, tmp_path)
-    cache = trt_build.cache_bytes(bundle)
+    cache = trt_build.cache_bytes(bundle.manifest.graphs["traverse"].inputs, bundle.manifest.context)
     assert cache == 2 * 2 * 5 * 2 * 256 * 32 * 4  # sets, K and V, layers, heads, rows, head size, FP32
     with pytest.raises(BackendError, match=r"engines vision, traverse take 0\.01 GB and the K/V cache 0\.00 GB"):
         trt_build.build(bundle, library=library, memory_bytes=cache + 5_000_000)
@@ -415,7 +408,7 @@ def test_targets_and_machines_that_do_not_fit(nano_bundle: Path, plain_bundle: P
     library: Any = MadeUpLibrary(version=(10, 16, 1))
     with pytest.raises(BackendError, match=r"target jetson-jp6 is for TensorRT 10\.3 .*, here is TensorRT 10\.16\.1"):
         trt_build.key_here(TARGETS["jetson-jp6"], library, ORIN)
-    desktop = Device("RTX 4090", "8.9", 24 << 30, (13, 0))
+    desktop = Gpu("RTX 4090", "8.9", 24 << 30, (13, 0))
     with pytest.raises(BackendError, match=r"compute capability 8\.7 and 11\.0, here is RTX 4090 \(8\.9\)"):
         trt_build.key_here(TARGETS["jetson-jp7"], library, desktop)
     assert trt_build.key_here(TARGETS["jetson-jp7"], library, ORIN) == Key(
@@ -426,7 +419,7 @@ def test_targets_and_machines_that_do_not_fit(nano_bundle: Path, plain_bundle: P
 def test_what_this_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor's table on made-up machines: nothing, a desktop, a Jetson."""
 
-    def machine(modules: dict[str, MadeUpLibrary], found: list[Device] | str) -> dict[str, doctor.Status]:
+    def machine(modules: dict[str, MadeUpLibrary], found: list[Gpu] | str) -> dict[str, doctor.Status]:
         def loaded(name: str) -> Any:
             if name not in modules:
                 raise BackendError(f"{name} is not here")
@@ -434,7 +427,7 @@ def test_what_this_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(doctor, "load", loaded)
         monkeypatch.setattr(doctor, "devices", lambda: found)
-        monkeypatch.setattr(doctor, "_there", lambda name: name == "cuda")
+        monkeypatch.setattr(doctor, "is_there", lambda name: name == "cuda")
         return {s.target: s for s in doctor.statuses()}
 
     nothing = machine({}, "there is no NVIDIA driver")
@@ -446,10 +439,10 @@ def test_what_this_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (workstation["rtx"].builds, workstation["rtx"].runs) == (True, False)
     assert workstation["rtx"].why_no_run == "there is no NVIDIA driver"
     assert doctor.best() == ("cpu", "no GPU target runs here: there is no NVIDIA driver")
-    desktop = machine(here, [Device("RTX 4060", "8.9", 8 << 30, (13, 0))])
+    desktop = machine(here, [Gpu("RTX 4060", "8.9", 8 << 30, (13, 0))])
     assert desktop["rtx"].runs and doctor.best()[0] == "rtx"
     assert "not yet run on a GPU" in doctor.best()[1]
-    old = machine(here, [Device("GTX 1080", "6.1", 8 << 30, (12, 0))])
+    old = machine(here, [Gpu("GTX 1080", "6.1", 8 << 30, (12, 0))])
     assert "GTX 1080 has compute capability 6.1, not 8.0 or 8.6" in old["rtx"].why_no_run
     jetson = machine({"tensorrt": MadeUpLibrary((10, 3, 0))}, [ORIN])
     assert [n for n, s in jetson.items() if s.runs] == ["cpu", "tensorrt", "jetson-jp6"]

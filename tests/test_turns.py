@@ -153,7 +153,7 @@ def test_only_the_latest_is_kept_and_all_are_counted() -> None:
 def test_old_frames_are_dropped_when_asked_for() -> None:
     """max_age_ms counts from put to get."""
     frames, clock = LatestOnly[str](max_age_ms=100), FakeClock()
-    frames._clock = clock
+    frames.clock = clock
     frames.put("fresh")
     clock.now += 0.1
     assert frames.get() == "fresh"

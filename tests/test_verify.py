@@ -21,16 +21,21 @@ from tests import trt_standin
 from tests.conftest import CHECKPOINTS, NANO
 from trol_edge.bundle import selftest
 from trol_edge.bundle.engines import Key, folder_of, read, write
-from trol_edge.bundle.manifest import MANIFEST, SELFTEST, WEIGHTS, Bundle, FileInfo, Manifest, sha256_of, write_manifest
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle, FileInfo, Manifest, write_manifest
+from trol_edge.bundle.names import MANIFEST, SELFTEST, WEIGHTS
+from trol_edge.bundle.strict import from_dict
 from trol_edge.cli import main as cli
 from trol_edge.errors import BundleError, VerifyError
 from trol_edge.machine import identity as machine
+from trol_edge.model import Model
 from trol_edge.runtime import Runtime
-from trol_edge.runtimes.cuda import CudaPython, Device
+from trol_edge.runtimes.cuda import CudaPython, Gpu
 from trol_edge.runtimes.trt import backend as trt_module
 from trol_edge.runtimes.trt.api import Library
+from trol_edge.verify import passed
 from trol_edge.verify import replay as verify
+from trol_edge.verify import report as budgets
 
 STORED = {"F16": np.uint16, "F32": np.uint32, "I8": np.uint8}  # bits of what is stored
 
@@ -151,7 +156,7 @@ def test_without_a_tokenizer(case: str, golden_bundle: Callable[..., Path], tmp_
 def test_one_set_of_keys_and_values(nano_bundle: Path) -> None:
     """prefix_reuse=False keeps no second pass: what there is, is compared."""
     with Runtime(nano_bundle, prefix_reuse=False) as runtime:
-        report = verify._replay(runtime.bundle, runtime._backend, runtime._embeddings, selftest.read(runtime.bundle))
+        report = verify.replay(runtime.model, selftest.read(runtime.bundle))
     assert report.first_wrong is None
     assert not [stage.name for stage in report.stages if "pass2" in stage.name]
 
@@ -300,7 +305,7 @@ def test_wrong_picture_settings(wrong: str, copy: Path) -> None:
 
 # -- on the stand-in for a GPU -----------------------------------------------------------------------------------------
 
-GPU = Device("stand-in for Orin", "8.7", 8 << 30, (12, 6))
+GPU = Gpu("stand-in for Orin", "8.7", 8 << 30, (12, 6))
 
 
 @pytest.fixture
@@ -365,7 +370,7 @@ def test_an_overflow_in_fp16(
     from tests.statistics import statistics_of
     from trol_edge.export import pipeline
     from trol_edge.export.quantize import half
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(NANO, checkpoint)
@@ -381,7 +386,7 @@ def test_an_overflow_in_fp16(
     monkeypatch.setattr(half, "find_overflows", lambda statistics: ())
     for name, source in (("plain", NANO), ("large", checkpoint)):
         pipeline.export(
-            source, tmp_path / name, target="tensorrt", options=Options(recipe="fp16"), calibration=statistics_of
+            source, tmp_path / name, target="tensorrt", options=RecipeOptions(recipe="fp16"), calibration=statistics_of
         )
     assert first_wrong(stand_in(tmp_path / "plain")) == "nothing"
     report = verify.verify(stand_in(tmp_path / "large"))
@@ -400,13 +405,13 @@ def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """trol-nano in a precision with rounded weights, calibrated on a few scenes."""
     from trol_edge.calibration.run import calibrate
     from trol_edge.export import pipeline
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     folder = tmp_path_factory.mktemp("rounded")
     pipeline.export(
         NANO,
         folder / "bundle",
-        options=Options(recipe=request.param),
+        options=RecipeOptions(recipe=request.param),
         calibration=lambda source: calibrate(source.folder, None, folder / "calibration", count=8),
     )
     return folder / "bundle"
@@ -434,15 +439,15 @@ def test_rounded_weights(rounded: Path, tmp_path: Path) -> None:
 
 def test_budgets_of_deep_models() -> None:
     """As measured up to the depth of the small models; then more, but never what unrelated values drift."""
-    keys, values = verify.BUDGETS["int8"].keys, verify.BUDGETS["int8"].values
-    assert [verify._behind(layers, keys) for layers in (1, verify.SMALL)] == [keys, keys]
-    assert verify._behind(4 * verify.SMALL, keys) == pytest.approx(2 * keys)
-    assert verify._behind(32, values) == 0.9 < verify.UNRELATED
+    keys, values = budgets.BUDGETS["int8"].keys, budgets.BUDGETS["int8"].values
+    assert [budgets.behind(layers, keys) for layers in (1, budgets.SMALL)] == [keys, keys]
+    assert budgets.behind(4 * budgets.SMALL, keys) == pytest.approx(2 * keys)
+    assert budgets.behind(32, values) == 0.9 < budgets.UNRELATED
     # TroL-3.8B's shape, int8, random weights: keys of layer 0 to 31, logits, tower.
     for layers, found in ((1, 0.057), (8, 0.146), (16, 0.158), (32, 0.253)):
-        assert found < verify._behind(layers, keys) < 4.5 * found
-    assert verify._behind(32, verify.BUDGETS["int8"].logits) > 0.224
-    assert verify._behind(24, verify.BUDGETS["int8"].vision) > 0.033
+        assert found < budgets.behind(layers, keys) < 4.5 * found
+    assert budgets.behind(32, budgets.BUDGETS["int8"].logits) > 0.224
+    assert budgets.behind(24, budgets.BUDGETS["int8"].vision) > 0.033
 
 
 # -- the first load ----------------------------------------------------------------------------------------------------
@@ -452,15 +457,15 @@ def test_budgets_of_deep_models() -> None:
 def replays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """One entry per replay that was made; a cache folder of its own."""
     made: list[str] = []
-    replay = verify._replay
+    replay = verify.replay
 
-    def counted(bundle: Bundle, *rest: Any) -> Any:
-        made.append(str(bundle.folder))
-        return replay(bundle, *rest)
+    def counted(model: Model, *rest: Any) -> Any:
+        made.append(str(model.bundle.folder))
+        return replay(model, *rest)
 
-    monkeypatch.setattr(verify, "_replay", counted)
+    monkeypatch.setattr(verify, "replay", counted)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(verify.SWITCH)
+    monkeypatch.delenv(passed.SWITCH)
     return made
 
 
@@ -473,18 +478,18 @@ def test_once_per_machine_library_and_bundle(copy: Path, replays: list[str], mon
     assert len(replays) == 1
     here = machine.read()
     monkeypatch.setattr(machine, "read", lambda: dataclasses.replace(here, fingerprint="another"))
-    assert verify.passed_here(Bundle(copy)) == []
+    assert passed.passed_here(Bundle(copy)) == []
     Runtime(copy).close()
     Runtime(copy).close()
     assert len(replays) == 2 and len(list(copy.glob("verified-*.json"))) == 2
     monkeypatch.undo()
-    assert len(verify.passed_here(Bundle(copy))) == 1
+    assert len(passed.passed_here(Bundle(copy))) == 1
 
 
 def test_what_turns_it_off(copy: Path, replays: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The option, and the environment; an explicit True wins over that."""
     Runtime(copy, selftest=False).close()
-    monkeypatch.setenv(verify.SWITCH, "0")
+    monkeypatch.setenv(passed.SWITCH, "0")
     Runtime(copy).close()
     assert replays == [] and not list(copy.glob("verified-*"))
     Runtime(copy, selftest=True).close()
@@ -508,12 +513,12 @@ def test_worse_rounding_is_a_warning(
     """A large model may round more than the small ones; what no rounding does is refused."""
     copy = tmp_path / "bundle"
     shutil.copytree(rounded, copy, ignore=shutil.ignore_patterns("verified-*"))
-    tight = verify.Budget(embedding=1e-3, vision=1e-6, keys=1e-6, values=1e-6, logits=1e-6)
-    monkeypatch.setattr(verify, "BUDGETS", dict.fromkeys(verify.BUDGETS, tight))
+    tight = budgets.Budget(embedding=1e-3, vision=1e-6, keys=1e-6, values=1e-6, logits=1e-6)
+    monkeypatch.setattr(budgets, "BUDGETS", dict.fromkeys(budgets.BUDGETS, tight))
     with caplog.at_level(logging.WARNING):
         Runtime(copy).close()
     assert "goes wrong at vision" in caplog.text and "good enough" in caplog.text and not list(copy.glob("verified-*"))
-    monkeypatch.setattr(verify, "UNRELATED", 1e-9)
+    monkeypatch.setattr(budgets, "UNRELATED", 1e-9)
     with pytest.raises(VerifyError, match="goes wrong at vision"):
         Runtime(copy)
 
@@ -522,9 +527,9 @@ def test_read_only_bundles(
     copy: Path, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The record goes to the cache folder; where that cannot be written either, nothing is replayed at every load."""
-    access = verify.os.access
+    access = passed.os.access
     locked = {copy}
-    monkeypatch.setattr(verify.os, "access", lambda path, mode: path not in locked and access(path, mode))
+    monkeypatch.setattr(passed.os, "access", lambda path, mode: path not in locked and access(path, mode))
     Runtime(copy).close()
     Runtime(copy).close()
     assert len(replays) == 1 and not list(copy.glob("verified-*"))
@@ -590,7 +595,7 @@ def test_the_command(copy: Path, replays: list[str], capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "traverse.layers.4" in text and "the 37 stages of the self-test are within the budget of fp32" in text
     assert len(text.splitlines()) < 25
-    assert len(verify.passed_here(Bundle(copy))) == 1
+    assert len(passed.passed_here(Bundle(copy))) == 1
     assert cli.main(["verify", str(copy), "--all"]) == 0
     assert "traverse.layers.4.pass2.values" in capsys.readouterr().out
     alter(copy, "decoder.lm_head.weight", flip_sign)

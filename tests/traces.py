@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from tests import kept
 from tests.conftest import installed
-from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.graphs import canonical as graphs
 
 Trace = Callable[[str, Any, Any, int], ir.Model]
 # Numbers of a checkpoint that do not reach the graph.

@@ -92,19 +92,19 @@ class CudaRuntime:
                 return block[pointer - base : pointer - base + size]
         raise IllegalAddress(f"{pointer:#x} + {size} is in no live allocation")
 
-    def _held(self) -> int:
+    def held(self) -> int:
         return sum(len(block) for block in self.memory.values())
 
     def cudaSetDevice(self, device: int) -> tuple[Status]:
         return (OK,)
 
     def cudaMemGetInfo(self) -> tuple[Status, int, int]:
-        return OK, self.total - self._held(), self.total
+        return OK, self.total - self.held(), self.total
 
     def cudaMalloc(self, size: int) -> tuple[Status, int | None]:
         if self.recording is not None:
             return Status.cudaErrorStreamCaptureInvalidated, None
-        if size + self._held() > self.total:
+        if size + self.held() > self.total:
             return Status.cudaErrorMemoryAllocation, None
         pointer = self.next
         self.next += -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
@@ -326,7 +326,7 @@ class ICudaEngine:
         return IRuntimeConfig()
 
     def create_execution_context(self, strategy: Any = None) -> Any:
-        if self.cuda.scratch > self.cuda.total - self.cuda._held():
+        if self.cuda.scratch > self.cuda.total - self.cuda.held():
             why = f"[executionContext.cpp] OutOfMemory: Requested size was {self.cuda.scratch} bytes."
             self.logger.log(ILogger.Severity.ERROR, why)
             return None

@@ -9,11 +9,11 @@ torch, transformers and onnx never are.
 """
 
 from trol_edge._version import __version__
-from trol_edge.answering.loop import AnswerStream
 from trol_edge.answering.results import Answer, Choice, Option, Piece, Timings, TokenLogprob, YesNo
+from trol_edge.answering.streams import AnswerStream
 from trol_edge.errors import TrolEdgeError
 from trol_edge.latest import LatestCounts, LatestOnly
-from trol_edge.prompt.tokenizer import IMAGE
+from trol_edge.prompt.template import IMAGE
 from trol_edge.runtime import Runtime
 from trol_edge.session import Session
 

@@ -38,7 +38,7 @@ class LatestOnly(Generic[T]):
         if max_age_ms is not None and not max_age_ms > 0:
             raise UsageError(f"max_age_ms should be a number of milliseconds above 0 or None, found {max_age_ms!r}")
         self._max_age_s = None if max_age_ms is None else max_age_ms / 1e3
-        self._clock = time.monotonic
+        self.clock = time.monotonic
         self._changed = threading.Condition()
         self._slot: list[tuple[float, T]] = []  # empty, or (when it was put, item)
         self._closed = False
@@ -60,24 +60,24 @@ class LatestOnly(Generic[T]):
             self._offered += 1
             replaced = bool(self._slot)
             self._dropped += replaced
-            self._slot[:] = [(self._clock(), item)]
+            self._slot[:] = [(self.clock(), item)]
             self._changed.notify()
             return replaced
 
     def get(self, timeout_s: float | None = None) -> T | None:
         """Take the newest item, waiting for one; None after `close`, or where none came within timeout_s seconds."""
-        end = None if timeout_s is None else self._clock() + timeout_s
+        end = None if timeout_s is None else self.clock() + timeout_s
         with self._changed:
             while True:
                 if self._slot:
                     put_at, item = self._slot.pop()
-                    if self._max_age_s is None or self._clock() - put_at <= self._max_age_s:
+                    if self._max_age_s is None or self.clock() - put_at <= self._max_age_s:
                         self._taken += 1
                         return item
                     self._dropped += 1
                 if self._closed:
                     return None
-                left = None if end is None else end - self._clock()
+                left = None if end is None else end - self.clock()
                 if left is not None and left <= 0:
                     return None
                 self._changed.wait(left)

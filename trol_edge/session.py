@@ -11,36 +11,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trol_edge.bundle.manifest import EMBEDDING, Bundle
-from trol_edge.bundle.weights import to_float32
-from trol_edge.cache import Backend, Cache, Features, Placed, State
-from trol_edge.errors import BundleError, ContextError, UsageError
+from trol_edge.backend import Backend, Features, Placed, State
+from trol_edge.bundle.embedding import Embeddings
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.cache import Cache
+from trol_edge.errors import ContextError, UsageError
 from trol_edge.lifetime import Lifetime
-
-__all__ = ["Backend", "Embeddings", "OnChunk", "Session", "State"]
 
 Float32 = NDArray[np.float32]
 
 
 _unhashed = itertools.count()
-
-
-class Embeddings:
-    """The token embedding table, mapped from the weights file; rows become float32 when asked for."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        file = bundle.weights()
-        if EMBEDDING not in file.tensors:
-            raise BundleError(f"{file.path}: lacks {EMBEDDING}; export the bundle again")
-        self._dtype = file.tensors[EMBEDDING].dtype
-        self._table = file.rows(EMBEDDING)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, ids: Any) -> Float32:
-        """ids: int, or int array [S]; float32 [D] or [S, D]."""
-        return to_float32(self._table[ids], self._dtype)
 
 
 # Called before each chunk with the tokens that are in the cache and the tokens that there will be.
@@ -70,7 +51,7 @@ class Session:
         lifetime: Lifetime | None = None,
     ) -> None:
         self._lifetime = lifetime
-        self._backend, self._embeddings = backend, embeddings
+        self.backend, self._embeddings = backend, embeddings
         self._spec, self.context = bundle.manifest.spec, bundle.manifest.context
         self._cache: Cache | None = Cache(backend)
         self._ids = np.zeros(self.context, np.int64)  # what is cached, token by token
@@ -116,7 +97,7 @@ class Session:
     @property
     def prefix_reuse(self) -> bool:
         """Whether both K/V sets are kept, so that `extend` and `prefill(reuse=True)` work."""
-        return self._backend.prefix_reuse
+        return self.backend.prefix_reuse
 
     def prefill(
         self,
@@ -158,7 +139,7 @@ class Session:
         hashed again (10 MB each for TroL-1.8B); None: a hash of the features. Features in device memory are never
         copied to be hashed: without identities they are taken for new ones.
         """
-        cache = self._open()
+        cache = self.cache
         ids = self.check_ids(token_ids)
         mask = ids == self._spec.image_token_id
         pictures = self._identify(features, identities)
@@ -197,7 +178,7 @@ class Session:
         on_chunk: OnChunk | None = None,
     ) -> Float32:
         """As extend, with image features instead of pixels (see prefill_features)."""
-        cache = self._open()
+        cache = self.cache
         self._require_both("extend")
         self._require_whole("extend")
         new = self.check_ids(token_ids)
@@ -241,7 +222,7 @@ class Session:
 
     def _to_step(self, token_id: int) -> tuple[State, Float32]:
         """What a step needs, when all that may be wrong with it has been checked."""
-        cache, length = self._open(), self._length
+        cache, length = self.cache, self._length
         if not length:
             raise UsageError("step before prefill; call prefill(token_ids) first")
         if self._interrupted:
@@ -266,7 +247,7 @@ class Session:
 
         Raises UsageError where the session holds fewer.
         """
-        self._open()
+        self._require_open()
         if not isinstance(length, (int, np.integer)) or isinstance(length, bool) or not 0 <= length <= self._length:
             raise UsageError(f"truncate({length!r}): the session holds {self._length} tokens; give 0..{self._length}")
         self._length, self._traversed = int(length), min(self._traversed, int(length))
@@ -281,7 +262,7 @@ class Session:
         set only if it traverses (extend). The session that it came from copies nothing as long as it goes on behind
         the rows that are shared. Forks may be used in other threads.
         """
-        cache = self._open()
+        cache = self.cache
         twin = Session.__new__(Session)
         twin.__dict__.update(self.__dict__)
         twin._cache = cache.fork(self._length, self._traversed)
@@ -294,8 +275,8 @@ class Session:
         For beam search: the beams share their prompt, so a beam that goes on from another copies that one's answer.
         Raises UsageError for a session of another Runtime.
         """
-        mine, theirs = self._open(), other._open()
-        if other._backend is not self._backend:
+        mine, theirs = self.cache, other.cache
+        if other.backend is not self.backend:
             raise UsageError("become() takes a session of the same Runtime; this one belongs to another")
         if other is self:
             return
@@ -318,7 +299,7 @@ class Session:
         self._cache = None
 
     def __enter__(self) -> Session:
-        self._open()
+        self._require_open()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -381,7 +362,7 @@ class Session:
         if pixel_values is None:
             return None, None
         pixels = self.check_pixels(pixel_values)
-        features = self._backend.encode_image(pixels)
+        features = self.backend.encode_image(pixels)
         if isinstance(features, np.ndarray):
             return features, None
         return features, [hashlib.sha256(picture.data).digest() for picture in pixels]
@@ -406,7 +387,7 @@ class Session:
         return [_Picture(key, square) for key, square in zip(identities, squares, strict=True)]
 
     def _identity(self, features: Features) -> bytes:
-        if self._backend.prefix_reuse and isinstance(features, np.ndarray):
+        if self.backend.prefix_reuse and isinstance(features, np.ndarray):
             return hashlib.sha256(features.tobytes()).digest()
         return b"%d" % next(_unhashed)  # equal to itself alone, and to what a fork has of it
 
@@ -423,18 +404,20 @@ class Session:
         return same
 
     @property
-    def _state(self) -> State | None:
-        return self._open().state  # what tests look into
+    def cache(self) -> Cache:
+        """The K/V rows. Raises UsageError where the session, or the Runtime that it came from, is closed."""
+        self._require_open()
+        assert self._cache is not None
+        return self._cache
 
-    def _open(self) -> Cache:
+    def _require_open(self) -> None:
         if self._lifetime is not None:
             self._lifetime.check()
         if self._cache is None:
             raise UsageError("this session is closed; make another with Runtime.session()")
-        return self._cache
 
     def _require_both(self, what: str) -> None:
-        if not self._backend.prefix_reuse:
+        if not self.backend.prefix_reuse:
             raise UsageError(
                 f"{what} needs the keys and values of both passes, and this Runtime keeps the first pass's only; "
                 "open it with prefix_reuse=True (it costs as much K/V memory again)"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.cache import Features
+from trol_edge.backend import Features
 from trol_edge.errors import UsageError
 
 

@@ -217,14 +217,14 @@ class _Walker:
         activations += [self._size(v) for v in written]
         outputs = [v for v in node.outputs if v is not None]
         return Operation(
-            kind,
-            arithmetic or NAMES.get(self._type(outputs[0]), "float32"),
-            stored[0] if stored and kind in ("linear", "convolution") else None,
-            1,
-            flops,
-            weight_bytes,
-            _plus(_sum(activations), more or {}),
-            cache or {},
+            kind=kind,
+            arithmetic=arithmetic or NAMES.get(self._type(outputs[0]), "float32"),
+            stored=stored[0] if stored and kind in ("linear", "convolution") else None,
+            count=1,
+            flops=flops,
+            weight_bytes=weight_bytes,
+            activation_bytes=_plus(_sum(activations), more or {}),
+            cache_bytes=cache or {},
         )
 
     # -- values ------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ grid, P = 112 pixels of a tile's side.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from trol_edge.bundle.folder import new_file
 from trol_edge.export import scenes
 from trol_edge.export.scenes import COLOURS, GRID, PATCH, PIXELS, SHAPES, SIZES, Scene
 from trol_edge.prompt import tiles
@@ -99,25 +99,23 @@ def make_pool(scratch: Path, spec: PoolSpec) -> None:
     """Render the scenes of a pool once, on all cores. The pixels are renamed into place last."""
     step = 250
     side = PIXELS * spec.scale
-    pixels = np.lib.format.open_memmap(
-        scratch / f"{spec.name}.tmp", mode="w+", dtype=np.uint8, shape=(spec.count, side, side, 3)
-    )
     labels, points, drawn = [], [], []
-    with mp.get_context("fork").Pool(WORKERS) as workers:
-        starts = range(0, spec.count, step)
-        jobs = [(spec.first + i, min(step, spec.count - i), spec.scale) for i in starts]
-        for start, part in zip(starts, workers.imap(_render_part, jobs), strict=True):
-            pixels[start : start + len(part[0])] = part[0]
-            labels.append(part[1])
-            points.append(part[2])
-            drawn += part[3]
-            if sys.stdout.isatty():
-                print(f"\rpool {spec.name} {100 * len(drawn) / spec.count:5.1f} %", end="", flush=True)
-    print(f"\rpool {spec.name}: {spec.count} scenes")
-    pixels.flush()
-    np.savez(scratch / f"{spec.name}-labels.npz", labels=np.concatenate(labels), points=np.concatenate(points))
-    (scratch / f"{spec.name}-scenes.pickle").write_bytes(pickle.dumps(drawn))
-    os.replace(scratch / f"{spec.name}.tmp", scratch / f"{spec.name}.npy")
+    with new_file(scratch / f"{spec.name}.npy") as unfinished:
+        pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=(spec.count, side, side, 3))
+        with mp.get_context("fork").Pool(WORKERS) as workers:
+            starts = range(0, spec.count, step)
+            jobs = [(spec.first + i, min(step, spec.count - i), spec.scale) for i in starts]
+            for start, part in zip(starts, workers.imap(_render_part, jobs), strict=True):
+                pixels[start : start + len(part[0])] = part[0]
+                labels.append(part[1])
+                points.append(part[2])
+                drawn += part[3]
+                if sys.stdout.isatty():
+                    print(f"\rpool {spec.name} {100 * len(drawn) / spec.count:5.1f} %", end="", flush=True)
+        print(f"\rpool {spec.name}: {spec.count} scenes")
+        pixels.flush()
+        np.savez(scratch / f"{spec.name}-labels.npz", labels=np.concatenate(labels), points=np.concatenate(points))
+        (scratch / f"{spec.name}-scenes.pickle").write_bytes(pickle.dumps(drawn))
 
 
 def load_scenes(scratch: Path, spec: PoolSpec) -> list[Scene]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 import warnings
@@ -15,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+from trol_edge.bundle.folder import new_file
 
 WORLD = 2  # processes, one thread each: faster on two cores than one process with two threads
 SEED = 20
@@ -118,5 +119,5 @@ def _process(rank: int, stage: Callable[..., None], rendezvous: Path, scratch: P
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with new_file(path) as part:
+        torch.save(state, part)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trol_edge.bundle.folder import new_file
 from trol_edge.export.nano.model import Nano
 from trol_edge.export.nano.recipes import Recipe
 from trol_edge.export.nano.text import Prompts
@@ -38,9 +38,9 @@ def write_checkpoint(recipe: Recipe, model: Nano, tokenizer: Path, out: Path) ->
     out.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, how: Callable[[Path], object]) -> None:
-        how(out / (name + ".tmp"))
-        (out / (name + ".tmp")).chmod(0o644)  # safetensors writes for the owner alone
-        os.replace(out / (name + ".tmp"), out / name)
+        with new_file(out / name) as part:
+            how(part)
+            part.chmod(0o644)  # safetensors writes for the owner alone
 
     def as_json(data: Any) -> Callable[[Path], object]:
         return lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -106,7 +106,16 @@ def _nano_spec() -> ModelSpec:
         lora_rank=16,
         eos_token_id=2,
         image_token_id=PIECES,
-        vision=VisionSpec(128, 512, 4, 4, PATCH, PIXELS, 1e-5, CELLS),
+        vision=VisionSpec(
+            hidden_size=128,
+            intermediate_size=512,
+            num_layers=4,
+            num_heads=4,
+            patch_size=PATCH,
+            image_size=PIXELS,
+            layer_norm_eps=1e-5,
+            tokens_per_image=CELLS,
+        ),
     )
 
 
@@ -202,7 +211,16 @@ def _phi3_spec() -> ModelSpec:
         max_position_embeddings=limit,
         eos_token_id=PIECES,
         image_token_id=PIECES + PHI3_TOKENS.index("<IMG_CONTEXT>"),
-        vision=VisionSpec(96, 384, 3, 3, PATCH // 2, PIXELS, 1e-6, CELLS),
+        vision=VisionSpec(
+            hidden_size=96,
+            intermediate_size=384,
+            num_layers=3,
+            num_heads=3,
+            patch_size=PATCH // 2,
+            image_size=PIXELS,
+            layer_norm_eps=1e-6,
+            tokens_per_image=CELLS,
+        ),
         long_rope=LongRope(
             short_factor=tuple(round(1 + 0.02 * i, 2) for i in steps),
             long_factor=tuple(round(1 + 0.2 * i, 2) for i in steps),

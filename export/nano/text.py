@@ -24,7 +24,8 @@ from trol_edge.export.nano.optim import SEED, WORLD
 from trol_edge.export.reference import tokenizer
 from trol_edge.export.reference.family import SYSTEM, Family
 from trol_edge.export.scenes import Scene
-from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
+from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.tokenizer import Tokenizer
 
 PIECES = 800  # of the sentencepiece model
 # Plain English, so that the tokenizer does not fall back to bytes on other questions a person may type.

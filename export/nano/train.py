@@ -10,7 +10,7 @@ Stages, each skipped where its result already lies in the scratch folder:
 4. decoder    encoder, projector and decoder on questions; half of the answers in step form from some point on
 5. report     held-out scenes, generated tokens fed back, cached and uncached semantics
 
-Where the models differ: `nano_recipes.py`. Schedules follow the clock, not a step count, so that a shared machine
+Where the models differ: `recipes.py`. Schedules follow the clock, not a step count, so that a shared machine
 changes the result a little but never the duration.
 """
 
@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from trol_edge.bundle.folder import new_folder
 from trol_edge.export.nano import data
 from trol_edge.export.nano.optim import run_parallel
 from trol_edge.export.nano.recipes import RECIPES, Recipe
@@ -43,11 +42,8 @@ def make_tokenizer(recipe: Recipe, scratch: Path) -> None:
     """The published tokenizer files, in `scratch`/tokenizer."""
     drawn = data.load_scenes(scratch, data.SMALL)[:4000]
     train_pieces(scratch / "pieces", drawn, recipe.symbols, recipe.space_before_answer)
-    part = scratch / "tokenizer.tmp"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    recipe.tokenizer_files(scratch / "pieces.model", part)
-    os.replace(part, scratch / "tokenizer")
+    with new_folder(scratch / "tokenizer", overwrite=True, ours=("*",)) as part:
+        recipe.tokenizer_files(scratch / "pieces.model", part)
 
 
 def main() -> None:

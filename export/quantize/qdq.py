@@ -18,8 +18,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from trol_edge.bundle.precision import QUANTIZED, PrecisionPlan
 from trol_edge.errors import ExportError
-from trol_edge.export.quantize.recipes import QUANTIZED, Plan, point_of
+from trol_edge.export.quantize.recipes import point_of
 
 STORED = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 
@@ -29,7 +30,7 @@ def scale_name(parameter: str) -> str:
     return f"{parameter}.scale"
 
 
-def insert(model: ir.Model, plan: Plan, input_scales: Mapping[str, float]) -> bool:
+def insert(model: ir.Model, plan: PrecisionPlan, input_scales: Mapping[str, float]) -> bool:
     """Quantize in place every Linear of the graph that the plan quantizes; returns whether there was any.
 
     Weights must be initializers [K, N] without values (see `graphs.fold_transposes`); input_scales has the scale of
@@ -178,7 +179,7 @@ def _node(
     return node
 
 
-def _uses(model: ir.Model, plan: Plan) -> dict[str, list[ir.Node]]:
+def _uses(model: ir.Model, plan: PrecisionPlan) -> dict[str, list[ir.Node]]:
     """The MatMuls of every quantized Linear in this graph, in graph order."""
     order = {id(node): i for i, node in enumerate(model.graph)}
     found: dict[str, list[ir.Node]] = {}
@@ -194,7 +195,7 @@ def _uses(model: ir.Model, plan: Plan) -> dict[str, list[ir.Node]]:
     return found
 
 
-def _check(model: ir.Model, plan: Plan, uses: Mapping[str, list[ir.Node]]) -> None:
+def _check(model: ir.Model, plan: PrecisionPlan, uses: Mapping[str, list[ir.Node]]) -> None:
     """Every planned use is quantized once, and nothing is left over."""
     problems = []
     for name, nodes in uses.items():

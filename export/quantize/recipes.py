@@ -24,29 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from trol_edge.bundle import targets
-from trol_edge.bundle.precision import BLOCKS, PRECISIONS, QUANTIZED, LinearPlan, Plan
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.precision import BLOCKS, PRECISIONS, QUANTIZED, LinearPlan, PrecisionPlan
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
 
-__all__ = [
-    "BLOCKS",
-    "PRECISIONS",
-    "QUANTIZED",
-    "LinearPlan",
-    "Options",
-    "Plan",
-    "make_plan",
-    "point_of",
-    "read_options",
-]
-
 OBSERVERS = ("minmax", "percentile", "entropy", "mse")
-TARGETS = ("cpu", "onnx", *(name for name, entry in targets.TARGETS.items() if entry.gpu))
+EXPORT_TARGETS = ("cpu", "onnx", *filter(targets.is_gpu, targets.TARGETS))
 GATE = "decoder.gate.weight"  # one column, shared by all layers: nothing to gain
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class RecipeOptions:
     """What a user chooses; a mixed plan file holds these keys. None means: as the recipe has it."""
 
     recipe: str = "fp32"  # of PRECISIONS
@@ -82,14 +70,14 @@ class Options:
             raise UsageError(f"precision: {'; '.join(wrong)}")
 
 
-def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> Options:
+def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> RecipeOptions:
     """Options from a recipe's name or a JSON file with the fields of `Options`; `chosen` that are not None win.
 
     Raises UsageError for unknown keys and values, naming them all.
     """
     given = {name: value for name, value in chosen.items() if value is not None}
     if recipe_or_file in PRECISIONS:
-        return Options(recipe=str(recipe_or_file), **given)
+        return RecipeOptions(recipe=str(recipe_or_file), **given)
     path = Path(recipe_or_file)
     if not path.is_file():
         raise UsageError(
@@ -101,7 +89,7 @@ def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> Optio
         raise UsageError(f"{path}: not readable as JSON ({error})") from error
     if isinstance(data, dict):
         data = data | given
-    return from_dict(Options, data, str(path), UsageError, "See CONTRIBUTING.md for the keys of a plan")
+    return from_dict(RecipeOptions, data, str(path), UsageError, "See CONTRIBUTING.md for the keys of a plan")
 
 
 def is_linear(name: str, shape: Sequence[object]) -> bool:
@@ -114,7 +102,7 @@ def point_of(parameter: str) -> str:
     return parameter.removesuffix(".weight").removesuffix(".lora_a")
 
 
-def make_plan(options: Options, shapes: Mapping[str, tuple[int, ...]], target: str) -> Plan:
+def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], target: str) -> PrecisionPlan:
     """A plan for a checkpoint whose parameters have these shapes ([out, in] of a Linear).
 
     Raises UsageError where the target cannot run what is asked for, or a pattern fits no Linear.
@@ -130,12 +118,7 @@ def make_plan(options: Options, shapes: Mapping[str, tuple[int, ...]], target: s
             # The low-rank parts of a small model; a block may not end outside its row.
             linears[name] = LinearPlan("int8")
     used = {linear.precision for linear in linears.values()}
-    if (
-        target in targets.TARGETS
-        and "fp8" in used
-        and target != "cpu"
-        and "fp8" not in targets.target(target).precisions
-    ):
+    if "fp8" in used and targets.is_gpu(target) and "fp8" not in targets.target(target).precisions:
         raise UsageError(f"precision fp8: target {target} has no FP8 units on its GPUs; choose int8 or int4")
     if target == "cpu" and "fp8" in used:
         raise UsageError(
@@ -144,7 +127,7 @@ def make_plan(options: Options, shapes: Mapping[str, tuple[int, ...]], target: s
         )
     compute = "fp16" if target != "cpu" and options.recipe != "fp32" else "fp32"
     quantized = [linear for linear in linears.values() if linear.precision in QUANTIZED]
-    return Plan(
+    return PrecisionPlan(
         recipe="mixed" if options.linears else options.recipe,
         compute=compute,
         linears=linears,
@@ -154,7 +137,7 @@ def make_plan(options: Options, shapes: Mapping[str, tuple[int, ...]], target: s
     )
 
 
-def _recipe(name: str, shape: tuple[int, ...], options: Options) -> LinearPlan:
+def _recipe(name: str, shape: tuple[int, ...], options: RecipeOptions) -> LinearPlan:
     precision = options.recipe
     if name.startswith("vision."):
         precision = options.vision or {"int4": "int8"}.get(precision, precision)

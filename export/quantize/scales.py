@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trol_edge.bundle.precision import QUANTIZED
+from trol_edge.bundle.precision import QUANTIZED, LinearPlan, PrecisionPlan
 from trol_edge.errors import CalibrationError
 from trol_edge.export.quantize.folding import Folding, Group, groups
-from trol_edge.export.quantize.recipes import LinearPlan, Plan, point_of
+from trol_edge.export.quantize.recipes import point_of
 from trol_edge.export.quantize.rounding import LEVELS, quantize, restore, round_to, safe_scale
 from trol_edge.export.storage import Progress
 
@@ -39,7 +39,7 @@ class Scales:
     its output over the mean square of its output, on calibration's rows. plan: with sensitive Linears raised.
     """
 
-    plan: Plan
+    plan: PrecisionPlan
     folding: Folding
     inputs: Mapping[str, float]
     errors: Mapping[str, float]
@@ -47,7 +47,7 @@ class Scales:
 
 
 def find_scales(
-    source: Checkpoint, plan: Plan, statistics: Statistics, sensitive: float | None, progress: Progress
+    source: Checkpoint, plan: PrecisionPlan, statistics: Statistics, sensitive: float | None, progress: Progress
 ) -> Scales:
     """Search every group and every Linear that the plan quantizes. Raises CalibrationError where a point is missing."""
     shapes = {name: source.shape(name) for name in source.names()}
@@ -151,7 +151,7 @@ class _Seen:
                 best, best_error = largest * share, error
         return best
 
-    def error(self, weight: Tensor, linear: LinearPlan, input_scale: float | None, plan: Plan) -> float:
+    def error(self, weight: Tensor, linear: LinearPlan, input_scale: float | None, plan: PrecisionPlan) -> float:
         """Mean square error of the output over its mean square, both rounded as the plan says."""
         target = self.rows @ weight.T
         rows = self.rows
@@ -180,7 +180,7 @@ def _search_group(
     readers: list[str],
     linears: Mapping[str, LinearPlan],
     point: PointStatistics,
-    plan: Plan,
+    plan: PrecisionPlan,
 ) -> Tensor | None:
     """Scales [width] of least output error, or None where the best is not to scale."""
     seen = _Seen(point, None)
@@ -211,7 +211,7 @@ def _group_error(
     samples: Mapping[str, tuple[Tensor, Tensor]],
     linears: Mapping[str, LinearPlan],
     columns: Tensor,
-    plan: Plan,
+    plan: PrecisionPlan,
 ) -> float:
     """Sum over the readers of the output error relative to the output, with these column scales."""
     rows = seen.rows / columns

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge.bundle.folder import new_file
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export.quantize.observers import OBSERVERS
 
@@ -74,7 +75,7 @@ class PointStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class CalibrationState:
     """What a cache folder is for; all of it must agree before anything in it is used."""
 
     checkpoint: str  # identity, see Checkpoint.identity
@@ -92,7 +93,9 @@ class Statistics:
     "vision.layers.<i>.residual" and ".scores".
     """
 
-    def __init__(self, points: Mapping[str, PointStatistics], peaks: Mapping[str, float], state: State) -> None:
+    def __init__(
+        self, points: Mapping[str, PointStatistics], peaks: Mapping[str, float], state: CalibrationState
+    ) -> None:
         self.points, self.peaks, self.state = points, peaks, state
 
     @property
@@ -158,7 +161,7 @@ def part_path(folder: Path, stage: str) -> Path:
     return folder / PARTS / f"{stage}.npz"
 
 
-def read_state(folder: Path) -> State | None:
+def read_state(folder: Path) -> CalibrationState | None:
     """The state of a cache folder, None where there is none. CalibrationError where it is of another format."""
     path = folder / STATE
     if not path.is_file():
@@ -171,18 +174,17 @@ def read_state(folder: Path) -> State | None:
         if not strings or not isinstance(data["samples"], int):
             raise ValueError("fields of other types")
         stages, skipped = (tuple(map(str, data.pop(key))) for key in ("stages", "skipped"))
-        return State(**data, stages=stages, skipped=skipped)
+        return CalibrationState(**data, stages=stages, skipped=skipped)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CalibrationError(f"{path}: not readable ({error}); remove the folder and calibrate again") from error
 
 
-def write_state(folder: Path, state: State) -> None:
+def write_state(folder: Path, state: CalibrationState) -> None:
     """Begin a cache folder."""
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(state)}
-    part = folder / f"{STATE}.part"
-    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(folder / STATE)
+    with new_file(folder / STATE) as part:
+        part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], peaks: Mapping[str, float]) -> None:
@@ -196,13 +198,8 @@ def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], 
         )
     arrays: dict[str, Any] = {f"{name}/{a}": getattr(p, a) for name, p in points.items() for a in _ARRAYS}
     meta = {"points": {name: {n: getattr(p, n) for n in _NUMBERS} for name, p in points.items()}, "peaks": dict(peaks)}
-    path = part_path(folder, stage)
-    unfinished = path.with_suffix(".part")
-    with unfinished.open("wb") as f:
+    with new_file(part_path(folder, stage)) as part, part.open("wb") as f:
         np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
-        f.flush()
-        os.fsync(f.fileno())
-    unfinished.replace(path)
 
 
 def read_point(path: Path, name: str) -> PointStatistics:

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trol_edge.bundle.precision import Part, part_of, tensor_bytes
+from trol_edge.bundle.precision import QUANTIZED, Part, PrecisionPlan, part_of, tensor_bytes
 from trol_edge.bundle.weights import ITEM_BYTES
 from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export.graphs import trace as graphs
+from trol_edge.export.graphs import canonical
 from trol_edge.export.quantize.qdq import scale_name
-from trol_edge.export.quantize.recipes import QUANTIZED, Plan, is_linear
+from trol_edge.export.quantize.recipes import is_linear
 from trol_edge.export.quantize.rounding import pack_int4, quantize
 from trol_edge.export.quantize.scales import Scales
 from trol_edge.export.reference.checkpoint import FLOATS, Checkpoint, is_finite
@@ -36,7 +36,7 @@ IR_TYPES = {
 LARGEST_HALF = 65504.0
 
 
-def stored_dtype(name: str, shape: tuple[int, ...], published: str, plan: Plan, folded: bool) -> str:
+def stored_dtype(name: str, shape: tuple[int, ...], published: str, plan: PrecisionPlan, folded: bool) -> str:
     """Stored dtype of a parameter that is not quantized; folded: channels of it were rescaled."""
     half = plan.compute == "fp16"
     if len(shape) == 1 and (folded or (half and "norm" in name)):
@@ -51,10 +51,10 @@ class StoredWeights:
     Raises CheckpointError after the last row where a value was NaN or infinite, ExportError where FP16 cannot hold one.
     """
 
-    def __init__(self, source: Checkpoint, context: int, plan: Plan, scales: Scales | None) -> None:
+    def __init__(self, source: Checkpoint, context: int, plan: PrecisionPlan, scales: Scales | None) -> None:
         self._source, self._plan, self._scales = source, plan, scales
         self._half = plan.compute == "fp16"
-        self._rope = dict(zip(graphs.ROPE, graph_rope_tables(source.spec, context), strict=True))
+        self._rope = dict(zip(canonical.ROPE, graph_rope_tables(source.spec, context), strict=True))
         self.bad: list[str] = []
         self.layouts: dict[str, Layout] = {}
         for name in source.names():
@@ -169,7 +169,9 @@ class Place:
     nbytes: int
 
 
-def places(layouts: Mapping[str, Layout], written: Mapping[str, tuple[int, int]], plan: Plan) -> dict[str, Place]:
+def places(
+    layouts: Mapping[str, Layout], written: Mapping[str, tuple[int, int]], plan: PrecisionPlan
+) -> dict[str, Place]:
     """The place of every tensor; packed INT4 is INT4 to a graph."""
     packed = {name for name, linear in plan.linears.items() if linear.precision == "int4"}
     return {

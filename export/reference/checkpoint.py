@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trol_edge.bundle.manifest import sha256_of
+from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import CheckpointError
 from trol_edge.export.reference import internlm2, phi3, tokenizer

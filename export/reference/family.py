@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.prompt.images import ImageSpec
-from trol_edge.prompt.tokenizer import PromptSpec
+from trol_edge.prompt.template import PromptSpec
 
 # What every TroL model was told that it is.
 SYSTEM = (

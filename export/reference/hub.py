@@ -93,7 +93,7 @@ _PHI3: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Published:
     """A model that users ask for by name."""
 
     name: str
@@ -105,9 +105,9 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("trol-nano", None, internlm2.FAMILY, {}),
-        Model("trol-nano-phi3", None, phi3.FAMILY, {}),
-        Model(
+        Published("trol-nano", None, internlm2.FAMILY, {}),
+        Published("trol-nano-phi3", None, phi3.FAMILY, {}),
+        Published(
             "trol-1.8b",
             "BK-Lee/TroL-1.8B",
             internlm2.FAMILY,
@@ -120,8 +120,8 @@ MODELS = {
                 "num_key_value_heads": 8,
             },
         ),
-        Model("trol-3.8b", "BK-Lee/TroL-3.8B", phi3.FAMILY, _PHI3),
-        Model(
+        Published("trol-3.8b", "BK-Lee/TroL-3.8B", phi3.FAMILY, _PHI3),
+        Published(
             "trol-7b",
             "BK-Lee/TroL-7B",
             internlm2.FAMILY,
@@ -151,7 +151,7 @@ FILES = (
 SOURCE_FILE = "trol_edge_source.json"  # where a downloaded folder came from
 
 
-def find(name: str) -> Model:
+def find(name: str) -> Published:
     """A model by name; UsageError lists the names there are."""
     if name not in MODELS:
         raise UsageError(f"no model {name!r}; there are {', '.join(MODELS)}")

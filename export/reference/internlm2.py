@@ -20,7 +20,7 @@ from trol_edge.bundle.spec import ModelSpec, VisionSpec
 from trol_edge.export.reference.family import SYSTEM, Family, Source
 from trol_edge.export.reference.model import Decoder
 from trol_edge.prompt.images import ImageSpec
-from trol_edge.prompt.tokenizer import PromptSpec
+from trol_edge.prompt.template import PromptSpec
 
 # openai/clip-vit-large-patch14-336: the published folders say nothing, the authors' code names this tower.
 CLIP_L_14_336: dict[str, Any] = {

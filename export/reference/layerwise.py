@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.model import EagerAttention, rope_tables
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
 
 MATRICES = (".weight", ".lora_a", ".lora_b")
 
@@ -64,7 +64,7 @@ class Layerwise:
                 yield module
         finally:
             module.to("meta")
-            machine.free_pages()  # behind a trace, glibc kept 40 MB of each layer of TroL-1.8B
+            identity.free_pages()  # behind a trace, glibc kept 40 MB of each layer of TroL-1.8B
 
     def embeddings(self, ids: NDArray[np.int64]) -> Tensor:
         """Rows of the embedding table, float32 [S, D]."""

@@ -25,7 +25,7 @@ from trol_edge.errors import CheckpointError
 from trol_edge.export.reference.family import SYSTEM, Family, Source
 from trol_edge.export.reference.model import Decoder
 from trol_edge.prompt.images import ImageSpec
-from trol_edge.prompt.tokenizer import PromptSpec
+from trol_edge.prompt.template import PromptSpec
 
 MAX_TILES = 6  # fixed in the authors' code, which ignores max_dynamic_patch
 PROJECTOR_EPS = 1e-5

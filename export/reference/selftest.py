@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor
 
-from trol_edge.bundle.selftest import Case, SelfTest, tensors
+from trol_edge.bundle.selftest import SelfTest, SelfTestCase, tensors
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import CheckpointError
 from trol_edge.export import scenes
@@ -25,7 +25,8 @@ from trol_edge.export.reference.layerwise import Layerwise, rope_of
 from trol_edge.export.reference.model import EagerAttention, graph_rope_tables
 from trol_edge.export.storage import Progress
 from trol_edge.prompt.images import count_tiles, preprocess
-from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
+from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.tokenizer import Tokenizer
 
 # A rendered scene, as default calibration has them, but another one: within the range that scales were made for.
 SCENE = 3 * scenes.HELD_OUT_SEED
@@ -88,7 +89,7 @@ class _Sequence:
         self.ids, self.forced = ids, forced
         self.mask = torch.from_numpy(ids == spec.image_token_id)
         self.attend = EagerAttention(spec, *rope_of(spec, len(ids) + STEPS, long))
-        row = 2 * spec.kv_bytes_per_token
+        row = 2 * 4 * spec.kv_values_per_token  # both sets, float32
         count = min(max(CACHE_BYTES // row, LEAST_ROWS), MOST_ROWS, len(ids))
         self.positions = np.unique(np.linspace(len(ids) - 1, len(ids) // 2, count).astype(np.int32))
         self.cache: list[Tensor] = []
@@ -114,10 +115,10 @@ class _Sequence:
         self.cache.append(torch.stack([torch.stack([t[self.positions] for t in kind]) for kind in rows]))
         self.step_cache.append(torch.stack([t[-1] for t in rows[0]]))
 
-    def case(self, logits: Tensor) -> Case:
+    def case(self, logits: Tensor) -> SelfTestCase:
         """logits [n+1, V]: behind the prompt and behind each stepped token."""
         top = logits.topk(2, dim=-1)
-        return Case(
+        return SelfTestCase(
             ids=self.ids.astype(np.int32),
             forced=self.forced.astype(np.int32),
             positions=self.positions,

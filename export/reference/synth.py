@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trol_edge.bundle.manifest import new_folder
+from trol_edge.bundle.folder import new_folder
 from trol_edge.errors import UsageError
 from trol_edge.export.reference.hub import find
 from trol_edge.export.storage import Progress

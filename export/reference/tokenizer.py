@@ -77,7 +77,7 @@ def convert(checkpoint_folder: str | os.PathLike[str], extra_tokens: Sequence[st
         if (folder / _ADDED).exists():
             raise CheckpointError(f"{folder} has {_ADDED} but no {_MODEL}; download the checkpoint again")
         return None
-    model = _read_model(folder / _MODEL)
+    model = read_model(folder / _MODEL)
     added = _added_tokens(folder, [p.text for p in model.pieces], extra_tokens)
     strips = _strips(folder / _CONFIG)
     vocab = {p.text: i for i, p in enumerate(model.pieces)} | added
@@ -163,16 +163,16 @@ def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
     return str(result.to_str())
 
 
-def _read_model(path: pathlib.Path) -> _Model:
+def read_model(path: pathlib.Path) -> _Model:
     """Read the sentencepiece model and refuse what `convert` does not carry over."""
     again = "download the checkpoint again"
     try:
         data = path.read_bytes()
         sentencepiece.SentencePieceProcessor(model_proto=data)
-        top = list(_fields(data))
-        pieces = [_read_piece(dict(_fields(value))) for number, value in top if number == 1]
+        top = list(protobuf_fields(data))
+        pieces = [_read_piece(dict(protobuf_fields(value))) for number, value in top if number == 1]
         parts = dict(top)
-        trainer, normalizer, denormalizer = (dict(_fields(parts.get(n, b""))) for n in (2, 3, 5))
+        trainer, normalizer, denormalizer = (dict(protobuf_fields(parts.get(n, b""))) for n in (2, 3, 5))
     except (OSError, RuntimeError, ValueError, TypeError, IndexError, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {again}") from error
     texts = [p.text for p in pieces]
@@ -201,7 +201,7 @@ def _read_piece(fields: Mapping[int, Any]) -> _Piece:
     return _Piece(fields[1].decode(), score, fields.get(3, _NORMAL))
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+def protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Number and value of each field of a protobuf message: int for varints, bytes for everything else."""
     at = 0
 
@@ -367,7 +367,7 @@ def verify(tokenizer_json: str, checkpoint_folder: str | os.PathLike[str], extra
     folder = pathlib.Path(checkpoint_folder)
     if (folder / _LIBRARY).is_file():
         return _verify_taken_over(tokenizer_json, folder / _LIBRARY, extra_tokens)
-    model = _read_model(folder / _MODEL)
+    model = read_model(folder / _MODEL)
     added = _added_tokens(folder, [p.text for p in model.pieces], extra_tokens)
     strips = _strips(folder / _CONFIG)
     cuts = {p.text: i for i, p in enumerate(model.pieces) if p.kind in (_UNKNOWN, _CONTROL)} | added

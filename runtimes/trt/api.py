@@ -44,7 +44,7 @@ def only(classic: Version | None = None, rtx: Version | None = None) -> Callable
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorInfo:
+class EngineTensor:
     """An input or output: dtype as numpy calls it, shape with -1 where it is dynamic.
 
     profiles: smallest, best and largest shape in each optimization profile (inputs of an engine only).
@@ -153,15 +153,15 @@ class Network:
         self._builder, self._definition = builder, definition
         self._parser = parser  # the network refers to weights that the parser holds
 
-    def tensors(self) -> list[TensorInfo]:
+    def tensors(self) -> list[EngineTensor]:
         """Inputs, then outputs."""
         network = self._definition
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
         return [self._info(t, True) for t in inputs] + [self._info(t, False) for t in outputs]
 
-    def _info(self, tensor: trt.ITensor, is_input: bool) -> TensorInfo:
-        return TensorInfo(tensor.name, is_input, DTYPES[tensor.dtype.name], tuple(tensor.shape))
+    def _info(self, tensor: trt.ITensor, is_input: bool) -> EngineTensor:
+        return EngineTensor(tensor.name, is_input, DTYPES[tensor.dtype.name], tuple(tensor.shape))
 
     def layers(self) -> list[LayerInfo]:
         """Every layer, in order."""
@@ -299,7 +299,7 @@ class Engine:
         self._runtime, self._engine = runtime, engine  # the engine must not outlive its runtime
         self.scratch_bytes = engine.device_memory_size_v2
 
-    def tensors(self) -> list[TensorInfo]:
+    def tensors(self) -> list[EngineTensor]:
         """Inputs and outputs, in the engine's order."""
         trt = self.module
         engine = self._engine
@@ -312,7 +312,7 @@ class Engine:
                 smallest, best, largest = engine.get_tensor_profile_shape(name, number)
                 profiles.append((tuple(smallest), tuple(best), tuple(largest)))
             dtype = DTYPES[engine.get_tensor_dtype(name).name]
-            found.append(TensorInfo(name, is_input, dtype, tuple(engine.get_tensor_shape(name)), tuple(profiles)))
+            found.append(EngineTensor(name, is_input, dtype, tuple(engine.get_tensor_shape(name)), tuple(profiles)))
         return found
 
     def context(self, cache: bytes | None = None) -> Context:
@@ -342,23 +342,23 @@ class Context:
 
     def __init__(self, engine: Engine, context: trt.IExecutionContext, cache: Any) -> None:
         self.engine, self.library, self.module = engine, engine.library, engine.module
-        self._context, self._cache = context, cache
+        self.raw, self._cache = context, cache
 
     def profile(self, index: int, stream: int) -> None:
         """Choose an optimization profile; shapes are to be set again."""
-        self._check(self._context.set_optimization_profile_async(index, stream), f"take profile {index}")
+        self._check(self.raw.set_optimization_profile_async(index, stream), f"take profile {index}")
 
     def shape(self, name: str, shape: Shape) -> None:
         """Set the shape of an input."""
-        self._check(self._context.set_input_shape(name, shape), f"take shape {list(shape)} for {name}")
+        self._check(self.raw.set_input_shape(name, shape), f"take shape {list(shape)} for {name}")
 
     def address(self, name: str, pointer: int) -> None:
         """Set the device address of an input or output."""
-        self._check(self._context.set_tensor_address(name, pointer), f"take an address for {name}")
+        self._check(self.raw.set_tensor_address(name, pointer), f"take an address for {name}")
 
     def run(self, stream: int) -> None:
         """Enqueue on a stream. Raises BackendError where a shape is missing or TensorRT refuses."""
-        self._check(self._context.execute_async_v3(stream), "run")
+        self._check(self.raw.execute_async_v3(stream), "run")
 
     def capturable(self, stream: int) -> bool:
         """Whether a run may be captured into a CUDA graph now."""
@@ -366,7 +366,7 @@ class Context:
 
     @only(rtx=(1, 7))
     def _asks_capturable(self, stream: int) -> bool:
-        return self._context.is_stream_capturable(stream)
+        return self.raw.is_stream_capturable(stream)
 
     def compiled(self) -> bytes | None:
         """Kernels compiled so far, to be kept (TensorRT for RTX only)."""

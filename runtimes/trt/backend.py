@@ -25,25 +25,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
-from trol_edge.bundle.engines import (
-    ENGINES,
-    KERNELS,
-    EngineSet,
-    Key,
-    differences,
-    folder_of,
-    read,
-    shared_weights,
-    verified,
-)
+from trol_edge.backend import Backend, Placed
+from trol_edge.bundle.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, read, verified
+from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
+from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
 from trol_edge.bundle.targets import target as target_of
-from trol_edge.cache import Placed
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.machine.identity import available_memory
-from trol_edge.runtimes.cuda import Cuda, Device, devices, open_cuda
+from trol_edge.runtimes.cuda import Cuda, Gpu, devices, open_cuda
 from trol_edge.runtimes.trt import weights as trt_weights
-from trol_edge.runtimes.trt.api import Context, Engine, Library, TensorInfo, load
+from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
 
 Float32 = NDArray[np.float32]
 _Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
@@ -105,7 +97,7 @@ class TrtBackend:
         *,
         library: Library | None = None,
         cuda: Cuda | None = None,
-        device: Device | None = None,
+        device: Gpu | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         """threads is for a CPU and has no effect. verify: hash weights that engines share; engines are always hashed.
@@ -123,7 +115,7 @@ class TrtBackend:
         target = target_of(bundle.manifest.target)
         if "token" not in {port.name for port in bundle.manifest.graphs["step"].outputs}:
             raise BundleError(f"{bundle.folder}: its step does not say the best token; export the bundle again")
-        engines = read(bundle, target.name)
+        self._built = engines = read(bundle, target.name)
         self.library = library or load(target.module)
         if device is None and cuda is None:
             found = devices()
@@ -137,13 +129,13 @@ class TrtBackend:
         paths = {name: verified(bundle, engines, name) for name in ENGINES}
         self.cuda = cuda or open_cuda()
         self.cuda_graphs = cuda_graphs and self.cuda.graphs
-        self._require_memory(engines, device)
+        self._require_memory(device)
         self.lock = threading.RLock()
         self.garbage: deque[_Garbage] = deque()
         self._engines = {name: self.library.open(path) for name, path in paths.items()}
         self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
-        self._contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
-        self._profiles = dict.fromkeys(self._contexts, 0)
+        self.contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
+        self._profiles = dict.fromkeys(self.contexts, 0)
         graphs = bundle.manifest.graphs
         # What no state owns: inputs of a traverse at their largest, and of the vision engine.
         ports = (p for name in ("vision", "traverse") for p in (*graphs[name].inputs, *graphs[name].outputs))
@@ -155,12 +147,12 @@ class TrtBackend:
         self._slots = np.arange(self.context, dtype=np.int64)
         self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
         self._kept = False
-        self._closing = weakref.finalize(self, _close, self.cuda, self._contexts, self._engines)
+        self._closing = weakref.finalize(self, _close, self.cuda, self.contexts, self._engines)
         self._closing.atexit = False  # the end of the process does it, and must not pull memory from under a thread
 
-    def _require_fit(self, engines: EngineSet, device: Device | None) -> None:
+    def _require_fit(self, engines: EngineSet, device: Gpu | None) -> None:
         target = target_of(engines.key.target)
-        gpu = device or Device("", "", 0, (0, 0))
+        gpu = device or Gpu("", "", 0, (0, 0))
         key = Key(
             target.name, self.library.title, gpu.name, gpu.capability, ".".join(map(str, gpu.driver)) if device else ""
         )
@@ -175,9 +167,8 @@ class TrtBackend:
                 f"{', '.join(target.capabilities)}; export for another target"
             )
 
-    def _require_memory(self, engines: EngineSet, device: Device | None) -> None:
-        shared = sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
-        needed = sum(info.bytes for info in engines.engines.values()) + shared + self.cache_bytes
+    def _require_memory(self, device: Gpu | None) -> None:
+        needed = self.weight_bytes + self.cache_bytes
         free, total = self.cuda.memory()
         if device is not None and device.integrated:
             free = max(
@@ -193,10 +184,15 @@ class TrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the K/V cache of one state, both sets."""
-        ports = self.bundle.manifest.graphs["traverse"].inputs
-        return sum(self._bytes(p) for p in ports if p.name.startswith("past_"))
+        return cache_bytes(self.bundle.manifest.graphs["traverse"].inputs, self.context)
 
-    def _checked(self, name: str, engine: Engine) -> dict[str, TensorInfo]:
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the engines, and of the weights that they share."""
+        engines = sum(engine.bytes for engine in self._built.engines.values())
+        return engines + sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
+
+    def _checked(self, name: str, engine: Engine) -> dict[str, EngineTensor]:
         """An engine's tensors by name, which must be those of the graph."""
         graph = self.bundle.manifest.graphs[name]
         found = {info.name: info for info in engine.tensors()}
@@ -224,25 +220,16 @@ class TrtBackend:
         if self._kept:
             return
         self._kept = True
-        for name, context in {**self._contexts, **contexts}.items():
+        for name, context in {**self.contexts, **contexts}.items():
             blob = context.compiled()
             path = self._kernels(name)
             if not blob or _unwrapped(path) == blob:
                 continue
             try:
-                part = path.with_suffix(".part")
-                part.write_bytes(hashlib.sha256(blob).digest() + blob)
-                part.replace(path)
+                with new_file(path) as part:
+                    part.write_bytes(hashlib.sha256(blob).digest() + blob)
             except OSError:
                 return  # a bundle that cannot be written to serves as well, it only starts slower
-
-    def _bytes(self, port: Port) -> int:
-        """Bytes of a tensor at its largest."""
-        sizes = {"tokens": self.context, "slots": self.context, "images": self.bundle.manifest.image.most_tiles}
-        size = np.dtype(port.dtype).itemsize
-        for d in port.shape:
-            size *= d if isinstance(d, int) else sizes[d]
-        return size
 
     def allocate(self, ports: Iterable[Port], what: str, lease: _Lease) -> dict[str, int]:
         """Device memory for tensors at their largest, in one block of the lease's; the lock must be held.
@@ -251,9 +238,10 @@ class TrtBackend:
         """
         self._sweep()
         offsets, size = dict[str, int](), 0
+        most = {"tokens": self.context, "slots": self.context, "images": self.bundle.manifest.image.most_tiles}
         for port in ports:
             offsets.setdefault(port.name, size)
-            size += -(-self._bytes(port) // trt_weights.ALIGNMENT) * trt_weights.ALIGNMENT
+            size += -(-largest_bytes(port, most) // trt_weights.ALIGNMENT) * trt_weights.ALIGNMENT
         base = self.cuda.allocate(size, what)
         lease.blocks.append(base)
         return {name: base + offset for name, offset in offsets.items()}
@@ -271,7 +259,7 @@ class TrtBackend:
 
     def run(self, name: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
         """Enqueue vision or traverse with these shapes of its dynamic inputs; the lock must be held."""
-        context, index = self._contexts[name], self._profile(name, shapes)
+        context, index = self.contexts[name], self._profile(name, shapes)
         if index != self._profiles[name]:
             context.profile(index, self.cuda.stream)
             self._profiles[name] = index
@@ -396,9 +384,9 @@ class TrtState:
         rope = backend.spec.long_rope
         self._long_rows = rope.short_rows(backend.context) if rope else 0
         self._rope_offset = 0
-        self._context = backend.new_context("step")
+        self.execution = backend.new_context("step")
         for name in backend.infos["step"]:
-            self._context.address(name, {**backend.weights, **self._own, **self._cache}[name])
+            self.execution.address(name, {**backend.weights, **self._own, **self._cache}[name])
         self._runs = 0
         self._graph: Any = None
 
@@ -410,18 +398,18 @@ class TrtState:
         start: int = 0,
         pictures: Sequence[Placed] = (),
     ) -> Float32:
-        """See trol_edge.cache.State."""
+        """See trol_edge.backend.State."""
         self._rope_offset = self._long_rows if long_rope else 0
         return self._backend.traverse(self._cache, embeddings, image_mask, self._rope_offset, start, pictures)
 
     def step(self, embedding: Float32, position: int) -> Float32:
-        """See trol_edge.cache.State; the returned array is overwritten by the next call."""
+        """See trol_edge.backend.State; the returned array is overwritten by the next call."""
         with self._backend.lock:
             self._start(embedding, position)
             return self._logits()
 
     def step_token(self, embedding: Float32, position: int) -> int:
-        """See trol_edge.cache.State; eight bytes are downloaded."""
+        """See trol_edge.backend.State; eight bytes are downloaded."""
         with self._backend.lock:
             self._start(embedding, position)
             self._finish()
@@ -448,7 +436,7 @@ class TrtState:
     def _capture(self) -> None:
         """Make the step one CUDA graph, if TensorRT lets it."""
         backend = self._backend
-        if not self._context.capturable(backend.cuda.stream):
+        if not self.execution.capturable(backend.cuda.stream):
             return
         try:
             self._graph = backend.cuda.capture(self._enqueue)
@@ -461,7 +449,7 @@ class TrtState:
         cuda = self._backend.cuda
         for name in self._given:
             cuda.upload(self._own[name], self._host[name])
-        self._context.run(cuda.stream)
+        self.execution.run(cuda.stream)
         cuda.download(self._host["token"], self._own["token"])
 
     def _logits(self) -> Float32:
@@ -474,10 +462,10 @@ class TrtState:
     def _finish(self) -> None:
         self._backend.cuda.wait()
         if self._runs == 1:
-            self._backend.keep_kernels({"step": self._context})
+            self._backend.keep_kernels({"step": self.execution})
 
-    def copy_rows(self, source: TrtState, start: int, stop: int, which: int) -> None:
-        """See trol_edge.cache.State; within the device, one copy per key or value head."""
+    def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
+        """See trol_edge.backend.State; within the device, one copy per key or value head."""
         backend = self._backend
         with backend.lock:
             for name, port in self._ports.items():
@@ -493,7 +481,7 @@ class TrtState:
             self._rope_offset = source._rope_offset
 
     def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
-        """See trol_edge.cache.State; each buffer comes down whole."""
+        """See trol_edge.backend.State; each buffer comes down whole."""
         backend, found = self._backend, []
         with backend.lock:
             for name, port in self._ports.items():
@@ -530,3 +518,6 @@ def _unwrapped(path: Path) -> bytes | None:
         return None
     digest, blob = data[:32], data[32:]
     return blob if hashlib.sha256(blob).digest() == digest else None
+
+
+_: type[Backend] = TrtBackend  # for type checkers: it is one

@@ -8,8 +8,6 @@ engine fits the memory of its target. Engines of classic TensorRT are built on t
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,20 +21,20 @@ from trol_edge.bundle.engines import (
     EngineSet,
     Key,
     Range,
-    build_bytes,
     differences,
     folder_of,
     read,
-    shared_weights,
-    weight_bytes,
     write,
 )
-from trol_edge.bundle.manifest import WEIGHTS, Bundle, GraphInfo, sha256_of
-from trol_edge.bundle.targets import Target, refusals
+from trol_edge.bundle.folder import new_folder, sha256_of
+from trol_edge.bundle.manifest import Bundle, GraphInfo
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.sizes import build_bytes, cache_bytes, engine_weight_bytes, shared_weights
+from trol_edge.bundle.targets import Target, is_gpu, refusals
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError
 from trol_edge.machine.identity import available_memory
-from trol_edge.runtimes.cuda import Device, devices
+from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import Library, Network, Shape, load
 
 SHORT = 64  # tokens: what a follow-up question has; longer chunks take the second profile
@@ -78,7 +76,7 @@ def build(
             f"{bundle.folder}: made for target {entry.name}, for which there is nothing to build; "
             "export with --target rtx (desktop) or jetson-jp6, jetson-jp7, jetson-trt11, tensorrt"
         )
-    if bundle.manifest.target in ("cpu", "onnx"):
+    if not is_gpu(bundle.manifest.target):
         raise BundleError(
             f"{bundle.folder}: its graphs were made for target {bundle.manifest.target!r}; "
             f"export with --target {entry.name}"
@@ -94,25 +92,18 @@ def build(
         engines = read(bundle, entry.name)
         return Build(engines, folder_of(bundle, entry.name), False, "up to date")
     final = folder_of(bundle, entry.name)
-    final.parent.mkdir(exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", suffix=".part", dir=final.parent))
-    try:
+    with new_folder(final, overwrite=True, ours=("*",)) as part:
         infos = {}
         for name in ENGINES:
-            infos[name] = _build_one(bundle, name, library, part, workspace_bytes, progress)
+            infos[name] = build_one(bundle, name, library, part, workspace_bytes, progress)
             _require_memory(bundle, entry, infos, memory_bytes)
         weights = bundle.manifest.files[WEIGHTS].sha256
         engines = EngineSet(FORMAT_VERSION, f"trol-edge {__version__}", key, precision_of(bundle), weights, infos)
         write(part, engines)
-        part.chmod(0o755)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Build(engines, final, True, reason)
 
 
-def key_here(target: Target, library: Library, device: Device | None) -> Key:
+def key_here(target: Target, library: Library, device: Gpu | None) -> Key:
     """What engines built now, here, are bound to."""
     if not target.serves(library.version):
         raise BackendError(
@@ -186,7 +177,7 @@ def shapes_of(graph: GraphInfo, ranges: Mapping[str, Range]) -> dict[str, tuple[
     return found
 
 
-def _build_one(
+def build_one(
     bundle: Bundle, name: str, library: Library, folder: Path, workspace_bytes: int | None, progress: Progress
 ) -> EngineInfo:
     graph = bundle.manifest.graphs[name]
@@ -221,7 +212,7 @@ def _build_one(
         bytes=(folder / file).stat().st_size,
         sha256=sha256_of(folder / file),
         graph_sha256=bundle.manifest.files[graph.file].sha256,
-        weight_bytes=weight_bytes(bundle, graph.constants),
+        weight_bytes=engine_weight_bytes(bundle, graph.constants),
         layers=layers,
         profiles=ranges,
         seconds=time.perf_counter() - start,
@@ -230,7 +221,7 @@ def _build_one(
 
 def _require_room(bundle: Bundle, graph: GraphInfo) -> None:
     """Raise BackendError where building would run out of this machine's memory: it is killed then, without a word."""
-    needed, free = build_bytes(weight_bytes(bundle, graph.constants)), available_memory(swap=True)
+    needed, free = build_bytes(engine_weight_bytes(bundle, graph.constants)), available_memory(swap=True)
     if free is not None and needed > free:
         raise BackendError(
             f"{graph.file}: building its engine takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
@@ -266,7 +257,10 @@ def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineIn
     if memory_bytes is None:
         return
     engines = sum(info.bytes for info in infos.values())
-    cache, shared = cache_bytes(bundle), sum(tensor.nbytes for tensor in shared_weights(bundle).values())
+    cache, shared = (
+        cache_bytes(bundle.manifest.graphs["traverse"].inputs, bundle.manifest.context),
+        sum(tensor.nbytes for tensor in shared_weights(bundle).values()),
+    )
     if engines + shared + cache > memory_bytes:
         weights = f", the weights that they share {shared / 1e9:.2f} GB" if shared else ""
         sharing = ", with --shared-weights" if not shared and bundle.manifest.plan.can_share_weights else ""
@@ -276,15 +270,3 @@ def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineIn
             f"{target.name} is {memory_bytes / 1e9:.2f} GB; export with a lower --precision{sharing} or a smaller "
             "--context"
         )
-
-
-def cache_bytes(bundle: Bundle) -> int:
-    """Bytes of the K/V cache of one state, both sets, in the types of the graphs."""
-    total = 0
-    for port in bundle.manifest.graphs["traverse"].inputs:
-        if port.name.startswith("past_"):
-            count = 1
-            for d in port.shape:
-                count *= d if isinstance(d, int) else bundle.manifest.context
-            total += count * (2 if port.dtype == "float16" else 4)
-    return total

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from trol_edge.bundle.engines import shared_weights
-from trol_edge.bundle.manifest import WEIGHTS, Bundle, sha256_of
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.sizes import shared_weights
 from trol_edge.errors import BundleError
 from trol_edge.runtimes.cuda import Cuda
 

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 import trol_edge
 from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.sizes import cpu_bytes
 from trol_edge.bundle.spec import ModelSpec
-from trol_edge.bundle.weights import loaded_dtype
 from trol_edge.errors import BackendError, TrolEdgeError
 from trol_edge.prompt.images import load_rgb, preprocess
-from trol_edge.prompt.tokenizer import PromptSpec, Tokenizer
+from trol_edge.prompt.template import PromptSpec
+from trol_edge.prompt.tokenizer import Tokenizer
 
 Float32 = NDArray[np.float32]
 
@@ -49,7 +50,7 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Task:
     """What a worker process is told, as JSON on its standard input."""
 
     contender: str  # a key of CONTENDERS
@@ -84,16 +85,15 @@ class Contender(Protocol):
 class BundleContender:
     """The product: `trol_edge.Runtime`, without the second cache, which serves nothing here."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Task) -> None:
         self.runtime = trol_edge.Runtime(job.bundle, prefix_reuse=False, selftest=False)
         self.session = self.runtime.session()
         bundle = self.runtime.bundle
-        backend: Any = self.runtime._backend
-        self.step_bytes = _loaded_bytes(bundle, bundle.manifest.graphs["step"].weights)
-        self.weight_bytes = backend.weight_bytes
+        self.step_bytes = cpu_bytes(bundle, bundle.manifest.graphs["step"].weights)
+        self.weight_bytes = self.runtime.model.backend.weight_bytes
 
     def encode(self, pixels: Float32) -> Any:
-        return self.runtime._backend.encode_image(pixels)
+        return self.runtime.model.backend.encode_image(pixels)
 
     def prefill(self, ids: Sequence[int], features: Any) -> Float32:
         return self.session.prefill_features(ids, features)
@@ -105,7 +105,7 @@ class BundleContender:
 class TorchContender:
     """The reference of export/reference/model.py in FP32, both passes, as training and golden tests run it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Task) -> None:
         import torch
 
         from trol_edge.export.reference.checkpoint import Checkpoint
@@ -153,7 +153,7 @@ class TorchContender:
 class LlamaCppContender:
     """llama.cpp through the C functions of llama-cpp-python, in its defaults, on a GGUF file that `write_gguf` made."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Task) -> None:
         self.lib = lib = importlib.import_module("llama_cpp")
         self.quiet = lib.llama_log_callback(lambda level, text, data: None)  # kept: C holds a pointer to it
         lib.llama_log_set(self.quiet, None)
@@ -168,7 +168,7 @@ class LlamaCppContender:
         spec = Bundle(job.bundle).manifest.spec
         self.vocab_size = spec.vocab_size
         self.step_bytes = self.weight_bytes = sum(
-            _ggml_bytes(name, shape, job.contender) for name, shape in gguf_tensors(spec).items() if "token" not in name
+            ggml_bytes(name, shape, job.contender) for name, shape in gguf_tensors(spec).items() if "token" not in name
         )
 
     def encode(self, pixels: Float32) -> Any:
@@ -193,7 +193,7 @@ class LlamaCppContender:
 class OpenVinoContender:
     """OpenVINO's runtime in its defaults on a model that `prepare_openvino` made: INT4 weights, INT8 activations."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Task) -> None:
         openvino = importlib.import_module("openvino")
         path = Path(job.model) / "openvino_model.xml"
         core = openvino.Core()
@@ -275,7 +275,7 @@ class Kind:
 
     label: str
     precision: str
-    make: Callable[[Job], Contender]
+    make: Callable[[Task], Contender]
     prefill_passes: int
     # Of a peer: what must be installed, here or in an interpreter of its own; how; what makes its model.
     modules: tuple[str, ...] = ()
@@ -309,7 +309,7 @@ OURS = tuple(name for name, kind in CONTENDERS.items() if kind.make is BundleCon
 def worker() -> None:
     """Measure one contender: a Job as JSON on standard input, its numbers as the last line of standard output."""
     data = json.load(sys.stdin)
-    job = Job(**data | {"shape": Shape(**data["shape"])})
+    job = Task(**data | {"shape": Shape(**data["shape"])})
     try:
         result = measure(job)
     except TrolEdgeError as error:
@@ -317,7 +317,7 @@ def worker() -> None:
     print("\n" + json.dumps(result))
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: Task) -> dict[str, Any]:
     """Times in seconds of one contender, each prompt `repeats` times, and its memory in bytes."""
     start = time.perf_counter()
     contender = CONTENDERS[job.contender].make(job)
@@ -380,13 +380,14 @@ class _Timed:
 
 def own_cost(runtime: trol_edge.Runtime, picture: str | None, steps: int) -> dict[str, list[float]]:
     """Seconds per answer token: {"total": whole stream steps, "inference": ONNX Runtime's call within each}."""
-    open_runtime: Any = runtime
-    if runtime._tokenizer is None:
+    model = runtime.model
+    if model.tokenizer is None:
         manifest = runtime.bundle.manifest
-        open_runtime._tokenizer = stand_in_tokenizer(manifest.spec, manifest.prompt)
+        model.tokenizer = stand_in_tokenizer(manifest.spec, manifest.prompt)
         picture = None
-    open_runtime._ends = frozenset()  # the answer goes on past its end
-    sessions = open_runtime._backend._sessions
+    model.ends = frozenset()  # the answer goes on past its end
+    backend: Any = model.backend
+    sessions = backend.sessions
     timed = sessions["step"] = _Timed(sessions["step"])
     stream = runtime.stream(QUESTION, picture, max_new_tokens=steps + 8)
     for _ in range(4):
@@ -416,19 +417,12 @@ def stand_in_tokenizer(spec: ModelSpec, prompt: PromptSpec) -> Tokenizer:
     return Tokenizer(made.to_str())
 
 
-def _pixels(job: Job) -> Float32:
+def _pixels(job: Task) -> Float32:
     manifest = Bundle(job.bundle).manifest
     if job.picture is not None:
         return preprocess([load_rgb(job.picture)], manifest.image)
     size = manifest.spec.vision.image_size
     return np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
-
-
-def _loaded_bytes(bundle: Bundle, names: Sequence[str]) -> int:
-    """Bytes of these tensors in memory: float32 or integers."""
-    tensors = bundle.weights().tensors
-    sizes = [(int(np.prod(tensors[n].shape)), loaded_dtype(tensors[n].dtype).itemsize) for n in names if n in tensors]
-    return sum(count * item for count, item in sizes)
 
 
 def _in_a_step(parameter: str) -> bool:
@@ -468,7 +462,7 @@ def gguf_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _ggml_bytes(name: str, shape: tuple[int, ...], kind: str) -> int:
+def ggml_bytes(name: str, shape: tuple[int, ...], kind: str) -> int:
     count = int(np.prod(shape))
     return 4 * count if "norm" in name else count // 32 * GGML_BLOCK[kind]
 
@@ -497,12 +491,12 @@ def write_gguf(path: Path, spec: ModelSpec, kind: str) -> None:
         tensors = gguf_tensors(spec)
         for name, shape in tensors.items():
             raw = plain if "norm" in name else stored
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), _ggml_bytes(name, shape, kind), raw_dtype=raw)
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), ggml_bytes(name, shape, kind), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, shape in tensors.items():
-            size = _ggml_bytes(name, shape, kind)
+            size = ggml_bytes(name, shape, kind)
             writer.write_tensor_data(
                 np.ones(shape, np.float32) if "norm" in name else np.resize(matrix, size // matrix.itemsize)
             )

@@ -22,14 +22,14 @@ from rich.table import Table
 
 from tests.bench import speed as bench
 from trol_edge.errors import TrolEdgeError, UsageError
-from trol_edge.export.quantize.recipes import Options
+from trol_edge.export.quantize.recipes import RecipeOptions
 
 FOLDER = Path("build/engines-full")
 RATIO = 1.03  # an engine's bytes / those of its weights, each once
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class FullSize:
     """One build, and what it may take: seconds on two cores (None: any), bytes resident (None: this machine's)."""
 
     model: str
@@ -39,11 +39,11 @@ class Case:
 
 
 CASES = (
-    Case("trol-1.8b", "fp16", seconds=240, peak_bytes=14e9),
-    Case("trol-1.8b", "int8", peak_bytes=8e9),
-    Case("trol-1.8b", "int4", peak_bytes=5e9),
-    Case("trol-3.8b", "int8"),
-    Case("trol-3.8b", "int4"),
+    FullSize("trol-1.8b", "fp16", seconds=240, peak_bytes=14e9),
+    FullSize("trol-1.8b", "int8", peak_bytes=8e9),
+    FullSize("trol-1.8b", "int4", peak_bytes=5e9),
+    FullSize("trol-3.8b", "int8"),
+    FullSize("trol-3.8b", "int4"),
 )
 
 
@@ -62,7 +62,7 @@ class Built:
 
 
 def measure(
-    case: Case, folder: Path, checkpoint: Path | None = None, report: Callable[[str], None] = lambda line: None
+    case: FullSize, folder: Path, checkpoint: Path | None = None, report: Callable[[str], None] = lambda line: None
 ) -> Built:
     """Export and build one case in `folder`; the bundle is removed again. checkpoint: instead of one made by synth.
 
@@ -98,23 +98,24 @@ def measure(
 def prepare() -> None:
     """As a process: [checkpoint, bundle, model, recipe] as JSON on standard input."""
     from trol_edge.export.pipeline import export
+    from trol_edge.export.quantize.made_up import made_up_statistics
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
     # No search for what random weights cannot show.
-    options = Options(recipe=recipe, scaling=False, clipping=False, sensitive=None, observer="minmax")
+    options = RecipeOptions(recipe=recipe, scaling=False, clipping=False, sensitive=None, observer="minmax")
     export(
         checkpoint,
         bundle,
         model=model,
         target="rtx",
         options=options,
-        calibration=bench.made_up_statistics,
+        calibration=made_up_statistics,
         record_selftest=False,
         overwrite=True,
     )
 
 
-def misses(case: Case, built: Built) -> list[str]:
+def misses(case: FullSize, built: Built) -> list[str]:
     """Which limits a build missed, in words."""
     found = []
     if case.seconds is not None and built.seconds > case.seconds:

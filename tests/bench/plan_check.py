@@ -1,6 +1,6 @@
 """`trol-edge plan` against reality: others' measurements of other models, and this machine's own bundles.
 
-    python -m tests.bench.plan_check published            # figures of ../shared/devices.md
+    python -m tests.bench.plan_check published            # figures that others measured of other models
     python -m tests.bench.plan_check host BUNDLE ...      # measure rates, then prefill and decode of each bundle
 
 Published: a peer's shape is traced as ours is, by the same decoder with one pass over the prompt, and planned by the
@@ -27,13 +27,14 @@ from torch import Tensor
 
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.spec import ModelSpec
-from trol_edge.export.quantize.recipes import Options
-from trol_edge.export.reference import hub as models
-from trol_edge.export.reference import internlm2
+from trol_edge.export.quantize.recipes import RecipeOptions
+from trol_edge.export.reference import hub, internlm2
 from trol_edge.export.reference.model import Attend, Decoder, Layer, Probe
 from trol_edge.export.unbuilt import Unbuilt
 from trol_edge.machine import devices
-from trol_edge.plan.estimate import Points, Rates, Subject, machine_of, stage, subject_of
+from trol_edge.plan.duration import graph_time
+from trol_edge.plan.rates import Points, Rates, platform_of
+from trol_edge.plan.subject import Subject, subject_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 out = Console(highlight=False, width=150)
@@ -68,13 +69,13 @@ class Peer:
     heads: int
     kv_heads: int
     vocabulary: int
-    options: Options
+    options: RecipeOptions
     stored: str  # what is assumed, for the table
     decoder: type[Decoder] = OnePass
 
 
-def _mlc(lm_head: str = "int4") -> Options:
-    return Options(recipe="int4", block=32, lm_head=lm_head)
+def _mlc(lm_head: str = "int4") -> RecipeOptions:
+    return RecipeOptions(recipe="int4", block=32, lm_head=lm_head)
 
 
 # Sizes: the models' published config.json. MLC's q4f16_1 quantizes the output layer, too, in groups of 32; the W4A16
@@ -85,7 +86,7 @@ PEERS = {
     "SmolLM2 1.7B": Peer(24, 2048, 8192, 32, 32, 49152, _mlc(), "INT4/32, output layer too"),
     "Gemma-2 2B": Peer(26, 2304, 9216, 8, 4, 256000, _mlc(), "INT4/32, output layer too", FourNorms),
     "Cosmos-Reason2-2B": Peer(
-        28, 2048, 6144, 16, 8, 151936, Options("int4", 128, lm_head="fp16"), "INT4/128, output layer FP16"
+        28, 2048, 6144, 16, 8, 151936, RecipeOptions("int4", 128, lm_head="fp16"), "INT4/128, output layer FP16"
     ),
 }
 
@@ -121,7 +122,7 @@ FIGURES = (
 
 def peer_subject(peer: Peer, context: int = CONTEXT) -> Subject:
     """A peer as `trol-edge plan` would see it, on a Jetson Orin."""
-    config = models.find("trol-1.8b").config | {
+    config = hub.find("trol-1.8b").config | {
         "hidden_size": peer.hidden,
         "intermediate_size": peer.intermediate,
         "num_hidden_layers": peer.layers,
@@ -165,10 +166,10 @@ def published_rows() -> list[dict[str, Any]]:
     for name, peer in PEERS.items():
         subject = peer_subject(peer)
         for figure in (f for f in FIGURES if f.peer == name):
-            machine = machine_of(*devices.find(figure.device))
+            machine = platform_of(*devices.find(figure.device))
             dims = {} if figure.graph == "step" else {"tokens": figure.tokens, "slots": figure.slots}
             costs, weights = subject.graphs[figure.graph], subject.weights[figure.graph]
-            planned = stage(figure.graph, costs, weights, machine, **dims)
+            planned = graph_time(figure.graph, costs, weights, machine, **dims)
             found = 1000 * planned.expected
             rows.append(
                 dataclasses.asdict(figure)
@@ -239,7 +240,7 @@ def _compare(bundle: Bundle, tokens: int, steps: int, rounds: int) -> list[dict[
         ("traverse", {"tokens": tokens, "slots": tokens}, statistics.median(prefill)),
         ("step", {"slots": tokens + steps // 2}, statistics.median(decode)),
     ):
-        planned = stage(graph, subject.graphs[graph], subject.weights[graph], machine, **dims)
+        planned = graph_time(graph, subject.graphs[graph], subject.weights[graph], machine, **dims)
         rows.append(
             {
                 "bundle": subject.name,

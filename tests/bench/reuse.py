@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import trol_edge
-from trol_edge.bundle.manifest import TOKENIZER
+from trol_edge.bundle.names import TOKENIZER
+from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.errors import TrolEdgeError
 from trol_edge.export import scenes
 from trol_edge.session import Session
@@ -54,7 +55,7 @@ def prompts(runtime: trol_edge.Runtime) -> list[list[int]]:
 
 def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, Any]:
     """Milliseconds (medians over rounds) and bytes, by name."""
-    backend, spec = runtime._backend, runtime.bundle.manifest.spec
+    backend, spec = runtime.model.backend, runtime.bundle.manifest.spec
     asked = prompts(runtime)
     size = spec.vision.image_size
     pixels = np.random.default_rng(1).normal(size=(1, 3, size, size)).astype(np.float32)
@@ -81,7 +82,8 @@ def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, A
             found["fork_step"].append(clock(fork.step_view, 5))
             found["step_behind"] += [clock(fork.step_view, 5) for _ in range(2)]
     median = {name: statistics.median(values) for name, values in found.items()}
-    one_set = spec.kv_bytes_per_token * runtime.bundle.manifest.context
+    manifest = runtime.bundle.manifest
+    one_set = cache_bytes(manifest.graphs["step"].inputs, manifest.context)
     return {
         "model": runtime.bundle.manifest.model,
         "rounds": rounds,
@@ -89,7 +91,7 @@ def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, A
         "reused_tokens": reused,
         "milliseconds": median,
         "second_to_first_percent": 100 * median["second"] / (median["vision"] + median["first"]),
-        "kv_bytes": {"one_set": one_set, "both_sets": 2 * one_set, "per_token_and_set": spec.kv_bytes_per_token},
+        "kv_bytes": {"one_set": one_set, "both_sets": 2 * one_set, "per_token_and_set": one_set // manifest.context},
     }
 
 
@@ -114,9 +116,11 @@ def decoded(
     runtime: trol_edge.Runtime, session: Session, logits: Float32, go_on: Callable[[Session, int], Float32]
 ) -> str:
     """A greedy answer, token by token."""
-    tokenizer = runtime._text()
+    tokenizer = runtime.model.text
     ids: Sequence[int] = ()
-    while len(ids) < 96 and session.length < session.limit and (token := int(logits.argmax())) not in runtime._ends:
+    while (
+        len(ids) < 96 and session.length < session.limit and (token := int(logits.argmax())) not in runtime.model.ends
+    ):
         ids = (*ids, token)
         logits = go_on(session, token)
     return tokenizer.decode(ids)

@@ -34,12 +34,14 @@ from rich.console import Console
 from rich.table import Table
 
 import trol_edge
-from tests.bench.contenders import CONTENDERS, OURS, QUESTION, Job, Shape
-from trol_edge.bundle.manifest import TOKENIZER, Bundle
+from tests.bench.contenders import CONTENDERS, OURS, QUESTION, Shape, Task
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import TOKENIZER
 from trol_edge.errors import BackendError, TrolEdgeError, UsageError
-from trol_edge.export.reference import hub as models
-from trol_edge.measure.run import read_rate
-from trol_edge.prompt.tokenizer import Tokenizer, build_prompt
+from trol_edge.export.reference import hub
+from trol_edge.measure.peaks import read_rate
+from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.tokenizer import Tokenizer
 
 Report = Callable[[str], None]  # one line about what is being done
 
@@ -64,8 +66,9 @@ SHAPES = {
     # Minutes per prompt: the short prompt warms libraries, threads and weights up; scratch memory is freed in any case.
     "1.8b": Shape("trol-1.8b", repeats=1, decode=16, own_steps=24, full_warmup=False),
 }
-# (what is compared, our contender, the peers, tokens or answer, our factor, at least): issue-sized aims at 1.8b.
-TARGETS = (
+# What we aim at for the shape of TroL-1.8B: (what is compared, our contender, the peers, tokens or answer, our factor,
+# at least).
+AIMS = (
     (
         "prefill, one pass (each of our two passes counted) / llama.cpp's best",
         "int8",
@@ -116,13 +119,13 @@ def bench(
     result: dict[str, Any] = {"machine": machine(), "rounds": rounds, "notes": NOTES, "shapes": []}
     chosen = [n for n, kind in CONTENDERS.items() if (n in only if only else peers or not kind.peer)]
     interpreters = {n: (pythons or {}).get(CONTENDERS[n].label, sys.executable) for n in chosen}
-    absent = {n: _absent(n, interpreters[n]) for n in chosen if CONTENDERS[n].peer}
+    absent = {n: absent(n, interpreters[n]) for n in chosen if CONTENDERS[n].peer}
     names = [n for n in chosen if not absent.get(n)]
     rates = []
     for shape in shapes:
         own = {n: path for (s, n), path in (bundles or {}).items() if s == shape}
         missing = dict(absent)
-        jobs = _prepare(SHAPES[shape], names, Path(folder), own, interpreters, missing, report)
+        jobs = prepare(SHAPES[shape], names, Path(folder), own, interpreters, missing, report)
         ready = list(jobs)
         samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
         for i in range(rounds):
@@ -130,9 +133,9 @@ def bench(
             for name in ready[i % len(ready) :] + ready[: i % len(ready)]:  # nobody always goes first
                 if not any("error" in sample for sample in samples[name]):
                     report(f"{jobs[name].shape.model}: round {i + 1} of {rounds}, {CONTENDERS[name].label} {name}")
-                    samples[name].append(_run_job(jobs[name], interpreters[name]))
-        result["shapes"].append(_summary(shape, jobs, samples))
-        result["shapes"][-1]["contenders"] += [_row(n, why) for n, why in missing.items() if why]
+                    samples[name].append(run_task(jobs[name], interpreters[name]))
+        result["shapes"].append(summary(shape, jobs, samples))
+        result["shapes"][-1]["contenders"] += [row_of(n, why) for n, why in missing.items() if why]
     result["machine"]["read_gb_per_s"] = _spread(rates)
     result["seconds"] = time.perf_counter() - start
     if before is not None and (after := _cpu_seconds()) is not None:
@@ -141,7 +144,7 @@ def bench(
     return result
 
 
-def _absent(name: str, python: str) -> str | None:
+def absent(name: str, python: str) -> str | None:
     """What of a peer is not installed for an interpreter, and what to do; None where all is there."""
     kind = CONTENDERS[name]
     find = (
@@ -157,7 +160,7 @@ def _absent(name: str, python: str) -> str | None:
     return f"not installed ({found.strip('[]')}): pip install {kind.install}, here or in an interpreter to be named"
 
 
-def _prepare(
+def prepare(
     shape: Shape,
     names: Sequence[str],
     folder: Path,
@@ -165,13 +168,13 @@ def _prepare(
     interpreters: Mapping[str, str],
     failed: dict[str, str | None],
     report: Report,
-) -> dict[str, Job]:
+) -> dict[str, Task]:
     """A job for each contender; a peer whose model could not be made is put into `failed` instead, with the reason."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     picture = None
-    if models.find(shape.model).repository is None:
-        checkpoint = models.shipped_folder(shape.model)
+    if hub.find(shape.model).repository is None:
+        checkpoint = hub.shipped_folder(shape.model)
         picture = checkpoint / "scene.png"
     else:
         checkpoint = random_checkpoint(shape.model, folder, report)
@@ -213,7 +216,7 @@ def _prepare(
                     continue
             model = str(path)
         bundle = made.get(name, described)
-        jobs[name] = Job(
+        jobs[name] = Task(
             name, str(checkpoint), bundle, model, prompts, str(picture) if picture else None, shape, machine_cores()
         )
     return jobs
@@ -243,31 +246,14 @@ def _exported(model: str, name: str, checkpoint: Path, folder: Path, report: Rep
 def prepare_bundle() -> None:
     """As a process: [checkpoint, bundle, model, recipe] as JSON on standard input."""
     from trol_edge.export.pipeline import export
-    from trol_edge.export.quantize.recipes import Options
+    from trol_edge.export.quantize.made_up import made_up_statistics
+    from trol_edge.export.quantize.recipes import RecipeOptions
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
     # The same bits in every matrix, as the peers have it, and no search for what random weights cannot show.
     alike = {"lm_head": recipe, "scaling": False, "clipping": False, "sensitive": None}
-    options = Options(recipe=recipe, block=BLOCK, **alike)
+    options = RecipeOptions(recipe=recipe, block=BLOCK, **alike)
     export(checkpoint, bundle, model=model, options=options, calibration=made_up_statistics, overwrite=True)
-
-
-def made_up_statistics(source: Any) -> Any:
-    """Statistics as if every Linear of a Checkpoint had seen a few rows of a normal distribution."""
-    from trol_edge.export.quantize.recipes import is_linear, point_of
-    from trol_edge.export.quantize.stats import PointStatistics, State, Statistics
-
-    rng, points = np.random.default_rng(0), {}
-    for name in source.names():
-        shape = source.shape(name)
-        if is_linear(name, shape):
-            rows = rng.standard_normal((8, shape[1]), dtype=np.float32)
-            size, top = np.abs(rows), float(np.abs(rows).max())
-            bins = np.histogram(size, 2048, (0, top))[0]
-            points[point_of(name)] = PointStatistics(
-                len(rows), size.max(axis=0), size.mean(axis=0), (size**2).mean(axis=0), rows, bins, top, top
-            )
-    return Statistics(points, {}, State(source.identity(), "made up", 1, ()))
 
 
 def _fingerprint(checkpoint: Path) -> str:
@@ -299,7 +285,7 @@ def run_python(*arguments: str, stdin: str = "", python: str = sys.executable) -
     return done.stdout
 
 
-def _run_job(job: Job, python: str = sys.executable) -> dict[str, Any]:
+def run_task(job: Task, python: str = sys.executable) -> dict[str, Any]:
     try:
         output = run_python("-c", _entry("worker"), stdin=json.dumps(dataclasses.asdict(job)), python=python)
         result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
@@ -308,7 +294,7 @@ def _run_job(job: Job, python: str = sys.executable) -> dict[str, Any]:
         return {"error": str(error)}
 
 
-def _summary(shape: str, jobs: Mapping[str, Job], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summary(shape: str, jobs: Mapping[str, Task], samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     job = next(iter(jobs.values()))
     manifest = Bundle(job.bundle).manifest
     image = manifest.spec.image_token_id
@@ -316,7 +302,7 @@ def _summary(shape: str, jobs: Mapping[str, Job], samples: dict[str, list[dict[s
     rows = []
     for name, rounds in samples.items():
         failed = next((sample["error"] for sample in rounds if "error" in sample), None)
-        row = _row(name, failed)
+        row = row_of(name, failed)
         rows.append(row)
         if failed is not None:
             continue
@@ -360,7 +346,7 @@ def targets(rows: Sequence[Mapping[str, Any]], prompt: str) -> list[dict[str, An
     """Each aim that can be judged by what was measured: {"what", "ratio", "aim", "met"}."""
     by_name = {row["name"]: row for row in rows if prompt in row["prompts"]}
     out = []
-    for what, ours, peers, kind, factor, aim in TARGETS:
+    for what, ours, peers, kind, factor, aim in AIMS:
         there = [peer for peer in peers if peer in by_name]
         if ours not in by_name or not there:
             continue
@@ -375,7 +361,7 @@ def targets(rows: Sequence[Mapping[str, Any]], prompt: str) -> list[dict[str, An
     return out
 
 
-def _row(name: str, error: str | None) -> dict[str, Any]:
+def row_of(name: str, error: str | None) -> dict[str, Any]:
     kind = CONTENDERS[name]
     return {
         "name": name,

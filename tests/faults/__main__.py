@@ -39,9 +39,7 @@ def run(place: Path, suite: str, tests: Iterable[str]) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marked, *tests]
     environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        done = subprocess.run(
-            command, cwd=place, env=environment, capture_output=True, text=True, timeout=60 * MINUTES
-        )
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=60 * MINUTES)
     except subprocess.TimeoutExpired:
         return 1, f"FAILED no end after {MINUTES} minutes"
     return done.returncode, done.stdout + done.stderr
@@ -77,7 +75,9 @@ def main(words: list[str]) -> int:
             tests = sorted({test for fault in faults if fault.suite == suite for test in fault.tests})
             code, output = run(sound, suite, tests) if tests else (0, "")
             if code:
-                print(output[-3000:], f"\nwithout any fault the tests of suite {suite} end with {code}", file=sys.stderr)
+                print(
+                    output[-3000:], f"\nwithout any fault the tests of suite {suite} end with {code}", file=sys.stderr
+                )
                 return 1
         places.put(sound)
 
@@ -93,7 +93,10 @@ def main(words: list[str]) -> int:
             for number, (fault, seen, by, seconds) in enumerate(pool.map(one, faults), 1):
                 survived += not seen
                 state = "seen" if seen else "SURVIVED"
-                print(f"{number:3} {state:8} {fault.suite:8} {seconds:4.0f} s  {fault.file}: {fault.what}\n{'':29}{by}", flush=True)
+                print(
+                    f"{number:3} {state:8} {fault.suite:8} {seconds:4.0f} s  {fault.file}: {fault.what}\n{'':29}{by}",
+                    flush=True,
+                )
     print(f"{len(faults) - survived} of {len(faults)} faults seen")
     return 1 if survived or not faults else 0
 

@@ -13,11 +13,47 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge.answering.asking import Pictures, Question, ask, look, prefill
+from trol_edge.answering.desk import Desk
+from trol_edge.answering.options import Options
+from trol_edge.answering.results import Clock
 from trol_edge.answering.sampling import log_sum_exp
-from trol_edge.errors import UsageError
+from trol_edge.errors import ContextError, UsageError
+from trol_edge.prompt.template import Prompt
 from trol_edge.session import Session
 
 Float32 = NDArray[np.float32]
+
+
+def score(
+    desk: Desk, prompt: Prompt, texts: list[str], images: Pictures | None, options: Options, whole: bool
+) -> tuple[list[float], list[int], Clock]:
+    """Log-probability and token count of each text as the answer; whole: the end of the answer is a token of it."""
+    call, start = desk.call(options), desk.now()
+    question = ask(desk, prompt, look(desk, images, options.color))
+    tiles = [picture.tiles for picture in question.pictures]
+    answers = [_answer_ids(question, desk.model.tokenize(prompt, tiles, text), text) for text in texts]
+    context, longest = desk.model.bundle.manifest.context, max(map(len, answers))
+    if len(question.ids) + longest > context:
+        raise ContextError(
+            f"prompt and pictures take {len(question.ids)} tokens and the longest option {longest}, this bundle "
+            f"holds {context}; shorten them, give fewer pictures, or export with a larger --context"
+        )
+    ends = desk.model.ends if whole else frozenset[int]()
+    clock = Clock(1e3 * (desk.now() - start))
+    with desk.held(call, options.session) as (session, clock.wait_ms):
+        logits = prefill(desk, session, question, options, call, clock)
+        since = desk.now()
+        logprobs = answer_logprobs(session, logits, answers, ends, call.check)
+        clock.decode_ms = 1e3 * (desk.now() - since)
+    return logprobs, [len(answer) + whole for answer in answers], clock
+
+
+def _answer_ids(question: Question, ids: list[int], text: str) -> list[int]:
+    prompt = len(question.ids)
+    if ids[:prompt] != question.ids or len(ids) == prompt:
+        raise UsageError(f"option {text!r} has no tokens of its own behind the prompt; word it differently")
+    return ids[prompt:]
 
 
 def checked_options(options: Sequence[str]) -> list[str]:

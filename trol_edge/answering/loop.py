@@ -2,72 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering import beam
+from trol_edge.answering.asking import Question, prefill
+from trol_edge.answering.desk import Desk
 from trol_edge.answering.options import Options
-from trol_edge.answering.results import Answer, Piece, Timings, TokenLogprob
+from trol_edge.answering.results import Answer, Clock, Piece, TokenLogprob
 from trol_edge.answering.sampling import Sampler, log_sum_exp, top_logprobs
+from trol_edge.answering.streams import AnswerStream
 from trol_edge.answering.turns import Call
 from trol_edge.errors import UnfinishedError
 from trol_edge.prompt.tokenizer import TextStream
 from trol_edge.session import Session
 
-if TYPE_CHECKING:
-    from trol_edge.runtime import Question, Runtime
-
 Float32 = NDArray[np.float32]
-
-
-@dataclasses.dataclass
-class Clock:
-    """Milliseconds by stage, as they add up while an answer is made (see answers.Timings)."""
-
-    preprocess_ms: float = 0.0
-    wait_ms: float = 0.0
-    vision_ms: float = 0.0
-    prefill_ms: float = 0.0
-    decode_ms: float = 0.0
-
-    @property
-    def timings(self) -> Timings:
-        """So far."""
-        return Timings(**dataclasses.asdict(self))
-
-
-class AnswerStream(Iterator[Piece]):
-    """Pieces of one answer; what `Runtime.stream` returns. Iterate over it, once.
-
-    `stop()`, from any thread, ends it within one step: the last piece then says "stopped". `close()`, leaving a `with`
-    block, or dropping it gives its KV cache back at once. While nobody asks for the next piece, other calls run.
-    """
-
-    def __init__(self, pieces: Generator[Piece, None, None], call: Call) -> None:
-        self._pieces, self._call = pieces, call
-
-    def __next__(self) -> Piece:
-        return next(self._pieces)
-
-    def stop(self) -> None:
-        """End the answer within one step, from any thread."""
-        self._call.stop()
-
-    def close(self) -> None:
-        """End the answer without a last piece; in the thread that iterates, or after it has ended."""
-        self._pieces.close()
-
-    def __enter__(self) -> AnswerStream:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 class Answering:
@@ -75,7 +28,7 @@ class Answering:
 
     def __init__(
         self,
-        runtime: Runtime,
+        desk: Desk,
         question: Question,
         options: Options,
         call: Call,
@@ -83,13 +36,15 @@ class Answering:
         session: Session | None = None,
     ) -> None:
         """session: reserved for this answer by a caller who has the turn; None: the answer sees to both."""
-        self._runtime, self._question, self._options, self._call, self._clock = runtime, question, options, call, clock
+        self._desk, self._question, self._options, self._call, self._clock = desk, question, options, call, clock
         self._ids = list(question.ids)  # prompt and answer so far
         self._sampler = Sampler(options.sampling)
-        self._text = TextStream(runtime._text(), options.stop)
+        self._text = TextStream(desk.model.text, options.stop)
         self._constraint = None
         if options.response_format is not None:
-            self._constraint = runtime._grammars.start(options.response_format)
+            self._constraint = desk.grammars.start(options.response_format)
+        self._rope = self._first_rope()
+        self._cached = 0  # tokens of the prompt that were in the session
         self._given = session
         self._session: Session | None = None
         self._has_turn = False
@@ -102,30 +57,28 @@ class Answering:
     def answer(self) -> Answer:
         """All of it. Other calls wait meanwhile."""
         self._keeps_turn = True
-        piece = Piece("", ())
-        text, ids, logprobs = "", list[int](), list[TokenLogprob]()
+        text, ids, logprobs, reason = "", list[int](), list[TokenLogprob](), ""
         with closing(self._run()) as pieces:
             for piece in pieces:
                 text += piece.text
                 ids += piece.token_ids
                 logprobs += piece.logprobs
-        assert piece.finish_reason is not None and piece.timings is not None
-        assert piece.rope is not None and piece.cached_tokens is not None
+                reason = piece.finish_reason or reason
         return Answer(
-            text,
-            tuple(ids),
-            piece.finish_reason,
-            piece.timings,
-            len(self._question.ids),
-            piece.cached_tokens,
-            piece.rope,
-            None if self._options.logprobs is None else tuple(logprobs),
+            text=text,
+            token_ids=tuple(ids),
+            finish_reason=reason,
+            timings=self._clock.timings,
+            prompt_tokens=len(self._question.ids),
+            cached_tokens=self._cached,
+            rope=self._rope,
+            logprobs=None if self._options.logprobs is None else tuple(logprobs),
         )
 
     def search(self) -> Answer:
         """The likeliest of `num_beams` answers that are searched in parallel. Other calls wait meanwhile."""
-        runtime, options, call, clock, now = self._runtime, self._options, self._call, self._clock, self._runtime._clock
-        found, cached, rope, over = beam.Hypothesis((), 0.0, False), 0, self._rope, list[str]()
+        desk, options, call, clock = self._desk, self._options, self._call, self._clock
+        found, over = beam.Hypothesis((), 0.0, False), list[str]()
 
         def on_step() -> bool:
             try:
@@ -136,17 +89,17 @@ class Answering:
 
         try:
             session = self._begin()
-            logits = runtime._prefill(session, self._question, options, call, clock)
-            rope, cached, since = session.rope, session.reused, now()
+            logits = self._prefill(session)
+            since = desk.now()
             found = beam.search(
                 session,
                 logits,
                 num_beams=options.num_beams,
                 max_new_tokens=options.max_new_tokens,
-                end_ids=runtime._ends,
+                end_ids=desk.model.ends,
                 on_step=on_step,
             )
-            clock.decode_ms += 1e3 * (now() - since)
+            clock.decode_ms += 1e3 * (desk.now() - since)
         except UnfinishedError as error:
             over.append(error.reason)
         finally:
@@ -156,24 +109,30 @@ class Answering:
         if reason == "length" and len(ids) < options.max_new_tokens:
             reason = "context"
         text = "".join([self._text.push(token) for token in ids]) + self._text.flush()
-        prompt = len(self._question.ids)
-        return Answer(text, ids, reason, clock.timings, prompt, cached, rope, None, found.score)
+        return Answer(
+            text=text,
+            token_ids=ids,
+            finish_reason=reason,
+            timings=clock.timings,
+            prompt_tokens=len(self._question.ids),
+            cached_tokens=self._cached,
+            rope=self._rope,
+            logprobs=None,
+            score=found.score,
+        )
 
-    @property
-    def _rope(self) -> str:
+    def _first_rope(self) -> str:
         """The rope factors before there is a session."""
-        if self._runtime.bundle.manifest.spec.long_rope is None:
+        if self._desk.model.bundle.manifest.spec.long_rope is None:
             return "plain"
         return "long" if self._options.long_context else "short"
 
     def _run(self) -> Generator[Piece, None, None]:
-        runtime, options, call, clock, now = self._runtime, self._options, self._call, self._clock, self._runtime._clock
-        cached, rope = 0, self._rope
+        options, call, clock, now = self._options, self._call, self._clock, self._desk.now
         try:
             try:
                 session = self._begin()
-                given: Float32 | int = runtime._prefill(session, self._question, options, call, clock)
-                rope, cached = session.rope, session.reused
+                given: Float32 | int = self._prefill(session)
                 since = now()
                 while True:
                     token, piece = self._choose(session, given)
@@ -190,7 +149,7 @@ class Answering:
                     call.check()
                     if options.answer_mode == "traverse":
                         given = session.extend([token])
-                        rope = session.rope  # extend may have gone over to the long factors
+                        self._rope = session.rope  # extend may have gone over to the long factors
                     elif self._needs_logits:
                         given = session.step_view(token)
                     else:
@@ -200,8 +159,20 @@ class Answering:
                 piece = Piece("", (), (), over.reason)
         finally:
             self._end()
-        text = piece.text + self._text.flush()
-        yield dataclasses.replace(piece, text=text, timings=clock.timings, rope=rope, cached_tokens=cached)
+        yield Piece(
+            text=piece.text + self._text.flush(),
+            token_ids=piece.token_ids,
+            logprobs=piece.logprobs,
+            finish_reason=piece.finish_reason,
+            timings=clock.timings,
+            rope=self._rope,
+            cached_tokens=self._cached,
+        )
+
+    def _prefill(self, session: Session) -> Float32:
+        logits = prefill(self._desk, session, self._question, self._options, self._call, self._clock)
+        self._rope, self._cached = session.rope, session.reused
+        return logits
 
     @property
     def _needs_logits(self) -> bool:
@@ -224,7 +195,7 @@ class Answering:
         else:
             allowed = given if self._constraint is None else self._constraint.mask(given)
             token = self._sampler.sample(allowed, self._ids)
-        if token in self._runtime._ends:
+        if token in self._desk.model.ends:
             return token, Piece("", (), (), "stop")
         self._ids.append(token)
         text = self._text.push(token)
@@ -247,25 +218,25 @@ class Answering:
         if self._given is not None:
             return self._given
         self._take_turn()
-        self._session = self._runtime._reserve(self._options.session)
+        self._session = self._desk.reserve(self._options.session)
         return self._session
 
     def _take_turn(self) -> None:
-        start = self._runtime._clock()
+        start = self._desk.now()
         try:
-            self._runtime._turns.take(self._call)
+            self._desk.turns.take(self._call)
             self._has_turn = True
         finally:
-            self._clock.wait_ms += 1e3 * (self._runtime._clock() - start)
+            self._clock.wait_ms += 1e3 * (self._desk.now() - start)
 
     def _give_turn(self) -> None:
         self._has_turn = False
-        self._runtime._turns.give(self._call)
+        self._desk.turns.give(self._call)
 
     def _end(self) -> None:
         """Give back what the answer holds. Takes no lock between pieces: a garbage collection may call it anywhere."""
         if self._session is not None:
-            self._runtime._release(self._session, keep=self._options.session is None)
+            self._desk.release(self._session, keep=self._options.session is None)
             self._session = None
         if self._has_turn:
             self._give_turn()

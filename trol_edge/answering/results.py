@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["Answer", "Choice", "Option", "Piece", "Timings", "TokenLogprob", "YesNo"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
@@ -107,3 +105,19 @@ class YesNo:
 
     def __bool__(self) -> bool:
         return self.yes
+
+
+@dataclasses.dataclass
+class Clock:
+    """Milliseconds by stage, as they add up while an answer is made (see Timings)."""
+
+    preprocess_ms: float = 0.0
+    wait_ms: float = 0.0
+    vision_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+    @property
+    def timings(self) -> Timings:
+        """So far."""
+        return Timings(**dataclasses.asdict(self))

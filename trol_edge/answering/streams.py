@@ -1,17 +1,48 @@
-"""Pieces of an answer for an asyncio event loop: computed in a thread of their own, so that the loop never waits."""
+"""Pieces of one answer, to iterate over: at once, or in an asyncio event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from types import TracebackType
 
-from trol_edge.answering.loop import AnswerStream
 from trol_edge.answering.results import Piece
+from trol_edge.answering.turns import Call
+
+
+class AnswerStream(Iterator[Piece]):
+    """Pieces of one answer; what `Runtime.stream` returns. Iterate over it, once.
+
+    `stop()`, from any thread, ends it within one step: the last piece then says "stopped". `close()`, leaving a `with`
+    block, or dropping it gives its KV cache back at once. While nobody asks for the next piece, other calls run.
+    """
+
+    def __init__(self, pieces: Generator[Piece, None, None], call: Call) -> None:
+        self._pieces, self._call = pieces, call
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def stop(self) -> None:
+        """End the answer within one step, from any thread."""
+        self._call.stop()
+
+    def close(self) -> None:
+        """End the answer without a last piece; in the thread that iterates, or after it has ended."""
+        self._pieces.close()
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
 
 async def pieces(start: Callable[[], AnswerStream]) -> AsyncGenerator[Piece, None]:
-    """Yield the pieces of `start()`, which is called in the thread as well (it reads pictures).
+    """Yield the pieces of `start()`, computed in a thread of their own, so that the event loop never waits.
+
+    `start` is called in that thread, too, because it reads pictures.
 
     Cancelled or closed, the answer is stopped and this returns when the thread has ended, a step later.
     """

@@ -74,3 +74,18 @@ class Turns:
         """Calls that have the turn (0 or 1) or wait for it."""
         with self._lock:
             return len(self._queue)
+
+
+class Pace:
+    """The least time per unit that a kind of work has taken so far: what is sure to be too much before a deadline."""
+
+    def __init__(self) -> None:
+        self._per_unit_s = math.inf
+
+    def saw(self, seconds: float, units: int) -> None:
+        """So many units took so long."""
+        self._per_unit_s = min(self._per_unit_s, seconds / units)
+
+    def least_s(self, units: int) -> float:
+        """Seconds that so many units take at least; 0 before any was seen."""
+        return 0.0 if self._per_unit_s == math.inf else units * self._per_unit_s

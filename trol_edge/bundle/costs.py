@@ -15,9 +15,6 @@ from trol_edge.errors import UsageError
 
 Polynomial = dict[str, int]
 
-# Operation.kind. "linear": a product with weights; "pointwise": element by element; "move": copies and reorders.
-KINDS = ("linear", "convolution", "attention", "norm", "pointwise", "move")
-
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -43,7 +40,7 @@ class Cost:
 class Operation:
     """`count` operators that cost the same; the numbers are those of one."""
 
-    kind: str  # of KINDS
+    kind: str  # linear (a product with weights), convolution, attention, norm, pointwise, move (copies and reorders)
     arithmetic: str  # what is multiplied: "float32", "float16", "int8" or "fp8" (both sides are)
     stored: str | None  # type of its weights: "float32", "float16", "int8", "int4", "fp8"; None: it has none
     count: int
@@ -89,12 +86,6 @@ class Costs:
         Dimensions that the graph does not have are ignored. Raises UsageError for one that is missing.
         """
         return _total(self.operations, self.dims(dims))
-
-    def by_kind(self, **dims: int) -> dict[str, Cost]:
-        """The same for each kind of operator that the graph has."""
-        sizes = self.dims(dims)
-        kinds = [kind for kind in KINDS if any(o.kind == kind for o in self.operations)]
-        return {kind: _total(tuple(o for o in self.operations if o.kind == kind), sizes) for kind in kinds}
 
     def peak_bytes(self, **dims: int) -> int:
         """Bytes of the tensors that are alive together where these are most."""

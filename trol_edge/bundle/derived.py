@@ -5,15 +5,12 @@ A bundle stores 4-bit weights once, as ONNX Runtime's MatMulNBits reads them; a 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from trol_edge.bundle.weights import FLOATS, TensorInfo
 
 # What is added to the name of a parameter.
 NBITS = ".nbits"  # uint8 [N, K/block, block/2]: two values 0..15 per byte, the first in the low half; 8 means zero
@@ -27,15 +24,6 @@ WORKERS = 2  # tensors converted at a time; numpy lets them run side by side
 def derived_parameters(names: Iterable[str]) -> list[str]:
     """The parameters of which 8-bit weights are asked for, sorted."""
     return sorted(name.removesuffix(INT8) for name in names if name.endswith(INT8))
-
-
-def loaded_bytes(name: str, tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes of a weight in the CPU's memory: floating point as float32, quantized as stored, derived as made."""
-    if name in tensors:
-        tensor = tensors[name]
-        return 4 * math.prod(tensor.shape) if tensor.dtype in FLOATS else tensor.nbytes
-    packed = tensors[name.removesuffix(INT8).removesuffix(INT8_SCALE) + NBITS]
-    return 2 * packed.nbytes if name.endswith(INT8) else 4 * packed.shape[0]
 
 
 def derive_int8(arrays: dict[str, NDArray[Any]], parameters: Iterable[str], keep: Collection[str] = ()) -> None:

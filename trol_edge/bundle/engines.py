@@ -8,15 +8,13 @@ stand in one bundle, one set each.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from trol_edge.bundle.manifest import WEIGHTS, Bundle, FileInfo, sha256_of
-from trol_edge.bundle.spec import from_dict
-from trol_edge.bundle.weights import TensorInfo
+from trol_edge.bundle.folder import digest_of, sha256_of
+from trol_edge.bundle.manifest import Bundle, FileInfo
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError
 
 FORMAT_VERSION = 2
@@ -62,42 +60,6 @@ class EngineSet:
     engines: dict[str, EngineInfo]  # by graph
 
 
-def weight_bytes(bundle: Bundle, names: Iterable[str]) -> int:
-    """Bytes of weights inside an engine, each once, in the type that it computes with."""
-    tensors = bundle.weights().tensors
-    widen = 2 if bundle.manifest.plan.compute == "fp32" else 1
-    return sum(tensors[n].nbytes * (widen if tensors[n].dtype in ("F16", "BF16") else 1) for n in names)
-
-
-def shared_weights(bundle: Bundle) -> dict[str, TensorInfo]:
-    """Weights that traverse and step take as inputs, from one buffer on the device; none where engines hold them."""
-    step, tensors = bundle.manifest.graphs["step"], bundle.weights().tensors
-    return {name: tensors[name] for name in step.weights if name not in step.constants}
-
-
-def device_bytes(bundle: Bundle) -> tuple[int, int]:
-    """Bytes of the weights on a device: where each engine holds its own, and with `export --shared-weights`."""
-    graphs, tensors = bundle.manifest.graphs, bundle.weights().tensors
-    apart = sum(weight_bytes(bundle, graphs[name].weights) for name in ENGINES)
-    both = set(graphs["traverse"].weights) & set(graphs["step"].weights)
-    matrices = [name for name in both if name in tensors and is_shareable(name, tensors[name].shape)]
-    return apart, apart - 2 * weight_bytes(bundle, matrices) + sum(tensors[name].nbytes for name in matrices)
-
-
-def is_shareable(name: str, shape: Sequence[object]) -> bool:
-    """Whether a weight is a matrix, and so worth sharing; scales in blocks stay with the engine."""
-    return len(shape) == 2 and name.endswith((".weight", ".lora_a", ".lora_b"))
-
-
-def build_bytes(weights: int) -> int:
-    """Peak memory of building an engine that holds so many bytes of weights.
-
-    A line through five builds by TensorRT for RTX 1.7 (README, `make engines-full`), 1.3 to 3.9 GB of weights, and at
-    most 8 % off; trol-nano, which takes 0.57 GB, is on it, too. Other versions: not measured.
-    """
-    return round(0.6e9 + 2.75 * weights)
-
-
 def folder_of(bundle: Bundle, target: str) -> Path:
     """Where a target's engines stand."""
     return bundle.folder / FOLDER / target
@@ -112,7 +74,7 @@ def read(bundle: Bundle, target: str) -> EngineSet:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: not readable as JSON ({error}); `trol-edge build --force`") from error
-    if not isinstance(data, dict) or data.pop("sha256", None) != _digest(data):
+    if not isinstance(data, dict) or data.pop("sha256", None) != digest_of(data):
         raise BundleError(f"{path}: altered since the build (its own hash differs); `trol-edge build --force`")
     if data.get("format_version") != FORMAT_VERSION:
         raise BundleError(f"{path}: engine format {data.get('format_version')!r}, this reads {FORMAT_VERSION}")
@@ -123,11 +85,7 @@ def read(bundle: Bundle, target: str) -> EngineSet:
 def write(folder: Path, engines: EngineSet) -> None:
     """Write engines.json, last of all, with its own hash in it."""
     data = json.loads(json.dumps(dataclasses.asdict(engines)))
-    (folder / MANIFEST).write_text(json.dumps(data | {"sha256": _digest(data)}, indent=1) + "\n", encoding="utf-8")
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(data | {"sha256": digest_of(data)}, indent=1) + "\n", encoding="utf-8")
 
 
 def differences(bundle: Bundle, engines: EngineSet, key: Key) -> list[str]:

@@ -6,7 +6,7 @@
                             or quantized as the manifest's plan says, with their scales beside them
     tokenizer.json          for the `tokenizers` library; absent: token level only
     selftest.safetensors    what the FP32 reference computes, see selftest.py; absent: nothing to verify against
-    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify.py
+    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify/
 
 A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
 """
@@ -14,40 +14,24 @@ A bundle is written beside its final place and renamed when complete, so a folde
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fnmatch
-import hashlib
 import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.precision import CalibrationInfo, Part, Plan
-from trol_edge.bundle.spec import ModelSpec, from_dict
+from trol_edge.bundle.folder import digest_of, sha256_of
+from trol_edge.bundle.names import MANIFEST, WEIGHTS
+from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
+from trol_edge.bundle.spec import ModelSpec
+from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.weights import WeightsFile
-from trol_edge.errors import BundleError, ExportError
+from trol_edge.errors import BundleError
 from trol_edge.prompt.images import ImageSpec
-from trol_edge.prompt.tokenizer import PromptSpec
+from trol_edge.prompt.template import PromptSpec
 
 FORMAT = "trol-edge-bundle"
 # 2: traverse goes on from a prefix (slots, and a cache of the second pass); a plan of precisions
 FORMAT_VERSION = 2
-MANIFEST = "bundle.json"
-WEIGHTS = "weights.safetensors"
-TOKENIZER = "tokenizer.json"
-SELFTEST = "selftest.safetensors"
-VERIFIED = "verified-*.json"
-# Patterns of all that a bundle's folder may hold.
-BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, SELFTEST, VERIFIED, "*.onnx", "engines")
-EMBEDDING = "embedding"  # looked up by the runtime, in no graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +89,8 @@ class Manifest:
     tools: dict[str, str]  # versions that made it
     notes: tuple[str, ...]
     parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
-    plan: Plan  # how each Linear is stored and computed
+    plan: PrecisionPlan  # how each Linear is stored and computed
     calibration: CalibrationInfo | None  # what the scales were made of; None: nothing was calibrated
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one K/V set per token of context, in the types of the graphs."""
-        past = [port for port in self.graphs["step"].inputs if port.name.startswith("past_")]
-        row = self.spec.num_kv_heads * self.spec.head_dim
-        return row * sum(np.dtype(port.dtype).itemsize for port in past)
 
 
 class Bundle:
@@ -143,7 +120,7 @@ class Bundle:
                 "export the bundle again with this version"
             )
         self.identity = data.pop("manifest_sha256", None)  # of the manifest, and so of every file that it lists
-        if self.identity != _digest(data):
+        if self.identity != digest_of(data):
             raise BundleError(f"{path}: altered since export (its own hash differs); copy or export the bundle again")
         self.manifest: Manifest = from_dict(Manifest, data, str(path))
         self._check_files()
@@ -172,87 +149,9 @@ class Bundle:
         return WeightsFile(self.path(WEIGHTS))
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, hex, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write bundle.json, last of all, with its own hash in it."""
     data = dataclasses.asdict(manifest)
     data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader sees them
-    data["manifest_sha256"] = _digest(data)
+    data["manifest_sha256"] = digest_of(data)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _digest(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-@contextmanager
-def new_folder(
-    target: str | os.PathLike[str], overwrite: bool = False, ours: Collection[str] = BUNDLE_FILES
-) -> Iterator[Path]:
-    """Yield a temporary folder beside `target` and rename it to `target` on success; on any failure remove it.
-
-    Ctrl-C and a full disk count as failures, and leave what was there before. Raises ExportError where target exists
-    (unless overwrite, and then it must hold nothing but files named as in `ours`, patterns) or cannot be written.
-    """
-    final = Path(target)
-    if final.exists() and not overwrite:
-        raise ExportError(f"{final}: exists; choose another name or allow overwriting (--force)")
-    if final.exists() and not final.is_dir():
-        raise ExportError(f"{final}: is a file, a folder is to be written there; remove it or choose another name")
-    if final.is_dir():
-        others = sorted(p.name for p in final.iterdir() if not any(fnmatch.fnmatch(p.name, name) for name in ours))
-        if others:
-            raise ExportError(
-                f"{final}: holds other files ({', '.join(others[:3])}), which would be lost; choose another name"
-            )
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_overs(final)
-        folder = _part(final)
-    except OSError as error:
-        raise ExportError(f"{final}: cannot be written ({error.strerror}); choose another place") from error
-    old: Path | None = None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if overwrite and final.exists():
-            old = _part(final)
-            final.rename(old)  # onto an empty folder: POSIX allows it
-        folder.rename(final)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ExportError(f"{final}: the disk is full; make room or choose another place") from error
-        raise ExportError(f"{final}: cannot be written ({error}); nothing was left there") from error
-    finally:
-        if old is not None and not final.exists():
-            old.rename(final)
-        for part in (folder, old):
-            if part is not None:
-                shutil.rmtree(part, ignore_errors=True)
-
-
-def _part(final: Path) -> Path:
-    """A new folder beside `final`, whose name says which process made it."""
-    return Path(tempfile.mkdtemp(prefix=f".{final.name}.{os.getpid()}.", suffix=".part", dir=final.parent))
-
-
-def _remove_left_overs(final: Path) -> None:
-    """Remove what writers that were killed (so that no `finally` ran) left beside `final`."""
-    name = re.compile(rf"\.{re.escape(final.name)}\.(\d+)\.[^.]+\.part")
-    for folder in final.parent.iterdir():
-        if not (match := name.fullmatch(folder.name)):
-            continue
-        try:
-            os.kill(int(match[1]), 0)
-        except (ProcessLookupError, OverflowError):
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:
-            pass  # alive, and someone else's

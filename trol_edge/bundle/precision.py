@@ -39,7 +39,7 @@ class LinearPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PrecisionPlan:
     """How every Linear of a bundle is treated, and what everything else is computed in."""
 
     recipe: str  # "fp32", "fp16", "int8", "int4", "fp8", or "mixed"

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.manifest import SELFTEST, Bundle
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import SELFTEST
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BundleError
 
@@ -26,7 +27,7 @@ Int32 = NDArray[np.int32]
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class SelfTestCase:
     """One prompt and the tokens stepped behind it. "long" has no picture and takes the long rope factors."""
 
     ids: Int32  # [S]
@@ -51,7 +52,7 @@ class SelfTest:
     rope_rows: Int32  # of the rope tables, all sets
     rope: Float32  # [2, rows, E/2] cos and sin
     embeddings: Float32  # [n, D] of the stepped tokens
-    cases: dict[str, Case]  # "picture", and "long" where the rotary embedding has two factor sets
+    cases: dict[str, SelfTestCase]  # "picture", and "long" where the rotary embedding has two factor sets
 
 
 def read(bundle: Bundle) -> SelfTest:
@@ -66,7 +67,9 @@ def read(bundle: Bundle) -> SelfTest:
     try:
         cases = {}
         for name in sorted({name.split(".")[0] for name in arrays if "." in name}, reverse=True):  # the picture first
-            cases[name] = Case(**{f.name: arrays.pop(f"{name}.{f.name}") for f in dataclasses.fields(Case)})
+            cases[name] = SelfTestCase(
+                **{f.name: arrays.pop(f"{name}.{f.name}") for f in dataclasses.fields(SelfTestCase)}
+            )
         return SelfTest(**arrays, cases=cases)
     except (KeyError, TypeError) as error:
         raise BundleError(f"{file.path}: not a self-test of this version ({error}); export the bundle again") from error

@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from typing import Any, TypeVar
-
-from trol_edge.errors import BundleError, TrolEdgeError
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,62 +62,6 @@ class ModelSpec:
     long_rope: LongRope | None = None  # None: plain rotary embedding, one set of frequencies
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one cached token (K and V of all layers) in FP32."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
-
-
-def from_dict(
-    cls: type[T],
-    data: Any,
-    where: str,
-    error: type[TrolEdgeError] = BundleError,
-    advice: str = "Export the bundle again with this version of trol-edge",
-) -> T:
-    """Build the dataclass `cls` (nested ones included) from parsed JSON.
-
-    Unknown, missing and wrongly typed keys raise `error` in one message that lists them all and ends in `advice`: a
-    field that is silently dropped is a silently wrong answer later.
-    """
-    problems: list[str] = []
-    value = _convert(cls, data, where, problems)
-    if problems:
-        refusal = error(f"{'; '.join(problems)}. {advice}")
-        raise refusal
-    return value
-
-
-def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            attempt: list[str] = []
-            found = _convert(option, value, where, attempt)
-            if not attempt:
-                return found
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        hints = typing.get_type_hints(hint)
-        fields = {f.name: f for f in dataclasses.fields(hint)}
-        problems += [f"{where}: unknown key {key!r}" for key in value if key not in fields]
-        problems += [
-            f"{where}: missing key {name!r}"
-            for name, f in fields.items()
-            if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
-        found = {n: _convert(hints[n], value[n], f"{where}.{n}", problems) for n in fields if n in value}
-        return None if problems else hint(**found)
-    if origin is dict and isinstance(value, dict):
-        return {key: _convert(args[1], item, f"{where}.{key}", problems) for key, item in value.items()}
-    if origin is tuple and isinstance(value, list | tuple):
-        kinds = args[:1] * len(value) if args[-1] is ... else args
-        if len(kinds) == len(value):
-            items = zip(kinds, value, strict=True)
-            return tuple(_convert(k, v, f"{where}[{i}]", problems) for i, (k, v) in enumerate(items))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is types.NoneType and value is None:
-        return None
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is not int or not isinstance(value, bool)):
-        return value
-    problems.append(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r:.80}")
-    return None
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token takes in a K/V set: K and V of all layers. (Bytes: see sizes.py.)"""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -154,6 +154,11 @@ TARGETS = {
 }
 
 
+def is_gpu(name: str) -> bool:
+    """Whether engines are built for a target. Not for "cpu", nor "onnx" (files for other tools), nor unknown names."""
+    return name in TARGETS and TARGETS[name].gpu
+
+
 def target(name: str) -> Target:
     """The target of that name; UsageError where there is none."""
     if name not in TARGETS:

@@ -10,8 +10,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from trol_edge.bundle.spec import from_dict
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.strict import from_dict
+from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import UsageError
 
 MIB = 1 << 20
@@ -64,7 +64,18 @@ _LIKE_NANO = "os_bytes and desktop_bytes are Orin Nano's"
 def _orin(name: str, title: str, mib: int, sms: int, modes: tuple[Mode, ...], *unverified: str) -> Device:
     sources, unsure = (_NANO, unverified) if name == "orin-nano-8gb" else (_ORIN, (_LIKE_NANO, *unverified))
     return Device(
-        name, title, "jetson-jp6", mib * MIB, 800_000_000, 1_600_000_000, sms, 1024, False, modes, sources, unsure
+        name=name,
+        title=title,
+        target="jetson-jp6",
+        memory_bytes=mib * MIB,
+        os_bytes=800_000_000,
+        desktop_bytes=1_600_000_000,
+        sms=sms,
+        fp16_fma=1024,
+        fp8=False,
+        modes=modes,
+        sources=sources,
+        unverified=unsure,
     )
 
 
@@ -74,7 +85,20 @@ def _desktop(
     unsure = ("os_bytes: what a driver takes differs",)
     modes = (Mode("default", mhz, gb_per_s),)
     memory, full = gib * 1024 * MIB, title or f"GeForce {name.upper().replace('-', ' ')}"
-    return Device(name, full, "rtx", memory, 500_000_000, 700_000_000, sms, fma, fp8, modes, _GEFORCE, unsure)
+    return Device(
+        name=name,
+        title=full,
+        target="rtx",
+        memory_bytes=memory,
+        os_bytes=500_000_000,
+        desktop_bytes=700_000_000,
+        sms=sms,
+        fp16_fma=fma,
+        fp8=fp8,
+        modes=modes,
+        sources=_GEFORCE,
+        unverified=unsure,
+    )
 
 
 DEVICES = {
@@ -120,32 +144,32 @@ DEVICES = {
             "memory clock of the modes 50W and 30W",
         ),
         Device(
-            "agx-thor",
-            "Jetson AGX Thor (T5000)",
-            "jetson-jp7",
-            125772 * MIB,
-            1_500_000_000,
-            1_600_000_000,
-            20,
-            4096,
-            True,
-            (Mode("MAXN", 1575, 273),),
-            ("NVIDIA's product page; others measured 206 TFLOPS FP16, 516 TOPS INT8, 254 GB/s read",),
-            ("os_bytes", "desktop_bytes"),
+            name="agx-thor",
+            title="Jetson AGX Thor (T5000)",
+            target="jetson-jp7",
+            memory_bytes=125772 * MIB,
+            os_bytes=1_500_000_000,
+            desktop_bytes=1_600_000_000,
+            sms=20,
+            fp16_fma=4096,
+            fp8=True,
+            modes=(Mode("MAXN", 1575, 273),),
+            sources=("NVIDIA's product page; others measured 206 TFLOPS FP16, 516 TOPS INT8, 254 GB/s read",),
+            unverified=("os_bytes", "desktop_bytes"),
         ),
         Device(
-            "thor-t4000",
-            "Jetson T4000",
-            "jetson-jp7",
-            62817 * MIB,
-            1_500_000_000,
-            1_600_000_000,
-            12,
-            4096,
-            True,
-            (Mode("MAXN", 1530, 273),),
-            ("NVIDIA's JetPack 7.1 page: 1200 sparse FP4 TFLOPS, 64 GB",),
-            ("everything but 64 GB and 273 GB/s: derived from the sparse FP4 figure",),
+            name="thor-t4000",
+            title="Jetson T4000",
+            target="jetson-jp7",
+            memory_bytes=62817 * MIB,
+            os_bytes=1_500_000_000,
+            desktop_bytes=1_600_000_000,
+            sms=12,
+            fp16_fma=4096,
+            fp8=True,
+            modes=(Mode("MAXN", 1530, 273),),
+            sources=("NVIDIA's JetPack 7.1 page: 1200 sparse FP4 TFLOPS, 64 GB",),
+            unverified=("everything but 64 GB and 273 GB/s: derived from the sparse FP4 figure",),
         ),
         _desktop("rtx-3060", 12, 28, 1777, 360, False),
         _desktop("rtx-4060", 8, 24, 2460, 272, True),
@@ -205,8 +229,8 @@ def _read(path: Path) -> Device:
     ]
     if not device.modes:
         wrong.append("no modes")
-    if not (device.target in TARGETS and TARGETS[device.target].gpu):
-        wrong.append(f"target {device.target!r} is not one of {', '.join(n for n, t in TARGETS.items() if t.gpu)}")
+    if not is_gpu(device.target):
+        wrong.append(f"target {device.target!r} is not one of {', '.join(filter(is_gpu, TARGETS))}")
     if wrong:
         raise UsageError(f"{path}: {'; '.join(wrong)}. {advice}")
     return device

@@ -115,7 +115,7 @@ def _meminfo(text: str) -> dict[str, int]:
 
 def free_pages() -> None:
     """Give memory that is freed, but kept by the C library between what is in use, back to the machine."""
-    if (trim := _from_libc("malloc_trim")) is not None:
+    if (trim := from_libc("malloc_trim")) is not None:
         trim(0)
 
 
@@ -128,11 +128,11 @@ def share_arenas() -> None:
     """
     if "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in os.environ.get("GLIBC_TUNABLES", ""):
         return
-    if (mallopt := _from_libc("mallopt")) is not None:
+    if (mallopt := from_libc("mallopt")) is not None:
         mallopt(_M_ARENA_MAX, 2)
 
 
-def _from_libc(name: str) -> Callable[..., int] | None:
+def from_libc(name: str) -> Callable[..., int] | None:
     """A function that glibc has and others may not."""
     try:
         found: Callable[..., int] = getattr(ctypes.CDLL(None), name)

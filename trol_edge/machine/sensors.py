@@ -31,7 +31,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-class Machine:
+class Sensors:
     """The sensors of one machine, found once. `identity` says what it is, `sample` what it does now."""
 
     def __init__(self, root: str | os.PathLike[str] = "/") -> None:
@@ -110,7 +110,7 @@ class Machine:
         }
         if "CmaFree" in memory and memory.get("CmaTotal"):
             row["cma_free_bytes"] = memory["CmaFree"]
-        row |= self._process(pid)
+        row |= self.process(pid)
         for name, (volts, amperes, watts) in self._rails.items():
             if watts is not None:
                 value = _number(watts)
@@ -213,7 +213,8 @@ class Machine:
         ]
         return float(PAGE << max(orders)) if orders else None
 
-    def _process(self, pid: int) -> dict[str, float | None]:
+    def process(self, pid: int) -> dict[str, float | None]:
+        """Memory and processor time of a process: of the real machine, whatever the root."""
         status = _text(Path(f"/proc/{pid}/status")) or ""
         found = {name: 1024.0 * int(kb) for name, kb in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", status, re.M)}
         row: dict[str, float | None] = {"rss_bytes": found.get("VmRSS"), "peak_rss_bytes": found.get("VmHWM")}
@@ -258,7 +259,7 @@ def _number(path: Path) -> float | None:
 def main() -> None:
     """Sample until standard input closes: so the sampler never outlives whoever started it."""
     root, pid, interval = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    machine, due = Machine(root), time.monotonic()
+    machine, due = Sensors(root), time.monotonic()
     while True:
         print(json.dumps(machine.sample(pid)), flush=True)
         due = max(due + interval, time.monotonic())

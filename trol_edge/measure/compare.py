@@ -39,7 +39,7 @@ class Change:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class BaselineComparison:
     """Everything that both profiles measured; `unjudged` says why some of it means nothing."""
 
     changes: tuple[Change, ...]
@@ -52,7 +52,7 @@ class Comparison:
         return [change for change in self.changes if change.slower]
 
 
-def compare(old: Profile, new: Profile) -> Comparison:
+def compare(old: Profile, new: Profile) -> BaselineComparison:
     """Compare what both measured. Raises UsageError where they are of other machines, bundles or cases."""
     _same_machine(old, new)
     changes: list[Change] = []
@@ -88,7 +88,7 @@ def compare(old: Profile, new: Profile) -> Comparison:
                 unjudged.append(f"{where}: {'; '.join(bad)}")
             else:
                 changes += _run_changes(where, before, was, after, run)
-    return Comparison(tuple(changes), tuple(unjudged), tuple(remarks))
+    return BaselineComparison(tuple(changes), tuple(unjudged), tuple(remarks))
 
 
 def judge(where: str, what: str, unit: str, old: Values, new: Values) -> Change:
@@ -105,7 +105,7 @@ def judge(where: str, what: str, unit: str, old: Values, new: Values) -> Change:
         slower = low > 1 + threshold
     if unit == "ms" and now - was < TOO_SHORT_MS:
         slower = False
-    return Change(where, what, unit, was, now, threshold, slower)
+    return Change(where=where, what=what, unit=unit, old=was, new=now, threshold=threshold, slower=slower)
 
 
 def drift(values: Values) -> float:
@@ -124,7 +124,17 @@ def _run_changes(where: str, before: BundleProfile, was: Run, after: BundleProfi
     for what, unit, then, now, scale in single:
         if then and now:
             least = LEAST if unit == "MB" else LEAST_OF_FEW
-            found.append(Change(where, what, unit, then / scale, now / scale, least, now > then * (1 + least)))
+            found.append(
+                Change(
+                    where=where,
+                    what=what,
+                    unit=unit,
+                    old=then / scale,
+                    new=now / scale,
+                    threshold=least,
+                    slower=now > then * (1 + least),
+                )
+            )
     return found
 
 

@@ -1,6 +1,6 @@
 """The figures of a profile's page: drawn as SVG, twice, once per width (text would shrink with a scaled picture).
 
-CSS shows the drawing that fits. Colours are CSS variables (profile_page.py): a bundle keeps its colour, and so does a
+CSS shows the drawing that fits. Colours are CSS variables (page.py): a bundle keeps its colour, and so does a
 stage.
 """
 
@@ -8,18 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
 
-from trol_edge.measure.record import Answer, BundleProfile, Profile, Run, Values, case_name, percentiles, pooled
+from trol_edge.measure.record import BundleProfile, Profile, Run, TimedAnswer, Values, case_name, percentiles, pooled
 from trol_edge.measure.samples import Energy, Verdict, column, power
+from trol_edge.svg import (
+    WIDE,
+    Draw,
+    empty,
+    figure,
+    label_at,
+    legend,
+    line,
+    log_ticks,
+    milliseconds,
+    number,
+    path,
+    rect,
+    svg,
+    text_at,
+    ticks,
+    x_axis,
+)
 
-WIDE, NARROW = 1040, 358  # of a drawing, in CSS pixels
 POINTS = 400  # of a line over time, at most
 BINS = 56
-CHARACTER = 7.6  # width of one in a drawing, about
 HUES = 6  # colours of bundles, --h0 ..
 
 
@@ -49,124 +65,19 @@ def title_of(row: Row) -> str:
 # -- numbers and words -------------------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
-    """Three significant digits, no exponent: 0.183, 12.4, 1310."""
-    rounded = float(f"{value:.3g}")
-    if not rounded or abs(value) >= 1000:
-        return f"{value:.0f}"
-    text = f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
-    return text.rstrip("0").rstrip(".") if abs(rounded) < 0.1 else text
-
-
-def milliseconds(value: float) -> tuple[str, str]:
-    """A time, and its unit: ms, or s from ten seconds on."""
-    return (number(value / 1e3), "s") if value >= 1e4 else (number(value), "ms")
-
-
 def median(values: Values | None) -> float | None:
     return None if values is None or not len(values) else float(np.median(values))
-
-
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-Draw = Callable[[int], tuple[float, str]]  # width -> height, body
-
-
-def _svg(draw: Draw, said: str) -> str:
-    """A drawing at both widths; `said`: what it shows, for who does not see it."""
-    shown = ""
-    for kind, width in (("wide", WIDE), ("narrow", NARROW)):
-        height, body = draw(width)
-        view = f"0 0 {width} {height:.0f}"
-        shown += f'<svg class={kind} viewBox="{view}" role=img aria-label="{escape(said)}">{body}</svg>'
-    return shown
-
-
-def _figure(name: str, title: str, caption: str, inside: str) -> str:
-    return f'<figure id="{name}"><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>{inside}</figure>'
-
-
-def _empty(why: str) -> str:
-    """In the place of a drawing: why there is none."""
-    return f"<p class=empty>{escape(why)}</p>"
-
-
-def _key(entries: Iterable[tuple[str, str]]) -> str:
-    spans = (f'<span><i class=dot style="background:{c}"></i>{escape(t)}</span>' for c, t in entries)
-    return f"<div class=key>{''.join(spans)}</div>"
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", strong: bool = False) -> str:
-    kind = " class=strong" if strong else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{escape(text)}</text>'
-
-
-def _label(width: float, y: float, label: str, value: str, strong: bool) -> tuple[float, str]:
-    """A line above a bar: what it is, and its value at the right, in a second line where both are too long for one."""
-    if (len(label) + len(value)) * CHARACTER > width:
-        return y + 34, _text(0, y + 12, label, strong=strong) + _text(0, y + 28, value, strong=strong)
-    return y + 18, _text(0, y + 12, label, strong=strong) + _text(width, y + 12, value, "end", strong)
-
-
-def _rect(x: float, y: float, w: float, h: float, fill: str, tip: str = "", radius: float = 0, more: str = "") -> str:
-    tip = f"<title>{escape(tip)}</title>" if tip else ""
-    return (
-        f'<rect x="{x:.2f}" y="{y:.2f}" width="{max(w, 0.4):.2f}" height="{max(h, 0):.2f}" rx="{radius:g}" '
-        f'style="fill:{fill}"{more}>{tip}</rect>'
-    )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, stroke: str, more: str = "") -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" style="stroke:{stroke};{more}"/>'
-
-
-def _path(points: Iterable[tuple[float, float]], stroke: str, more: str = "") -> str:
-    d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return f'<path d="{d}" style="fill:none;stroke:{stroke};stroke-linejoin:round;{more}"/>'
-
-
-def _ticks(most: float, count: int) -> list[float]:
-    """Round numbers from 0 up to `most`, about so many."""
-    rough = most / max(count, 1) or 1.0
-    power_of_ten = 10 ** math.floor(math.log10(rough))
-    step = next(m * power_of_ten for m in (1, 2, 2.5, 5, 10) if m * power_of_ten >= rough)
-    return [i * step for i in range(int(most / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two others for a logarithmic scale: no more than `most` where one can."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for marks in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
-        found = [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
-        if len(found) <= most:
-            break
-    if len(found) < 3 and high < 4 * low:  # no power of ten is near
-        step = _ticks(high - low, 4)[1]
-        found = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    return found
-
-
-def _x_axis(
-    width: float, top: float, bottom: float, at: Callable[[float], float], ticks: list[float], unit: str
-) -> str:
-    body = ""
-    for i, tick in enumerate(ticks):
-        x = at(tick)
-        anchor = "end" if x > width - 24 else "start" if x < 12 else "middle"
-        label = f"{tick:g}" + (f" {unit}" if i == len(ticks) - 1 else "")
-        body += _line(x, top, x, bottom, "var(--grid)") + _text(x, bottom + 17, label, anchor)
-    return body
 
 
 # -- timeline ----------------------------------------------------------------------------------------------------------
 
 
-def _typical(answers: Sequence[Answer]) -> Answer:
+def _typical(answers: Sequence[TimedAnswer]) -> TimedAnswer:
     """The answer in the middle, by its whole time: one that happened, not a mixture of medians."""
     return sorted(answers, key=lambda a: a.total_ms)[len(answers) // 2]
 
 
-def _segments(answer: Answer) -> list[tuple[str, float, str]]:
+def _segments(answer: TimedAnswer) -> list[tuple[str, float, str]]:
     """(what, milliseconds, colour), in order; the steps one by one."""
     found = [
         ("preprocess", answer.preprocess_ms, "var(--pre)"),
@@ -197,18 +108,18 @@ def timeline(rows: Sequence[Row]) -> str:
             first = i % 2 == 0
             y += (16 if i else 0) if first else 4
             total = " ".join(milliseconds(answer.total_ms))
-            y, text = _label(width, y, label, total, first)
+            y, text = label_at(width, y, label, total, first)
             bars += text
             tall, start = (22 if first else 12), 0.0
             for what, ms, colour in _segments(answer):
                 w = at(ms)
                 gap = 0.8 if what.startswith("token") and w > 3 else 0.0
-                bars += _rect(at(start), y, w - gap, tall, colour, f"{what}: {number(ms)} ms", 1)
+                bars += rect(at(start), y, w - gap, tall, colour, f"{what}: {number(ms)} ms", 1)
                 start += ms
             y += tall
-        return y + 26, _x_axis(width, 0, y + 6, at, _ticks(most, 10 if width == WIDE else 4), "ms") + bars
+        return y + 26, x_axis(width, 0, y + 6, at, ticks(most, 10 if width == WIDE else 4), "ms") + bars
 
-    key = _key([("var(--pre)", "preprocess"), ("var(--vis)", "vision + projector"), ("var(--fill)", "prefill"),
+    key = legend([("var(--pre)", "preprocess"), ("var(--vis)", "vision + projector"), ("var(--fill)", "prefill"),
                 ("var(--dec)", "decode, token by token")])  # fmt: skip
     said = "; ".join(f"{label}: {' '.join(milliseconds(a.total_ms))}" for label, a in lanes)
     caption = (
@@ -216,7 +127,7 @@ def timeline(rows: Sequence[Row]) -> str:
         "the same frame: its picture is not encoded again and the common beginning of the prompt not computed again. "
         "The projector is a part of the vision graph and has no time of its own."
     )
-    return _figure("timeline", "Where the time goes", caption, key + _svg(draw, said))
+    return figure("timeline", "Where the time goes", caption, key + svg(draw, said))
 
 
 # -- distribution ------------------------------------------------------------------------------------------------------
@@ -238,22 +149,20 @@ def distribution(rows: Sequence[Row]) -> str:
             y += 14 if i else 0
             p50, p90, p99 = percentiles(steps)
             said = f"p50 {number(p50)} · p90 {number(p90)} · p99 {number(p99)} ms"
-            y, text = _label(width, y, title_of(row), said, True)
+            y, text = label_at(width, y, title_of(row), said, True)
             bars, y = bars + text, y + 2
             counts = np.histogram(steps, edges)[0]
             for j, count in enumerate(counts):
                 if count:
                     x, h = at(edges[j]), max(tall * math.sqrt(count / counts.max()), 2)
                     tip = f"{number(edges[j])} to {number(edges[j + 1])} ms: {count} of {len(steps)} steps"
-                    bars += _rect(x, y + tall - h, at(edges[j + 1]) - x - 1, h, row.hue, tip, 1.5)
+                    bars += rect(x, y + tall - h, at(edges[j + 1]) - x - 1, h, row.hue, tip, 1.5)
             for p, dash in ((p50, ""), (p90, "5 3"), (p99, "1.5 3")):
                 x = at(p)
-                bars += _line(
-                    x, y - 2, x, y + tall, "var(--ink)", f"stroke-width:1.5;stroke-dasharray:{dash or 'none'}"
-                )
-            bars += _line(0, y + tall, width, y + tall, "var(--line)")
+                bars += line(x, y - 2, x, y + tall, "var(--ink)", f"stroke-width:1.5;stroke-dasharray:{dash or 'none'}")
+            bars += line(0, y + tall, width, y + tall, "var(--line)")
             y += tall
-        return y + 26, _x_axis(width, 0, y + 6, at, _log_ticks(low, high, 12 if width == WIDE else 6), "ms") + bars
+        return y + 26, x_axis(width, 0, y + 6, at, log_ticks(low, high, 12 if width == WIDE else 6), "ms") + bars
 
     medians = ((title_of(row), number(float(np.median(v))), len(v)) for row, v in values)
     said = "; ".join(f"{title}: median {ms} ms of {count} steps" for title, ms, count in medians)
@@ -261,7 +170,7 @@ def distribution(rows: Sequence[Row]) -> str:
         "How long each step of the decoder took, all answers together, on a logarithmic scale. A bar's height is the "
         "root of its count, so that rare slow steps stay visible. Lines: p50 solid, p90 dashed, p99 dotted."
     )
-    return _figure("distribution", "Decode latency", caption, _svg(draw, said))
+    return figure("distribution", "Decode latency", caption, svg(draw, said))
 
 
 # -- over time ---------------------------------------------------------------------------------------------------------
@@ -307,20 +216,18 @@ def _panel(row: Row, series: Sequence[Series], zero: bool) -> Draw:
 
         body = ""
         for run in row.measured.runs:
-            body += _rect(
-                x(run.start_s), top, x(run.end_s) - x(run.start_s), height, "var(--grid)", case_name(run.case)
-            )
+            body += rect(x(run.start_s), top, x(run.end_s) - x(run.start_s), height, "var(--grid)", case_name(run.case))
         load = row.measured.load_s
-        body += _rect(x(load[0]), top, x(load[1]) - x(load[0]), height, "var(--line)", "load")
-        for tick in _ticks(most - least, 3):
+        body += rect(x(load[0]), top, x(load[1]) - x(load[0]), height, "var(--line)", "load")
+        for tick in ticks(most - least, 3):
             at = y(least + tick)
-            body += _line(left, at, width, at, "var(--line)", "stroke-width:.7")
-            body += _text(left - 8, at + 4, f"{least + tick:g}", "end")
+            body += line(left, at, width, at, "var(--line)", "stroke-width:.7")
+            body += text_at(left - 8, at + 4, f"{least + tick:g}", "end")
         for i, (_, times, values, colour) in enumerate(series):
             dashes = "stroke-width:1.8" + (";stroke-dasharray:6 4" if i >= HUES else "")
-            body += _path(((x(t), y(v)) for t, v in _thin(times, values)), colour, dashes)
-        for tick in _ticks(end, 8 if width == WIDE else 4):
-            body += _text(x(tick), top + height + 17, f"{tick:g} s", "end" if x(tick) > width - 20 else "middle")
+            body += path(((x(t), y(v)) for t, v in _thin(times, values)), colour, dashes)
+        for tick in ticks(end, 8 if width == WIDE else 4):
+            body += text_at(x(tick), top + height + 17, f"{tick:g} s", "end" if x(tick) > width - 20 else "middle")
         return top + height + 22, body
 
     return draw
@@ -345,19 +252,19 @@ def over_time(row: Row) -> str:
         panels.insert(4, ("Largest free block", "MB", block, True))
     inside = ""
     for title, unit, series, zero in panels:
-        key = _key((colour, name) for name, _, _, colour in series) if len(series) > 1 else ""
+        key = legend((colour, name) for name, _, _, colour in series) if len(series) > 1 else ""
         most = ", ".join(f"{name} up to {number(float(values.max()))} {unit}".strip() for name, _, values, _ in series)
         if series:
-            inside += f"<h3>{title}{f', {unit}' if unit else ''}</h3>{key}" + _svg(_panel(row, series, zero), most)
+            inside += f"<h3>{title}{f', {unit}' if unit else ''}</h3>{key}" + svg(_panel(row, series, zero), most)
         elif title == "Power":
             why = "; ".join(row.profile.missing) or "no power sensor could be read"
-            inside += f"<h3>{title}</h3>" + _empty(f"Not drawn: {why}.")
+            inside += f"<h3>{title}</h3>" + empty(f"Not drawn: {why}.")
     caption = (
         "From the start of the process: rest, then load (darker), then warm-up and run (shaded) of each case. Energy "
         "is the area under the power while answers were made."
     )
     place = row.profile.bundles.index(row.measured)
-    return _figure(f"time-{place}", f"{row.name}: memory and power over time", caption, inside)
+    return figure(f"time-{place}", f"{row.name}: memory and power over time", caption, inside)
 
 
 def _watts(row: Row) -> list[Series]:
@@ -394,7 +301,7 @@ def roofline(profile: Profile, rows: Sequence[Row]) -> str:
         why = (
             "no counts of operations and bytes in these bundles" if peaks else "the peaks of this machine are not known"
         )
-        return _figure("roofline", title, caption, _empty(f"No roofline: {why}."))
+        return figure("roofline", title, caption, empty(f"No roofline: {why}."))
     ridge = peaks.flops_per_s / peaks.bytes_per_s
     low_x = min(min(p[2] for p in points), ridge) / 4
     high_x = max(max(p[2] for p in points), ridge) * 4
@@ -411,16 +318,16 @@ def roofline(profile: Profile, rows: Sequence[Row]) -> str:
             return height * (1 - math.log(v / low_y) / math.log(high_y / low_y))
 
         body = ""
-        for tick in _log_ticks(low_x, high_x, 5):
-            body += _line(x(tick), 0, x(tick), height, "var(--grid)") + _text(
+        for tick in log_ticks(low_x, high_x, 5):
+            body += line(x(tick), 0, x(tick), height, "var(--grid)") + text_at(
                 x(tick), height + 17, f"{tick:g}", "middle"
             )
-        for tick in _log_ticks(low_y, high_y, 6):
-            body += _line(left, y(tick), width, y(tick), "var(--grid)")
-            body += _text(left - 7, y(tick) + 4, f"{tick / 1e9:g}", "end")
+        for tick in log_ticks(low_y, high_y, 6):
+            body += line(left, y(tick), width, y(tick), "var(--grid)")
+            body += text_at(left - 7, y(tick) + 4, f"{tick / 1e9:g}", "end")
         roof = [(low_x, peaks.bytes_per_s * low_x), (ridge, peaks.flops_per_s), (high_x, peaks.flops_per_s)]
-        body += _path(((x(a), y(b)) for a, b in roof), "var(--ink)", "stroke-width:2.2")
-        body += _text(width - 4, y(peaks.flops_per_s) - 8, f"{number(peaks.flops_per_s / 1e9)} GFLOP/s", "end", True)
+        body += path(((x(a), y(b)) for a, b in roof), "var(--ink)", "stroke-width:2.2")
+        body += text_at(width - 4, y(peaks.flops_per_s) - 8, f"{number(peaks.flops_per_s / 1e9)} GFLOP/s", "end", True)
         at = low_x * (ridge / low_x) ** 0.45
         turn = math.degrees(
             math.atan2(y(peaks.bytes_per_s * ridge) - y(peaks.bytes_per_s * low_x), x(ridge) - x(low_x))
@@ -441,7 +348,9 @@ def roofline(profile: Profile, rows: Sequence[Row]) -> str:
                 f'<path d="{shape}" style="fill:{row.hue};stroke:var(--card);stroke-width:1.2" fill-opacity=".9">'
                 f"<title>{escape(tip)}</title></path>"
             )
-        body += _text((left + width) / 2, height + 36, "FLOP per byte", "middle") + _text(left, -8, "GFLOP/s", "end")
+        body += text_at((left + width) / 2, height + 36, "FLOP per byte", "middle") + text_at(
+            left, -8, "GFLOP/s", "end"
+        )
         return height + 42, f'<g transform="translate(0 22)">{body}</g>'
 
     def tall(width: int) -> tuple[float, str]:
@@ -449,9 +358,9 @@ def roofline(profile: Profile, rows: Sequence[Row]) -> str:
         return height + 22, body
 
     shapes = "<div class=key><span>◆ vision + projector</span><span>■ prefill</span><span>● decode step</span></div>"
-    colours = _key((row.hue, row.name) for row in per_bundle(rows))
+    colours = legend((row.hue, row.name) for row in per_bundle(rows))
     said = "; ".join(f"{title_of(r)}, {s}: {number(rate / 1e9)} GFLOP/s" for r, s, _, rate in points)
-    return _figure("roofline", title, f"{caption} Roofs: {peaks.source}.", shapes + colours + _svg(tall, said))
+    return figure("roofline", title, f"{caption} Roofs: {peaks.source}.", shapes + colours + svg(tall, said))
 
 
 def start_figure(rows: Sequence[Row]) -> str:
@@ -466,7 +375,7 @@ def start_figure(rows: Sequence[Row]) -> str:
         "files were dropped from the page cache before; Python and its libraries were not."
     )
     if not lanes:
-        return _figure("starts", "Start to first token", caption, _empty("Not measured (--starts 0)."))
+        return figure("starts", "Start to first token", caption, empty("Not measured (--starts 0)."))
     most = max(s.total_ms for _, _, s, _ in lanes)
     parts = (
         ("Python and imports", "import_ms", "var(--pre)"),
@@ -484,17 +393,17 @@ def start_figure(rows: Sequence[Row]) -> str:
             if width == WIDE:
                 share = "" if found.cached_share is None else f" ({100 * found.cached_share:.0f} % in the page cache)"
                 label, total = label + share, f"{total}, one of {count}"
-            y, text = _label(width, y, label, total, cold)
+            y, text = label_at(width, y, label, total, cold)
             body += text
             start = 0.0
             for what, key, colour in parts:
                 ms = getattr(found, key)
-                body += _rect(at(start), y, at(ms), 16, colour, f"{what}: {number(ms)} ms", 1)
+                body += rect(at(start), y, at(ms), 16, colour, f"{what}: {number(ms)} ms", 1)
                 start += ms
             y += 28
-        return y + 22, _x_axis(width, 0, y, at, _ticks(most, 10 if width == WIDE else 4), "ms") + body
+        return y + 22, x_axis(width, 0, y, at, ticks(most, 10 if width == WIDE else 4), "ms") + body
 
     totals = ((r.name, "cold" if c else "warm", milliseconds(s.total_ms)) for r, c, s, _ in lanes)
     said = "; ".join(f"{name}, {kind}: {' '.join(total)}" for name, kind, total in totals)
-    key = _key((colour, what) for what, _, colour in parts)
-    return _figure("starts", "Start to first token", caption, key + _svg(draw, said))
+    key = legend((colour, what) for what, _, colour in parts)
+    return figure("starts", "Start to first token", caption, key + svg(draw, said))

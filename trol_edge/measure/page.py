@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from trol_edge.measure.compare import Change, Comparison
+from trol_edge.measure.compare import BaselineComparison, Change
 from trol_edge.measure.figures import (
     HUES,
     Row,
     distribution,
     median,
-    milliseconds,
-    number,
     over_time,
     per_bundle,
     roofline,
@@ -25,6 +23,7 @@ from trol_edge.measure.figures import (
 )
 from trol_edge.measure.record import STAGES, STARTS, Profile, case_name, percentiles, pooled, starts, tokens_per_s
 from trol_edge.measure.samples import energy, lowest, verdict
+from trol_edge.svg import milliseconds, number
 
 CSS = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#18202b;--soft:#556172;--line:#dfe4ea;--grid:#e9edf1;
@@ -74,7 +73,7 @@ text-align:left;white-space:normal}.stack td[data-is]::before{content:attr(data-
 """
 
 
-def page(profile: Profile, baseline: Profile | None = None, comparison: Comparison | None = None) -> str:
+def page(profile: Profile, baseline: Profile | None = None, comparison: BaselineComparison | None = None) -> str:
     """The page of a profile; a baseline's runs stand beside the new ones, and what changed in a table of its own."""
     rows = _rows(profile, 0, False)
     if baseline is not None:
@@ -132,7 +131,16 @@ def _rows(profile: Profile, first: int, old: bool) -> list[Row]:
         hue = f"var(--h{(first + i) % HUES})"
         for run in measured.runs:
             found.append(
-                Row(profile, measured, run, hue, name, old, verdict(profile, measured, run), energy(measured, run))
+                Row(
+                    profile=profile,
+                    measured=measured,
+                    run=run,
+                    hue=hue,
+                    name=name,
+                    old=old,
+                    verdict=verdict(profile, measured, run),
+                    energy=energy(measured, run),
+                )
             )
     return found
 
@@ -221,7 +229,7 @@ def _glance(rows: Sequence[Row]) -> str:
     return f"<figure id=comparison><h2>Runs side by side</h2><figcaption>{caption}</figcaption>{table}</figure>"
 
 
-def _changes(found: Comparison) -> str:
+def _changes(found: BaselineComparison) -> str:
     """What became slower, and behind a fold what did not."""
     worst_first = sorted(found.changes, key=lambda c: -(c.new / c.old if c.old else 1))
     said = "".join(f"<li>{escape(text)}</li>" for text in (*found.unjudged, *found.remarks))

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.spec import from_dict
+from trol_edge.bundle.folder import write_text
+from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
 
 SCHEMA = "trol-edge-profile"
@@ -54,7 +53,7 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """One answer. The projector has no time of its own: it is a part of the vision graph."""
 
     start_s: float
@@ -84,9 +83,9 @@ class Run:
     case: Case
     start_s: float  # warm-up over
     end_s: float
-    warmup: tuple[Answer, ...]
-    answers: tuple[Answer, ...]  # to the first question about a frame that was not seen before
-    second: tuple[Answer, ...]  # to a second question about the same frame
+    warmup: tuple[TimedAnswer, ...]
+    answers: tuple[TimedAnswer, ...]  # to the first question about a frame that was not seen before
+    second: tuple[TimedAnswer, ...]  # to a second question about the same frame
     peak_rss_bytes: float | None  # of the process while this case ran
     work: dict[str, Work] | None  # stage -> counts: "vision", "prefill", "step"; None: the bundle has no counts
 
@@ -146,7 +145,7 @@ class Profile:
     trol_edge: str
     python: str
     system: str
-    machine: dict[str, str | int | float | None]  # see jetson.Machine.identity
+    machine: dict[str, str | int | float | None]  # see sensors.Sensors.identity
     missing: tuple[str, ...]  # sensors that such a machine has and this one did not show: what is partial
     settings: Settings
     peaks: Peaks | None
@@ -154,7 +153,7 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write the JSON. Raises UsageError where that is not possible."""
-        write(path, json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n")
+        write_text(path, json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n")
 
     @property
     def machine_name(self) -> str:
@@ -163,19 +162,6 @@ class Profile:
         mode = m["power_mode_name"] or (None if m["power_mode"] is None else f"power mode {m['power_mode']}")
         cores = f"{m['cores']} core{'' if m['cores'] == 1 else 's'}" if m["cores"] else None
         return ", ".join(str(part) for part in (m["model"] or m["cpu"] or "unknown machine", mode or cores) if part)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises UsageError where that is not possible."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another folder with -o") from error
 
 
 def load(path: Path) -> Profile:

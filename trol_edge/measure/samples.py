@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.targets import TARGETS
+from trol_edge.bundle.targets import is_gpu
 from trol_edge.machine.sensors import OVER_CURRENT
 from trol_edge.measure.record import BundleProfile, Profile, Run, Values, percentiles, pooled, starts, tokens_per_s
 
@@ -100,8 +100,7 @@ def _longest(low: NDArray[np.bool_]) -> int:
 
 def _sagged(measured: BundleProfile, run: Run) -> list[str]:
     during, found = within(measured, run.start_s, run.end_s), []
-    target = TARGETS.get(measured.bundle.target)
-    if target is not None and target.gpu:
+    if is_gpu(measured.bundle.target):
         load = column(measured, "gpu_load")[during]
         busy = ~(load < BUSY)  # unknown counts as busy
         for name, what, most in (("gpu_hz", "GPU", "gpu_max_hz"), ("emc_hz", "memory", "emc_cap_hz")):

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from trol_edge.answering.results import Piece
 from trol_edge.errors import ImageError, UnfinishedError, UsageError
-from trol_edge.machine import identity as machine
+from trol_edge.machine import identity
+from trol_edge.model import Provider
 from trol_edge.runtime import Runtime
 from trol_edge.session import Session
 
@@ -91,15 +92,20 @@ def judge(samples: Sequence[tuple[float, int]]) -> Slope:
     )
 
 
-def soak(bundle: str | os.PathLike[str], seconds: float, progress: Callable[[float, int], None]) -> SoakReport:
+def soak(
+    bundle: str | os.PathLike[str],
+    seconds: float,
+    progress: Callable[[float, int], None],
+    provider: Provider | None = None,
+) -> SoakReport:
     """Run for so long. progress: called every few seconds with the seconds so far and the resident bytes.
 
     Memory is read while all threads rest between two calls, so that caches in use do not count as growth.
 
-    The bundle needs a tokenizer. Raises what Runtime raises for an unusable bundle.
+    The bundle needs a tokenizer. provider: as Runtime takes it. Raises what Runtime raises for an unusable bundle.
     """
     threads_before = threading.active_count()
-    runtime = Runtime(bundle)
+    runtime = Runtime(bundle, provider=provider)
     crew = _Crew(runtime)
     workers = [threading.Thread(target=crew.work, args=(seed,), daemon=True) for seed in range(THREADS)]
     start = time.monotonic()
@@ -118,8 +124,8 @@ def soak(bundle: str | os.PathLike[str], seconds: float, progress: Callable[[flo
     wrong, calls, info = crew.wrong, dict(crew.calls), runtime.vision_cache
     wrong += [f"thread {worker.name} hangs" for worker in workers if worker.is_alive()]
     if not wrong:
-        wrong += _left_behind(runtime)
-        backend = weakref.ref(runtime._backend)
+        wrong += left_behind(runtime)
+        backend = weakref.ref(runtime.model.backend)
         runtime.close()
         del crew, runtime, workers, worker
         gc.collect()
@@ -137,22 +143,22 @@ def resident_bytes() -> int:
     Free pages that the C allocator keeps for itself are given back first (glibc): with threads they come and go by
     whole arenas, tens of MB that nobody holds, and would hide a leak or look like one.
     """
-    machine.free_pages()
+    identity.free_pages()
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _left_behind(runtime: Runtime) -> list[str]:
+def left_behind(runtime: Runtime) -> list[str]:
     """What should be gone once no call is under way."""
     gc.collect()
     found = []
-    sessions = [o for o in gc.get_objects() if type(o) is Session and o._backend is runtime._backend]
+    sessions = [o for o in gc.get_objects() if type(o) is Session and o.backend is runtime.model.backend]
     if len(sessions) > 1:
         found.append(f"{len(sessions)} sessions are left, at most 1 waits for the next answer")
-    if runtime._busy or len(runtime._turns):
-        found.append(f"{len(runtime._busy)} sessions reserved, {len(runtime._turns)} calls queued")
+    if runtime.desk.busy or len(runtime.desk.turns):
+        found.append(f"{len(runtime.desk.busy)} sessions reserved, {len(runtime.desk.turns)} calls queued")
     return found
 
 

@@ -224,13 +224,13 @@ def count_tiles(images: Sequence[U8], spec: ImageSpec) -> list[int]:
     return [_KINDS[spec.kind].count(image.shape[1], image.shape[0], spec) for image in images]
 
 
-def _resize(image: U8, size: int) -> U8:
+def resize(image: U8, size: int) -> U8:
     """Bicubic, a = -0.75, no antialias, in fixed point: rounded to bytes after each of the two passes. [P, P, 3]
 
     PyTorch's arithmetic for bytes, restated: float bicubic then rounding differs in 18 % of the values.
     """
-    columns, column_weights, column_bits = _taps(image.shape[1], size)
-    rows, row_weights, row_bits = _taps(image.shape[0], size)
+    columns, column_weights, column_bits = taps(image.shape[1], size)
+    rows, row_weights, row_bits = taps(image.shape[0], size)
     used, rows = np.unique(rows, return_inverse=True)  # without antialias most rows of a large picture are not read
     rows = rows.reshape(row_weights.shape)
     sums: I32 = np.zeros((len(used), size, 3), np.int32)
@@ -250,7 +250,7 @@ def _bytes_from_sums(sums: I32, bits: int) -> U8:
 
 
 @functools.lru_cache(maxsize=64)
-def _taps(n_in: int, n_out: int) -> tuple[npt.NDArray[np.intp], I32, int]:
+def taps(n_in: int, n_out: int) -> tuple[npt.NDArray[np.intp], I32, int]:
     """Source indices [n_out, 4], their integer weights [n_out, 4] and the fraction bits of the weights.
 
     A tap beyond the border adds its weight to the border pixel before rounding to an integer, so both have to
@@ -282,7 +282,7 @@ def _cubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 @functools.lru_cache(maxsize=8)
-def _normalise_table(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
+def normalise_table(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
     """Normalised value of each byte per channel, float32 [3, 256]; every step in FP32, as in the authors' code."""
     scale = np.float32(255)
     shift = scale * np.array(mean, np.float32)
@@ -315,8 +315,8 @@ class _Kind:
 _KINDS = {
     "stretch": _Kind(
         count=lambda width, height, spec: 1,
-        squares=lambda image, spec: [_resize(image, spec.size)],
-        table=_normalise_table,
+        squares=lambda image, spec: [resize(image, spec.size)],
+        table=normalise_table,
     ),
     "tiles": _Kind(
         count=lambda width, height, spec: tiles.count(width, height, spec.size, spec.max_tiles),

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the tokenizer, the prompt template and streamed decoding. Only this file knows text.
+"""Text to token ids and back: the tokenizer, and streamed decoding.
 
 What is special here:
 - User text is literal. A special token typed by a user is encoded as plain characters: it cannot end the turn or
@@ -10,32 +10,17 @@ What is special here:
 
 from __future__ import annotations
 
-import base64
 import codecs
-import dataclasses
-import enum
-import json
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-import numpy as np
 import tokenizers
 
 from trol_edge.errors import BundleError, UsageError
-
-__all__ = [
-    "IMAGE",
-    "UNLISTED",
-    "ImageMark",
-    "PromptSpec",
-    "TextStream",
-    "Tokenizer",
-    "build_prompt",
-    "end_ids",
-]
+from trol_edge.prompt.charsmap import split_normalizer
 
 # sentencepiece merges characters that are no pieces themselves. The tokenizers library cannot, so export lists
 # such characters from this id on; any that is left after merging becomes its bytes, or <unk>.
@@ -45,47 +30,6 @@ UNLISTED: Final = 1 << 24
 _SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _STAND_INS = range(0xF0000, 0xFFFFE)  # private use: no normalisation touches these characters
-
-
-class ImageMark(enum.Enum):
-    """Type of `IMAGE`, the place of a picture in a prompt; an object, because any text could also be user text."""
-
-    IMAGE = "image"
-
-
-IMAGE: Final = ImageMark.IMAGE
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptSpec:
-    """The prompt template of a model family; stored in the bundle manifest.
-
-    A prompt is before_system + system + before_question + pictures and question + after_question, and a picture is
-    image_prefix + tokens_per_image times image for each of its tiles + image_suffix. Raises BundleError for unusable
-    values.
-    """
-
-    before_system: str
-    system: str
-    before_question: str
-    after_question: str
-    image: str  # the token that stands for one image feature
-    image_prefix: str
-    image_suffix: str
-    after_image: str  # follows each picture that the caller did not place
-    tokens_per_image: int  # per tile, where pictures are cut into tiles
-    special_tokens: tuple[str, ...]  # the strings in the template that are tokens, not text
-    end_markers: tuple[str, ...]  # special tokens that end an answer
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name in ("special_tokens", "end_markers"):
-            if not getattr(self, name) or not all(getattr(self, name)):
-                problems.append(f"{name} {getattr(self, name)!r} should be one or more non-empty strings")
-        if self.tokens_per_image < 1:
-            problems.append(f"tokens_per_image {self.tokens_per_image} is not a count")
-        if problems:
-            raise BundleError(f"prompt template: {'; '.join(problems)}; export the bundle again with this version")
 
 
 class Tokenizer:
@@ -112,13 +56,13 @@ class Tokenizer:
             raise BundleError(f"{where} was not made by trol_edge.export.reference.tokenizer; export the bundle again")
         self._loaded = loaded
         self._model = loaded.model
-        self._unknown_id = self._piece_id(loaded.model.unk_token or "")
+        self._unknown_id = self.piece_id(loaded.model.unk_token or "")
         byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)] if loaded.model.byte_fallback else []
-        self._byte_ids = [self._piece_id(piece) for piece in byte_pieces]
-        self._bytes = {i: bytes([byte]) for byte, i in enumerate(self._byte_ids)}
+        self.byte_ids = [self.piece_id(piece) for piece in byte_pieces]
+        self._bytes = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
         added = loaded.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
-        self._charsmap, self._normalizer = _split_normalizer(loaded.normalizer)
+        self._charsmap, self._normalizer = split_normalizer(loaded.normalizer)
         self._prefix = loaded.pre_tokenizer.prepend_scheme if loaded.pre_tokenizer is not None else "never"
         self._like_library = loaded.decoder is not None
         # Export's use of the `normalized` flag: set for pieces that sentencepiece itself finds inside a segment,
@@ -153,7 +97,7 @@ class Tokenizer:
         """Content -> id of every token that user text cannot produce."""
         return self._special
 
-    def _piece_id(self, piece: str) -> int:
+    def piece_id(self, piece: str) -> int:
         found = self._loaded.token_to_id(piece)
         if found is None:
             raise BundleError(f"{self._where} lacks the piece {piece!r}; export the bundle again")
@@ -243,8 +187,8 @@ class Tokenizer:
         for token in self._model.tokenize(text):
             if token.id < UNLISTED and token.id != self._unknown_id:
                 ids.append(token.id)
-            elif token.id >= UNLISTED and self._byte_ids:
-                ids += [self._byte_ids[byte] for byte in token.value.encode()]
+            elif token.id >= UNLISTED and self.byte_ids:
+                ids += [self.byte_ids[byte] for byte in token.value.encode()]
             elif not ids or ids[-1] != self._unknown_id:  # sentencepiece fuses neighbours
                 ids.append(self._unknown_id)
         return ids
@@ -298,118 +242,6 @@ def _checked(text: str) -> str:
     return text
 
 
-def _split_normalizer(normalizer: Any) -> tuple[_Charsmap | None, Any]:
-    """Take the character map off: the library applies it per grapheme and so loses combining marks."""
-    steps = json.loads(normalizer.__getstate__())["normalizers"]
-    if not steps or steps[0]["type"] != "Precompiled":
-        return None, normalizer
-    rest = tokenizers.normalizers.Sequence([])
-    rest.__setstate__(json.dumps({"type": "Sequence", "normalizers": steps[1:]}).encode())
-    return _Charsmap(base64.b64decode(steps[0]["precompiled_charsmap"])), rest
-
-
-class _Charsmap:
-    """sentencepiece's character map: the longest key at each place of a text is replaced.
-
-    The map is a double-array trie of UTF-8 keys (u32 units, darts-clone layout) and NUL-ended replacements.
-    """
-
-    def __init__(self, blob: bytes) -> None:
-        size = int.from_bytes(blob[:4], "little")
-        self._units: list[int] = np.frombuffer(blob, "<u4", size // 4, 4).tolist()
-        self._replacements = blob[4 + size :]
-
-    def normalise(self, text: str) -> str:
-        data = text.encode()
-        out = bytearray()
-        at = 0
-        while at < len(data):
-            length, start = self._longest(data, at)
-            if length:
-                out += self._replacements[start : self._replacements.index(0, start)]
-            else:
-                length = 1 if data[at] < 0x80 else 2 if data[at] < 0xE0 else 3 if data[at] < 0xF0 else 4
-                out += data[at : at + length]
-            at += length
-        return out.decode()
-
-    def _longest(self, data: bytes, at: int) -> tuple[int, int]:
-        """Length in bytes of the longest key at `at` and where its replacement starts; (0, 0) if there is none."""
-        found = (0, 0)
-        node = _trie_offset(self._units[0])
-        for i in range(at, len(data)):
-            node ^= data[i]
-            unit = self._units[node]
-            if unit & 0x800000FF != data[i]:
-                break
-            node ^= _trie_offset(unit)
-            if unit & 0x100:
-                found = (i + 1 - at, self._units[node] & 0x7FFFFFFF)
-        return found
-
-
-def _trie_offset(unit: int) -> int:
-    return (unit >> 10) << ((unit & 0x200) >> 6)
-
-
-def build_prompt(
-    tokenizer: Tokenizer,
-    spec: PromptSpec,
-    prompt: str | Sequence[str | ImageMark],
-    tiles: int | Sequence[int] = (),
-    answer: str = "",
-) -> list[int]:
-    """Return the ids of a whole prompt, and of an answer to it (or its beginning) where one is given.
-
-    `prompt` is the question, with the pictures before it, or a sequence of texts and `IMAGE`, once per picture,
-    that is followed to the letter. `tiles` says how many tiles each picture has (`images.count_tiles`); an int is a
-    number of pictures of one tile each. Raises UsageError for a prompt without text, of another type, with lone
-    surrogates, or whose `IMAGE` count is not the number of pictures; BundleError for a tokenizer that does not fit
-    `spec`.
-    """
-    counts = [1] * tiles if isinstance(tiles, int) else list(tiles)
-    user: list[str | ImageMark]
-    if isinstance(prompt, str):
-        user = [part for _ in counts for part in (IMAGE, spec.after_image)] + [prompt]
-        text = prompt
-    else:
-        user = _checked_parts(prompt, len(counts))
-        text = "".join(part for part in user if isinstance(part, str))
-    if not text.strip():
-        raise UsageError("the prompt has no text; pass a question")
-
-    def template(part: str) -> list[str | int]:
-        return tokenizer.parse(part, spec.special_tokens)
-
-    image_id = tokenizer.special_id(spec.image)
-    before, after = template(spec.image_prefix), template(spec.image_suffix)
-    pictures = iter([*before, *[image_id] * (spec.tokens_per_image * count), *after] for count in counts)
-    parts = [*template(spec.before_system), spec.system, *template(spec.before_question)]
-    for part in user:
-        parts += [part] if isinstance(part, str) else next(pictures)
-    return tokenizer.encode([*parts, *template(spec.after_question), *([answer] if answer else [])])
-
-
-def _checked_parts(prompt: Sequence[str | ImageMark], pictures: int) -> list[str | ImageMark]:
-    if not isinstance(prompt, (list, tuple)):
-        raise UsageError(f"the prompt is a {type(prompt).__name__}; pass a str, or a list of str and IMAGE")
-    for i, part in enumerate(prompt):
-        if not isinstance(part, (str, ImageMark)):
-            raise UsageError(f"item {i} of the prompt is a {type(part).__name__}; pass str and IMAGE only")
-    placed = sum(part is IMAGE for part in prompt)
-    if placed != pictures:
-        raise UsageError(
-            f"the prompt places {placed} pictures but {pictures} were passed; put IMAGE once per picture, "
-            "or pass the prompt as one str to have the pictures stand before it"
-        )
-    return list(prompt)
-
-
-def end_ids(tokenizer: Tokenizer, spec: PromptSpec) -> frozenset[int]:
-    """Ids that end an answer. Raises BundleError if the tokenizer lacks one of the end markers."""
-    return frozenset(tokenizer.special_id(marker) for marker in spec.end_markers)
-
-
 class TextStream:
     """Text of an answer as its tokens arrive; all that it returns, joined, equals `Tokenizer.decode` of the ids.
 
@@ -425,7 +257,7 @@ class TextStream:
         self.stopped: str | None = None  # the stop string that ended the text
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._held = ""
+        self.held = ""
         self._dropping = tokenizer.dropped_spaces()
         # each byte that is no UTF-8 becomes one lone surrogate here, and U+FFFD below
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -446,19 +278,19 @@ class TextStream:
     def _emit(self, data: bytes, *, final: bool) -> str:
         if self.stopped is not None:
             return ""
-        self._held += _ESCAPED_BYTE.sub("\ufffd", self._decoder.decode(data, final))
-        found = [(at + len(s), at, s) for s in self._stops if (at := self._held.find(s)) >= 0]
+        self.held += _ESCAPED_BYTE.sub("\ufffd", self._decoder.decode(data, final))
+        found = [(at + len(s), at, s) for s in self._stops if (at := self.held.find(s)) >= 0]
         if found:
             _, end, self.stopped = min(found)
         else:
-            end = len(self._held) - (0 if final else self._possible_stop())
-        text, self._held = self._held[:end], self._held[end:]
+            end = len(self.held) - (0 if final else self._possible_stop())
+        text, self.held = self.held[:end], self.held[end:]
         return text
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
         longest = max(map(len, self._stops), default=0)
-        for length in range(min(len(self._held), longest - 1), 0, -1):
-            if any(s.startswith(self._held[-length:]) for s in self._stops):
+        for length in range(min(len(self.held), longest - 1), 0, -1):
+            if any(s.startswith(self.held[-length:]) for s in self._stops):
                 return length
         return 0

@@ -1,0 +1,195 @@
+"""Collecting what passes a layer: the inputs of every Linear, and the scores of attention."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from trol_edge.errors import CalibrationError
+from trol_edge.export.quantize.stats import (
+    BINS,
+    ROWS,
+    PointStatistics,
+)
+from trol_edge.export.reference.model import LoraLinear
+
+HISTOGRAM_ROWS = 256  # of one call
+RESIDUAL_NORMS = ("attention_norm", "mlp_norm", "norm1", "norm2")  # what stands before them is the residual stream
+
+
+class Collector:
+    """Statistics of the Linears of one stage, through forward hooks, and peaks of what lies between them."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.points: dict[str, _Point] = {}
+        self.peaks: dict[str, float] = {}
+        self.sample_name = ""
+        self._seen: tuple[Tensor, _Rows] | None = None  # q, k and v (gate and up) read the same tensor
+
+    @contextlib.contextmanager
+    def sample(self, name: str) -> Iterator[None]:
+        """Name the sample under way, for messages."""
+        self.sample_name, self._seen = name, None
+        yield
+        self._seen = None
+
+    @contextlib.contextmanager
+    def watch(self, module: nn.Module, prefix: str, only: Iterable[str] | None = None) -> Iterator[None]:
+        """Observe every Linear below a module (or those named `only`), its norms and its attention."""
+        handles = []
+        for name, child in module.named_modules():
+            path = f"{prefix}.{name}"
+            if only is not None and name not in only:
+                continue
+            if isinstance(child, (nn.Linear, LoraLinear)):
+                handles.append(child.register_forward_hook(self._hook(path)))
+            elif name in RESIDUAL_NORMS:
+                handles.append(child.register_forward_pre_hook(self._residual(f"{prefix}.residual")))
+        try:
+            with _Scores(lambda scores: self.peak(f"{prefix}.scores", scores)):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.input(path, args[0])
+            self.output(path, output)
+            mask = args[1] if len(args) > 1 else None
+            if isinstance(module, LoraLinear) and mask is not None and module.lora_a is not None:
+                assert module.lora_b is not None
+                middle = F.linear(args[0][mask[..., 0] > 0], module.lora_a)
+                rows = self.input(f"{path}.lora_b", middle)
+                self.output(f"{path}.lora_b", F.linear(rows.some.to(module.lora_b.dtype), module.lora_b))
+
+        return hook
+
+    def _residual(self, name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: self.peak(name, args[0])
+
+    def peak(self, name: str, tensor: Tensor, sample: str | None = None) -> None:
+        """Note the largest |value| of a tensor."""
+        low, high = (float(v) for v in torch.aminmax(tensor))
+        self.peaks[name] = max(self.peaks.get(name, 0.0), self._finite(name, max(-low, high), sample))
+
+    def input(self, name: str, tensor: Tensor) -> _Rows:
+        """Note what a Linear reads: [..., K]."""
+        if self._seen is None or self._seen[0] is not tensor:
+            rows = _Rows(tensor.detach().reshape(-1, tensor.shape[-1]).float(), self.rng)
+            self._finite(name, float(rows.absmax.max()), None)
+            self._seen = (tensor, rows)
+        rows = self._seen[1]
+        self.points.setdefault(name, _Point()).add(rows)
+        return rows
+
+    def output(self, name: str, tensor: Tensor) -> None:
+        """Note what a Linear gives."""
+        low, high = (float(v) for v in torch.aminmax(tensor))
+        point = self.points[name]
+        point.output_absmax = max(point.output_absmax, self._finite(f"{name} (output)", max(-low, high), None))
+
+    def _finite(self, name: str, value: float, sample: str | None) -> float:
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"NaN or infinite activations at {name}, sample {sample or self.sample_name!r}; the checkpoint's "
+                "weights are damaged or too large for float32: `trol-edge export` names tensors that are not finite"
+            )
+        return value
+
+    def finished(self) -> dict[str, PointStatistics]:
+        """All points of the stage."""
+        return {name: point.statistics() for name, point in self.points.items()}
+
+
+class _Rows:
+    """One call's input of a Linear, [n, K] float32: sums over all rows, and a few rows themselves."""
+
+    def __init__(self, x: Tensor, rng: np.random.Generator) -> None:
+        self.count = len(x)
+        magnitude = x.abs()
+        self.absmax = magnitude.amax(0)
+        self.sum_abs = magnitude.sum(0, dtype=torch.float64)
+        self.sum_square = magnitude.square_().sum(0, dtype=torch.float64)
+        self.keys = rng.random(self.count)
+        chosen = np.argsort(self.keys)[:HISTOGRAM_ROWS]
+        self.keys = self.keys[chosen]
+        self.some = x[torch.from_numpy(chosen)]
+
+
+class _Point:
+    """Running statistics of one point."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.output_absmax = 0.0
+        self.top = 0.0
+        self.histogram = torch.zeros(BINS, dtype=torch.int64)
+        self.keys = np.empty(0)
+
+    def add(self, rows: _Rows) -> None:
+        if not self.count:
+            self.absmax, self.sum_abs, self.sum_square = rows.absmax, rows.sum_abs, rows.sum_square
+            self.rows = rows.some[:ROWS]
+            self.keys = rows.keys[:ROWS]
+        else:
+            self.absmax = torch.maximum(self.absmax, rows.absmax)
+            self.sum_abs, self.sum_square = self.sum_abs + rows.sum_abs, self.sum_square + rows.sum_square
+            # The rows with the smallest random keys of all that were ever seen: a uniform choice.
+            keys = np.concatenate((self.keys, rows.keys[:ROWS]))
+            chosen = np.argsort(keys)[:ROWS]
+            self.rows = torch.cat((self.rows, rows.some[:ROWS]))[torch.from_numpy(chosen)]
+            self.keys = keys[chosen]
+        self.count += rows.count
+        self._grow(float(rows.absmax.max()))
+        if self.top > 0:
+            counts = torch.histc(rows.some.abs(), BINS, 0.0, self.top)
+            self.histogram += counts.long()
+        else:
+            self.histogram[0] += rows.some.numel()
+
+    def _grow(self, largest: float) -> None:
+        """Let the histogram reach `largest`: its range is doubled, and neighbouring bins become one."""
+        if self.top == 0:
+            self.top = largest  # what was counted until now is zero, and in the first bin
+        while self.top < largest:
+            self.top *= 2
+            merged = self.histogram.view(-1, 2).sum(1)
+            self.histogram = torch.cat((merged, torch.zeros_like(merged)))
+
+    def statistics(self) -> PointStatistics:
+        return PointStatistics(
+            count=self.count,
+            absmax=self.absmax.numpy(),
+            mean_abs=(self.sum_abs / self.count).float().numpy(),
+            mean_square=(self.sum_square / self.count).float().numpy(),
+            rows=self.rows.numpy(),
+            histogram=self.histogram.numpy(),
+            histogram_max=self.top,
+            output_absmax=self.output_absmax,
+        )
+
+
+class _Scores(TorchFunctionMode):
+    """Hand the attention scores, before mask and softmax, to a function; what attention computes stays as it is."""
+
+    def __init__(self, note: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            q, k = args[:2]  # [N, H, S, E], [N, G, T, E]
+            group = q.shape[1] // k.shape[1]
+            for head in range(q.shape[1]):  # one at a time: all heads together would be the largest tensor of the run
+                self.note(q[:, head] @ k[:, head // group].transpose(-1, -2) / math.sqrt(q.shape[-1]))
+        return func(*args, **(kwargs or {}))

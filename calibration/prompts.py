@@ -1,0 +1,58 @@
+"""Samples as the model reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.calibration import samples as sampling
+from trol_edge.calibration.samples import SampleSet
+from trol_edge.errors import CalibrationError
+from trol_edge.export.reference import tokenizer
+from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.prompt.images import count_tiles
+from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplePrompt:
+    """One sample as the model reads it."""
+
+    name: str
+    sample: sampling.Sample
+    ids: NDArray[np.int64]  # [S]
+    squares: int  # pictures or tiles
+    question: int  # tokens before the answer
+
+
+def model_prompts(source: Checkpoint, chosen: SampleSet) -> tuple[list[SamplePrompt], list[str]]:
+    """Token ids of every sample; those that are longer than the model's positions are skipped, with the reason."""
+    spec, family = source.spec, source.family
+    template, image = family.prompt(spec), family.image(spec)
+    text = tokenizer.convert(source.folder, (template.image,))
+    if text is None:
+        raise CalibrationError(
+            f"{source.folder}: no tokenizer, so prompts cannot be read; copy the published tokenizer files there"
+        )
+    words = Tokenizer(text, str(source.folder))
+    prompts, skipped = [], []
+    for sample in chosen.samples:
+        tiles = count_tiles(sample.load(), image)
+        ids = build_prompt(words, template, sample.prompt, tiles)
+        question = len(ids)
+        ids = words.encode([*ids, sample.answer]) if sample.answer else ids
+        if len(ids) > spec.max_position_embeddings:
+            skipped.append(f"{sample.name}: {len(ids)} tokens, the model knows {spec.max_position_embeddings}")
+        else:
+            prompts.append(SamplePrompt(sample.name, sample, np.asarray(ids, np.int64), sum(tiles), question))
+    if not prompts:
+        raise CalibrationError(f"none of {len(skipped)} samples is usable; the first: {skipped[0]}")
+    if not any(p.squares for p in prompts):
+        raise CalibrationError(
+            f"none of the {len(prompts)} samples has a picture, so the vision tower would go without statistics; "
+            "give at least one with a picture"
+        )
+    return prompts, skipped

@@ -1,0 +1,33 @@
+"""The token embedding table of a bundle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import EMBEDDING
+from trol_edge.bundle.weights import to_float32
+from trol_edge.errors import BundleError
+
+Float32 = NDArray[np.float32]
+
+
+class Embeddings:
+    """The token embedding table, mapped from the weights file; rows become float32 when asked for."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        file = bundle.weights()
+        if EMBEDDING not in file.tensors:
+            raise BundleError(f"{file.path}: lacks {EMBEDDING}; export the bundle again")
+        self._dtype = file.tensors[EMBEDDING].dtype
+        self._table = file.rows(EMBEDDING)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, ids: Any) -> Float32:
+        """ids: int, or int array [S]; float32 [D] or [S, D]."""
+        return to_float32(self._table[ids], self._dtype)

@@ -1,0 +1,43 @@
+"""Checkpoints and statistics, as the verbs are given them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from trol_edge.cli.show import extra
+
+CHECKPOINTS = Path("build/checkpoints")  # where downloads are kept
+SENSITIVITY_SAMPLES = 8  # on which it is measured what each Linear costs: a run of the model each
+
+
+def checkpoint_of(given: str, downloads: Path = CHECKPOINTS, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a checkpoint that was given as a folder or as a model's name (then fetched), and that name."""
+    with extra("export"):
+        from trol_edge.export.reference import hub
+    if Path(given).is_dir():
+        return Path(given), None
+    if "/" in given or given not in hub.MODELS:
+        raise typer.BadParameter(f"{given} is neither a checkpoint folder nor one of {', '.join(hub.MODELS)}")
+    return hub.fetch(given, downloads / given, revision), given
+
+
+def statistics_of(given: Path | None, checkpoint: Path, data: Path | None, cache: Path, progress: Any) -> Any:
+    """A function that loads the statistics of a Checkpoint from the folder given, or gathers them into `cache`."""
+
+    def statistics(source: Any) -> Any:
+        from trol_edge.calibration.run import calibrate
+        from trol_edge.export.quantize.stats import Statistics
+
+        if given is not None:
+            return Statistics.load(given, source.identity())
+        return calibrate(checkpoint, data, cache, progress=progress)
+
+    return statistics
+
+
+def calibration_of(checkpoint: Path, output: Path) -> Path:
+    """Where statistics of a checkpoint are kept that no folder was named for: beside what is made with them."""
+    return output.parent / f"calibration-{checkpoint.resolve().name}"

@@ -1,0 +1,163 @@
+"""Verbs that write bundles and checkpoints: export, synth, outliers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from trol_edge.cli.checkpoints import CHECKPOINTS, SENSITIVITY_SAMPLES, calibration_of, checkpoint_of, statistics_of
+from trol_edge.cli.show import Force, Json, err, extra, out, peak_bytes, print_json, progress_bars
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Checkpoint folder, or a model name: trol-nano, trol-nano-phi3, trol-1.8b, ...")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle folder to write.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model in the bundle.")] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="cpu: for ONNX Runtime. rtx, tensorrt, jetson-jp6 ..: for TensorRT (trol-edge targets, then trol-edge "
+            "build). onnx: self-contained files for other tools."
+        ),
+    ] = "cpu",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of prompt and answer together: KV cache capacity.  [default: 2048, 2560 for trol-3.8b]"
+        ),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8, int4, fp8, or a JSON file that says it per layer (CONTRIBUTING.md).")
+    ] = "fp32",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `trol-edge calibrate`.  [default: calibration-<checkpoint> beside the bundle]"),
+    ] = None,
+    block: Annotated[int | None, typer.Option(help="int4: inputs that share a scale, 32, 64 or 128.")] = None,
+    observer: Annotated[
+        str | None, typer.Option(help="How activation scales are found: minmax, percentile, entropy or mse.")
+    ] = None,
+    lm_head: Annotated[str | None, typer.Option(help="Precision of the output layer.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Precision of vision tower and projector.")] = None,
+    scaling: Annotated[
+        bool | None, typer.Option("--scaling/--no-scaling", help="Rescale channels (SmoothQuant, AWQ).")
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Raise as few Linears as keep the logits' KL divergence within this, nats (trol-edge mix)."),
+    ] = None,
+    selftest: Annotated[
+        bool, typer.Option("--selftest/--no-selftest", help="Record what the FP32 reference computes, for verify.")
+    ] = True,
+    shared_weights: Annotated[
+        bool,
+        typer.Option(
+            "--shared-weights",
+            help="TensorRT, 8 GB boards: traverse and step read one copy of their matrices (fp16, int8).",
+        ),
+    ] = False,
+    checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CHECKPOINTS,
+    revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Trace a checkpoint into ONNX graphs and write a bundle."""
+    with extra("export"):
+        from trol_edge.export import pipeline
+        from trol_edge.export.quantize.recipes import read_options
+    options = read_options(precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling)
+    folder, known = checkpoint_of(checkpoint, checkpoints, revision)
+    model = model or known
+    start = time.perf_counter()
+    with progress_bars(quiet=as_json) as progress:
+        statistics = statistics_of(calibration, folder, None, calibration_of(folder, output), progress)
+        if max_loss is not None:
+            from trol_edge.calibration import samples as sampling
+            from trol_edge.calibration.sensitivity import within
+
+            chosen = sampling.load(None, SENSITIVITY_SAMPLES)
+            options = within(folder, statistics, chosen, options, max_loss, progress)
+        manifest = pipeline.export(
+            folder,
+            output,
+            model=model,
+            target=target,
+            context=context,
+            options=options,
+            shared_weights=shared_weights,
+            calibration=statistics,
+            record_selftest=selftest,
+            overwrite=force,
+            progress=progress,
+        )
+    size = sum(info.bytes for info in manifest.files.values())
+    seconds, peak = time.perf_counter() - start, peak_bytes()
+    if as_json:
+        print_json({"bundle": str(output), "bytes": size, "seconds": seconds, "peak_bytes": peak})
+        return
+    for note in manifest.notes:
+        err.print(f"note: {note}", markup=False)
+    out.print(
+        f"{manifest.model}: {size / 1e6:.1f} MB in {escape(str(output))}, {seconds:.0f} s, "
+        f"peak memory {peak / 1e9:.2f} GB"
+    )
+
+
+def synth(
+    model: Annotated[str, typer.Option(help="Whose published shapes: trol-1.8b, trol-3.8b or trol-7b.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint of random weights in the published layout, for full-size runs without the real weights."""
+    with extra("export"):
+        from trol_edge.export.reference.synth import synth as write
+    start = time.perf_counter()
+    with progress_bars(quiet=as_json) as progress:
+        result = write(model, output, seed=seed, overwrite=force, progress=progress)
+    result |= {"checkpoint": str(output), "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+    if as_json:
+        print_json(result)
+        return
+    out.print(
+        f"{model}, random weights: {result['parameters']:,} parameters, {result['bytes'] / 1e9:.2f} GB in "
+        f"{escape(str(output))}, {result['seconds']:.0f} s, peak memory {result['peak_bytes'] / 1e9:.2f} GB"
+    )
+
+
+def outliers(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
+    factor: Annotated[float, typer.Option(help="Scale by this; the nearest power of two is taken.")] = 50.0,
+    channels: Annotated[int, typer.Option(help="How many of each norm.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the choice of channels.")] = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make outlier channels that change no answer in float32, to see what quantization makes of them."""
+    with extra("export"):
+        from trol_edge.calibration.outliers import make_outliers
+    with progress_bars(quiet=as_json) as progress:
+        result = make_outliers(
+            checkpoint,
+            output,
+            factor=factor,
+            channels=channels,
+            seed=seed,
+            overwrite=force,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result | {"checkpoint": str(output), "peak_bytes": peak_bytes()})
+        return
+    out.print(
+        f"{channels} channels of {result['norms']} norms x {result['factor']:g} in {escape(str(output))}, "
+        f"{result['bytes'] / 1e6:.1f} MB ({len(result['widened'])} tensors stored as float32 to stay exact)"
+    )

@@ -1,0 +1,181 @@
+"""The verb plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from trol_edge.cli.show import Json, extra, out, phases, print_json
+
+
+def plan(
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; or --model, before there is one.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="trol-nano, trol-nano-phi3, trol-1.8b, trol-3.8b or trol-7b.")
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name, name:mode or a JSON file; several are compared. host: this machine, measured. "
+            "[default: every Jetson; host for a bundle made for the CPU]"
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="As for export; several are compared.  [default: all the device has]")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    tiles: Annotated[
+        int | None, typer.Option(min=0, help="Pictures or tiles in the prompt.  [default: as many as one picture has]")
+    ] = None,
+    text: Annotated[int, typer.Option(min=1, help="Tokens of text in the prompt.")] = 84,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 64,
+    goal_ms: Annotated[float | None, typer.Option(help="Time to the first token that is wanted, milliseconds.")] = None,
+    goal_tokens_per_second: Annotated[float | None, typer.Option(help="Speed of the answer that is wanted.")] = None,
+    desktop: Annotated[bool, typer.Option("--desktop", help="The device shows a desktop, too.")] = False,
+    reserve: Annotated[float, typer.Option(min=0, help="GB that must remain for the rest of the robot.")] = 0.5,
+    show_device: Annotated[
+        str | None, typer.Option(help="Print a device as JSON, to change and pass as --device.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell before owning the board: does it fit, how long would it take, and which precision is best."""
+    from trol_edge.bundle.manifest import Bundle
+    from trol_edge.machine import devices
+    from trol_edge.plan import compare as planning
+    from trol_edge.plan.estimate import to_dict
+    from trol_edge.plan.rates import platform_of
+    from trol_edge.plan.subject import Subject, Workload, subject_of
+
+    if show_device is not None:
+        print(devices.to_json(devices.find(show_device)[0]))
+        return
+    if (bundle is None) == (model is None):
+        raise typer.BadParameter("give either a bundle folder or --model")
+    if bundle is not None and (precision or context):
+        raise typer.BadParameter("a bundle has its precision and context already; use --model to choose")
+    fixed = None if bundle is None else subject_of(Bundle(bundle))
+    machines = []
+    for name in device or planning.device_names(fixed):
+        if name == "host":
+            from trol_edge.runtimes import rates
+
+            machines.append(rates.host())
+        else:
+            machines.append(platform_of(*devices.find(name)))
+    subject: Callable[[str, str], Subject]
+    if fixed is not None:
+        precision, subject = [fixed.precision], lambda target, recipe: fixed
+    else:
+        assert model is not None
+        with extra("export"):
+            from trol_edge.export import unbuilt
+            from trol_edge.export.quantize.recipes import read_options
+        shape = unbuilt.published(model, context)
+        subject = functools.cache(lambda target, recipe: shape.subject(target, read_options(recipe)))
+    with phases(quiet=as_json) as progress:
+        plans = planning.compare(
+            machines,
+            subject,
+            Workload(tiles, text, answer),
+            precision,
+            desktop=desktop,
+            reserve=int(reserve * 1e9),
+            progress=lambda line: progress(line, 1, 1),
+        )
+    goal = None if goal_ms is None else goal_ms / 1000
+    chosen = {}
+    for machine in machines:
+        own = [p for p in plans if p.machine is machine]
+        chosen[machine.name] = planning.best(own, goal, goal_tokens_per_second)
+    if as_json:
+        print_json(
+            {
+                "plans": [to_dict(p) for p in plans],
+                "best": {name: None if p is None else p.subject.precision for name, p in chosen.items()},
+            }
+        )
+        return
+    _print_plans(plans)
+    for name, p in chosen.items():
+        if len([q for q in plans if q.machine.name == name]) > 1 or goal_ms or goal_tokens_per_second:
+            goals = " and reaches the goal" if goal_ms or goal_tokens_per_second else ""
+            said = (
+                f"no precision here fits{goals}"
+                if p is None
+                else f"{p.subject.precision} is the finest that fits{goals}"
+            )
+            out.print(f"{name}: {said}", markup=False)
+
+
+def _print_plans(plans: Any) -> None:
+    """A table with a row for each plan; where there is one plan only, all of it."""
+    first = plans[0].subject
+    out.print(f"{first.name}, context {first.context}; times expected (floor); GB = 1e9 bytes", markup=False)
+    table = Table(box=None, padding=(0, 1))
+    for column in ("device", "precision", "weights", "K/V", "remains", "first token, s", "tokens/s", "verdict"):
+        words = column in ("device", "precision", "verdict")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column != "verdict")
+    for p in plans:
+        m = p.memory
+        table.add_row(
+            escape(p.machine.name),
+            p.subject.precision,
+            f"{m.weights / 1e9:.2f}",
+            f"{m.cache / 1e9:.2f}",
+            f"{m.remains / 1e9:.2f}",
+            f"{p.first_token[1]:.2f} ({p.first_token[0]:.2f})",
+            f"{p.tokens_per_second[1]:.1f} ({p.tokens_per_second[0]:.1f})",
+            p.verdict,
+        )
+    out.print(table)
+    from trol_edge.bundle.targets import is_gpu
+
+    for p in plans if len(plans) == 1 else []:
+        m, gpu = p.memory, is_gpu(p.machine.target)
+        for what, size in (
+            ("weights", m.weights),
+            (f"K/V cache, {m.cache_sets} sets", m.cache),
+            ("activations", m.activations),
+            ("runtime and libraries", m.runtime),
+            ("operating system", m.system),
+            ("remains for the rest of the robot", m.remains),
+            ("peak of building the engines, alone", m.build),
+        ):
+            out.print(f"  {what:36}{size / 1e9:8.2f} GB", markup=False)
+        for s in p.stages:
+            dims = ", ".join(f"{n} {name}" for name, n in s.dims.items())
+            out.print(
+                f"  {s.graph} ({dims}): {s.expected * 1e3:.1f} ms expected, {s.floor * 1e3:.1f} at least; "
+                f"{s.flops / 1e9:.1f} G operations, {s.bytes / 1e9:.2f} GB; most of it is {s.bound}",
+                markup=False,
+                soft_wrap=True,
+            )
+        if p.next_question is not None:
+            out.print(f"  a second question about the picture: {p.next_question * 1e3:.0f} ms", markup=False)
+        for note in p.machine.notes:
+            out.print(f"  {note}", markup=False, style="dim", soft_wrap=True)
+        if gpu:
+            from trol_edge.bundle.targets import NOT_YET
+            from trol_edge.plan.rates import ARITHMETIC, BANDWIDTH
+
+            out.print(
+                f"  expected: {BANDWIDTH:.0%} of the bandwidth, "
+                + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in ARITHMETIC.items())
+                + f", from others' figures for other models (CONTRIBUTING.md); {NOT_YET}",
+                markup=False,
+                style="dim",
+                soft_wrap=True,
+            )
+    for p in plans:
+        if p.changes:
+            out.print(
+                f"{p.machine.name} {p.subject.precision} fits with: {'; '.join(p.changes)}",
+                markup=False,
+                soft_wrap=True,
+            )

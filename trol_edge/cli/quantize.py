@@ -1,0 +1,159 @@
+"""Verbs around precision: calibrate, mix, compare, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from trol_edge.cli.checkpoints import SENSITIVITY_SAMPLES, calibration_of, checkpoint_of, statistics_of
+from trol_edge.cli.show import Json, err, extra, out, peak_bytes, print_json, progress_bars
+
+
+def calibrate(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a model name as for export.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the statistics; continued if unfinished.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Use at most so many.")] = 32,
+    compute: Annotated[
+        str, typer.Option(help="float32, or bfloat16: up to 3 times faster on a CPU with AVX512-BF16.")
+    ] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Replace statistics of something else.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a checkpoint's activations on pictures and prompts, one layer in memory at a time."""
+    with extra("export"):
+        from trol_edge.calibration.run import calibrate as measure
+    folder, _ = checkpoint_of(checkpoint)
+    start = time.perf_counter()
+    with progress_bars(quiet=as_json) as progress:
+        found = measure(folder, data, output, count=samples, compute=compute, overwrite=force, progress=progress)
+    seconds, peak = time.perf_counter() - start, peak_bytes()
+    if as_json:
+        result = {"statistics": str(output), "samples": found.samples, "skipped": found.state.skipped}
+        result |= {"points": len(found.points), "checkpoint": found.checkpoint, "peaks": dict(found.peaks)}
+        print_json(result | {"seconds": seconds, "peak_bytes": peak})
+        return
+    for skipped in found.state.skipped:
+        err.print(f"skipped: {skipped}", markup=False)
+    out.print(
+        f"{len(found.points)} points over {found.samples} samples ({len(found.state.skipped)} skipped) in "
+        f"{escape(str(output))}, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB"
+    )
+
+
+def mix(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a model name as for export.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write, for export --precision.")],
+    max_loss: Annotated[
+        float, typer.Option(help="KL divergence of the logits that may be lost, nats (see `trol-edge compare`).")
+    ],
+    precision: Annotated[str, typer.Option(help="Recipe, or JSON file, to start from.")] = "int4",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of `trol-edge calibrate`.  [default: beside the output]")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="To measure on: at most so many.")] = SENSITIVITY_SAMPLES,
+    as_json: Json = False,
+) -> None:
+    """Find which Linears need more bits: measure what each costs, raise as few as keep the loss within --max-loss."""
+    with extra("export"):
+        from trol_edge.calibration import samples as sampling
+        from trol_edge.calibration.sensitivity import find_plan
+        from trol_edge.export.quantize.recipes import read_options
+    options = read_options(precision)
+    folder, _ = checkpoint_of(checkpoint)
+    with progress_bars(quiet=as_json) as progress:
+        cache = calibration or calibration_of(folder, output)
+        statistics = statistics_of(calibration, folder, data, cache, progress)
+        found = find_plan(folder, statistics, sampling.load(data, samples), options, max_loss, progress)
+    found.save(output)
+    if as_json:
+        result = dataclasses.asdict(found) | {"reached": found.reached, "plan": str(output)}
+        print_json(result)
+        return
+    for name, nats in sorted(found.sensitivity.items(), key=lambda item: -item[1])[:10]:
+        raised = f" -> {found.linears[name].precision}" if name in found.linears else ""
+        out.print(f"{nats:.2e} nats  {name}{raised}", markup=False)
+    out.print(
+        f"{options.recipe} as it is: {found.recipe_nats:.2e} nats; with {len(found.linears)} of "
+        f"{len(found.sensitivity)} Linears raised: {found.nats:.2e}, {'within' if found.reached else 'NOT within'} "
+        f"{max_loss:g}\nNext: trol-edge export {checkpoint} --precision {output} --calibration {cache} -o ..."
+    )
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder of a model trained on the rendered scenes.")],
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="Held-out questions to ask.")] = 2000,
+    scale: Annotated[
+        int, typer.Option(min=1, max=8, help="Size of the pictures, in 112 pixels a side; 2: several tiles.")
+    ] = 1,
+    report: Annotated[
+        Path | None, typer.Option(help="Markdown file whose section about the bundle to rewrite.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of a trol-nano or trol-nano-phi3 bundle on held-out rendered scenes, by kind of question."""
+    from trol_edge.calibration import evaluate as evaluation
+    from trol_edge.runtime import Runtime
+
+    with Runtime(bundle) as runtime, progress_bars(quiet=as_json) as progress:
+        score = evaluation.evaluate(runtime, number, progress, scale)
+    text = evaluation.markdown(score, str(bundle))
+    if report:
+        evaluation.update_report(report, text)
+    if as_json:
+        print_json(dataclasses.asdict(score) | {"short_percent": score.short})
+    else:
+        print(text)
+
+
+def compare(
+    reference: Annotated[Path, typer.Argument(help="Bundle folder to compare with.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders of the same checkpoint.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="For layers and logits: at most so many.")] = 16,
+    scenes: Annotated[int, typer.Option(min=0, help="Held-out rendered scenes to ask for the accuracy.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for compare.json and the plot, compare.svg.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what bundles lost against a reference: per layer, in logits, in answers; and where it begins."""
+    with extra("export"):
+        from trol_edge.calibration import compare as comparing
+        from trol_edge.calibration import samples as sampling
+    with progress_bars(quiet=as_json) as progress:
+        chosen = sampling.load(data, samples, progress)
+        found = comparing.compare(reference, bundles, chosen, scenes=scenes, threads=threads, progress=progress)
+    if output:
+        comparing.save(output, found)
+    if as_json:
+        print_json([dataclasses.asdict(c) for c in found])
+        return
+    for skipped in chosen.skipped:
+        err.print(f"skipped: {skipped}", markup=False)
+    names = [escape(name) for name in comparing.names(found)]
+    layers = Table("signal to noise, dB", *names, box=None, padding=(0, 2))
+    for i, place in enumerate(found[0].places):
+        layers.add_row(place.name, *(f"{c.places[i].mean_db:.1f}" for c in found))
+    out.print(layers)
+    summary = Table(f"against {escape(reference.name)}", *names, box=None, padding=(0, 2))
+    for title, cells in comparing.summary(found):
+        summary.add_row(title, *cells)
+    out.print(summary)

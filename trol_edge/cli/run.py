@@ -1,0 +1,210 @@
+"""Verbs that ask a bundle, or look into it: run, demo, inspect."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from trol_edge.bundle.sizes import cache_bytes
+from trol_edge.cli.show import Json, OfOrt, err, extra, out, print_json
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="The question.")],
+    image: Annotated[list[Path] | None, typer.Option("-i", "--image", help="Picture file; repeat for several.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1: all.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0: all.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
+    long_context: Annotated[
+        bool, typer.Option("--long-context", help="Take the long rope factors from the first token on (trol-3.8b).")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    provider: OfOrt = None,
+    fallback: Annotated[
+        str | None, typer.Option(help="A provider to go over to, with a warning, where engines cannot be loaded.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a bundle a question, with or without pictures; the answer streams to standard output."""
+    from trol_edge.runtime import Runtime
+
+    ids: list[int] = []
+    text = ""
+    with Runtime(bundle, threads=threads, provider=cast(Any, provider), fallback=cast(Any, fallback)) as runtime:
+        for piece in runtime.stream(
+            prompt,
+            list(image or []),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+            long_context=long_context,
+        ):
+            ids += piece.token_ids
+            text += piece.text
+            if not as_json:
+                print(piece.text, end="", flush=True)
+    assert piece.timings is not None
+    if as_json:
+        timings = dataclasses.asdict(piece.timings)
+        reason = {"finish_reason": piece.finish_reason, "rope": piece.rope}
+        print_json({"text": text, "token_ids": ids, **reason, "timings": timings})
+        return
+    t = piece.timings
+    ended = str(piece.finish_reason) + ("" if piece.rope == "plain" else f", {piece.rope} rope factors")
+    print()
+    err.print(
+        f"{len(ids)} tokens, {ended}; ms: preprocess {t.preprocess_ms:.1f}, vision {t.vision_ms:.1f}, "
+        f"prefill {t.prefill_ms:.1f}, decode {t.decode_ms:.1f}",
+        style="dim",
+    )
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a bundle: graphs, operators, inputs and outputs, weights and the bytes a step reads."""
+    from trol_edge.bundle.manifest import Bundle
+    from trol_edge.bundle.sizes import device_bytes, loaded_bytes, shared_weights
+    from trol_edge.bundle.targets import is_gpu
+
+    opened = Bundle(bundle)
+    manifest, tensors = opened.manifest, opened.weights().tensors
+    graphs = manifest.graphs.items()
+    stored = {name: sum(tensors[w].nbytes for w in graph.weights if w in tensors) for name, graph in graphs}
+    as_float = {name: sum(loaded_bytes(w, tensors) for w in graph.weights) for name, graph in graphs}
+    one_set = cache_bytes(manifest.graphs["step"].inputs, manifest.context)
+    kv = one_set // manifest.context
+    lora = {name: sum(".lora_" in w for w in graph.weights) for name, graph in manifest.graphs.items()}
+    used = {w for graph in manifest.graphs.values() for w in graph.weights}
+    if as_json:
+        data = dataclasses.asdict(manifest)
+        data["weights"] = {n: {"dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes} for n, t in tensors.items()}
+        data["weight_bytes"], data["weight_bytes_float32"] = stored, as_float
+        if is_gpu(manifest.target):
+            apart, shared = device_bytes(opened)
+            data["device_bytes"] = {"apart": apart, "shared": shared, "is_shared": bool(shared_weights(opened))}
+        data["kv_bytes_per_token"] = kv  # of one set; prefix reuse keeps two
+        print_json(data)
+        return
+    spec = manifest.spec
+    square = "picture" if manifest.image.most_tiles == 1 else f"tile (1 to {manifest.image.most_tiles} a picture)"
+    out.print(
+        f"[b]{escape(manifest.model)}[/b] ({spec.family}), {manifest.created_by}, target {manifest.target}, context "
+        f"{manifest.context} tokens\n{spec.num_layers} layers x 2 passes, hidden {spec.hidden_size}, "
+        f"{spec.num_heads} heads, {spec.num_kv_heads} K/V heads, vocabulary {spec.vocab_size}, "
+        f"{spec.vision.tokens_per_image} tokens per {square} of {spec.vision.image_size} x {spec.vision.image_size}\n"
+        f"{sum(math.prod(t.shape) for t in tensors.values()):,} numbers in {len(tensors)} tensors, each stored once, "
+        f"{sum(t.nbytes for t in tensors.values()) / 1e6:.1f} MB; tokenizer: {'tokenizer.json' in manifest.files}"
+    )
+    for note in manifest.notes:
+        out.print(f"note: {note}", markup=False)
+    parts = Table("part", "Linears", "numbers", "MB", title=_precision(manifest), title_justify="left", box=None)
+    for name, part in manifest.parts.items():
+        linears = ", ".join(f"{count} {precision}" for precision, count in sorted(part.linears.items())) or "none"
+        parts.add_row(name, linears, f"{part.numbers:,}", f"{part.bytes / 1e6:.2f}")
+    out.print(parts)
+    least, size = sum(part.bytes for part in manifest.parts.values()), sum(f.bytes for f in manifest.files.values())
+    out.print(
+        f"Bundle {size / 1e6:.2f} MB; these parts take {least / 1e6:.2f} MB at least: "
+        f"{100 * (size / least - 1):+.1f} % (graphs, rotary tables, tokenizer)"
+    )
+    for name, graph in manifest.graphs.items():
+        table = Table(title=f"{name} ({graph.file})", title_justify="left", show_header=False, box=None, padding=(0, 1))
+        for title, ports in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+            table.add_row(title, escape(_ports(ports)))
+        table.add_row(
+            "operators", ", ".join(f"{op} {n}" for op, n in sorted(graph.operators.items(), key=lambda x: -x[1]))
+        )
+        table.add_row(
+            "weights",
+            f"{len(graph.weights)} tensors ({lora[name]} LoRA), {stored[name] / 1e6:.2f} MB stored, "
+            f"{as_float[name] / 1e6:.2f} MB in memory",
+        )
+        out.print(table)
+    form = "as computed" if manifest.plan.quantized else "float32"
+    sets = "with prefix reuse (the default), one without"
+    if is_gpu(manifest.target):
+        sets = "always: engines keep both"
+    row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
+    if is_gpu(manifest.target):
+        apart, shared = device_bytes(opened)
+        own = "shared" if shared_weights(opened) else "apart"
+        out.print(
+            f"Weights on a device: {apart / 1e6:.2f} MB with traverse and step apart, {shared / 1e6:.2f} MB with "
+            f"--shared-weights (not for int4); this bundle: {own}."
+        )
+    out.print(
+        f"A step reads {as_float['step'] / 1e6:.2f} MB of weights ({form}, each once, {lora['step']} LoRA tensors), "
+        f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
+        f"K/V cache, per session: {kv} bytes per token and set, {one_set / 1e6:.1f} MB a set; two sets, "
+        f"{2 * one_set / 1e6:.1f} MB, {sets}.\n"
+        f"In no graph: {', '.join(sorted(tensors.keys() - used))} (looked up by the runtime)."
+    )
+
+
+def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None:
+    """Ask a bundle about the picture that ships with this project, and say what to type next."""
+    from trol_edge.bundle.names import TOKENIZER
+    from trol_edge.runtime import Runtime
+
+    with extra("export"):
+        from trol_edge.export.reference.hub import shipped_folder, shipped_like
+
+    with Runtime(bundle) as runtime:
+        folder = shipped_folder(shipped_like(runtime.bundle.manifest.model))
+        question = json.loads((folder / "report.json").read_text(encoding="utf-8"))["demo"]["question"]
+        picture = folder / "scene.png"
+        shown = picture.relative_to(Path.cwd()) if picture.is_relative_to(Path.cwd()) else picture
+        if TOKENIZER in runtime.bundle.manifest.files:
+            answer = runtime.generate(question, picture)
+            print(f"picture:  {shown}\nquestion: {question}\nanswer:   {answer}\nbundle:   {bundle}\n")
+        else:
+            print(f"bundle:   {bundle} (no tokenizer in its checkpoint, so it serves token ids only)\n")
+    here = Path(sys.executable).parent
+    tools = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here
+    print(f"Next:\n  {tools}/trol-edge run {bundle} --image {shown} --prompt 'Describe the scene.'")
+    print(f"  {tools}/trol-edge inspect {bundle}")
+    code = f"import trol_edge; print(trol_edge.Runtime('{bundle}').generate('{question}', '{shown}'))"
+    print(f'  {tools}/python -c "{code}"')
+
+
+def _precision(manifest: Any) -> str:
+    """The recipe of a bundle in a line."""
+    plan = manifest.plan
+    text = f"precision {plan.recipe}, the rest computes in {plan.compute}"
+    if plan.observer:
+        text += f", activation scales by {plan.observer}"
+    if manifest.calibration:
+        text += f", calibrated on {manifest.calibration.samples} samples"
+    return text + (f"; kept in fp32: {', '.join(plan.kept_fp32)}" if plan.kept_fp32 else "")
+
+
+def _ports(ports: Any) -> str:
+    """Ports in a line; the cache, two tensors a layer, as one entry."""
+    shown = [p for p in ports if not p.name.startswith(("past_", "present_"))]
+    cache = [p for p in ports if p not in shown]
+    text = [f"{p.name} {p.dtype} [{', '.join(map(str, p.shape))}]" for p in shown]
+    if cache:
+        shape = ", ".join(map(str, cache[0].shape))
+        text.append(f"{cache[0].name} .. {cache[-1].name} {cache[0].dtype} [{shape}] x {len(cache)}")
+    return "; ".join(text)

@@ -1,0 +1,88 @@
+"""What the verbs print with: consoles, JSON, bars, options that several of them have."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from trol_edge.errors import BackendError
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+OfOrt = Annotated[
+    str | None,
+    typer.Option("--provider", help="Run a GPU bundle by ONNX Runtime instead of engines: cuda, tensorrt, cpu."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, ensure_ascii=False))
+
+
+def peak_bytes() -> int:
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turn a missing library of an optional installation into an error that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BackendError(f"{error.name} is not installed; pip install 'trol-edge[{name}]'") from error
+
+
+@contextmanager
+def phases(quiet: bool) -> Iterator[Any]:
+    """A callback (phase, done, steps) that shows the phase at work and the time since the start, on one line."""
+    if quiet:
+        yield lambda what, done, total: None
+        return
+    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bars.update(task, description=f"{what} {done}/{total}" if total > 1 else what)
+
+        yield report
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Any]:
+    """A callback (what, done, total) that draws one bar per stage, with the time left."""
+    if quiet:
+        yield lambda what, done, total: None
+        return
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=err) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report

@@ -1,0 +1,65 @@
+"""Plans for several machines and precisions: which of them are compared, and which is best."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+from trol_edge.machine.devices import DEVICES
+from trol_edge.plan.estimate import Planned, plan
+from trol_edge.plan.rates import Platform
+from trol_edge.plan.subject import Subject, Workload
+
+QUALITY = ("fp32", "fp16", "fp8", "int8", "int4")  # best first
+
+
+def device_names(bundle: Subject | None) -> list[str]:
+    """Devices to plan for where none is named: every Jetson, or this machine ("host") for a CPU's bundle."""
+    if bundle is not None and bundle.target == "cpu":
+        return ["host"]
+    return [name for name, device in DEVICES.items() if device.target.startswith("jetson")]
+
+
+def compare(
+    machines: Iterable[Platform],
+    subject: Callable[[str, str], Subject],
+    work: Workload,
+    precisions: Sequence[str] | None = None,
+    *,
+    desktop: bool,
+    reserve: int,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Planned]:
+    """A plan for each precision on each machine; None: all the machine has.
+
+    subject(target, precision) makes what is planned. Where one precision is asked for and does not fit, the ones below
+    it are tried, too.
+    """
+    found = []
+    for machine in machines:
+        wanted = precisions or machine.precisions
+        for precision in wanted:
+            progress(f"{machine.name} {precision}")
+            finer = [p for p in QUALITY if p in machine.precisions]
+            below = finer[finer.index(precision) + 1 :] if len(wanted) == 1 and precision in finer else []
+            found.append(
+                plan(
+                    subject(machine.target, precision),
+                    machine,
+                    work,
+                    desktop=desktop,
+                    reserve=reserve,
+                    smaller=functools.partial(map, functools.partial(subject, machine.target), below),
+                )
+            )
+    return found
+
+
+def best(plans: Sequence[Planned], first_token: float | None, tokens_per_second: float | None) -> Planned | None:
+    """The finest precision on a machine that fits and is expected to reach the goals (seconds, tokens per second)."""
+    for found in sorted(plans, key=lambda p: (*QUALITY, p.subject.precision).index(p.subject.precision)):
+        early = first_token is None or found.first_token[1] <= first_token
+        fast = tokens_per_second is None or found.tokens_per_second[1] >= tokens_per_second
+        if found.verdict != "does not fit" and early and fast:
+            return found
+    return None

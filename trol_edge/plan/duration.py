@@ -1,0 +1,82 @@
+"""How long one run of a graph takes: its floor, and what is expected."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+
+from trol_edge.bundle.costs import Costs, Operation
+from trol_edge.errors import UsageError
+from trol_edge.plan.rates import Platform, Points, Rates
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphTime:
+    """One graph run once: what it does, and in which time."""
+
+    graph: str
+    dims: dict[str, int]
+    flops: int
+    bytes: int  # weights and cache
+    floor: float  # seconds
+    expected: float  # seconds
+    bound: str  # what takes most of the expected time: "arithmetic", "memory" or "starting operators"
+
+
+def graph_time(graph: str, costs: Costs, weight_bytes: int, machine: Platform, **dims: int) -> GraphTime:
+    """One run of a graph whose weights take weight_bytes."""
+    sizes, total = costs.dims(dims), costs.at(**dims)
+    parts = [_seconds(o, sizes, weight_bytes, machine.reached) for o in costs.operations]
+    sums = {
+        "arithmetic": sum(c for c, m, _ in parts if c >= m),
+        "memory": sum(m for c, m, _ in parts if c < m),
+        "starting operators": sum(s for _, _, s in parts) + machine.reached.run,
+    }
+    products = [(o, o.at(sizes)) for o in costs.operations if o.kind in ("linear", "convolution", "attention")]
+    compute = sum(o.count * c.flops / _most(machine.peak, o.arithmetic) for o, c in products)
+    moved = total.weight_bytes + total.cache_bytes
+    floor = max(compute, moved / max(rate for _, rate in machine.peak.reads))
+    bound = max(sums, key=lambda name: sums[name])
+    shown = {name: size for name, size in sizes.items() if name in ("tokens", "slots", "images")}
+    return GraphTime(
+        graph=graph, dims=shown, flops=total.flops, bytes=moved, floor=floor, expected=sum(sums.values()), bound=bound
+    )
+
+
+def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Rates) -> tuple[float, float, float]:
+    """Arithmetic, memory and start-up of all operators of one kind."""
+    if rates.fused and o.kind in ("pointwise", "move"):
+        return 0.0, 0.0, 0.0
+    cost = o.at(dims)
+    product = o.kind in ("linear", "convolution", "attention")
+    read = rate_at(rates.reads, weight_bytes)
+    if o.stored in rates.stored:
+        read = min(read, rates.stored[o.stored])
+    touched = 0.0 if rates.fused and product else cost.activation_bytes / rate_at(rates.touches, cost.activation_bytes)
+    memory = (cost.weight_bytes + cost.cache_bytes) / read + touched
+    points = rates.arithmetic.get("attention") if o.kind == "attention" else None
+    arithmetic = cost.flops / rate_at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
+    if product and o.kind != "attention":  # whose rate was measured with its scores
+        arithmetic += touched
+    starts = {"attention": rates.attention, "linear": rates.product, "convolution": rates.product}
+    return o.count * arithmetic, o.count * memory, o.count * starts.get(o.kind, rates.operator)
+
+
+def _points(rates: Rates, arithmetic: str) -> Points:
+    if arithmetic not in rates.arithmetic:
+        raise UsageError(f"nothing is known about {arithmetic} on this machine; choose another precision")
+    return rates.arithmetic[arithmetic]
+
+
+def _most(rates: Rates, arithmetic: str) -> float:
+    return max(rate for _, rate in _points(rates, arithmetic))
+
+
+def rate_at(points: Points, amount: int) -> float:
+    """The rate between two points, linear in logarithms; outside of them that of the nearest."""
+    for (low, slow), (high, fast) in itertools.pairwise(points):
+        if low <= amount < high:
+            return slow * (fast / slow) ** (math.log(amount / low) / math.log(high / low))
+    return points[0][1] if amount < points[0][0] else points[-1][1]

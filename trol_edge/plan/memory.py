@@ -1,0 +1,77 @@
+"""What a model needs of a machine's memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from trol_edge.bundle.sizes import build_bytes
+from trol_edge.bundle.targets import TARGETS, is_gpu
+from trol_edge.plan.rates import Platform
+from trol_edge.plan.subject import Subject
+
+# CUDA context, TensorRT and Python: from one run of another runtime on Orin Nano (Cosmos-Reason2-2B W4A16: 3.72 GB, of
+# which 2.9 are weights and cache); ONNX Runtime and Python on a CPU: this library's trol-nano, rounded up.
+RUNTIME_BYTES = {"gpu": 600_000_000, "cpu": 150_000_000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on the device while it answers, and while an engine is built (0: nothing is built there)."""
+
+    weights: int
+    cache: int
+    cache_sets: int
+    activations: int
+    runtime: int
+    system: int
+    usable: int
+    build: int
+
+    @property
+    def needed(self) -> int:
+        """All that is ours."""
+        return self.weights + self.cache + self.activations + self.runtime
+
+    @property
+    def remains(self) -> int:
+        """Left for the rest of the robot; below zero: there is not enough."""
+        return self.usable - self.system - self.needed
+
+    @property
+    def build_remains(self) -> int:
+        """Left while an engine is built, with nothing of ours running."""
+        return self.usable - self.system - self.build
+
+
+def memory_of(
+    subject: Subject, machine: Platform, dims: Mapping[str, int], context: int, reuse: bool, desktop: bool, shared: bool
+) -> Memory:
+    """Bytes by use. Engines hold their weights each, but those that they share; on a CPU all graphs share them.
+
+    TensorRT reserves scratch memory for the longest prompt, once per engine; ONNX Runtime takes what a run needs.
+    """
+    gpu = is_gpu(machine.target)
+    graphs = [name for name in subject.graphs if not (gpu and name == "traverse_text")]
+    one_set = subject.cache_bytes * context // subject.context
+    longest = {"images": dims["images"], "tokens": context, "slots": context}
+    if gpu:
+        outside = subject.shareable_bytes if shared else 0  # of the engines of traverse and step, once for both
+        weights = sum(subject.weights[name] for name in graphs) - outside
+        activations = sum(subject.graphs[name].peak_bytes(**longest) for name in graphs)
+        largest = max(subject.weights["vision"], subject.weights["traverse"] - outside)
+    else:
+        weights = subject.weights["vision"] + subject.decoder_bytes
+        one = dict(dims) | {"images": min(1, dims["images"])}  # one tile after the other
+        activations = max(subject.graphs[name].peak_bytes(**one) for name in graphs)
+        largest = 0
+    return Memory(
+        weights=weights,
+        cache=2 * one_set if reuse else one_set + (0 if gpu else one_set // subject.layers),
+        cache_sets=2 if reuse else 1,
+        activations=activations,
+        runtime=RUNTIME_BYTES["gpu" if gpu else "cpu"],
+        system=machine.os_bytes + (machine.desktop_bytes if desktop else 0),
+        usable=machine.memory_bytes,
+        build=build_bytes(largest) if largest and not TARGETS[machine.target].rtx else 0,
+    )

@@ -1,0 +1,77 @@
+"""What is planned: a bundle, or a model as it would be exported, and the question to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from trol_edge.bundle.costs import Costs
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.sizes import cache_bytes, device_bytes, loaded_bytes, shared_weights
+from trol_edge.bundle.targets import is_gpu
+from trol_edge.errors import BundleError
+
+TEXT_TOKENS = 84  # template and a short question
+ANSWER_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is planned: a bundle, or a model as it would be exported. Bytes are those in the device's memory."""
+
+    name: str
+    target: str
+    precision: str
+    context: int  # tokens
+    layers: int
+    tokens_per_tile: int
+    most_tiles: int
+    graphs: dict[str, Costs]
+    weights: dict[str, int]  # by graph
+    decoder_bytes: int  # weights of all graphs but vision, each once
+    shareable_bytes: int  # of them, what the engines of traverse and step could share (`export --shared-weights`)
+    shared: bool  # they do
+    embedding_bytes: int  # of a table that is mapped from the file, and read a row at a time
+    cache_bytes: int  # one K/V set at full context
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One question: a picture in so many tiles (None: as many as the model cuts at most), text, and the answer."""
+
+    tiles: int | None = None
+    text: int = TEXT_TOKENS  # tokens
+    answer: int = ANSWER_TOKENS  # tokens
+
+
+def subject_of(bundle: Bundle) -> Subject:
+    """A bundle, by its manifest and the header of its weights file. Raises BundleError where it was never counted."""
+    manifest, tensors = bundle.manifest, bundle.weights().tensors
+    graphs = {name: info.costs for name, info in manifest.graphs.items() if info.costs is not None}
+    if len(graphs) != len(manifest.graphs):
+        raise BundleError(
+            f"{bundle.folder}: its graphs were never counted ({manifest.created_by} wrote it); export it again"
+        )
+    on_gpu = is_gpu(manifest.target)
+
+    def size(weight: str) -> int:
+        return tensors[weight].nbytes if on_gpu else loaded_bytes(weight, tensors)
+
+    sizes = {name: {w: size(w) for w in info.weights} for name, info in manifest.graphs.items()}
+    decoder = {w: n for name, found in sizes.items() if name != "vision" for w, n in found.items()}
+    apart, together = device_bytes(bundle) if on_gpu else (0, 0)
+    return Subject(
+        name=manifest.model,
+        target=manifest.target,
+        precision=manifest.plan.recipe,
+        context=manifest.context,
+        layers=manifest.spec.num_layers,
+        tokens_per_tile=manifest.spec.vision.tokens_per_image,
+        most_tiles=manifest.image.most_tiles,
+        graphs=graphs,
+        weights={name: sum(found.values()) for name, found in sizes.items()},
+        decoder_bytes=sum(decoder.values()),
+        shareable_bytes=apart - together if manifest.plan.can_share_weights else 0,
+        shared=on_gpu and bool(shared_weights(bundle)),
+        embedding_bytes=tensors["embedding"].nbytes,
+        cache_bytes=cache_bytes(manifest.graphs["step"].inputs, manifest.context),
+    )

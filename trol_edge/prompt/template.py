@@ -1,0 +1,111 @@
+"""The prompt template: from a question and its pictures to token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Final
+
+from trol_edge.errors import BundleError, UsageError
+from trol_edge.prompt.tokenizer import Tokenizer
+
+
+class ImageMark(enum.Enum):
+    """Type of `IMAGE`, the place of a picture in a prompt; an object, because any text could also be user text."""
+
+    IMAGE = "image"
+
+
+IMAGE: Final = ImageMark.IMAGE
+Prompt = str | Sequence[str | ImageMark]  # a question, or one that says where its pictures stand
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSpec:
+    """The prompt template of a model family; stored in the bundle manifest.
+
+    A prompt is before_system + system + before_question + pictures and question + after_question, and a picture is
+    image_prefix + tokens_per_image times image for each of its tiles + image_suffix. Raises BundleError for unusable
+    values.
+    """
+
+    before_system: str
+    system: str
+    before_question: str
+    after_question: str
+    image: str  # the token that stands for one image feature
+    image_prefix: str
+    image_suffix: str
+    after_image: str  # follows each picture that the caller did not place
+    tokens_per_image: int  # per tile, where pictures are cut into tiles
+    special_tokens: tuple[str, ...]  # the strings in the template that are tokens, not text
+    end_markers: tuple[str, ...]  # special tokens that end an answer
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("special_tokens", "end_markers"):
+            if not getattr(self, name) or not all(getattr(self, name)):
+                problems.append(f"{name} {getattr(self, name)!r} should be one or more non-empty strings")
+        if self.tokens_per_image < 1:
+            problems.append(f"tokens_per_image {self.tokens_per_image} is not a count")
+        if problems:
+            raise BundleError(f"prompt template: {'; '.join(problems)}; export the bundle again with this version")
+
+
+def build_prompt(
+    tokenizer: Tokenizer,
+    spec: PromptSpec,
+    prompt: Prompt,
+    tiles: int | Sequence[int] = (),
+    answer: str = "",
+) -> list[int]:
+    """Return the ids of a whole prompt, and of an answer to it (or its beginning) where one is given.
+
+    `prompt` is the question, with the pictures before it, or a sequence of texts and `IMAGE`, once per picture,
+    that is followed to the letter. `tiles` says how many tiles each picture has (`images.count_tiles`); an int is a
+    number of pictures of one tile each. Raises UsageError for a prompt without text, of another type, with lone
+    surrogates, or whose `IMAGE` count is not the number of pictures; BundleError for a tokenizer that does not fit
+    `spec`.
+    """
+    counts = [1] * tiles if isinstance(tiles, int) else list(tiles)
+    user: list[str | ImageMark]
+    if isinstance(prompt, str):
+        user = [part for _ in counts for part in (IMAGE, spec.after_image)] + [prompt]
+        text = prompt
+    else:
+        user = _checked_parts(prompt, len(counts))
+        text = "".join(part for part in user if isinstance(part, str))
+    if not text.strip():
+        raise UsageError("the prompt has no text; pass a question")
+
+    def template(part: str) -> list[str | int]:
+        return tokenizer.parse(part, spec.special_tokens)
+
+    image_id = tokenizer.special_id(spec.image)
+    before, after = template(spec.image_prefix), template(spec.image_suffix)
+    pictures = iter([*before, *[image_id] * (spec.tokens_per_image * count), *after] for count in counts)
+    parts = [*template(spec.before_system), spec.system, *template(spec.before_question)]
+    for part in user:
+        parts += [part] if isinstance(part, str) else next(pictures)
+    return tokenizer.encode([*parts, *template(spec.after_question), *([answer] if answer else [])])
+
+
+def _checked_parts(prompt: Sequence[str | ImageMark], pictures: int) -> list[str | ImageMark]:
+    if not isinstance(prompt, (list, tuple)):
+        raise UsageError(f"the prompt is a {type(prompt).__name__}; pass a str, or a list of str and IMAGE")
+    for i, part in enumerate(prompt):
+        if not isinstance(part, (str, ImageMark)):
+            raise UsageError(f"item {i} of the prompt is a {type(part).__name__}; pass str and IMAGE only")
+    placed = sum(part is IMAGE for part in prompt)
+    if placed != pictures:
+        raise UsageError(
+            f"the prompt places {placed} pictures but {pictures} were passed; put IMAGE once per picture, "
+            "or pass the prompt as one str to have the pictures stand before it"
+        )
+    return list(prompt)
+
+
+def end_ids(tokenizer: Tokenizer, spec: PromptSpec) -> frozenset[int]:
+    """Ids that end an answer. Raises BundleError if the tokenizer lacks one of the end markers."""
+    return frozenset(tokenizer.special_id(marker) for marker in spec.end_markers)
