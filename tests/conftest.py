@@ -17,13 +17,40 @@ from trol_edge.runtime import Runtime
 
 if TYPE_CHECKING:
     from tests.prompts import Prompts
+    from trol_edge.export.reference.checkpoint import Checkpoint
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "export" / "checkpoints"
 # A Runtime's first load of a bundle replays its self-test; here only where a test asks for it.
 os.environ["TROL_EDGE_SELFTEST"] = "0"
+# One thread each: in models as small as these a second one waits, spinning, and other tests run beside.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Wide enough that no message breaks where the length of a temporary folder's name says.
+os.environ["COLUMNS"] = "200"
 NANOS = ("trol-nano", "trol-nano-phi3")  # the shipped models, one per family
 NANO = CHECKPOINTS / NANOS[0]
 CONTEXT = 2560  # tokens: room for the longest golden prompt, two pictures
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes a bundle: `make check` leaves it out."""
+    for item in items:
+        if {"exported", "bundle_of"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("bundle")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """ONNX Runtime on one thread where a test does not say another number: four times less processor time."""
+    from trol_edge.runtimes.ort import OrtBackend
+
+    real: Any = OrtBackend.__init__
+
+    def init(self: Any, *args: Any, threads: int | None = None, **more: Any) -> None:
+        real(self, *args, threads=threads or 1, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OrtBackend, "__init__", init)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,24 +70,41 @@ def traces() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def exported() -> Iterator[Callable[..., Path]]:
-    """Bundle of a checkpoint folder, made once and kept: exported(folder, target="cpu", context=None, lowered=True).
+    """Bundle of a checkpoint folder, made once and kept: exported(folder, target="cpu", context=None, ...).
 
-    With lowered=False it has the graphs as they are traced. To change files of it, copy it.
+    With lowered=False it has the graphs as they are traced. Precisions with rounded weights are calibrated on two
+    scenes. To change files of it, copy it.
     """
+    from trol_edge.calibration import run as calibration
     from trol_edge.export import pipeline
+    from trol_edge.export.quantize.recipes import RecipeOptions
+    from trol_edge.export.quantize.stats import Statistics
 
-    sources, versions = kept.sources(pipeline.__name__), installed()
+    def export(
+        checkpoint: Path, target: str = "cpu", context: int | None = None, lowered: bool = True, recipe: str = "fp32"
+    ) -> Path:
+        options = RecipeOptions(recipe)
 
-    def export(checkpoint: Path, target: str = "cpu", context: int | None = None, lowered: bool = True) -> Path:
         def make(folder: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 if not lowered:
                     patch.delitem(pipeline.LOWERINGS, target)
-                pipeline.export(checkpoint, folder, target=target, context=context)
+                pipeline.export(
+                    checkpoint, folder, target=target, context=context, options=options, calibration=calibrated
+                )
 
+        sources = {*kept.sources(pipeline.__name__), *kept.sources(calibration.__name__)}
         files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-        key = kept.digest([*sources, *files], versions, checkpoint.name, target, context, lowered)
+        key = kept.digest([*sorted(sources), *files], installed(), checkpoint.name, target, context, lowered, options)
         return kept.folder("bundles", key, make)
+
+    def calibrated(source: Checkpoint) -> Statistics:
+        files = sorted(path for path in source.folder.iterdir() if path.is_file())
+        key = kept.digest([*kept.sources(calibration.__name__), *files], installed())
+        made = kept.folder(
+            "statistics", key, lambda folder: calibration.calibrate(source.folder, None, folder, count=2)
+        )
+        return Statistics.load(made, source.identity())
 
     yield export
     assert kept.altered() == [], "a test wrote into a bundle that others read, too"

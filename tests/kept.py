@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "tests"
-NEWEST = 40  # folders of one name: what was not used for longest goes first
+DAYS = 7  # without use, after which a folder goes
 _used: dict[Path, str] = {}
 
 
@@ -81,9 +83,11 @@ def folder(name: str, key: str, make: Callable[[Path], object]) -> Path:
             listing.write_text(_listing(found), encoding="utf-8")
         _used[found] = _listing(found)
         os.utime(listing)
-    for old in sorted(home.glob("*.files"), key=lambda path: path.stat().st_mtime)[:-NEWEST]:
-        shutil.rmtree(old.with_suffix(""), ignore_errors=True)
-        old.unlink(missing_ok=True)
+    for old in home.glob("*.files"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+            if time.time() - old.stat().st_mtime > DAYS * 86400:
+                old.unlink()
+                shutil.rmtree(old.with_suffix(""), ignore_errors=True)
     return found
 
 

@@ -218,7 +218,8 @@ def test_position_table_of_another_grid(folder: Path) -> None:
     assert stored.dtype == torch.float16
     assert torch.equal(adapted.half(), stored)
     expected = cases.arrays(image_case.name, "expected")["clip_pos_35"]
-    assert difference(adapted.numpy(), expected) <= TOLERANCE
+    rows = cases.arrays(image_case.name, "inputs").get("clip_pos_35_rows", np.arange(len(adapted)))
+    assert difference(adapted.numpy()[rows], expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("rows", [0, 1, 578, 1225])

@@ -410,7 +410,7 @@ def test_view_of_the_logits_is_overwritten(runtime: Callable[[str], Runtime]) ->
     assert np.array_equal(copied, again)
 
 
-@pytest.mark.parametrize("name", ["vision", "traverse", "step"])
+@pytest.mark.parametrize("name", ["step", *(pytest.param(n, marks=pytest.mark.slow) for n in ("vision", "traverse"))])
 def test_kept_traces_are_true(name: str, traces: Callable[..., Any]) -> None:
     """The suite traces once per architecture; a fresh trace gives the same graph."""
     import onnx_ir

@@ -26,21 +26,21 @@ NOT_IN_THE_GRAPH = {
 
 def remember(trace: Trace) -> Trace:
     """A trace that is made once per architecture, for all processes and for later runs with the same sources."""
-    sources, versions = kept.sources(graphs.__name__), installed()
-    memo: dict[Any, ir.Model] = {}
+    versions = installed()
+    memo: dict[str, ir.Model] = {}
 
     def once(name: str, family: Any, spec: Any, capacity: int) -> ir.Model:
         same = dataclasses.replace(spec, **NOT_IN_THE_GRAPH)
-        if name == "vision":
-            capacity = 0
-        key = (name, family.name, same, capacity)
+        made_by = family.vision if name == "vision" else family.decoder
+        key = kept.digest(
+            sorted({*kept.sources(graphs.__name__), *kept.sources(made_by.__module__)}),
+            *(versions, name, family.name, made_by.__module__, made_by.__qualname__, same),
+            None if name == "vision" else capacity,
+        )
         if key not in memo:
-            folder = kept.folder(
-                "traces",
-                kept.digest(sources, versions, key),
-                lambda folder: save(trace(name, family, spec, capacity), folder),
+            memo[key] = load(
+                kept.folder("traces", key, lambda folder: save(trace(name, family, spec, capacity), folder))
             )
-            memo[key] = load(folder)
         return memo[key].clone()
 
     return once
