@@ -22,7 +22,7 @@ from torch import Tensor
 from tests import cases
 from tests.cases import TOLERANCE, difference
 from tests.conftest import CONTEXT, NANO
-from tests.golden import GOLDEN, requires_all_golden, requires_golden
+from tests.golden import GOLDEN
 from tests.reference import Reference
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import CheckpointError, ExportError, UsageError
@@ -32,8 +32,6 @@ from trol_edge.export.reference import internlm2
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.synth import synth
 from trol_edge.runtime import Runtime
-
-pytestmark = requires_golden
 
 CASE = GOLDEN / "internlm2-text"
 POSITIONS = "vit.vision_tower.vision_model.embeddings.position_embedding.weight"
@@ -222,7 +220,8 @@ def test_position_table_of_another_grid(folder: Path) -> None:
     assert stored.dtype == torch.float16
     assert torch.equal(adapted.half(), stored)
     expected = cases.arrays(image_case.name, "expected")["clip_pos_35"]
-    assert difference(adapted.numpy(), expected) <= TOLERANCE
+    rows = cases.arrays(image_case.name, "inputs").get("clip_pos_35_rows", np.arange(len(adapted)))
+    assert difference(adapted.numpy()[rows], expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("rows", [0, 1, 578, 1225])
@@ -830,7 +829,6 @@ def test_damaged_tokenizer(tmp_path: Path) -> None:
 # -- the published sizes, and synth ------------------------------------------------------------------------------------
 
 
-@requires_all_golden
 @pytest.mark.parametrize("name", ["trol-1.8b", "trol-7b"])
 def test_published_names_and_shapes(name: str) -> None:
     """Every tensor of the full-size models is accounted for, and their configs are those published."""
