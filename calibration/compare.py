@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge import svg
+from trol_edge.bundle.folder import write_text
 from trol_edge.calibration.probes import probed
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import BundleError, UsageError
@@ -226,13 +227,9 @@ def summary(comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
 def save(folder: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> None:
     """Write compare.json and compare.svg into a folder, which is made if it does not exist."""
     path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        data = [dataclasses.asdict(c) for c in comparisons]
-        (path / "compare.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (path / "compare.svg").write_text(picture(comparisons), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+    data = [dataclasses.asdict(c) for c in comparisons]
+    write_text(path / "compare.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_text(path / "compare.svg", picture(comparisons))
 
 
 def picture(comparisons: Sequence[Comparison]) -> str:

@@ -11,7 +11,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from trol_edge.bundle.folder import write_text
+from trol_edge.errors import UsageError
 from trol_edge.export import scenes
+from trol_edge.reading import read_text
 from trol_edge.runtime import Runtime
 
 
@@ -87,9 +90,9 @@ def markdown(score: Score, bundle: str) -> str:
 
 
 def update_report(path: Path, section: str) -> None:
-    """Write the section into a report file. It replaces one with the same heading, or else is added at the end."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    """Write the section into a report file, in the place of an earlier one with the same heading, else at its end."""
+    text = read_text(path, UsageError, "choose another file for the report") if path.exists() else ""
     title = section.splitlines()[0]
     parts = re.split(r"(?m)^(?=## )", text)
     kept = [part.strip() for part in parts if part.strip() and part.splitlines()[0] != title]
-    path.write_text("\n\n".join([*kept, section.strip()]) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join([*kept, section.strip()]) + "\n")

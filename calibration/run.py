@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trol_edge.bundle.folder import new_file
+from trol_edge.bundle.folder import new_file, writing
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.collect import Collector
@@ -33,6 +33,7 @@ from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
 from trol_edge.export.quantize.stats import (
     PARTS,
+    ROOM,
     STATE,
     CalibrationState,
     Statistics,
@@ -85,8 +86,9 @@ def calibrate(
         stages=tuple(run.stages()),
         skipped=(*chosen.skipped, *skipped),
     )
-    _open_cache(run.folder, state, overwrite)
-    with torch.no_grad():
+    with writing(run.folder, CalibrationError):
+        _open_cache(run.folder, state, overwrite)
+    with torch.no_grad(), writing(run.folder, CalibrationError, ROOM):
         run.all()
     found = Statistics.load(run.folder, state.checkpoint)
     assert len(found.points) >= 4 * spec.num_layers
@@ -108,10 +110,7 @@ def _open_cache(folder: Path, state: CalibrationState, overwrite: bool) -> None:
             raise CalibrationError(f"{folder}: holds other files ({', '.join(others[:3])}); choose another folder")
         for path in [*folder.glob(f"{PARTS}/*"), *folder.glob(f"{HIDDEN}/*"), *folder.glob(f"*{STATE}*")]:
             path.unlink()
-    try:
-        write_state(folder, state)
-    except OSError as error:
-        raise CalibrationError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+    write_state(folder, state)
 
 
 class _Run:
@@ -189,16 +188,14 @@ class _Run:
     def _writer(self) -> Iterator[Callable[[Tensor], None]]:
         """Write this stage's hidden states; the file gets its name when it is complete."""
         path = self._hidden(self.stage)
-        path.parent.mkdir(exist_ok=True)
-        try:
+        with writing(path, CalibrationError, ROOM):
+            path.parent.mkdir(exist_ok=True)
             with new_file(path) as part, part.open("wb") as f:
 
                 def write(x: Tensor) -> None:
                     f.write(x.float().contiguous().numpy().data)
 
                 yield write
-        except OSError as error:
-            raise CalibrationError(f"{path}: cannot be written ({error.strerror}); make room") from error
 
     # -- vision ------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trol_edge.bundle.folder import new_file, writing
 from trol_edge.bundle.precision import QUANTIZED, LinearPlan
 from trol_edge.calibration.prompts import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
@@ -66,11 +67,9 @@ class MixedPlan:
         return dataclasses.replace(self.options, linears={**self.options.linears, **self.linears})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as the JSON that `trol-edge export --precision` reads."""
-        try:
-            Path(path).write_text(json.dumps(dataclasses.asdict(self.mixed()), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        """Write it as the JSON that `trol-edge export --precision` reads."""
+        with writing(path, UsageError), new_file(Path(path)) as part:
+            part.write_text(json.dumps(dataclasses.asdict(self.mixed()), indent=1) + "\n", encoding="utf-8")
 
 
 def find_plan(

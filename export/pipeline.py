@@ -22,7 +22,7 @@ from trol_edge.bundle.precision import CalibrationInfo, PrecisionPlan
 from trol_edge.bundle.sizes import is_shareable
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.targets import TARGETS, is_gpu
-from trol_edge.errors import CalibrationError, ExportError, UsageError
+from trol_edge.errors import CalibrationError, CheckpointError, ExportError, UsageError
 from trol_edge.export import storage
 from trol_edge.export.graphs import canonical, counts
 from trol_edge.export.lower import ort as lower_ort
@@ -37,6 +37,7 @@ from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import MODELS
 from trol_edge.export.storage import Layout, Progress
 from trol_edge.prompt.tokenizer import Tokenizer
+from trol_edge.reading import guard
 
 if TYPE_CHECKING:
     from trol_edge.export.quantize.stats import Statistics
@@ -170,13 +171,17 @@ def require_context(context: int, spec: ModelSpec) -> None:
 def _write_tokenizer(path: Path, source: Checkpoint) -> Tokenizer | None:
     # If no file lists the image token, the authors' loader adds it after all others.
     image_token = (source.family.prompt(source.spec).image,)
-    text = tokenizer.convert(source.folder, image_token)
+    with guard(source.folder, CheckpointError, "download the checkpoint again", "its tokenizer files are not usable"):
+        text = tokenizer.convert(source.folder, image_token)
     if text is None:
         source.notes.append("the checkpoint has no tokenizer: the bundle serves token ids only")
         return None
-    tokenizer.verify(text, source.folder, image_token)
+    with guard(source.folder, CheckpointError, "download the checkpoint again", "its tokenizer files are not usable"):
+        tokenizer.verify(text, source.folder, image_token)
     path.write_text(text, encoding="utf-8")
-    return Tokenizer(text, str(source.folder))
+    made = Tokenizer(text, str(source.folder))
+    made.require_ids_below(source.spec.embedding_rows, CheckpointError)
+    return made
 
 
 def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:

@@ -10,6 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from trol_edge import telemetry
 from trol_edge._version import __version__
 from trol_edge.bundle.engines import differences, read, verified
 from trol_edge.bundle.folder import sha256_of
@@ -207,7 +208,18 @@ def _installation() -> list[Check]:
     if broken:
         text = f"installed, but it cannot be imported ({broken}); pip install --force-reinstall 'trol-edge[cpu]'"
         checks.append(Check("onnxruntime", False, text, True))
-    return checks
+    return [*checks, _telemetry()]
+
+
+def _telemetry() -> Check:
+    """Whether ONNX Runtime may report home from this process."""
+    if telemetry.too_late:
+        text = (
+            f"this program imported onnxruntime before trol_edge and without {telemetry.ONNXRUNTIME}=1, so it reports "
+            "home; set the variable where the program starts, or import trol_edge first"
+        )
+        return Check("telemetry", False, text)
+    return Check("telemetry", True, f"off ({telemetry.ONNXRUNTIME}=1 before the first import of onnxruntime)")
 
 
 def _broken(module: str) -> str:

@@ -231,7 +231,7 @@ def test_pieces_are_the_file_again(room: Any, tmp_path: Path) -> None:
     entry = maker.entry(file, pieces, 1000, kind="bundles")
     assert [piece["bytes"] for piece in entry["pieces"]] == [1000] * 10 + [496]
     (pieces.parent / "manifest.json").write_text("{}")
-    joined = script.Kit(pieces.parent)._joined(entry["pieces"], tmp_path / "again", entry["sha256"])
+    joined = script.Kit(pieces.parent).joined(entry["pieces"], tmp_path / "again", entry["sha256"])
     assert joined is None and (tmp_path / "again").read_bytes() == file.read_bytes()
 
 

@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.golden import GOLDEN, requires_golden
-
-pytestmark = requires_golden
+from tests.golden import GOLDEN
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = GOLDEN / "internlm2-text"

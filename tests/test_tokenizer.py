@@ -9,8 +9,9 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
+from trol_edge.bundle.protobuf import protobuf_fields
 from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export.reference.tokenizer import convert, protobuf_fields, read_model, verify
+from trol_edge.export.reference.tokenizer import convert, read_model, verify
 from trol_edge.prompt.tokenizer import UNLISTED, Tokenizer
 
 SPECIALS = [f"[UNUSED_TOKEN_{i}]" for i in (143, 144, 145, 146)]

@@ -149,10 +149,6 @@ def test_what_is_recorded_is_the_reference(each_bundle: Path, no_gradients: None
 @pytest.mark.parametrize("case", ["internlm2-text", "phi3-text"])
 def test_without_a_tokenizer(case: str, golden_bundle: Callable[..., Path], tmp_path: Path) -> None:
     """Random weights and random tokens: a bundle for the token level."""
-    from tests.golden import GOLDEN
-
-    if not (GOLDEN / case).is_dir():
-        pytest.skip(f"needs golden case {case}")
     shutil.copytree(golden_bundle(case), tmp_path / "bundle")
     assert verify.verify(tmp_path / "bundle").first_wrong is None
 
@@ -405,20 +401,9 @@ def test_an_overflow_in_fp16(
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
-def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, traces: Any) -> Path:
-    """trol-nano in a precision with rounded weights, calibrated on a few scenes."""
-    from trol_edge.calibration.run import calibrate
-    from trol_edge.export import pipeline
-    from trol_edge.export.quantize.recipes import RecipeOptions
-
-    folder = tmp_path_factory.mktemp("rounded")
-    pipeline.export(
-        NANO,
-        folder / "bundle",
-        options=RecipeOptions(recipe=request.param),
-        calibration=lambda source: calibrate(source.folder, None, folder / "calibration", count=8),
-    )
-    return folder / "bundle"
+def rounded(request: pytest.FixtureRequest, exported: Callable[..., Path]) -> Path:
+    """trol-nano in a precision with rounded weights."""
+    return exported(NANO, recipe=request.param)
 
 
 def test_rounded_weights(rounded: Path, tmp_path: Path) -> None:

@@ -103,11 +103,11 @@ class Cache:
             self._adopt()
             body = self._body
             if body is not None and any(start < body.relied_on(which) for which in sets):
-                # Leave these rows to the caches that read them, and become one of the readers.
-                self._body, body.owner = None, lambda: None
+                # Become one of those who read these rows, and leave them. In this order, because of Ctrl-C.
                 for which, rows in ((FIRST, start), (SECOND, min(start, traversed))):
                     if rows and which not in self._borrowed and (which == FIRST or self._backend.prefix_reuse):
                         self._borrow(body, which, rows)
+                self._body, body.owner = None, lambda: None
         if self._body is None:
             self._body = _Body(self._backend.new_state(), self)
         state = self._body.state
@@ -128,10 +128,11 @@ class Cache:
             return
         (body,) = lenders.values()
         if body.owner() is None:
-            for which in tuple(self._borrowed):
-                body.drop(self, which)
+            sets = tuple(self._borrowed)
             self._body, body.owner, self._borrowed = body, weakref.ref(self), {}
+            for which in sets:
+                body.drop(self, which)
 
     def _borrow(self, body: _Body, which: int, rows: int) -> None:
-        self._borrowed[which] = (body, rows)
         body.readers.append((weakref.ref(self), which, rows))
+        self._borrowed[which] = (body, rows)

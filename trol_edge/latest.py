@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from trol_edge.errors import UsageError
+from trol_edge.numeric import real, shown
 
 T = TypeVar("T")
 
@@ -36,9 +37,12 @@ class LatestOnly(Generic[T]):
         max_age_ms: an item that has waited longer is dropped instead of returned; None: no limit.
         Raises UsageError for a max_age_ms that is not above 0.
         """
-        if max_age_ms is not None and not max_age_ms > 0:
-            raise UsageError(f"max_age_ms should be a number of milliseconds above 0 or None, found {max_age_ms!r}")
-        self._max_age_s = None if max_age_ms is None else max_age_ms / 1e3
+        age = real(max_age_ms)
+        if max_age_ms is not None and (age is None or age <= 0):
+            raise UsageError(
+                f"max_age_ms should be a number of milliseconds above 0 or None, found {shown(max_age_ms)}"
+            )
+        self._max_age_s = None if age is None else age / 1e3
         self.clock = time.monotonic
         self._changed = threading.Condition()
         self._slot: list[tuple[float, T]] = []  # empty, or (when it was put, item)
@@ -66,8 +70,14 @@ class LatestOnly(Generic[T]):
             return replaced
 
     def get(self, timeout_s: float | None = None) -> T | None:
-        """Take the newest item, or wait for one; None after `close`, or if none came within timeout_s seconds."""
-        end = None if timeout_s is None else self.clock() + timeout_s
+        """Take the newest item, waiting for one; None after `close`, or where none came within timeout_s seconds.
+
+        A timeout of 0 or less takes what is there. Raises UsageError for a timeout_s that is no number.
+        """
+        timeout = real(timeout_s)
+        if timeout_s is not None and timeout is None:
+            raise UsageError(f"timeout_s should be a number of seconds or None, found {shown(timeout_s)}")
+        end = None if timeout is None else self.clock() + timeout
         with self._changed:
             while True:
                 if self._slot:
@@ -81,7 +91,7 @@ class LatestOnly(Generic[T]):
                 left = None if end is None else end - self.clock()
                 if left is not None and left <= 0:
                     return None
-                self._changed.wait(left)
+                self._changed.wait(None if left is None else min(left, threading.TIMEOUT_MAX))
 
     def __iter__(self) -> Iterator[T]:
         """Yield items until `close`."""

@@ -15,15 +15,15 @@ class Lifetime:
         self.closed = False
 
     @property
-    def alive(self) -> bool:
-        """Whether it is not closed, and this is the process that loaded it."""
-        return not self.closed and os.getpid() == self._process
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that loaded it."""
+        return os.getpid() != self._process
 
     def check(self) -> None:
         """Raise UsageError if the Runtime is closed, or was loaded before this process was forked."""
         if self.closed:
             raise UsageError("this Runtime is closed; make another")
-        if os.getpid() != self._process:  # a call would hang, because threads do not survive a fork
+        if self.forked:  # inference threads do not survive a fork: a call would wait for ever
             raise UsageError(
                 f"this Runtime was loaded in process {self._process} and cannot be used in its fork {os.getpid()}; "
                 "make one in each process (multiprocessing: inside the worker)"

@@ -12,9 +12,11 @@ from trol_edge.backend import Backend
 from trol_edge.bundle.embedding import Embeddings
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import TOKENIZER
+from trol_edge.bundle.signature import PublicKey
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import Lifetime
+from trol_edge.numeric import shown, whole
 from trol_edge.prompt.template import Prompt, build_prompt, end_ids
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.session import Session
@@ -24,6 +26,7 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 # Target of a bundle -> (module, class) that runs it. It is imported when a Model is made.
 BACKENDS = {"cpu": ("trol_edge.runtimes.ort", "OrtBackend")}
 BACKENDS |= {name: ("trol_edge.runtimes.trt.backend", "TrtBackend") for name in TARGETS if is_gpu(name)}
+MOST_THREADS = 1024
 
 
 class Model:
@@ -41,9 +44,10 @@ class Model:
         prefix_reuse: bool = True,
         provider: Provider | None = None,
         fallback: Provider | None = None,
+        trusted_keys: Sequence[PublicKey] | None = None,
     ) -> None:
         """Open a bundle; for arguments and errors see trol_edge.Runtime."""
-        self.bundle = Bundle(bundle)
+        self.bundle = Bundle(bundle, trusted_keys)
         manifest = self.bundle.manifest
         if manifest.target not in BACKENDS and provider is None:
             raise BundleError(
@@ -51,9 +55,10 @@ class Model:
                 f"it runs {', '.join(BACKENDS)}; export with --target cpu"
             )
         self.tokenizer: Tokenizer | None = None
-        self.ends = frozenset({manifest.spec.eos_token_id})
+        self.ends = frozenset({manifest.spec.eos_token_id, *manifest.spec.more_end_ids})
         if TOKENIZER in manifest.files:
             self.tokenizer = Tokenizer.from_file(self.bundle.path(TOKENIZER))
+            self.tokenizer.require_ids_below(manifest.spec.embedding_rows)
             self.ends |= end_ids(self.tokenizer, manifest.prompt)
             image_id = self.tokenizer.special_id(manifest.prompt.image)
             if image_id != manifest.spec.image_token_id:
@@ -61,7 +66,8 @@ class Model:
                     f"{self.bundle.folder}: {manifest.prompt.image} is token {image_id} in {TOKENIZER} and "
                     f"{manifest.spec.image_token_id} in the manifest; export the bundle again"
                 )
-        settings = {"threads": threads, "verify": verify, "prefix_reuse": prefix_reuse}
+        verify = verify or bool(self.bundle.trusted_keys)  # a signature covers hashes, and these cover the files
+        settings = {"threads": _checked_threads(threads), "verify": verify, "prefix_reuse": prefix_reuse}
         self.backend: Backend
         if provider is not None:
             self.backend = _backend_class("cpu")(self.bundle, provider=provider, **settings)
@@ -102,16 +108,34 @@ class Model:
         return build_prompt(self.text, self.bundle.manifest.prompt, prompt, tiles, answer)
 
     def close(self) -> None:
-        """Release the graphs. Their memory is free once the sessions are gone, too. Closing twice is fine."""
-        if not self.lifetime.closed:
-            self.lifetime.closed = True
-            del self.backend, self.embeddings
+        """Let the graphs go: their memory is free once the sessions are gone, too. Closing twice is fine."""
+        self.lifetime.closed = True
+        for name in ("backend", "embeddings"):
+            vars(self).pop(name, None)
 
     def __enter__(self) -> Model:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _checked_threads(threads: int | None) -> int | None:
+    """The number as an int, or None; a RuntimeWarning where it is far more than there are cores to run on."""
+    if threads is None:
+        return None
+    found = whole(threads, 1, MOST_THREADS)
+    if found is None:
+        raise UsageError(f"threads should be None or a whole number from 1 to {MOST_THREADS}, found {shown(threads)}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if found > 2 * cores:
+        warnings.warn(
+            f"threads={found}, but this process has {cores} cores: threads that wait for a core make every answer many "
+            "times slower; leave threads out to take the physical cores",
+            RuntimeWarning,
+            stacklevel=4,  # who made the Runtime
+        )
+    return found
 
 
 def _backend_class(target: str) -> Any:

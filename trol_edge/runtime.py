@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.answering.asking import Color, Pictures, ask, listed, look
+from trol_edge.answering.asking import UNREAD, Color, Pictures, ask, listed, look
 from trol_edge.answering.choose import checked_options, score, softmax
 from trol_edge.answering.desk import Desk
 from trol_edge.answering.loop import Answering
 from trol_edge.answering.options import AnswerOptions, Options, options_from_keywords
 from trol_edge.answering.results import Answer, Choice, Clock, Option, Piece, YesNo
 from trol_edge.answering.streams import AnswerStream, pieces
-from trol_edge.errors import UsageError
+from trol_edge.bundle.signature import PublicKey
+from trol_edge.errors import UnfinishedError, UsageError
 from trol_edge.model import Model, Provider
+from trol_edge.numeric import shown, truth
 from trol_edge.prompt.images import count_tiles, load_rgb, preprocess
 from trol_edge.prompt.template import Prompt
 from trol_edge.session import Session
@@ -50,29 +52,37 @@ class Runtime:
         selftest: bool | None = None,
         provider: Provider | None = None,
         fallback: Provider | None = None,
+        trusted_keys: Sequence[PublicKey] | None = None,
     ) -> None:
         """Load a bundle folder.
 
-        threads: threads of one inference call (default: the physical cores).
-        verify: check the sha256 of the weights while they are read (the other files are always checked). False saves
-        that time on a disk you trust.
-        prefix_reuse: keep the keys and values of both passes, so that sessions can continue from a prefix (see
-        trol_edge.Session). False halves the K/V memory, and calls that need the second set raise UsageError. Engines
-        always keep both, so they refuse False.
-        vision_cache_bytes: most bytes of image features that are kept for pictures that are asked about again, least
-        recently used out first; 0 keeps none. With engines they are in the GPU's memory.
-        selftest: replay the bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first
-        time. None does so unless the environment has TROL_EDGE_SELFTEST=0.
+        threads: of one inference call (default: the physical cores); far more than there are cores is a
+        RuntimeWarning, because that is many times slower. verify: check the sha256 of the weights while
+        they are read (the other files are always checked); False saves that time on a disk you trust. prefix_reuse:
+        keep the keys and values of both passes, so that sessions can go on from a prefix (see trol_edge.Session); False
+        halves the K/V memory, and what needs the second set is refused (engines keep both always, so with them this is
+        refused). vision_cache_bytes: image features kept for pictures that are asked about again, least recently used
+        out first; 0: none. They lie where they are used: in the GPU's memory with engines. selftest: replay the
+        bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first time; None: unless the
+        environment has TROL_EDGE_SELFTEST=0.
         provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda", "tensorrt" (not yet
         run on a GPU) or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
-        fallback: a provider to use if engines cannot be loaded, with a RuntimeWarning that says why. With None that is
-        an error.
-        Raises BundleError (missing, half-copied, altered, other version), BackendError (library, memory) and
-        VerifyError (the numbers are not the reference's).
+        fallback: a provider to go over to, with a RuntimeWarning that says why, where engines cannot be loaded; None:
+        that is an error.
+        trusted_keys: ed25519 public keys (PEM files, or bytes); a bundle, or engines, that none of them signed
+        (`trol-edge sign`) are not opened. Needs `trol-edge[sign]`. None: whoever made it.
+        Raises BundleError (missing, half-copied, altered, not signed, other version), BackendError (library, memory)
+        and VerifyError (the numbers are not the reference's).
         """
         vision_cache = VisionCache(vision_cache_bytes)
         self.model = Model(
-            bundle, threads=threads, verify=verify, prefix_reuse=prefix_reuse, provider=provider, fallback=fallback
+            bundle,
+            threads=threads,
+            verify=verify,
+            prefix_reuse=prefix_reuse,
+            provider=provider,
+            fallback=fallback,
+            trusted_keys=trusted_keys,
         )
         self.bundle = self.model.bundle
         if wanted(selftest):
@@ -91,9 +101,7 @@ class Runtime:
         Raises UsageError, ImageError or ContextError for bad input, BackendError if inference fails; the Runtime
         stays usable.
         """
-        checked = options_from_keywords(options)
-        answering = self._start(prompt, images, checked)
-        return answering.search() if checked.num_beams > 1 else answering.answer()
+        return self._start(prompt, images, options_from_keywords(options)).whole()
 
     def stream(self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]) -> AnswerStream:
         """Like generate, but piece by piece. `print(piece, end="")` prints one; the last has a finish_reason.
@@ -127,17 +135,19 @@ class Runtime:
         checked = options_from_keywords(options)
         desk = self.desk
         call, start = desk.call(checked), desk.now()
-        pictures = look(desk, images, checked.color)
-        questions = [ask(desk, prompt, pictures) for prompt in prompts]
-        preprocess_ms = 1e3 * (desk.now() - start)
-        answers = []
-        with desk.held(call, checked.session) as (session, waited_ms):
-            for question in questions:
-                clock = Clock(preprocess_ms, waited_ms)
-                answering = Answering(desk, question, checked, call, clock, session)
-                answers.append(answering.search() if checked.num_beams > 1 else answering.answer())
-                preprocess_ms = waited_ms = 0.0  # they count for the first answer
-        return answers
+        clocks = [Clock() for _ in prompts]
+        try:
+            pictures = look(desk, images, checked, call)
+            questions = [ask(desk, prompt, pictures, call) for prompt in prompts]
+            clocks[0].preprocess_ms = 1e3 * (desk.now() - start)  # the first answer bears it, and the waiting
+
+            def work(session: Session | None) -> list[Answer]:
+                each = zip(questions, clocks, strict=True)
+                return [Answering(desk, q, checked, call, clock, session).whole() for q, clock in each]
+
+            return desk.held(call, checked.session, clocks[0], work)
+        except UnfinishedError:  # before its turn
+            return [Answering(desk, UNREAD, checked, call, clock).whole() for clock in clocks]
 
     def choose(
         self,
@@ -146,6 +156,7 @@ class Runtime:
         images: Pictures | None = None,
         *,
         color: Color = "rgb",
+        bits: int | None = None,
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> Choice:
@@ -158,7 +169,7 @@ class Runtime:
         it, UnfinishedError if the deadline (or `stop`) comes first, and otherwise the errors of generate.
         """
         texts = checked_options(options)
-        checked = Options(color=color, deadline_ms=deadline_ms, session=session)
+        checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
         logprobs, tokens, clock = score(self.desk, prompt, texts, images, checked, whole=True)
         scores = [logprob / count for logprob, count in zip(logprobs, tokens, strict=True)]
         found = tuple(map(Option, texts, softmax(scores), scores, logprobs, tokens))
@@ -171,6 +182,7 @@ class Runtime:
         images: Pictures | None = None,
         *,
         color: Color = "rgb",
+        bits: int | None = None,
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> YesNo:
@@ -178,7 +190,7 @@ class Runtime:
 
         Arguments and errors are those of choose.
         """
-        checked = Options(color=color, deadline_ms=deadline_ms, session=session)
+        checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
         logprobs, _, clock = score(self.desk, prompt, ["Yes", "yes", "No", "no"], images, checked, whole=False)
         shares = softmax(logprobs)
         yes = shares[0] + shares[1]
@@ -200,7 +212,10 @@ class Runtime:
         long_context: see Options. prefill_chunk: tokens per traverse of a prompt (None: all at once). A session's own
         calls take no turns; they run beside answers of other threads.
         """
-        return self.model.session(long_context, prefill_chunk)
+        is_long = truth(long_context)
+        if is_long is None:
+            raise UsageError(f"long_context should be True or False, found {shown(long_context)}")
+        return self.model.session(is_long, prefill_chunk)
 
     def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = (), answer: str = "") -> list[int]:
         """The token ids of a whole prompt, template included. Raises UsageError as generate does.
@@ -210,13 +225,13 @@ class Runtime:
         """
         return self.model.tokenize(prompt, tiles, answer)
 
-    def count_tiles(self, images: Pictures | None) -> list[int]:
+    def count_tiles(self, images: Pictures | None, bits: int | None = None) -> list[int]:
         """The squares that `preprocess` makes of each picture: 1, or up to 7 with TroL-3.8B. Raises ImageError."""
-        return count_tiles([load_rgb(p) for p in listed(images)], self.bundle.manifest.image)
+        return count_tiles([load_rgb(p, bits=bits) for p in listed(images)], self.bundle.manifest.image)
 
-    def preprocess(self, images: Pictures | None, color: Color = "rgb") -> Float32 | None:
+    def preprocess(self, images: Pictures | None, color: Color = "rgb", bits: int | None = None) -> Float32 | None:
         """Make pixel_values float32 [N, 3, P, P] of pictures, tile by tile, or None for none. Raises ImageError."""
-        pictures = [load_rgb(p, color) for p in listed(images)]
+        pictures = [load_rgb(p, color, bits) for p in listed(images)]
         return preprocess(pictures, self.bundle.manifest.image) if pictures else None
 
     @property
@@ -246,5 +261,8 @@ class Runtime:
     def _start(self, prompt: Prompt, images: Pictures | None, options: Options) -> Answering:
         desk = self.desk
         call, start = desk.call(options), desk.now()
-        question = ask(desk, prompt, look(desk, images, options.color))
+        try:
+            question = ask(desk, prompt, look(desk, images, options, call), call)
+        except UnfinishedError:  # the answer says so: its turn does not come
+            question = UNREAD
         return Answering(desk, question, options, call, Clock(1e3 * (desk.now() - start)))

@@ -17,6 +17,7 @@ from trol_edge.bundle.manifest import Bundle
 from trol_edge.cache import Cache
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.lifetime import Lifetime
+from trol_edge.numeric import shown, whole
 
 Float32 = NDArray[np.float32]
 
@@ -234,8 +235,8 @@ class Session:
                 f"the cached keys have the short rope factors, which allow {self.limit} tokens; "
                 "prefill again with long_context=True, which uses the long factors from the first token on"
             )
-        if not isinstance(token_id, (int, np.integer)) or not 0 <= token_id < self._spec.vocab_size:
-            raise UsageError(f"token id {token_id!r} is not an int in 0..{self._spec.vocab_size - 1}")
+        if whole(token_id, 0, self._spec.vocab_size - 1) is None:
+            raise UsageError(f"token id {shown(token_id)} is not an int in 0..{self._spec.vocab_size - 1}")
         return cache.stepping(length, self._traversed), self._embeddings[token_id]
 
     def _stepped(self, token_id: int) -> None:
@@ -250,10 +251,10 @@ class Session:
         self._require_open()
         if not isinstance(length, (int, np.integer)) or isinstance(length, bool) or not 0 <= length <= self._length:
             raise UsageError(f"truncate({length!r}): the session holds {self._length} tokens; give 0..{self._length}")
-        self._length, self._traversed = int(length), min(self._traversed, int(length))
         kept = -(-int(self._filled[:length].sum()) // self._spec.vision.tokens_per_image)
-        del self._pictures[kept:]
-        self._interrupted = False
+        pictures, length, traversed = self._pictures[:kept], int(length), min(self._traversed, int(length))
+        # Nothing is called between these, so that Ctrl-C comes before all of them or after.
+        self._pictures, self._length, self._traversed, self._interrupted = pictures, length, traversed, False
 
     def fork(self) -> Session:
         """Make a session that continues from here on its own, for what-if questions about one prompt.
@@ -287,12 +288,13 @@ class Session:
             m = min(self._length, other._length)
             if start == n and self._traversed == other._traversed:  # stepped tokens after the same prompt
                 start += _same(self._ids[n:m] == other._ids[n:m])
+        # Until all is copied, what stays as it is: Ctrl-C may come meanwhile.
+        self._length, self._traversed, self._interrupted = start, min(start, self._traversed), True
         mine.copy_rows(theirs, start, other._length, other._traversed)
-        length = other._length
+        length, pictures = other._length, list(other._pictures)
         self._ids[:length], self._filled[:length] = other._ids[:length], other._filled[:length]
-        self._pictures = list(other._pictures)
+        self._pictures, self._interrupted = pictures, other._interrupted
         self._length, self._traversed, self._long = length, other._traversed, other._long
-        self._interrupted = other._interrupted
 
     def close(self) -> None:
         """Free the K/V buffers (rows that forks rely on stay as long as the forks). Closing twice is fine."""
@@ -315,14 +317,14 @@ class Session:
         long_rope: bool,
         on_chunk: OnChunk | None,
     ) -> Float32:
-        """Make the session hold `ids` [S], of which the first `start` are cached; returns logits of the last."""
-        size = self.prefill_chunk or len(ids)
-        if self.prefill_chunk is not None:
-            self._check_chunk(self.prefill_chunk, len(ids) - start)
-        order = np.cumsum(mask) - 1  # for image tokens, the row in all pictures' features
+        """Make the session hold `ids` [S], of which the first `start` are cached; logits of the last."""
+        size = len(ids) if self.prefill_chunk is None else self._chunk_size(self.prefill_chunk, len(ids) - start)
+        order = np.cumsum(mask) - 1  # of the image tokens: which row of all pictures' features
+        kept = [p if self._spec.long_rope else _Picture(p.identity) for p in pictures]
+        # Nothing is called between these, so that Ctrl-C comes before all of them or after.
         self._length = self._traversed = self.reused = start
-        self._pictures, self._long = [p if self._spec.long_rope else _Picture(p.identity) for p in pictures], long_rope
-        self._interrupted = True  # until the last chunk is done
+        self._pictures, self._long = kept, long_rope
+        self._interrupted = True  # until the last chunk is through
         logits: Float32 | None = None
         while self._length < len(ids):
             first, last = self._length, min(self._length + size, len(ids))
@@ -364,6 +366,7 @@ class Session:
         pixels = self.check_pixels(pixel_values)
         features = self.backend.encode_image(pixels)
         if isinstance(features, np.ndarray):
+            features.flags.writeable = False
             return features, None
         return features, [hashlib.sha256(picture.data).digest() for picture in pixels]
 
@@ -379,6 +382,8 @@ class Session:
                 raise UsageError(
                     f"features should be float32 [N, {shape[0]}, {shape[1]}], found {block.dtype} {list(block.shape)}"
                 )
+        # A copy where the caller could overwrite it: what was hashed is what is used.
+        blocks = [b.copy() if isinstance(b, np.ndarray) and b.flags.writeable else b for b in blocks]
         squares: list[Features] = [block[i] for block in blocks for i in range(len(block))]
         if identities is None:
             identities = [self._identity(square) for square in squares]
@@ -432,11 +437,13 @@ class Session:
                 "prefill the whole prompt (reuse=True continues from there), or truncate"
             )
 
-    def _check_chunk(self, size: int, tokens: int) -> None:
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-            raise UsageError(f"prefill_chunk should be a whole number above 0, or None, found {size!r}")
+    def _chunk_size(self, given: int, tokens: int) -> int:
+        size = whole(given, 1)
+        if size is None:
+            raise UsageError(f"prefill_chunk should be a whole number above 0, or None, found {shown(given)}")
         if tokens > size:
             self._require_both("prefill_chunk")
+        return size
 
     def _check_count(self, mask: NDArray[np.bool_], pictures: int) -> None:
         expected = pictures * self._spec.vision.tokens_per_image
@@ -456,6 +463,8 @@ class Session:
     def check_ids(self, token_ids: Sequence[int] | ArrayLike) -> NDArray[np.int64]:
         """Return token_ids as int64 [S]. Raises UsageError if they are not a list of ids of this model."""
         ids = _array(token_ids, "token_ids")
+        if isinstance(token_ids, Sequence) and any(isinstance(token, (bool, np.bool_)) for token in token_ids):
+            raise UsageError("token_ids hold True or False; give ints")
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise UsageError(
                 f"token_ids should be a non-empty list of ints [S], found shape {ids.shape} of {ids.dtype}"
@@ -466,7 +475,7 @@ class Session:
         return ids.astype(np.int64)
 
     def check_pixels(self, pixel_values: Float32) -> Float32:
-        """Return pixel_values as contiguous float32 [N, 3, P, P]. Raises UsageError if they are not."""
+        """A copy of pixel_values as contiguous float32 [N, 3, P, P]; UsageError otherwise."""
         size = self._spec.vision.image_size
         pixels = _array(pixel_values, "pixel_values")
         if pixels.dtype != np.float32 or pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not len(pixels):
@@ -474,9 +483,10 @@ class Session:
                 f"pixel_values should be float32 [N, 3, {size}, {size}], N >= 1, "
                 f"found {pixels.dtype} {list(pixels.shape)}"
             )
+        pixels = np.array(pixels, order="C")  # a copy: what is checked and hashed is what is encoded
         if not np.isfinite(pixels).all():
             raise UsageError("pixel_values hold NaN or infinite values")
-        return np.ascontiguousarray(pixels)
+        return pixels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,6 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +22,7 @@ from trol_edge.errors import UsageError
 class VisionCacheInfo:
     """Contents and counts of a cache."""
 
-    hits: int  # pictures whose features were cached, or just being made for another caller
+    hits: int  # pictures whose features were there
     misses: int  # pictures that had to be encoded
     entries: int
     bytes: int
@@ -58,13 +56,12 @@ class VisionCache:
     """
 
     def __init__(self, capacity_bytes: int) -> None:
-        """Make a cache. capacity_bytes bounds all features, 0 keeps none; UsageError unless it is an int >= 0."""
+        """capacity_bytes: of all features together; 0 keeps none. Raises UsageError for other than an int >= 0."""
         if not isinstance(capacity_bytes, int) or isinstance(capacity_bytes, bool) or capacity_bytes < 0:
             raise UsageError(f"vision_cache_bytes should be a whole number >= 0 (0: off), found {capacity_bytes!r}")
-        self._capacity, self._bytes = capacity_bytes, 0
+        self._capacity = capacity_bytes
         self._hits = self._misses = 0
         self._entries: OrderedDict[bytes, Features] = OrderedDict()
-        self._under_way: dict[bytes, Future[Any]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -81,46 +78,31 @@ class VisionCache:
     def get(self, key: bytes, encode: Callable[[], Features]) -> Features:
         """Return the read-only features [N, T, D] of the picture with this key; `encode` makes missing ones.
 
-        One caller encodes, and others that ask for the same key meanwhile wait for it. If it fails, its caller gets
-        the error and one of the others tries.
+        Nobody waits for another's encoding: calls of a Runtime take turns, so there is one at a time.
         """
-        while True:
-            with self._lock:
-                if key in self._entries:
-                    self._hits += 1
-                    self._entries.move_to_end(key)
-                    return self._entries[key]
-                other = self._under_way.get(key)
-                if other is None:
-                    self._misses += 1
-                    mine = self._under_way[key] = Future()
-            if other is None:
-                return self._encode(key, encode, mine)
-            features: Features | None = other.result()
-            if features is not None:
-                with self._lock:
-                    self._hits += 1
-                return features
-
-    def _encode(self, key: bytes, encode: Callable[[], Features], mine: Future[Any]) -> Features:
-        features = None
-        try:
-            features = encode()
-            if isinstance(features, np.ndarray):
-                features.flags.writeable = False
-            return features
-        finally:
-            with self._lock:
-                del self._under_way[key]
-                if features is not None and features.nbytes <= self._capacity:
-                    self._entries[key] = features
-                    self._bytes += features.nbytes
-                    while self._bytes > self._capacity:
-                        self._bytes -= self._entries.popitem(last=False)[1].nbytes
-            mine.set_result(features)  # None if encoding failed
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._hits += 1
+                self._entries.move_to_end(key)
+                return found
+            self._misses += 1
+        features = encode()
+        if isinstance(features, np.ndarray):
+            features.flags.writeable = False
+        with self._lock:
+            if features.nbytes <= self._capacity:
+                self._entries[key] = features
+            while self._bytes > self._capacity:
+                self._entries.popitem(last=False)
+        return features
 
     def clear(self) -> None:
         """Forget all features, but keep counting."""
         with self._lock:
             self._entries.clear()
-            self._bytes = 0
+
+    @property
+    def _bytes(self) -> int:
+        """Counted anew, so that an interrupted call cannot leave it wrong."""
+        return sum(features.nbytes for features in self._entries.values())

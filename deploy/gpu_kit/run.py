@@ -135,7 +135,8 @@ class Kit:
         unless = entry.get("unless")
         if not unless:
             return None
-        done = subprocess.run([sys.executable, "-c", f"import {unless}"], capture_output=True)
+        quiet = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+        done = subprocess.run([sys.executable, "-c", f"import {unless}"], capture_output=True, env=quiet)
         return None if done.returncode else f"not needed: this machine has {unless}"
 
     def _installed(self, name: str, entry: dict[str, object], site: Path, into: Path) -> str | None:
@@ -154,7 +155,7 @@ class Kit:
             return f"needs {needed / 1e6:.0f} MB below {into}, but {free / 1e6:.0f} MB are free; make room"
         whole = into / name
         try:
-            if (fault := self._joined(pieces, whole, str(entry["sha256"]))) is not None:
+            if (fault := self.joined(pieces, whole, str(entry["sha256"]))) is not None:
                 return fault
             return self._unpacked(whole, str(entry["kind"]), site, into)
         except OSError as error:
@@ -162,7 +163,7 @@ class Kit:
         finally:
             whole.unlink(missing_ok=True)
 
-    def _joined(self, pieces: list[dict[str, object]], whole: Path, sha256: str) -> str | None:
+    def joined(self, pieces: list[dict[str, object]], whole: Path, sha256: str) -> str | None:
         digest = hashlib.sha256()
         with whole.open("wb") as out:
             for piece in pieces:

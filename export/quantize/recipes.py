@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from trol_edge.bundle import targets
 from trol_edge.bundle.precision import BLOCKS, PRECISIONS, QUANTIZED, LinearPlan, PrecisionPlan
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
+from trol_edge.reading import guard, read_json_value
 
 OBSERVERS = ("minmax", "percentile", "entropy", "mse")
 EXPORT_TARGETS = ("cpu", "onnx", *filter(targets.is_gpu, targets.TARGETS))
@@ -83,13 +83,12 @@ def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> Recip
         raise UsageError(
             f"precision {str(recipe_or_file)!r} is neither one of {', '.join(PRECISIONS)} nor a file with a plan"
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error})") from error
+    data = read_json_value(path, UsageError, "give the file of a plan")
     if isinstance(data, dict):
         data = data | given
-    return from_dict(RecipeOptions, data, str(path), UsageError, "See docs/quantization.md for the keys of a plan")
+    advice = "See docs/quantization.md for the keys of a plan"
+    with guard(path, UsageError, advice):
+        return from_dict(RecipeOptions, data, str(path), UsageError, advice)
 
 
 def is_linear(name: str, shape: Sequence[object]) -> bool:

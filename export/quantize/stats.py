@@ -12,11 +12,11 @@ count into one point, because they share the weights.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.folder import new_file
+from trol_edge.bundle.folder import new_file, writing
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export.quantize.observers import OBSERVERS
+from trol_edge.reading import guard, is_plain_name, open_plain, parse_json, read_json
 
 Float32 = NDArray[np.float32]
 
@@ -40,6 +41,7 @@ ROWS = 64  # size of the reservoir
 # these models sees, and its scale, 1e-6 / 127, is still a normal float32.
 SMALLEST = 1e-6
 
+ROOM = "then calibrate again with the same arguments: it goes on where it stopped"  # for a write that failed
 _ARRAYS = ("absmax", "mean_abs", "mean_square", "rows", "histogram")
 _NUMBERS = ("count", "histogram_max", "output_absmax")
 
@@ -164,26 +166,28 @@ def part_path(folder: Path, stage: str) -> Path:
 def read_state(folder: Path) -> CalibrationState | None:
     """The state of a cache folder, or None if there is none. Raises CalibrationError for another format."""
     path = folder / STATE
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+    advice = "remove the folder and calibrate again"
+    data = read_json(path, CalibrationError, advice)
+    with guard(path, CalibrationError, advice):
         if data.pop("format") != FORMAT or data.pop("format_version") != FORMAT_VERSION:
             raise ValueError("another format or version")
         strings = all(isinstance(data[key], str) for key in ("checkpoint", "samples_sha256"))
         if not strings or not isinstance(data["samples"], int):
             raise ValueError("fields of other types")
         stages, skipped = (tuple(map(str, data.pop(key))) for key in ("stages", "skipped"))
+        if strange := [stage for stage in stages if not is_plain_name(stage)]:
+            raise ValueError(f"a stage {strange[0]!r:.80}")
         return CalibrationState(**data, stages=stages, skipped=skipped)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CalibrationError(f"{path}: not readable ({error}); remove the folder and calibrate again") from error
 
 
 def write_state(folder: Path, state: CalibrationState) -> None:
-    """Start a cache folder by writing its state."""
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    """Begin a cache folder."""
     data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(state)}
-    with new_file(folder / STATE) as part:
+    with writing(folder, CalibrationError):
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    with writing(folder / STATE, CalibrationError), new_file(folder / STATE) as part:
         part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -198,34 +202,37 @@ def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], 
         )
     arrays: dict[str, Any] = {f"{name}/{a}": getattr(p, a) for name, p in points.items() for a in _ARRAYS}
     meta = {"points": {name: {n: getattr(p, n) for n in _NUMBERS} for name, p in points.items()}, "peaks": dict(peaks)}
-    with new_file(part_path(folder, stage)) as part, part.open("wb") as f:
+    path = part_path(folder, stage)
+    with writing(path, CalibrationError, ROOM), new_file(path) as part, part.open("wb") as f:
         np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
 
 
 def read_point(path: Path, name: str) -> PointStatistics:
     """Read one point of a part. Raises CalibrationError if the file is damaged."""
     numbers = _read_meta(path)["points"][name]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            point = PointStatistics(**{a: file[f"{name}/{a}"] for a in _ARRAYS}, **numbers)
-    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as error:
-        raise CalibrationError(_damaged(path, error)) from error
-    if not _finite(point):
-        raise CalibrationError(_damaged(path, f"{name} holds NaN or infinite values"))
-    return point
+    with _part(path) as file:
+        point = PointStatistics(**{a: file[f"{name}/{a}"] for a in _ARRAYS}, **numbers)
+        if not _finite(point):
+            raise ValueError(f"{name} holds NaN or infinite values")
+        return point
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
+    with _part(path) as file:
+        meta = parse_json(str(file["meta"]))
         return {"points": dict(meta["points"]), "peaks": {k: float(v) for k, v in meta["peaks"].items()}}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise CalibrationError(_damaged(path, error)) from error
 
 
-def _damaged(path: Path, why: object) -> str:
-    return f"{path}: damaged ({why}); remove the folder and calibrate again"
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[Any]:
+    """An open part; CalibrationError for whatever is wrong with it."""
+    advice = "remove the folder and calibrate again"
+    with (
+        guard(path, CalibrationError, advice, "damaged"),
+        open_plain(path, CalibrationError, advice) as opened,
+        np.load(opened, allow_pickle=False) as file,
+    ):
+        yield file
 
 
 def _finite(point: PointStatistics) -> bool:

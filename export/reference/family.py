@@ -32,7 +32,8 @@ class Source:
 class Family:
     """One TroL family.
 
-    `model_spec(config, vision_config, shapes)` reads the numbers, `sources(spec)` maps every parameter
+    `model_spec(config, vision_config, shapes)` reads the numbers, `notes(config, vision_config, spec)` refuses what
+    else these ask for and remarks what nobody knows, `sources(spec)` maps every parameter
     ("embedding", "decoder.*", "vision.*") to a published tensor, `decoder` and `vision` build the modules,
     `adapt(parameter, tensor, spec)` converts an older published form of a tensor to its present shape
     (None if there is none), `unused(name)` recognises tensors that are published but not used.
@@ -43,6 +44,7 @@ class Family:
     name: str
     matches: Callable[[Mapping[str, Any]], bool]
     model_spec: Callable[[dict[str, Any], dict[str, Any] | None, Mapping[str, Sequence[int]]], ModelSpec]
+    notes: Callable[[dict[str, Any], dict[str, Any] | None, ModelSpec], list[str]]
     sources: Callable[[ModelSpec], dict[str, Source]]
     decoder: Callable[[ModelSpec], nn.Module]
     vision: Callable[[ModelSpec], nn.Module]

@@ -11,6 +11,7 @@ from typing import Any
 from trol_edge.errors import CheckpointError, DownloadError, UsageError
 from trol_edge.export.reference import internlm2, phi3
 from trol_edge.export.reference.family import Family
+from trol_edge.reading import read_json
 
 # What TroL-1.8B and 7B have in common.
 _INTERNLM2: dict[str, Any] = {
@@ -214,7 +215,7 @@ def fetch(name: str, into: str | os.PathLike[str], revision: str | None = None) 
 
 def _pinned(folder: Path) -> dict[str, Any] | None:
     try:
-        data = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read_json(folder / SOURCE_FILE, CheckpointError)
+    except CheckpointError:
         return None
-    return data if isinstance(data, dict) and "revision" in data else None
+    return data if isinstance(data.get("revision"), str) else None

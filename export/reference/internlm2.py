@@ -17,6 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trol_edge.bundle.spec import ModelSpec, VisionSpec
+from trol_edge.errors import CheckpointError
+from trol_edge.export.reference.config import (
+    DECODER,
+    OF_EVERY_CONFIG,
+    TOWER,
+    differing,
+    end_tokens,
+    obey,
+    require_head_dim,
+    require_plain_rope,
+    rope_settings,
+)
 from trol_edge.export.reference.family import SYSTEM, Family, Source
 from trol_edge.export.reference.model import Decoder
 from trol_edge.prompt.images import ImageSpec
@@ -32,6 +44,27 @@ CLIP_L_14_336: dict[str, Any] = {
     "patch_size": 14,
     "layer_norm_eps": 1e-5,
 }
+
+
+# Keys of config.json that `model_spec` and `notes` read.
+READ = (
+    "eos_token_id",
+    "head_dim",
+    "hidden_size",
+    "img_size",
+    "intermediate_size",
+    "lora_rank",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "vocab_size",
+)
 
 
 class ClipLayer(nn.Module):
@@ -104,7 +137,9 @@ def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapp
     the checkpoint's tensor shapes by name. `img_size` (pixels) is our own key, for models trained at another size.
     """
     clip = clip or CLIP_L_14_336
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    hidden, heads, limit = (config[k] for k in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
+    base, kind, rope = rope_settings(config)
+    require_plain_rope(kind, rope, limit)
     image_size, patch = config.get("img_size", 490), clip["patch_size"]
     lora = shapes.get("model.layers.0.attention.wqkv.lora_A.weight", (0,))
     embedding = shapes.get("model.tok_embeddings.weight", (config["vocab_size"] + 1,))
@@ -114,15 +149,16 @@ def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapp
         intermediate_size=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=hidden // heads,
+        num_kv_heads=config.get("num_key_value_heads", heads) or heads,
+        head_dim=require_head_dim(config, hidden, heads),
         vocab_size=config["vocab_size"],
         embedding_rows=embedding[0],
         rms_norm_eps=float(config["rms_norm_eps"]),
-        rope_theta=float(config["rope_theta"]),
-        max_position_embeddings=config["max_position_embeddings"],
+        rope_theta=base,
+        max_position_embeddings=limit,
         lora_rank=lora[0],
-        eos_token_id=config["eos_token_id"],
+        eos_token_id=end_tokens(config["eos_token_id"])[0],
+        more_end_ids=tuple(end_tokens(config["eos_token_id"])[1:]),
         image_token_id=config["vocab_size"],
         vision=VisionSpec(
             hidden_size=clip["hidden_size"],
@@ -135,6 +171,19 @@ def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapp
             tokens_per_image=(image_size // patch) ** 2,
         ),
     )
+
+
+def notes(config: dict[str, Any], clip: dict[str, Any] | None, spec: ModelSpec) -> list[str]:
+    """Refuse what these files ask for and our modules do not do; remarks about keys that nobody knows."""
+    window = config.get("sliding_window")
+    wrong = {
+        "lora_rank": (config.get("lora_rank"), spec.lora_rank),
+        "sliding_window": (window if window and window < spec.max_position_embeddings else None, None),
+    }
+    if found := list(differing(wrong)):
+        raise CheckpointError(f"config.json: {'; '.join(found)}, which is not supported; copy it again")
+    read, fixed = (*CLIP_L_14_336, *OF_EVERY_CONFIG), TOWER | {"hidden_act": ("quick_gelu",)}
+    return [*obey(config, "", READ, DECODER), *obey(clip or {}, "(clip_vision_config.json) ", read, fixed)]
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
@@ -254,6 +303,7 @@ FAMILY = Family(
     name="internlm2",
     matches=lambda config: "llm_config" not in config and str(config.get("model_type", "")).startswith("internlm"),
     model_spec=model_spec,
+    notes=notes,
     sources=sources,
     decoder=Decoder,
     vision=Vision,

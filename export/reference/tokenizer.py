@@ -28,8 +28,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, models, normalizers
 
+from trol_edge.bundle.protobuf import protobuf_fields
 from trol_edge.errors import CheckpointError, ExportError
 from trol_edge.prompt.tokenizer import UNLISTED, Tokenizer
+from trol_edge.reading import guard, read_json, read_plain
 
 __all__ = ["added_ids", "convert", "verify"]
 
@@ -40,6 +42,7 @@ _CONFIG = "tokenizer_config.json"
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
 _BPE = 2  # model type
+MOST_CHARACTERS = 1024  # of a piece: ways to merge one grow with its length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +125,18 @@ _DROP_PREFIX = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
-    """Take over a published tokenizer.json; refuse or rewrite what `trol_edge.prompt.tokenizer` does not support."""
-    data = _read_json(path)
+    """The published tokenizer.json; what `trol_edge.prompt.tokenizer` does not do is refused or written plainly."""
+    with guard(path, CheckpointError, "download the checkpoint again", "cannot be read"):
+        return _made_plain(path, _read_json(path), extra_tokens)
+
+
+def _made_plain(path: pathlib.Path, data: dict[str, Any], extra_tokens: Sequence[str]) -> str:
+    """As `_taken_over`, of a file that was parsed."""
     model, normalizer, spaces = (data.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer"))
+    for piece, token_id in model.get("vocab", {}).items():
+        _checked_id(token_id, path)
+        if len(piece) > MOST_CHARACTERS:
+            raise CheckpointError(f"{path}: has a piece of {len(piece)} characters; download the checkpoint again")
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     decoder = data.get("decoder") or {}
     prefixed = steps[:1] == [{"type": "Prepend", "prepend": "▁"}] or spaces.get("prepend_scheme") in ("first", "always")
@@ -155,10 +167,7 @@ def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
         )
     data |= {"normalizer": {"type": "Sequence", "normalizers": steps}}
     data |= {"post_processor": None, "truncation": None, "padding": None}
-    try:
-        result = tokenizers.Tokenizer.from_str(json.dumps(data))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{path} cannot be read ({error}); download the checkpoint again") from error
+    result = tokenizers.Tokenizer.from_str(json.dumps(data))
     known = {entry["content"] for entry in entries}
     result.add_tokens([AddedToken(t, special=True, normalized=False) for t in extra_tokens if t not in known])
     return str(result.to_str())
@@ -167,15 +176,13 @@ def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
 def read_model(path: pathlib.Path) -> _Model:
     """Read the sentencepiece model and refuse what `convert` does not carry over."""
     again = "download the checkpoint again"
-    try:
-        data = path.read_bytes()
-        sentencepiece.SentencePieceProcessor(model_proto=data)
-        top = list(protobuf_fields(data))
+    data = read_plain(path, CheckpointError, again)
+    with guard(path, CheckpointError, again, "cannot be read"):
+        top = list(protobuf_fields(data))  # before sentencepiece, which may reserve whatever a length says
         pieces = [_read_piece(dict(protobuf_fields(value))) for number, value in top if number == 1]
         parts = dict(top)
         trainer, normalizer, denormalizer = (dict(protobuf_fields(parts.get(n, b""))) for n in (2, 3, 5))
-    except (OSError, RuntimeError, ValueError, TypeError, IndexError, struct.error) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {again}") from error
+        sentencepiece.SentencePieceProcessor(model_proto=data)
     texts = [p.text for p in pieces]
     refusals = [
         (trainer.get(3) != _BPE, "its model type is not BPE"),
@@ -183,7 +190,8 @@ def read_model(path: pathlib.Path) -> _Model:
         (not normalizer.get(5, 1), "it does not escape whitespace"),
         (denormalizer.get(2), "it changes characters when decoding"),
         (len(set(texts)) != len(texts), "a piece occurs twice"),
-        (sum(p.kind == _UNKNOWN for p in pieces) != 1, "it does not have exactly one unknown piece"),
+        (sum(p.kind == _UNKNOWN for p in pieces) != 1, "it has not exactly one unknown piece"),
+        (max(map(len, texts), default=0) > MOST_CHARACTERS, f"a piece has more than {MOST_CHARACTERS} characters"),
     ]
     if found := [why for refused, why in refusals if refused]:
         raise CheckpointError(f"{path} is not supported: {'; '.join(found)}; TroL's tokenizers are plain BPE, {again}")
@@ -200,36 +208,6 @@ def read_model(path: pathlib.Path) -> _Model:
 def _read_piece(fields: Mapping[int, Any]) -> _Piece:
     score = struct.unpack("<f", fields.get(2, bytes(4)))[0]
     return _Piece(fields[1].decode(), score, fields.get(3, _NORMAL))
-
-
-def protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each field of a protobuf message: int for varints, bytes for everything else."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        if wire_type not in (1, 2, 5):
-            raise ValueError(f"wire type {wire_type} at byte {at}")
-        length = varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
-        value = data[at : at + length]
-        if len(value) != length:
-            raise ValueError(f"it ends within a field at byte {at}")
-        yield number, value
-        at += length
 
 
 def _added_tokens(folder: pathlib.Path, pieces: Sequence[str], extra_tokens: Sequence[str]) -> dict[str, int]:
@@ -296,15 +274,7 @@ def _checked_id(token_id: Any, path: pathlib.Path) -> int:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download the checkpoint again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object; download the checkpoint again")
-    return data
+    return read_json(path, CheckpointError, "download the checkpoint again") if path.exists() else {}
 
 
 def _merges(model: _Model) -> tuple[list[tuple[str, str]], list[str]]:

@@ -33,12 +33,14 @@ from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.machine.identity import available_memory
+from trol_edge.reading import read_plain
 from trol_edge.runtimes.cuda import Cuda, Gpu, devices, open_cuda
 from trol_edge.runtimes.trt import weights as trt_weights
 from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
 
 Float32 = NDArray[np.float32]
-_Garbage = tuple[list[int], list[Any]]  # blocks of device memory and captured graphs to be freed
+MOST_KERNELS = 1 << 30  # bytes of kernels that an earlier run kept
+_Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
 
 
 class _Lease:
@@ -210,8 +212,12 @@ class TrtBackend:
         return found
 
     def new_context(self, name: str) -> Context:
-        """Make an execution context of an engine, with the kernels that an earlier run compiled, if there are any."""
-        return self._engines[name].context(_unwrapped(self._kernels(name)))
+        """An execution context of an engine, with the kernels that an earlier run compiled, if it left any.
+
+        They are programs that nobody signed: where only signed bundles are opened, they are compiled again.
+        """
+        kept = None if self.bundle.trusted_keys else _unwrapped(self._kernels(name))
+        return self._engines[name].context(kept)
 
     def _kernels(self, name: str) -> Path:
         return folder_of(self.bundle, self.bundle.manifest.target) / f"{name}.{KERNELS}"
@@ -514,8 +520,8 @@ def _within(shape: tuple[int, ...], profile: tuple[tuple[int, ...], tuple[int, .
 def _unwrapped(path: Path) -> bytes | None:
     """The kernels that an earlier run stored, or None if they were altered."""
     try:
-        data = path.read_bytes()
-    except OSError:
+        data = read_plain(path, most=MOST_KERNELS)
+    except BundleError:
         return None
     digest, blob = data[:32], data[32:]
     return blob if hashlib.sha256(blob).digest() == digest else None

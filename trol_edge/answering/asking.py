@@ -52,6 +52,9 @@ class Question:
         return [picture.key + bytes([tile]) for picture in self.pictures for tile in range(picture.tiles)]
 
 
+UNREAD = Question([], [])  # of a call that was over before it was read
+
+
 def listed(images: Any) -> list[Any]:
     """Return pictures as a list, for none and for a single one, too."""
     if images is None:
@@ -59,11 +62,24 @@ def listed(images: Any) -> list[Any]:
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
-def look(desk: Desk, images: Pictures | None, color: Color) -> list[Seen]:
-    """Read pictures, and make pixels of those whose features are not in the cache."""
-    spec, seen = desk.model.bundle.manifest.image, []
-    for image in listed(images):
-        rgb = load_rgb(image, color)
+def look(desk: Desk, images: Pictures | None, options: Options, call: Call) -> list[Seen]:
+    """Read pictures, and make pixels of those whose features are not in the cache.
+
+    An array is copied first: a camera may overwrite its buffer meanwhile, and what was hashed is what is encoded.
+    Raises ContextError before anything is read where there are too many, and UnfinishedError.
+    """
+    spec, seen, given = desk.model.bundle.manifest.image, [], listed(images)
+    tokens, context = len(given) * desk.model.bundle.manifest.prompt.tokens_per_image, _context(desk)
+    if tokens >= context:
+        raise ContextError(
+            f"{len(given)} pictures take at least {tokens} tokens, this bundle holds {context}; give fewer pictures, "
+            "or export with a larger --context"
+        )
+    for image in given:
+        call.check()
+        rgb = load_rgb(image, options.color, options.bits)
+        if isinstance(image, np.ndarray):
+            rgb = _copy(rgb)
         key = content_key(rgb, repr(spec))
         features = desk.vision_cache.peek(key)
         pixels = None if features is not None else preprocess([rgb], spec)
@@ -71,16 +87,42 @@ def look(desk: Desk, images: Pictures | None, color: Color) -> list[Seen]:
     return seen
 
 
-def ask(desk: Desk, prompt: Prompt, pictures: list[Seen]) -> Question:
-    """Make the question. Raises ContextError if the context has no room for it and an answer."""
+def _copy(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy whose channels lie in memory as before, because turning them round takes ten times as long."""
+    return picture[:, :, ::-1].copy()[:, :, ::-1] if picture.strides[2] < 0 else picture.copy()
+
+
+def ask(desk: Desk, prompt: Prompt, pictures: list[Seen], call: Call) -> Question:
+    """Make the question. Raises ContextError if the context has no room for it and an answer, and UnfinishedError."""
+    call.check()
+    check_length(desk, prompt, "the prompt")
     ids = desk.model.tokenize(prompt, [picture.tiles for picture in pictures])
-    context = desk.model.bundle.manifest.context
+    context = _context(desk)
     if len(ids) >= context:
         raise ContextError(
             f"prompt and pictures take {len(ids)} tokens, but this bundle holds {context} and the answer "
             "needs room too; shorten the prompt, give fewer pictures, or export with a larger --context"
         )
     return Question(ids, pictures)
+
+
+def check_length(desk: Desk, text: Prompt, what: str) -> None:
+    """Raise ContextError for a text too long for the context even if its tokens were the longest of all.
+
+    Tokenizing ten megabytes to find that out takes seconds, and two gigabytes.
+    """
+    parts = [text] if isinstance(text, str) else text if isinstance(text, (list, tuple)) else []
+    length = sum(len(part) for part in parts if isinstance(part, str))
+    context = _context(desk)
+    if length > context and length > context * desk.model.text.longest:
+        raise ContextError(
+            f"{what} has {length} characters, this bundle holds {context} tokens, of {desk.model.text.longest} "
+            "characters each at most; shorten it, or export with a larger --context"
+        )
+
+
+def _context(desk: Desk) -> int:
+    return desk.model.bundle.manifest.context
 
 
 def prefill(desk: Desk, session: Session, question: Question, options: Options, call: Call, clock: Clock) -> Float32:

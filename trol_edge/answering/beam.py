@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.errors import UsageError
+from trol_edge.numeric import shown, whole
 from trol_edge.session import Session
 
 Float32 = NDArray[np.float32]
@@ -49,8 +50,8 @@ class BeamSearch:
         early_stopping: bool = False,
     ) -> None:
         for name, value in (("num_beams", num_beams), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name} should be a whole number above 0, found {value!r}")
+            if whole(value, 1) is None:
+                raise UsageError(f"{name} should be a whole number above 0, found {shown(value)}")
         self.num_beams, self.max_new_tokens, self.end_ids = num_beams, max_new_tokens, frozenset(end_ids)
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         self._hypotheses: list[Hypothesis] = []

@@ -13,11 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.answering.asking import Pictures, Question, ask, look, prefill
+from trol_edge.answering.asking import Pictures, Question, ask, check_length, look, prefill
 from trol_edge.answering.desk import Desk
 from trol_edge.answering.options import Options
 from trol_edge.answering.results import Clock
 from trol_edge.answering.sampling import log_sum_exp
+from trol_edge.answering.turns import Call
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.prompt.template import Prompt
 from trol_edge.session import Session
@@ -30,9 +31,8 @@ def score(
 ) -> tuple[list[float], list[int], Clock]:
     """Log-probability and token count of each text as the answer. whole: count the end of the answer as a token."""
     call, start = desk.call(options), desk.now()
-    question = ask(desk, prompt, look(desk, images, options.color))
-    tiles = [picture.tiles for picture in question.pictures]
-    answers = [_answer_ids(question, desk.model.tokenize(prompt, tiles, text), text) for text in texts]
+    question = ask(desk, prompt, look(desk, images, options, call), call)
+    answers = [_answer_ids(desk, prompt, question, text, call) for text in texts]
     context, longest = desk.model.bundle.manifest.context, max(map(len, answers))
     if len(question.ids) + longest > context:
         raise ContextError(
@@ -41,15 +41,22 @@ def score(
         )
     ends = desk.model.ends if whole else frozenset[int]()
     clock = Clock(1e3 * (desk.now() - start))
-    with desk.held(call, options.session) as (session, clock.wait_ms):
+
+    def work(session: Session) -> list[float]:
         logits = prefill(desk, session, question, options, call, clock)
         since = desk.now()
         logprobs = answer_logprobs(session, logits, answers, ends, call.check)
         clock.decode_ms = 1e3 * (desk.now() - since)
+        return logprobs
+
+    logprobs = desk.held(call, options.session, clock, work)
     return logprobs, [len(answer) + whole for answer in answers], clock
 
 
-def _answer_ids(question: Question, ids: list[int], text: str) -> list[int]:
+def _answer_ids(desk: Desk, prompt_text: Prompt, question: Question, text: str, call: Call) -> list[int]:
+    call.check()
+    check_length(desk, text, f"option {reprlib.repr(text)}")
+    ids = desk.model.tokenize(prompt_text, [picture.tiles for picture in question.pictures], text)
     prompt = len(question.ids)
     if ids[:prompt] != question.ids or len(ids) == prompt:
         raise UsageError(f"option {text!r} has no tokens of its own after the prompt; word it differently")
@@ -60,13 +67,14 @@ def checked_options(options: Sequence[str]) -> list[str]:
     """Return the options. Raises UsageError if a choice between them would have no meaning."""
     if isinstance(options, str) or not isinstance(options, (list, tuple)) or len(options) < 2:
         raise UsageError(f"options should be a list of two or more texts, found {reprlib.repr(options)}")
+    seen: dict[str, int] = {}
     for i, option in enumerate(options):
         if not isinstance(option, str) or not option.strip():
             raise UsageError(f"option {i} is {reprlib.repr(option)}; every option needs text")
         if option != option.strip():
             raise UsageError(f"option {i} is {reprlib.repr(option)}; leave out the white space around it")
-        if option in options[:i]:
-            raise UsageError(f"option {reprlib.repr(option)} occurs twice (items {options.index(option)} and {i})")
+        if (first := seen.setdefault(option, i)) != i:
+            raise UsageError(f"option {reprlib.repr(option)} is there twice (items {first} and {i})")
     return list(options)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 Float32 = NDArray[np.float32]
 ResponseFormat = dict[str, Any] | re.Pattern[str]
 
-# The style of json.dumps. With free white space a small model can fill its whole answer with blanks.
+MOST_CHARACTERS = 64 << 10  # of a schema or a pattern
+# As json.dumps writes it. With free white space a small model can fill its whole answer with blanks.
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -52,21 +54,33 @@ class Grammars:
         matchers = self._library.LLMatcher
         if isinstance(response_format, dict):
             try:
-                grammar = matchers.grammar_from_json_schema(json.dumps(response_format), defaults=_JSON_STYLE)
+                schema = _bounded(json.dumps(response_format))
+                grammar = matchers.grammar_from_json_schema(schema, defaults=_JSON_STYLE)
+            except UsageError:
+                raise
             except (TypeError, ValueError, RecursionError) as error:
                 raise UsageError(f"response_format is not a JSON schema: {error}") from error
         elif isinstance(response_format, re.Pattern) and isinstance(response_format.pattern, str):
             if response_format.flags & ~re.UNICODE:
                 raise UsageError(
                     f"response_format: flags of a pattern are not read; write (?i) and the like into it: "
-                    f"{response_format.pattern!r}"
+                    f"{reprlib.repr(response_format.pattern)}"
                 )
-            grammar = matchers.grammar_from_regex(response_format.pattern)
+            grammar = matchers.grammar_from_regex(_bounded(response_format.pattern))
         else:
             raise UsageError(
                 f"response_format is a {type(response_format).__name__}; pass a JSON schema (dict) or re.compile(...)"
             )
         return Constraint(matchers(self._tokens, grammar, log_level=0))
+
+
+def _bounded(text: str) -> str:
+    """The text of a schema or pattern; UsageError for one that would take seconds to compile."""
+    if len(text) > MOST_CHARACTERS:
+        raise UsageError(
+            f"response_format has {len(text)} characters, {MOST_CHARACTERS} are allowed: it is compiled for each answer"
+        )
+    return text
 
 
 class _Vocabulary:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trol_edge.answering import beam
 from trol_edge.answering.asking import Question, prefill
-from trol_edge.answering.desk import Desk
+from trol_edge.answering.desk import Desk, Hold
 from trol_edge.answering.options import Options
 from trol_edge.answering.results import Answer, Clock, Piece, TokenLogprob
 from trol_edge.answering.sampling import Sampler, log_sum_exp, top_logprobs
@@ -49,13 +49,16 @@ class Answering:
         self._rope = self._first_rope()
         self._cached = 0  # tokens of the prompt that the session had already
         self._given = session
-        self._session: Session | None = None
-        self._has_turn = False
-        self._keeps_turn = session is not None  # whether it keeps the turn between pieces
+        self._hold = Hold(desk, call, options.session, clock)
+        self._keeps_turn = session is not None  # between pieces
 
     def stream(self) -> AnswerStream:
         """Return the answer as a stream of pieces."""
         return AnswerStream(self._run(), self._call)
+
+    def whole(self) -> Answer:
+        """All of it, as its options say. Other calls wait meanwhile."""
+        return self.search() if self._options.num_beams > 1 else self.answer()
 
     def answer(self) -> Answer:
         """Return the whole answer. Other calls wait meanwhile."""
@@ -91,22 +94,25 @@ class Answering:
             return bool(over)
 
         try:
-            session = self._begin()
-            logits = self._prefill(session)
-            since = desk.now()
-            found = beam.search(
-                session,
-                logits,
-                num_beams=options.num_beams,
-                max_new_tokens=options.max_new_tokens,
-                end_ids=desk.model.ends,
-                on_step=on_step,
-            )
-            clock.decode_ms += 1e3 * (desk.now() - since)
-        except UnfinishedError as error:
-            over.append(error.reason)
+            try:
+                session = self._begin()
+                logits = self._prefill(session)
+                since = desk.now()
+                found = beam.search(
+                    session,
+                    logits,
+                    num_beams=options.num_beams,
+                    max_new_tokens=options.max_new_tokens,
+                    end_ids=desk.model.ends,
+                    on_step=on_step,
+                )
+                clock.decode_ms += 1e3 * (desk.now() - since)
+            except UnfinishedError as error:
+                over.append(error.reason)
+            finally:
+                self._end()
         finally:
-            self._end()
+            self._end()  # Ctrl-C may have ended the first
         ids = found.token_ids
         reason = "stop" if found.ended else over[0] if over else "length"
         if reason == "length" and len(ids) < options.max_new_tokens:
@@ -145,9 +151,9 @@ class Answering:
                     if self._keeps_turn:
                         yield piece
                     else:
-                        self._give_turn()
+                        self._hold.give_turn()
                         yield piece
-                        self._take_turn()
+                        self._hold.take_turn()
                     since = now()
                     call.check()
                     if options.answer_mode == "traverse":
@@ -160,8 +166,10 @@ class Answering:
                 clock.decode_ms += 1e3 * (now() - since)
             except UnfinishedError as over:
                 piece = Piece("", (), (), over.reason)
+            finally:
+                self._end()
         finally:
-            self._end()
+            self._end()  # Ctrl-C may have ended the first
         yield Piece(
             text=piece.text + self._text.flush(),
             token_ids=piece.token_ids,
@@ -218,28 +226,8 @@ class Answering:
         return token, Piece(text, (token,), logprobs, reason)
 
     def _begin(self) -> Session:
-        if self._given is not None:
-            return self._given
-        self._take_turn()
-        self._session = self._desk.reserve(self._options.session)
-        return self._session
-
-    def _take_turn(self) -> None:
-        start = self._desk.now()
-        try:
-            self._desk.turns.take(self._call)
-            self._has_turn = True
-        finally:
-            self._clock.wait_ms += 1e3 * (self._desk.now() - start)
-
-    def _give_turn(self) -> None:
-        self._has_turn = False
-        self._desk.turns.give(self._call)
+        return self._hold.take() if self._given is None else self._given
 
     def _end(self) -> None:
-        """Give back what the answer holds, without a lock between pieces, because a garbage collection may call it."""
-        if self._session is not None:
-            self._desk.release(self._session, keep=self._options.session is None)
-            self._session = None
-        if self._has_turn:
-            self._give_turn()
+        if self._given is None:
+            self._hold.end()

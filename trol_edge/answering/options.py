@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from trol_edge.answering.constrain import ResponseFormat
 from trol_edge.answering.sampling import SamplingParams
 from trol_edge.errors import UsageError
+from trol_edge.numeric import real, shown, truth, whole
 from trol_edge.session import Session
 
 __all__ = ["AnswerOptions", "Options", "options_from_keywords"]
@@ -38,6 +38,7 @@ class AnswerOptions(TypedDict, total=False):
     deadline_ms: float | None
     prefill_chunk: int | None
     color: Literal["rgb", "bgr"]
+    bits: int | None
     session: Session | None
 
 
@@ -60,39 +61,38 @@ class Options:
         None  # a JSON schema (dict) or a compiled pattern that the answer must match
     )
     logprobs: int | None = None  # alternatives (0..20) to report beside each token's log-probability; None: off
-    deadline_ms: float | None = None  # milliseconds of wall time from the call on, waiting for other calls included
+    # Milliseconds of wall time from the call on, waiting for other calls included; 0 or less: there is no time left.
+    deadline_ms: float | None = None
     prefill_chunk: int | None = None  # tokens of the prompt that are computed at a time; None: 256, with a deadline 64
     color: Literal["rgb", "bgr"] = "rgb"  # order of the channels in arrays [H, W, 3]
+    bits: int | None = None  # bits per channel of pictures that have more than 8, see images.load_rgb
     session: Session | None = None  # answer in this session, whose cache stays as it is afterwards
 
     def __post_init__(self) -> None:
-        whole, number = _is_whole, _is_number
-        checks = [
+        """Check, and make plain ints, floats and bools of the numbers."""
+        numbers = [
             ("max_new_tokens", whole(self.max_new_tokens, 1), "a whole number above 0"),
             ("num_beams", whole(self.num_beams, 1, MOST_BEAMS), f"a whole number from 1 to {MOST_BEAMS}"),
+            ("long_context", truth(self.long_context), "True or False"),
+            ("logprobs", whole(self.logprobs, 0, MOST_LOGPROBS), f"None or a whole number from 0 to {MOST_LOGPROBS}"),
+            ("deadline_ms", real(self.deadline_ms), "None or a number of milliseconds"),
+            ("prefill_chunk", whole(self.prefill_chunk, 1), "None or a whole number of tokens above 0"),
+            ("bits", whole(self.bits, 8, 16), "None or a whole number from 8 to 16"),
+        ]
+        checks = [
             ("answer_mode", self.answer_mode in ("step", "traverse"), "'step' or 'traverse'"),
-            ("long_context", isinstance(self.long_context, bool), "True or False"),
-            (
-                "logprobs",
-                self.logprobs is None or whole(self.logprobs, 0, MOST_LOGPROBS),
-                f"None or a whole number from 0 to {MOST_LOGPROBS}",
-            ),
-            (
-                "deadline_ms",
-                self.deadline_ms is None or (number(self.deadline_ms) and self.deadline_ms > 0),
-                "None or a number of milliseconds above 0",
-            ),
-            (
-                "prefill_chunk",
-                self.prefill_chunk is None or whole(self.prefill_chunk, 1),
-                "None or a whole number of tokens above 0",
-            ),
             ("color", self.color in ("rgb", "bgr"), "'rgb' or 'bgr', the order of the channels in an array"),
             ("session", self.session is None or isinstance(self.session, Session), "None or a Session"),
         ]
-        problems = [f"{name} {getattr(self, name)!r} should be {want}" for name, good, want in checks if not good]
-        if problems:
-            raise UsageError("; ".join(problems))
+        wrong = []
+        for name, found, want in numbers:
+            if found is not None:
+                object.__setattr__(self, name, found)
+            elif getattr(self, name) is not None or not want.startswith("None"):
+                wrong.append((name, want))
+        wrong += [(name, want) for name, good, want in checks if not good]
+        if wrong:
+            raise UsageError("; ".join(f"{name} {shown(getattr(self, name))} should be {want}" for name, want in wrong))
         if self.num_beams > 1:
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             others = ("temperature", "repetition_penalty", "response_format", "logprobs", "stop", "answer_mode")
@@ -121,11 +121,3 @@ def options_from_keywords(keywords: Mapping[str, Any]) -> Options:
                 + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}")
             )
     return Options(**keywords)
-
-
-def _is_whole(value: Any, low: int, high: int | None = None) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

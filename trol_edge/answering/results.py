@@ -1,8 +1,13 @@
-"""Plain data that the Runtime returns: answers, their pieces, choices, and where the time went."""
+"""What the Runtime returns: answers, their pieces, choices, and where the time went.
+
+An answer is a text with more to it, and is used as one: compared, searched, joined, written as JSON. So Answer, Piece,
+Option and Choice are strings with fields. Two of them are equal where their texts are, whatever their fields.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +33,15 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]  # (token id, logprob) of the likeliest tokens, likeliest first
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
+class _Text(str):
+    """A string with fields; the first of them, `text`, is the string."""
+
+    def __new__(cls, text: str, *fields: Any, **named: Any) -> _Text:
+        return super().__new__(cls, text)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece(_Text):
     """An item of a stream: text that is complete (perhaps empty), and on the last piece why the answer ended."""
 
     text: str
@@ -40,13 +52,10 @@ class Piece:
     rope: str | None = None  # on the last piece, see Answer
     cached_tokens: int | None = None  # on the last piece, see Answer
 
-    def __str__(self) -> str:
-        return self.text
 
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A whole answer. `str(answer)` is its text.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer(_Text):
+    """A whole answer: its text, with what is known about it.
 
     finish_reason is one of these:
     "stop": the model ended it, a stop string came, or its response_format is complete;
@@ -67,13 +76,10 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] | None  # one per token id if asked for, else None
     score: float | None = None  # after a beam search: sum of log-probabilities / length ** length_penalty
 
-    def __str__(self) -> str:
-        return self.text
 
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One of the answers among which was chosen."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Option(_Text):
+    """One of the answers that a choice was between."""
 
     text: str
     probability: float  # share among the options, by score; they sum to 1
@@ -82,23 +88,20 @@ class Option:
     tokens: int  # number of scored tokens, the end of the answer included
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The likeliest option. `str(choice)` is its text."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice(_Text):
+    """The likeliest option: its text, with what is known about it."""
 
     text: str
-    index: int  # position in the options as they were given
+    index: int = dataclasses.field()  # type: ignore[assignment]  # in the options as given; field(): not str.index
     probability: float
     options: tuple[Option, ...]  # in the order in which they were given
     timings: Timings
 
-    def __str__(self) -> str:
-        return self.text
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class YesNo:
-    """A yes or no. `bool(answer)` is the answer."""
+    """A yes or no. `bool(answer)` is the answer, and it equals True or False, and another one that says the same."""
 
     yes: bool
     probability: float  # P(yes) / (P(yes) + P(no)) for the first word
@@ -106,6 +109,12 @@ class YesNo:
 
     def __bool__(self) -> bool:
         return self.yes
+
+    def __eq__(self, other: object) -> bool:
+        return self.yes == bool(other) if isinstance(other, (bool, YesNo)) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.yes)
 
 
 @dataclasses.dataclass

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trol_edge.errors import BackendError, UsageError
+from trol_edge.numeric import real, shown, whole
 
 __all__ = ["Sampler", "SamplingParams", "best_token", "log_sum_exp", "top_logprobs"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
+
+# Beyond this and its inverse a penalty leaves logits that float32 does not hold, or that are all the same.
+LEAST_PENALTY = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,29 +37,35 @@ class SamplingParams:
     seed: int | None = None  # the same seed and logits give the same tokens; None draws a new seed
 
     def __post_init__(self) -> None:
+        """Check, and make plain ints and floats of the numbers."""
+        temperature, top_p, min_p, penalty = map(
+            real, (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        )
         checks = [
-            ("temperature", _is_real(self.temperature) and self.temperature >= 0, "a number >= 0 (0 is greedy)"),
-            ("top_k", _is_integer(self.top_k) and self.top_k >= 0, "an integer >= 0 (0 is off)"),
-            ("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "a number > 0 and <= 1 (1 is off)"),
-            ("min_p", _is_real(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 (off) to 1"),
+            ("temperature", temperature, temperature is not None and temperature >= 0, "a number >= 0 (0 is greedy)"),
+            ("top_k", whole(self.top_k), whole(self.top_k, 0) is not None, "an integer >= 0 (0 is off)"),
+            ("top_p", top_p, top_p is not None and 0 < top_p <= 1, "a number > 0 and <= 1 (1 is off)"),
+            ("min_p", min_p, min_p is not None and 0 <= min_p <= 1, "a number from 0 (off) to 1"),
             (
                 "repetition_penalty",
-                _is_real(self.repetition_penalty) and self.repetition_penalty > 0,
-                "a number > 0 (1 is off)",
+                penalty,
+                penalty is not None and LEAST_PENALTY <= penalty <= 1 / LEAST_PENALTY,
+                f"a number from {LEAST_PENALTY:g} to {1 / LEAST_PENALTY:g} (1 is off)",
             ),
-            ("seed", self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "None or an integer >= 0"),
+            (
+                "seed",
+                whole(self.seed),
+                self.seed is None or whole(self.seed, 0) is not None,
+                "None or an integer >= 0",
+            ),
         ]
-        problems = [f"{name} {getattr(self, name)!r} should be {want}" for name, good, want in checks if not good]
+        problems = [
+            f"{name} {shown(getattr(self, name))} should be {want}" for name, _, good, want in checks if not good
+        ]
         if problems:
             raise UsageError(f"sampling: {'; '.join(problems)}")
-
-
-def _is_real(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, numbers.Integral)
+        for name, found, _, _ in checks:
+            object.__setattr__(self, name, found)
 
 
 class Sampler:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.manifest import Bundle, FileInfo
 from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.signature import engines_statement
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError
+from trol_edge.reading import guard, is_plain_name, printable, read_json_value, stays_inside
 
 FORMAT_VERSION = 2
 ENGINES = ("vision", "traverse", "step")  # without traverse_text, which would be another copy of the weights
@@ -65,23 +68,43 @@ def folder_of(bundle: Bundle, target: str) -> Path:
     return bundle.folder / FOLDER / target
 
 
-def read(bundle: Bundle, target: str) -> EngineSet:
-    """Read the engine set of a target. Raises BundleError if there is none, or it was altered."""
+def _read(bundle: Bundle, target: str) -> tuple[str, dict[str, Any]]:
+    """The hash that engines.json gives for itself, and the rest of it."""
     path = folder_of(bundle, target) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise BundleError(f"{bundle.folder}: no engines for target {target}; make them with `trol-edge build`")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: not readable as JSON ({error}); run `trol-edge build --force`") from error
-    if not isinstance(data, dict) or data.pop("sha256", None) != digest_of(data):
-        raise BundleError(f"{path}: altered since the build (its own hash differs); run `trol-edge build --force`")
+    data = read_json_value(path, BundleError, "`trol-edge build --force`")
+    said = data.pop("sha256", None) if isinstance(data, dict) else None
+    if said is None or said != digest_of(data):
+        raise BundleError(f"{path}: altered since the build (its own hash differs); `trol-edge build --force`")
+    return said, data
+
+
+def digest(bundle: Bundle, target: str) -> str:
+    """The hash of a target's engines.json, which covers its engines."""
+    return _read(bundle, target)[0]
+
+
+def read(bundle: Bundle, target: str) -> EngineSet:
+    """The engine set of a target. Raises BundleError where there is none, or it is altered, or not signed as it must.
+
+    An engine is a program, so one that no trusted key signed is not opened where the bundle was opened with such keys.
+    """
+    path = folder_of(bundle, target) / MANIFEST
+    said, data = _read(bundle, target)
+    bundle.require_signed(engines_statement(bundle.identity, target, said), f"the list of engines for {target}")
     if data.get("format_version") != FORMAT_VERSION:
-        raise BundleError(
-            f"{path}: engine format {data.get('format_version')!r}, but this version reads {FORMAT_VERSION}; "
-            "run `trol-edge build --force`"
-        )
-    found: EngineSet = from_dict(EngineSet, data, str(path))
+        raise BundleError(f"{path}: engine format {data.get('format_version')!r}, this reads {FORMAT_VERSION}")
+    with guard(path, BundleError, "`trol-edge build --force`"):
+        found: EngineSet = from_dict(EngineSet, data, str(path))
+    if lacking := set(ENGINES) - found.engines.keys():
+        raise BundleError(f"{path}: lists no engine {', '.join(sorted(lacking))}; `trol-edge build --force`")
+    for name, engine in found.engines.items():
+        if not is_plain_name(engine.file) or name not in ENGINES or found.key.target != target:
+            raise BundleError(
+                f"{path}: says {printable(engine.file)[:80]!r} of {printable(name)[:80]!r} for target "
+                f"{printable(found.key.target)[:80]!r}, which is no engine of {target}; `trol-edge build --force`"
+            )
     return found
 
 
@@ -111,8 +134,10 @@ def verified(bundle: Bundle, engines: EngineSet, name: str) -> Path:
     """The path of an engine file, after checking its size and sha256. Raises BundleError if they differ."""
     info: EngineInfo | FileInfo = engines.engines[name]
     path = folder_of(bundle, engines.key.target) / engines.engines[name].file
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; build the engines again with `trol-edge build --force`")
+    if not path.is_file() or not stays_inside(path):
+        raise BundleError(
+            f"{path}: missing, or a link to elsewhere; build the engines again with `trol-edge build --force`"
+        )
     if path.stat().st_size != info.bytes:
         raise BundleError(
             f"{path}: {path.stat().st_size} bytes instead of {info.bytes}, so truncated or altered; it was not loaded; "

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from trol_edge.errors import BundleError, TrolEdgeError
 
 T = TypeVar("T")
+MOST_NUMBER = 1 << 63
 
 
 def from_dict(
@@ -58,6 +59,9 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         if len(kinds) == len(value):
             items = zip(kinds, value, strict=True)
             return tuple(_convert(k, v, f"{where}[{i}]", problems) for i, (k, v) in enumerate(items))
+    if isinstance(value, int | float) and not abs(value) < MOST_NUMBER:
+        problems.append(f"{where}: {value!r:.80} is beyond every size")
+        return None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is types.NoneType and value is None:

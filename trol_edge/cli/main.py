@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from trol_edge._version import __version__
-from trol_edge.cli import check, device, export, measure, plan, quantize, run
+from trol_edge.cli import check, device, export, measure, plan, quantize, run, sign
 from trol_edge.cli.show import err
 from trol_edge.errors import TrolEdgeError
 
@@ -37,6 +37,7 @@ VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (quantize.evaluate, "trol-edge evaluate build/trol-nano -n 500"),
     (quantize.compare, "trol-edge compare build/trol-nano build/trol-nano-int8 --scenes 2000 -o build/compare"),
     (run.demo, "trol-edge demo build/trol-nano"),
+    (sign.sign, "trol-edge sign build/trol-nano --key key.pem"),
     (check.verify, "trol-edge verify build/trol-nano --json"),
     (check.soak, "trol-edge soak build/trol-nano --minutes 10"),
     (measure.profile, "trol-edge profile build/trol-nano --size 640x480 --size none -o build/profile"),

@@ -33,6 +33,10 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="Penalty for repeated tokens; 1 is none.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Sampling seed.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Of pictures with more than 8 bits a channel: how many their numbers have, 8..16."),
+    ] = None,
     long_context: Annotated[
         bool, typer.Option("--long-context", help="Use the long rope factors from the first token on (trol-3.8b).")
     ] = False,
@@ -62,6 +66,7 @@ def run(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop or (),
+            bits=bits,
             long_context=long_context,
         ):
             ids += piece.token_ids

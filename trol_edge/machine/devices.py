@@ -13,6 +13,7 @@ from pathlib import Path
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import UsageError
+from trol_edge.reading import guard, read_json_value
 
 MIB = 1 << 20
 FP32_FMA = 128  # multiply-adds per clock and SM, on all of these
@@ -212,11 +213,9 @@ def to_json(device: Device) -> str:
 
 def _read(path: Path) -> Device:
     advice = "Compare with the output of trol-edge plan --show-device orin-nano-8gb"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error}). {advice}") from error
-    device = from_dict(Device, data, str(path), UsageError, advice)
+    data = read_json_value(path, UsageError, advice)
+    with guard(path, UsageError, advice):
+        device = from_dict(Device, data, str(path), UsageError, advice)
     numbers = {
         f"mode {m.name}: {k}": v for m in device.modes for k, v in (("gpu_mhz", m.gpu_mhz), ("gb_per_s", m.gb_per_s))
     }

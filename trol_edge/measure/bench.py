@@ -18,6 +18,7 @@ from trol_edge.answering.asking import PREFILL_CHUNK, Question, ask, look, prefi
 from trol_edge.answering.options import Options
 from trol_edge.answering.results import Clock
 from trol_edge.answering.sampling import Sampler
+from trol_edge.answering.turns import Call
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST
@@ -151,7 +152,7 @@ class Bench:
             end = time.monotonic() - self._zero
         peak = sensors.Sensors().process(os.getpid())["peak_rss_bytes"]
         self._session = self._runtime.session()
-        question = self._question(prompts[0], picture)
+        question = self._question(prompts[0], picture, self._runtime.desk.call(Options()))
         image = question.ids.count(self._runtime.bundle.manifest.spec.image_token_id)
         return Run(
             case=Case(size, len(question.ids), image, self._tokens),
@@ -177,7 +178,7 @@ class Bench:
         steps, samples, texts = [], [], []
         start = now()
         call = runtime.desk.call(options)
-        question = self._question(prompt, picture)
+        question = self._question(prompt, picture, call)
         looked = now()
         logits = prefill(runtime.desk, session, question, options, call, clock)
         text = TextStream(runtime.model.text) if self._has_text else None
@@ -220,10 +221,10 @@ class Bench:
 
     # -- prompts: text, or random ids where the bundle has no tokenizer ------------------------------------------------
 
-    def _question(self, prompt: Any, picture: Picture | None) -> Question:
-        seen = look(self._runtime.desk, picture, "rgb")
+    def _question(self, prompt: Any, picture: Picture | None, call: Call) -> Question:
+        seen = look(self._runtime.desk, picture, Options(), call)
         if isinstance(prompt, str):
-            return ask(self._runtime.desk, prompt, seen)
+            return ask(self._runtime.desk, prompt, seen, call)
         return Question(prompt, seen)
 
     def prompts(self, picture: Picture | None, length: int | None) -> tuple[Any, Any]:

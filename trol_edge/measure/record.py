@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from trol_edge.bundle.folder import write_text
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
+from trol_edge.reading import guard, read_json_value
 
 SCHEMA = "trol-edge-profile"
 SCHEMA_VERSION = 1  # raised when a field is removed or changes its meaning
@@ -169,11 +170,8 @@ class Profile:
 
 
 def load(path: Path) -> Profile:
-    """Read a profile. Raises UsageError for a file that is not a profile or has another schema."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error}); give a {FILE} of `trol-edge profile -o`") from error
+    """Read a profile. Raises UsageError for a file that is none, or has another schema."""
+    data = read_json_value(path, UsageError, f"give a {FILE} of `trol-edge profile -o`")
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise UsageError(f"{path}: not a profile; give a {FILE} of `trol-edge profile -o`")
     if data.get("schema_version") != SCHEMA_VERSION:
@@ -182,7 +180,8 @@ def load(path: Path) -> Profile:
             "measure again with this version"
         )
     advice = "measure again with this version of trol-edge"
-    profile: Profile = from_dict(Profile, data, str(path), UsageError, advice)
+    with guard(path, UsageError, advice):
+        profile: Profile = from_dict(Profile, data, str(path), UsageError, advice)
     for measured in profile.bundles:
         if len({len(column) for column in measured.samples.values()}) > 1 or "t_s" not in measured.samples:
             raise UsageError(f"{path}: samples of {measured.bundle.folder} are damaged; {advice}")

@@ -333,11 +333,14 @@ class _Crew:
         else:
             self._note(f"bad: a frame {type(bad).__name__} was accepted")
         try:
-            self.runtime.generate(question, frame, deadline_ms=0)
+            self.runtime.generate(question, frame, deadline_ms="0")  # type: ignore[arg-type]
         except UsageError:
             pass
         else:
-            self._note("bad: deadline_ms=0 was accepted")
+            self._note("bad: deadline_ms='0' was accepted")
+        answer = self.runtime.generate(question, frame, deadline_ms=0)  # no time left, or stop() came first
+        if answer.token_ids or answer.finish_reason not in ("deadline", "stopped"):
+            self._note(f"bad: deadline_ms=0 gave {answer.token_ids} ({answer.finish_reason})")
 
     def _choose(self, dice: random.Random) -> None:
         _, at, frame = self._case(dice)

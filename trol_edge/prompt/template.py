@@ -7,7 +7,10 @@ import enum
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 from trol_edge.errors import BundleError, UsageError
+from trol_edge.numeric import shown, whole
 from trol_edge.prompt.tokenizer import Tokenizer
 
 
@@ -17,6 +20,7 @@ class ImageMark(enum.Enum):
     IMAGE = "image"
 
 
+MOST_TILES = 1 << 16  # more than any context holds
 IMAGE: Final = ImageMark.IMAGE
 Prompt = str | Sequence[str | ImageMark]  # a question, or one with the places of its pictures
 
@@ -68,7 +72,7 @@ def build_prompt(
     surrogates, or whose `IMAGE` count is not the number of pictures; BundleError for a tokenizer that does not fit
     `spec`.
     """
-    counts = [1] * tiles if isinstance(tiles, int) else list(tiles)
+    counts = _counts(tiles)
     user: list[str | ImageMark]
     if isinstance(prompt, str):
         user = [part for _ in counts for part in (IMAGE, spec.after_image)] + [prompt]
@@ -89,6 +93,20 @@ def build_prompt(
     for part in user:
         parts += [part] if isinstance(part, str) else next(pictures)
     return tokenizer.encode([*parts, *template(spec.after_question), *([answer] if answer else [])])
+
+
+def _counts(tiles: int | Sequence[int]) -> list[int]:
+    """Tiles of each picture."""
+    pictures = whole(tiles, 0, MOST_TILES)
+    listed = [1] * pictures if pictures is not None else tiles
+    counts = [whole(count, 1) for count in listed] if isinstance(listed, (list, tuple, np.ndarray)) else [None]
+    found = [count for count in counts if count is not None]
+    if len(found) < len(counts) or sum(found) > MOST_TILES:
+        raise UsageError(
+            f"tiles should be a number of pictures, or a list of the tiles of each (at least 1 each, at most "
+            f"{MOST_TILES} in all), found {shown(tiles)}"
+        )
+    return found
 
 
 def _checked_parts(prompt: Sequence[str | ImageMark], pictures: int) -> list[str | ImageMark]:

@@ -10,20 +10,25 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import os
 import pathlib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 import tokenizers
 
-from trol_edge.errors import BundleError, UsageError
+from trol_edge.errors import BundleError, TrolEdgeError, UsageError
 from trol_edge.prompt.charsmap import split_normalizer
+from trol_edge.reading import guard, read_text
 
 # sentencepiece merges characters that are not pieces themselves. The tokenizers library cannot, so export lists
 # such characters from this id on. Any that is left after merging becomes its bytes, or <unk>.
 UNLISTED: Final = 1 << 24
+MOST_STOPS, LONGEST_STOP = 256, 1024  # stop strings of an answer, and characters of one
+MOST_UNLISTED: Final = 1 << 21  # more characters than Unicode has
 
 # White space that a token with the flag lstrip or rstrip takes with it. It is Unicode's, which differs from Python's.
 _SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -42,10 +47,12 @@ class Tokenizer:
     def __init__(self, json_text: str, where: str = "tokenizer.json") -> None:
         """Read the text of a tokenizer.json; `where` names it in errors. Raises BundleError if it is unusable."""
         self._where = where
-        try:
-            loaded = tokenizers.Tokenizer.from_str(json_text)
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"{where} cannot be read ({error}); copy or export the bundle again") from error
+        with guard(where, BundleError, "copy or export the bundle again"):
+            self._read(tokenizers.Tokenizer.from_str(json_text))
+            self.decode(self.encode("a 1.\n"))  # what panics, does so here
+
+    def _read(self, loaded: tokenizers.Tokenizer) -> None:
+        where = self._where
         made_here = (
             isinstance(loaded.model, tokenizers.models.BPE)
             and isinstance(loaded.normalizer, tokenizers.normalizers.Sequence)
@@ -85,16 +92,28 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Read a tokenizer.json file. Raises BundleError if it is missing or damaged."""
-        try:
-            text = pathlib.Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{os.fspath(path)} cannot be read ({error}); copy or export the bundle again") from error
-        return cls(text, os.fspath(path))
+        return cls(read_text(pathlib.Path(path), BundleError, "copy or export the bundle again"), os.fspath(path))
+
+    def require_ids_below(self, rows: int, error: type[TrolEdgeError] = BundleError) -> None:
+        """Raise `error` where a token has an id that is no row of the embedding table, nor a character's."""
+        ids = self._loaded.get_vocab(with_added_tokens=True).values()
+        tokens = [i for i in ids if not UNLISTED <= i < UNLISTED + MOST_UNLISTED]
+        if (largest := max(tokens, default=0)) >= rows:
+            refusal = error(
+                f"{self._where} has a token {largest}, and the embedding table {rows} rows: it is another model's; "
+                "take the tokenizer files of the same checkpoint, and export again"
+            )
+            raise refusal
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
         """Content -> id of every token that user text cannot produce."""
         return self._special
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._loaded.get_vocab(with_added_tokens=True)))
 
     def piece_id(self, piece: str) -> int:
         found = self._loaded.token_to_id(piece)
@@ -255,7 +274,12 @@ class TextStream:
         """Raises UsageError if `stop` is not a str or a sequence of non-empty str."""
         stops = [stop] if isinstance(stop, str) else stop
         if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) and s for s in stops):
-            raise UsageError(f"stop {stop!r} should be a non-empty str or a list of them")
+            raise UsageError(f"stop {reprlib.repr(stop)} should be a non-empty str or a list of them")
+        if len(stops) > MOST_STOPS or max(map(len, stops), default=0) > LONGEST_STOP:
+            raise UsageError(
+                f"stop has {len(stops)} texts of up to {max(map(len, stops))} characters, all compared at every token; "
+                f"{MOST_STOPS} of {LONGEST_STOP} are allowed"
+            )
         self.stopped: str | None = None  # the stop string that ended the text
         self._tokenizer = tokenizer
         self._stops = tuple(stops)

@@ -6,12 +6,15 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from trol_edge._version import __version__
 from trol_edge.bundle.folder import digest_of, new_file
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import VERIFIED
+from trol_edge.errors import BundleError
 from trol_edge.machine import identity
+from trol_edge.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +30,18 @@ def passed_here(bundle: Bundle) -> list[str]:
     """The libraries with which this bundle passed its self-test on this machine, such as "onnxruntime 1.32.0"."""
     here, found = identity.read().fingerprint, set()
     for path in (path for place in places(bundle) for path in place.glob(VERIFIED)):
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(data, dict) and (data.get("bundle"), data.get("machine")) == (bundle.identity, here):
+        data = _said(path)
+        if (data.get("bundle"), data.get("machine")) == (bundle.identity, here):
             found.add(str(data.get("runs_on")))
     return sorted(found)
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What a record says; nothing where it cannot be read, or is a link to something else."""
+    try:
+        return {} if path.is_symlink() else read_json(path)
+    except BundleError:
+        return {}
 
 
 def places(bundle: Bundle) -> list[Path]:
@@ -61,7 +69,7 @@ class Record:
 
     @property
     def exists(self) -> bool:
-        return any((place / self._name).is_file() for place in self.places)
+        return any(_said(place / self._name) == self._key for place in self.places)
 
     @property
     def writable(self) -> Path | None:
