@@ -633,7 +633,7 @@ def test_the_base_of_the_rope_in_its_new_place(folder: Path) -> None:
 def test_what_is_merely_unknown_is_a_note(folder: Path) -> None:
     """It goes into the bundle."""
     edit_json(folder / "config.json", favourite_colour="red", another=[1])
-    assert Checkpoint(folder).notes == ["config.json: not known here, and not looked at: another, favourite_colour"]
+    assert Checkpoint(folder).notes == ["config.json: unknown and ignored: another, favourite_colour"]
 
 
 # -- what is another thing ---------------------------------------------------------------------------------------------
@@ -692,7 +692,7 @@ def test_shards_are_files_of_their_folder(folder: Path, state: State, tmp_path: 
     good = index.read_text(encoding="utf-8")
     for name in ("../x.safetensors", "/proc/kmsg", "sub/x.safetensors", "", "..", ".hidden", "a\x00b"):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(CheckpointError, match="no name of a file beside it"):
+        with pytest.raises(CheckpointError, match="not the name of a file beside it"):
             Checkpoint(folder)
     index.write_text(good, encoding="utf-8")
     shard.rename(tmp_path / "elsewhere.safetensors")
@@ -700,7 +700,7 @@ def test_shards_are_files_of_their_folder(folder: Path, state: State, tmp_path: 
     with pytest.raises(CheckpointError, match="link to a place outside"):
         Checkpoint(folder)
     index.unlink()
-    with pytest.raises(CheckpointError, match=r"3 shards \(model-00001.*but not their index"):
+    with pytest.raises(CheckpointError, match=r"3 shards \(model-00001.*but no index"):
         Checkpoint(folder)
 
 
@@ -720,7 +720,7 @@ def test_weights_of_zeros(folder: Path, state: State) -> None:
     Checkpoint(folder)
     for some in (zero, {"output.weight": zero["output.weight"]}):
         save_file(state | some, folder / "model.safetensors")
-        with pytest.raises(CheckpointError, match=r"zero throughout: .*downloaded whole"):
+        with pytest.raises(CheckpointError, match=r"only zeros: .*downloaded completely"):
             Checkpoint(folder)
 
 

@@ -173,7 +173,7 @@ F32, F16, I8, I64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir
         (graph_of("TensorScatter", [value("x", F32, 1, 2, 8, 4), value("y", F32, 1, 2, 1, 4)]), PLAIN,
          "TensorScatter needs TensorRT 10.15, this is 10.3"),
         (graph_of("MatMulNBits", [value("x", F32, 4, 8)]), PLAIN, "MatMulNBits is not an operator of any TensorRT"),
-        (graph_of("NonZero", [value("x", I64, 4)]), PLAIN, "NonZero takes FP32, FP16, it has INT64"),
+        (graph_of("NonZero", [value("x", I64, 4)]), PLAIN, "NonZero takes FP32, FP16, but it has INT64"),
         (graph_of("ReduceMean", [value("x", F32, 4, 4), value("axes", I64, 1)]), PLAIN,
          "the axes of ReduceMean must be an initializer"),
         (graph_of("DequantizeLinear", [value("x", I8, 4), value("s", F32), value("z", I8)]), PLAIN,
