@@ -192,7 +192,7 @@ def test_another_python_another_machine_no_manifest(kit: Path) -> None:
     edit(kit, files={name: files[name] | {"python": "2.7"}})
     _, result, _ = run(kit, "d good 20")
     assert result["runs"][0]["problems"] == [
-        f"{name}: made for Python 2.7, here is {sys.version_info[0]}.{sys.version_info[1]}; run this with python2.7"
+        f"{name}: made for Python 2.7, but here is {sys.version_info[0]}.{sys.version_info[1]}; run this with python2.7"
     ]
     edit(kit, machine="pdp11")
     code, _, printed = run(kit, "d good 20")

@@ -3,7 +3,7 @@
 - User text is literal. A special token typed by a user is encoded as plain characters, so it cannot end the turn or
   fake a picture. Only the template's own special tokens become ids.
 - A segment is a text that sentencepiece would get in one call. Its normalisation (dummy prefix, whitespace) sees the
-  whole segment, with a stand-in character for each id inside it. The BPE model sees the text between those ids.
+  whole segment, with a placeholder character for each id inside it. The BPE model sees the text between those ids.
 - Decoding works on bytes. A character that is spread over several byte tokens appears with its last byte.
 """
 
