@@ -514,7 +514,7 @@ def test_errors_that_are_raised_are_ours() -> None:
         },
         "AssertionError": {"export/nano/report.py"},
         "error": {"trol_edge/bundle/spec.py"},  # a parameter: BundleError, or another of the family
-        "BadParameter": {"trol_edge/cli/checkpoints.py", "trol_edge/cli/measure.py", "trol_edge/cli/plan.py"},
+        "BadParameter": {f"trol_edge/cli/{name}.py" for name in ("checkpoints", "main", "measure", "plan")},
         "Exit": {"trol_edge/cli/check.py", "trol_edge/cli/device.py", "trol_edge/cli/measure.py"},
     }
     found = []

@@ -32,14 +32,10 @@ class _Console(Console):
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
-    @property
+    @property  # type: ignore[misc]  # nobody sets it
     def size(self) -> ConsoleDimensions:
         """Columns and lines."""
         return super().size if self.file.isatty() else ConsoleDimensions(LINE, 25)
-
-    @size.setter
-    def size(self, size: tuple[int, int]) -> None:
-        raise AttributeError("the size is that of the terminal")
 
     def on_broken_pipe(self) -> None:
         """Whoever read has gone: main ends quietly, where the library would exit with 1."""
