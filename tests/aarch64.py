@@ -59,9 +59,8 @@ def answer(bundles: list[str]) -> dict[str, Any]:
     import resource
 
     start = time.perf_counter()
+    from trol_edge import Runtime  # isort: skip  (first, because it switches telemetry off)
     import onnxruntime
-
-    from trol_edge import Runtime
 
     found: dict[str, Any] = {"import_s": time.perf_counter() - start, "answers": {}}
     found["machine"] = (

@@ -7,8 +7,11 @@ python tests/replay_lowered.py folder                                     # ther
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: see trol_edge/telemetry.py, which is not installed there
 
 import numpy as np
 import onnxruntime

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tests.golden import GOLDEN, requires_golden
+from tests.golden import GOLDEN
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError, ImageError
 from trol_edge.prompt import images
@@ -35,15 +35,14 @@ def save(path, array, mode=None, **options):
 # --- pixel values -----------------------------------------------------------------------------------------------
 
 
-@requires_golden
 @pytest.mark.parametrize("index", range(3))
 def test_resize_equals_golden(index):
     golden = np.load(GOLDEN / "uint8_bicubic.npz")
     image = golden[f"in{index}"].transpose(1, 2, 0)
-    np.testing.assert_array_equal(images.resize(image, 490).transpose(2, 0, 1), golden[f"out{index}"])
+    lines = golden["lines"] if "lines" in golden else np.arange(490)
+    np.testing.assert_array_equal(images.resize(image, 490).transpose(2, 0, 1)[:, lines], golden[f"out{index}"])
 
 
-@requires_golden
 def test_normalise_table_equals_golden():
     want = np.load(GOLDEN / "normalise_tables.npz")["internlm2_fp32"]
     np.testing.assert_array_equal(images.normalise_table(SPEC.mean, SPEC.std).view(np.uint32), want.view(np.uint32))
@@ -56,7 +55,6 @@ def golden_runs():
                 yield pytest.param(folder, run, id=f"{folder.name}-{run['name']}")
 
 
-@requires_golden
 @pytest.mark.parametrize(("folder", "run"), list(golden_runs()))
 def test_pixel_values_equal_golden_bit_for_bit(folder, run):
     names = [name for row in run["images"] for name in ([row] if isinstance(row, str) else row)]
@@ -455,7 +453,9 @@ def test_unusable_arrays_are_refused(array, message):
         load_rgb(array)
 
 
-@pytest.mark.parametrize("thing", [None, 3, [[1, 2, 3]], io.BytesIO(b""), [picture()]], ids=str)
+@pytest.mark.parametrize(
+    "thing", [None, 3, [[1, 2, 3]], io.BytesIO(b""), [picture()]], ids=lambda thing: type(thing).__name__
+)
 def test_other_types_are_refused(thing):
     with pytest.raises(ImageError, match=f"of type {type(thing).__name__}; pass a file path"):
         load_rgb(thing)

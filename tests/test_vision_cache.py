@@ -99,44 +99,28 @@ def test_a_cache_of_nothing() -> None:
             VisionCache(wrong)  # type: ignore[arg-type]
 
 
-def test_threads_that_ask_at_once_share_one_encoding() -> None:
-    """The encoding takes as long as the others need to arrive."""
-    cache, started, arrived, made = VisionCache(1 << 20), threading.Event(), threading.Barrier(5), []
+def test_an_encoding_that_ends_early_is_waited_for_by_nobody() -> None:
+    """Failed, interrupted, or still under way elsewhere: the next one who asks encodes."""
+    cache, begun, go = VisionCache(1 << 20), threading.Event(), threading.Event()
 
-    def encode() -> Any:
-        started.set()
-        arrived.wait(60)
-        made.append(1)
+    def ends(error: BaseException) -> Any:
+        raise error
+
+    for error in (BackendError("planted"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            cache.get(b"a", lambda error=error: ends(error))
+        assert cache.peek(b"a") is None
+
+    def slow() -> Any:
+        begun.set()
+        go.wait(60)
         return features()
 
-    def late() -> Any:
-        started.wait(60)
-        arrived.wait(60)
-        return cache.get(b"a", encode)
-
-    with ThreadPoolExecutor(5) as pool:
-        first = pool.submit(cache.get, b"a", encode)
-        others = [pool.submit(late) for _ in range(4)]
-        assert all(other.result(60) is first.result(60) for other in others)
-    assert len(made) == 1
-    assert (cache.info.hits, cache.info.misses) == (4, 1)
-
-
-def test_a_failed_encoding_is_its_callers_and_the_next_one_tries() -> None:
-    """Nothing is cached, nobody hangs."""
-    cache, started, go = VisionCache(1 << 20), threading.Event(), threading.Event()
-
-    def broken() -> Any:
-        started.set()
-        go.wait(60)
-        raise BackendError("planted")
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(cache.get, b"a", broken)
-        started.wait(60)
-        second = pool.submit(cache.get, b"a", features)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(cache.get, b"a", slow)
+        begun.wait(60)
+        mine = cache.get(b"a", features)
+        assert not first.done()
         go.set()
-        with pytest.raises(BackendError, match="planted"):
-            first.result(60)
-        assert second.result(60).shape == features().shape
-    assert cache.peek(b"a") is not None
+        assert first.result(60).shape == mine.shape
+    assert (cache.info.entries, cache.info.bytes) == (1, mine.nbytes)

@@ -5,9 +5,10 @@
 >>> print(rt.generate("What is left of the red star?", images="scene.png").text)
 
 Importing this package loads numpy, pillow and tokenizers; inference libraries are loaded when a Runtime is made, and
-torch, transformers and onnx never are.
+torch, transformers and onnx never are. It switches the telemetry of these libraries off (see trol_edge.telemetry).
 """
 
+import trol_edge.telemetry  # noqa: F401  (before any library that reports home)
 from trol_edge._version import __version__
 from trol_edge.answering.results import Answer, Choice, Option, Piece, Timings, TokenLogprob, YesNo
 from trol_edge.answering.streams import AnswerStream

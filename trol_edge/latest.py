@@ -1,4 +1,4 @@
-"""One slot between a camera and its reader: a new frame replaces one that nobody took, so no frame waits in a line."""
+"""A single slot between a camera and its reader. A new frame replaces one that nobody took, so frames do not queue."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class LatestCounts:
-    """What became of the items: offered == taken + dropped + (1 if one waits)."""
+    """Counts of the items: offered == taken + dropped + (1 if one waits)."""
 
     offered: int
     taken: int
-    dropped: int  # replaced by a newer one, or too old when asked for
+    dropped: int  # replaced by a newer item, or too old when asked for
 
 
 class LatestOnly(Generic[T]):
@@ -32,8 +32,9 @@ class LatestOnly(Generic[T]):
     """
 
     def __init__(self, max_age_ms: float | None = None) -> None:
-        """max_age_ms: an item that has waited longer is dropped instead of returned; None: no limit.
+        """Make an empty slot.
 
+        max_age_ms: an item that has waited longer is dropped instead of returned; None: no limit.
         Raises UsageError for a max_age_ms that is not above 0.
         """
         age = real(max_age_ms)
@@ -50,14 +51,14 @@ class LatestOnly(Generic[T]):
 
     @property
     def counts(self) -> LatestCounts:
-        """Items so far."""
+        """The counts so far."""
         with self._changed:
             return LatestCounts(self._offered, self._taken, self._dropped)
 
     def put(self, item: T) -> bool:
-        """Offer an item; True where it replaced one that nobody took. Raises UsageError after `close` and for None."""
+        """Offer an item; True if it replaced one that nobody took. Raises UsageError after `close` and for None."""
         if item is None:
-            raise UsageError("None cannot be put: get() returns it for 'nothing came'")
+            raise UsageError("None cannot be put, because get() returns it if nothing came; put an item")
         with self._changed:
             if self._closed:
                 raise UsageError("put after close; make a new LatestOnly")
@@ -93,12 +94,12 @@ class LatestOnly(Generic[T]):
                 self._changed.wait(None if left is None else min(left, threading.TIMEOUT_MAX))
 
     def __iter__(self) -> Iterator[T]:
-        """Items until `close`."""
+        """Yield items until `close`."""
         while (item := self.get()) is not None:
             yield item
 
     def close(self) -> None:
-        """End every `get` and loop, once the last item is taken; more than once is fine."""
+        """End every `get` and loop once the last item is taken. Closing twice is fine."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""`trol_edge.Runtime`: pictures and questions in, answers out."""
+"""Defines `trol_edge.Runtime`, which answers questions about pictures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.answering.asking import Color, Pictures, ask, listed, look
+from trol_edge.answering.asking import UNREAD, Color, Pictures, ask, listed, look
 from trol_edge.answering.choose import checked_options, score, softmax
 from trol_edge.answering.desk import Desk
 from trol_edge.answering.loop import Answering
 from trol_edge.answering.options import AnswerOptions, Options, options_from_keywords
 from trol_edge.answering.results import Answer, Choice, Clock, Option, Piece, YesNo
 from trol_edge.answering.streams import AnswerStream, pieces
+from trol_edge.bundle.signature import PublicKey
 from trol_edge.errors import UnfinishedError, UsageError
 from trol_edge.model import Model, Provider
 from trol_edge.numeric import shown, truth
@@ -36,7 +37,7 @@ Float32 = NDArray[np.float32]
 class Runtime:
     """A loaded bundle, ready for questions.
 
-    Threads may share it: calls are served in the order in which they came, one at a time (a stream takes a new turn for
+    Threads may share it. Calls are served one at a time, in the order in which they came (a stream takes a new turn for
     each piece). Use it in a `with` block, or `close()` it.
     """
 
@@ -51,6 +52,7 @@ class Runtime:
         selftest: bool | None = None,
         provider: Provider | None = None,
         fallback: Provider | None = None,
+        trusted_keys: Sequence[PublicKey] | None = None,
     ) -> None:
         """Load a bundle folder.
 
@@ -63,16 +65,24 @@ class Runtime:
         out first; 0: none. They lie where they are used: in the GPU's memory with engines. selftest: replay the
         bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first time; None: unless the
         environment has TROL_EDGE_SELFTEST=0.
-        provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda" or "tensorrt" (not yet
-        run on a GPU), or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
+        provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda", "tensorrt" (not yet
+        run on a GPU) or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
         fallback: a provider to go over to, with a RuntimeWarning that says why, where engines cannot be loaded; None:
         that is an error.
-        Raises BundleError (missing, half-copied, altered, other version), BackendError (library, memory) and
-        VerifyError (the numbers are not the reference's).
+        trusted_keys: ed25519 public keys (PEM files, or bytes); a bundle, or engines, that none of them signed
+        (`trol-edge sign`) are not opened. Needs `trol-edge[sign]`. None: whoever made it.
+        Raises BundleError (missing, half-copied, altered, not signed, other version), BackendError (library, memory)
+        and VerifyError (the numbers are not the reference's).
         """
         vision_cache = VisionCache(vision_cache_bytes)
         self.model = Model(
-            bundle, threads=threads, verify=verify, prefix_reuse=prefix_reuse, provider=provider, fallback=fallback
+            bundle,
+            threads=threads,
+            verify=verify,
+            prefix_reuse=prefix_reuse,
+            provider=provider,
+            fallback=fallback,
+            trusted_keys=trusted_keys,
         )
         self.bundle = self.model.bundle
         if wanted(selftest):
@@ -84,31 +94,29 @@ class Runtime:
     def generate(self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]) -> Answer:
         """Answer a question about pictures, or without any.
 
-        prompt: the question, taken literally (special tokens in it are plain characters); or a list of str and
-        trol_edge.IMAGE that says where the pictures stand. images: a path, PIL image, the bytes of a picture file or a
-        uint8 [H, W, 3] array (channels as `color` says), or a list of them. options: see
+        prompt: the question, taken literally (special tokens in it are plain characters), or a list of str and
+        trol_edge.IMAGE, which marks the place of a picture. images: a path, PIL image, the bytes of a picture file or a
+        uint8 [H, W, 3] array (`color` is the order of its channels), or a list of them. options: see
         trol_edge.answering.options.Options; greedy by default.
-        Raises UsageError, ImageError or ContextError for bad input, BackendError where inference fails; the Runtime
+        Raises UsageError, ImageError or ContextError for bad input, BackendError if inference fails; the Runtime
         stays usable.
         """
-        checked = options_from_keywords(options)
-        answering = self._start(prompt, images, checked)
-        return answering.search() if checked.num_beams > 1 else answering.answer()
+        return self._start(prompt, images, options_from_keywords(options)).whole()
 
     def stream(self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]) -> AnswerStream:
-        """As generate, piece by piece. `print(piece, end="")` prints it; the last piece has a finish_reason.
+        """Like generate, but piece by piece. `print(piece, end="")` prints one; the last has a finish_reason.
 
-        Arguments are checked, and pictures read, before this returns; the prompt is prefilled at the first piece.
+        Arguments are checked, and pictures read, before this returns. The prompt is prefilled at the first piece.
         """
         checked = options_from_keywords(options)
         if checked.num_beams > 1:
-            raise UsageError(f"num_beams {checked.num_beams}: a beam search has no pieces; use generate")
+            raise UsageError(f"num_beams {checked.num_beams}: a beam search cannot be streamed; use generate")
         return self._start(prompt, images, checked).stream()
 
     def astream(
         self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]
     ) -> AsyncGenerator[Piece, None]:
-        """As stream, for `async for`: computed in a thread of its own, which ends a step after the task is cancelled.
+        """Like stream, but for `async for`. A separate thread computes, and ends one step after the task is cancelled.
 
         Arguments are checked at the first piece. A cancelled task returns when that thread has ended.
         """
@@ -117,32 +125,29 @@ class Runtime:
     def ask_many(
         self, prompts: Sequence[Prompt], images: Pictures | None = None, **options: Unpack[AnswerOptions]
     ) -> list[Answer]:
-        """Answer several questions about the same pictures: these are encoded once, and prefilled once.
+        """Answer several questions about the same pictures, which are encoded and prefilled once.
 
-        The answers are those of one `generate` each, in order. deadline_ms holds for all of them together. Arguments
-        and errors as for generate; all questions are checked before the first is answered.
+        The answers are those of one `generate` each, in order. deadline_ms is for all of them together. Arguments and
+        errors are those of generate; all questions are checked before the first is answered.
         """
         if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or not prompts:
             raise UsageError(f"ask_many takes a list of one or more questions, found {prompts!r}")
         checked = options_from_keywords(options)
         desk = self.desk
         call, start = desk.call(checked), desk.now()
-        pictures = look(desk, images, checked)
-        questions = [ask(desk, prompt, pictures) for prompt in prompts]
-        preprocess_ms = 1e3 * (desk.now() - start)
-        answers = []
+        clocks = [Clock() for _ in prompts]
         try:
-            with desk.held(call, checked.session) as (session, waited_ms):
-                for question in questions:
-                    clock = Clock(preprocess_ms, waited_ms)
-                    answering = Answering(desk, question, checked, call, clock, session)
-                    answers.append(answering.search() if checked.num_beams > 1 else answering.answer())
-                    preprocess_ms = waited_ms = 0.0  # the first answer bears them
-        except UnfinishedError:  # the call ended while it waited for its turn: each answer says so
-            for question in questions:
-                answering = Answering(desk, question, checked, call, Clock(preprocess_ms))
-                answers.append(answering.search() if checked.num_beams > 1 else answering.answer())
-        return answers
+            pictures = look(desk, images, checked, call)
+            questions = [ask(desk, prompt, pictures, call) for prompt in prompts]
+            clocks[0].preprocess_ms = 1e3 * (desk.now() - start)  # the first answer bears it, and the waiting
+
+            def work(session: Session | None) -> list[Answer]:
+                each = zip(questions, clocks, strict=True)
+                return [Answering(desk, q, checked, call, clock, session).whole() for q, clock in each]
+
+            return desk.held(call, checked.session, clocks[0], work)
+        except UnfinishedError:  # before its turn
+            return [Answering(desk, UNREAD, checked, call, clock).whole() for clock in clocks]
 
     def choose(
         self,
@@ -155,13 +160,13 @@ class Runtime:
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> Choice:
-        """Which of some answers the model finds likeliest, and how likely each: from one prefill of the prompt.
+        """Find which of some answers is likeliest to the model, and how likely each is, from one prefill of the prompt.
 
-        An option's score is its log-probability as the whole answer, divided by its tokens. The end of the answer is
-        one of these tokens, so an option that is the beginning of another is told from it. probability: softmax of the
-        scores over the options given.
+        An option's score is its log-probability as the whole answer, divided by the number of its tokens. The end of
+        the answer is one of these tokens, which distinguishes an option from one that it begins. probability: softmax
+        of the scores over the given options.
         Raises UsageError for fewer than two options and for one that is empty, given twice or has white space around
-        it, UnfinishedError where the deadline comes (or `stop`) first, and otherwise as generate.
+        it, UnfinishedError if the deadline (or `stop`) comes first, and otherwise the errors of generate.
         """
         texts = checked_options(options)
         checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
@@ -181,9 +186,9 @@ class Runtime:
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> YesNo:
-        """Whether the answer begins with yes rather than no (either case), and the probability of that.
+        """Find whether the answer begins with yes rather than no (in either case), and the probability of that.
 
-        Arguments and errors as for choose.
+        Arguments and errors are those of choose.
         """
         checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
         logprobs, _, clock = score(self.desk, prompt, ["Yes", "yes", "No", "no"], images, checked, whole=False)
@@ -192,20 +197,20 @@ class Runtime:
         return YesNo(yes >= 0.5, yes, clock.timings)
 
     def stop(self) -> None:
-        """End every call that is under way or waits, within one step, from any thread.
+        """End every call that runs or waits, within one step, from any thread.
 
-        In the prompt that is one chunk (see Options.prefill_chunk), in the vision tower one picture.
-        Answers end with the reason "stopped" and the text there is; choose and yes_no raise UnfinishedError.
+        In the prompt a step is one chunk (see Options.prefill_chunk), in the vision tower one picture.
+        Answers end with the reason "stopped" and the text so far; choose and yes_no raise UnfinishedError.
         """
         self.desk.stop()
 
     # -- tokens, pictures, sessions ----------------------------------------------------------------------------------
 
     def session(self, long_context: bool = False, prefill_chunk: int | None = None) -> Session:
-        """A new token-level session with a KV cache of its own (see trol_edge.Session).
+        """Make a token-level session with its own KV cache (see trol_edge.Session).
 
-        long_context: see Options. prefill_chunk: tokens per traverse of a prompt (None: all at once). Its own calls
-        take no turns: they run beside answers of other threads.
+        long_context: see Options. prefill_chunk: tokens per traverse of a prompt (None: all at once). A session's own
+        calls take no turns; they run beside answers of other threads.
         """
         is_long = truth(long_context)
         if is_long is None:
@@ -213,33 +218,33 @@ class Runtime:
         return self.model.session(is_long, prefill_chunk)
 
     def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = (), answer: str = "") -> list[int]:
-        """Token ids of a whole prompt, template included. Raises UsageError as generate does.
+        """The token ids of a whole prompt, template included. Raises UsageError as generate does.
 
-        tiles: of each picture, from `count_tiles`; an int is a number of pictures of one tile each. answer: an answer,
-        or the beginning of one, that follows.
+        tiles: number of tiles of each picture, from `count_tiles`; an int is a number of pictures of one tile each.
+        answer: an answer, or the beginning of one, that follows.
         """
         return self.model.tokenize(prompt, tiles, answer)
 
     def count_tiles(self, images: Pictures | None, bits: int | None = None) -> list[int]:
-        """How many squares of `preprocess` each picture becomes: 1, or with TroL-3.8B up to 7. Raises ImageError."""
+        """The squares that `preprocess` makes of each picture: 1, or up to 7 with TroL-3.8B. Raises ImageError."""
         return count_tiles([load_rgb(p, bits=bits) for p in listed(images)], self.bundle.manifest.image)
 
     def preprocess(self, images: Pictures | None, color: Color = "rgb", bits: int | None = None) -> Float32 | None:
-        """pixel_values float32 [N, 3, P, P] of pictures, tile by tile, or None for none. Raises ImageError."""
+        """Make pixel_values float32 [N, 3, P, P] of pictures, tile by tile, or None for none. Raises ImageError."""
         pictures = [load_rgb(p, color, bits) for p in listed(images)]
         return preprocess(pictures, self.bundle.manifest.image) if pictures else None
 
     @property
     def vision_cache(self) -> VisionCacheInfo:
-        """Hits, misses, entries and bytes of the vision cache so far."""
+        """The hits, misses, entries and bytes of the vision cache so far."""
         return self.desk.vision_cache.info
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop what is under way, wait for it, and let the model go; sessions are of no use afterwards. Twice is fine.
+        """Stop running calls, wait for them, and release the model. Sessions cannot be used afterwards.
 
-        Memory is free once sessions and streams of this Runtime are gone, too.
+        Memory is free once sessions and streams of this Runtime are gone, too. Closing twice is fine.
         """
         self.desk.close()
 
@@ -256,5 +261,8 @@ class Runtime:
     def _start(self, prompt: Prompt, images: Pictures | None, options: Options) -> Answering:
         desk = self.desk
         call, start = desk.call(options), desk.now()
-        question = ask(desk, prompt, look(desk, images, options))
+        try:
+            question = ask(desk, prompt, look(desk, images, options, call), call)
+        except UnfinishedError:  # the answer says so: its turn does not come
+            question = UNREAD
         return Answering(desk, question, options, call, Clock(1e3 * (desk.now() - start)))

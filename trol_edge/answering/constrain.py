@@ -1,12 +1,13 @@
-"""Answers of a given form: which tokens may come next under a JSON schema or a regular expression.
+"""Constrains answers to a form: finds which tokens may come next under a JSON schema or a regular expression.
 
-The grammar work is llguidance's (an optional installation); this file hands it the vocabulary and applies its masks.
+The grammars are llguidance's work (an optional installation). This file gives it the vocabulary and applies its masks.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,16 @@ if TYPE_CHECKING:
 Float32 = NDArray[np.float32]
 ResponseFormat = dict[str, Any] | re.Pattern[str]
 
+MOST_CHARACTERS = 64 << 10  # of a schema or a pattern
 # As json.dumps writes it. With free white space a small model can fill its whole answer with blanks.
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammars:
-    """The vocabulary of one model, as the grammar library wants it."""
+    """The vocabulary of one model, in the form that the grammar library needs."""
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Iterable[int], vocab_size: int) -> None:
-        """end_ids: tokens that end an answer. Raises BackendError where llguidance is not installed."""
+        """Prepare the vocabulary. end_ids: tokens that end an answer. Raises BackendError without llguidance."""
         try:
             import llguidance
         except ImportError as error:
@@ -43,25 +45,28 @@ class Grammars:
         self._tokens = llguidance.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=ends)
 
     def start(self, response_format: ResponseFormat) -> Constraint:
-        """A constraint at the beginning of an answer.
+        """Make a constraint for the beginning of an answer.
 
         response_format: a dict is a JSON schema; a compiled pattern is one that the whole answer matches (syntax of
-        Rust's `regex`, so without lookaround and back references). Raises UsageError where it is neither, is not
-        understood, or nothing can satisfy it.
+        Rust's `regex`, so without lookaround and back references). Raises UsageError if it is neither, is not
+        understood, or cannot be satisfied.
         """
         matchers = self._library.LLMatcher
         if isinstance(response_format, dict):
             try:
-                grammar = matchers.grammar_from_json_schema(json.dumps(response_format), defaults=_JSON_STYLE)
+                schema = _bounded(json.dumps(response_format))
+                grammar = matchers.grammar_from_json_schema(schema, defaults=_JSON_STYLE)
+            except UsageError:
+                raise
             except (TypeError, ValueError, RecursionError) as error:
-                raise UsageError(f"response_format is no JSON schema: {error}") from error
+                raise UsageError(f"response_format is not a JSON schema: {error}") from error
         elif isinstance(response_format, re.Pattern) and isinstance(response_format.pattern, str):
             if response_format.flags & ~re.UNICODE:
                 raise UsageError(
                     f"response_format: flags of a pattern are not read; write (?i) and the like into it: "
-                    f"{response_format.pattern!r}"
+                    f"{reprlib.repr(response_format.pattern)}"
                 )
-            grammar = matchers.grammar_from_regex(response_format.pattern)
+            grammar = matchers.grammar_from_regex(_bounded(response_format.pattern))
         else:
             raise UsageError(
                 f"response_format is a {type(response_format).__name__}; pass a JSON schema (dict) or re.compile(...)"
@@ -69,14 +74,23 @@ class Grammars:
         return Constraint(matchers(self._tokens, grammar, log_level=0))
 
 
+def _bounded(text: str) -> str:
+    """The text of a schema or pattern; UsageError for one that would take seconds to compile."""
+    if len(text) > MOST_CHARACTERS:
+        raise UsageError(
+            f"response_format has {len(text)} characters, {MOST_CHARACTERS} are allowed: it is compiled for each answer"
+        )
+    return text
+
+
 class _Vocabulary:
-    """What llguidance.TokenizerWrapper reads."""
+    """The attributes that llguidance.TokenizerWrapper reads."""
 
     def __init__(self, tokenizer: Tokenizer, ends: list[int], vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = ends[0], None
         self.tokens = [tokenizer.token_bytes(i)[0] for i in range(vocab_size)]
-        # No text of their own: the grammar cannot ask for them, so that only the end markers among them may come.
+        # They have no text, so the grammar cannot ask for them, and only the end markers among them may come.
         self.special_token_ids = [i for i, token in enumerate(self.tokens) if not token]
 
     def __call__(self, text: bytes) -> list[int]:
@@ -84,7 +98,7 @@ class _Vocabulary:
 
 
 class Constraint:
-    """How far one answer has come in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
@@ -96,7 +110,7 @@ class Constraint:
             raise UsageError("response_format: no token of this model can begin an answer that satisfies it")
 
     def mask(self, logits: Float32) -> Float32:
-        """A copy of logits [V] with -inf for every token that may not come next."""
+        """Copy logits [V] with -inf for every token that may not come next."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little", count=len(logits)).view(np.bool_)
         self._check()
@@ -105,13 +119,13 @@ class Constraint:
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def accept(self, token: int) -> bool:
-        """Note the token that was chosen; True where the answer is complete and nothing may follow."""
+        """Take the chosen token; returns True if the answer is complete and nothing may follow."""
         self._matcher.consume_token(token)
         self._check()
         return self._matcher.is_stopped()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            # the library appends its state, pages of it
+            # the library appends pages of its state
             message = self._matcher.get_error().split("\n<state>")[0].strip()
             raise UsageError(f"response_format: {message}")

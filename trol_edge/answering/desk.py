@@ -1,28 +1,30 @@
-"""What the calls of one Runtime share: the model, the order of their turns, its sessions, and features of pictures."""
+"""Holds what the calls of one Runtime share: the model, their turns, its sessions, and features of pictures."""
 
 from __future__ import annotations
 
 import functools
-import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
 from trol_edge.answering.constrain import Grammars
 from trol_edge.answering.options import Options
+from trol_edge.answering.results import Clock
 from trol_edge.answering.turns import Call, Pace, Turns
 from trol_edge.errors import UsageError
 from trol_edge.model import Model
 from trol_edge.session import Session
 from trol_edge.vision_cache import VisionCache
 
+T = TypeVar("T")
+
 
 class Desk:
-    """One per Runtime. Calls take turns here; each has a session for itself as long as it has one reserved.
+    """The shared state of one Runtime. Calls take turns here, and each reserves a session for itself.
 
-    idle: at most one session between answers, because a KV cache is large, and its prefix is of use. busy: sessions
-    under an answer.
+    idle: at most one session between answers, because a KV cache is large, and its prefix is of use. reserved: sessions
+    under an answer. Both change by single operations, so that Ctrl-C finds them whole (see turns.py).
     """
 
     def __init__(self, model: Model, vision_cache: VisionCache) -> None:
@@ -30,83 +32,115 @@ class Desk:
         self.now = time.perf_counter
         self.turns = Turns()
         self.idle: list[Session] = []
-        self.busy: list[Session] = []
+        self.reserved: dict[Hold, Session] = {}
         self.vision_pace, self.prefill_pace = Pace(), Pace()
-        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._calls: set[weakref.ref[Call]] = set()
+
+    @property
+    def busy(self) -> list[Session]:
+        """Sessions under an answer."""
+        return list(self.reserved.values())
 
     @functools.cached_property
     def grammars(self) -> Grammars:
-        """The vocabulary for response_format; made at the first use. BackendError where its library is missing."""
+        """The vocabulary for response_format, made on first use. Raises BackendError if its library is missing."""
         return Grammars(self.model.text, self.model.ends, self.model.bundle.manifest.spec.vocab_size)
 
     def call(self, options: Options) -> Call:
-        """A call that begins now, and that `stop` knows of. Raises UsageError for options that the model lacks."""
+        """Begin a call, which `stop` can end. Raises UsageError for options that the model lacks."""
         self.model.lifetime.check()
         if options.session is not None and options.session.backend is not self.model.backend:
             raise UsageError("the session belongs to another Runtime; make it with session() of this one")
         if options.answer_mode == "traverse" and not self.model.backend.prefix_reuse:
             raise UsageError("answer_mode 'traverse' needs both K/V sets; open the Runtime with prefix_reuse=True")
         call = Call(options.deadline_ms, self.now)
-        with self._lock:
-            self._calls.add(call)
+        self._calls.add(weakref.ref(call, self._calls.discard))
         return call
 
     def stop(self) -> None:
         """End every call within one step, from any thread."""
-        with self._lock:
-            calls = list(self._calls)
-        for call in calls:
-            call.stop()
+        for reference in self._calls.copy():
+            call = reference()
+            if call is not None:
+                call.stop()
 
-    def reserve(self, session: Session | None) -> Session:
-        """The given session, or an idle or new one, for the caller alone until `release`. Needs the turn."""
-        self.model.lifetime.check()
-        if session is None:
-            try:
-                session = self.idle.pop()
-            except IndexError:
-                session = self.model.session()
-        elif any(session is other for other in self.busy):
-            raise UsageError(
-                "this session is under another answer; finish or close that one first, or fork the session"
-            )
-        self.busy.append(session)
-        return session
-
-    def release(self, session: Session, keep: bool) -> None:
-        """Give a session back; keep: it is the desk's own, and may be reused."""
-        self.busy.remove(session)
-        if keep and not self.idle and not self.model.lifetime.closed:
-            self.idle.append(session)
-
-    @contextmanager
-    def held(self, call: Call, session: Session | None) -> Iterator[tuple[Session, float]]:
-        """The turn, a session for as long, and the milliseconds waited."""
-        start = self.now()
-        self.turns.take(call)
+    def held(self, call: Call, session: Session | None, clock: Clock, work: Callable[[Session], T]) -> T:
+        """What `work` returns, which has the turn and a session (the given one, or one of the desk's) meanwhile."""
+        hold = Hold(self, call, session, clock)
         try:
-            waited_ms = 1e3 * (self.now() - start)
-            reserved = self.reserve(session)
             try:
-                yield reserved, waited_ms
+                return work(hold.take())
             finally:
-                self.release(reserved, keep=session is None)
+                hold.end()
         finally:
-            self.turns.give(call)
+            hold.end()  # Ctrl-C may have ended the first
 
     def close(self) -> None:
-        """Stop what is under way, wait for it, and close the model. Twice is fine."""
-        if not self.model.lifetime.alive:  # or this is the fork of the process that it belongs to
+        """Stop what is under way, wait for it, and close the model. Twice is fine, and after Ctrl-C the way to end."""
+        if self.model.lifetime.forked:
             return
         self.stop()
         call = Call(None, self.now)
-        self.turns.take(call)
         try:
-            self.model.close()  # whoever waits for the turn finds it so
-            for session in self.idle:
-                session.close()
-            self.idle.clear()
-            self.vision_cache.clear()
+            try:
+                self.turns.take(call)
+                self.model.close()  # whoever waits for the turn finds it so
+                for session in self.idle:
+                    session.close()
+                self.idle.clear()
+                self.vision_cache.clear()
+            finally:
+                self.turns.give(call)
         finally:
             self.turns.give(call)
+
+
+class Hold:
+    """The turn of one call, and a session for it alone. `end` gives back what there is of it, and may be called twice.
+
+    Whoever makes one calls `end` in a `finally` inside another that does so again: the first may be interrupted.
+    """
+
+    def __init__(self, desk: Desk, call: Call, session: Session | None, clock: Clock) -> None:
+        """session: the caller's, or None for one of the desk's."""
+        self._desk, self._call, self._given, self._clock = desk, call, session, clock
+
+    def take(self) -> Session:
+        """Wait for the turn, and reserve the session. Raises UsageError where that is under another answer."""
+        self.take_turn()
+        desk, session = self._desk, self._given
+        desk.model.lifetime.check()
+        if session is None:
+            try:
+                session = desk.idle.pop()
+            except IndexError:
+                session = desk.model.session()
+        elif any(session is other for other in desk.busy):
+            raise UsageError(
+                "this session is under another answer; finish or close that one first, or fork the session"
+            )
+        desk.reserved[self] = session
+        return session
+
+    def take_turn(self) -> None:
+        """Wait for the turn alone; in the clock as waiting. Raises UsageError in a fork, whose turns never come."""
+        desk = self._desk
+        if desk.model.lifetime.forked:
+            desk.model.lifetime.check()
+        start = desk.now()
+        try:
+            desk.turns.take(self._call)
+        finally:
+            self._clock.wait_ms += 1e3 * (desk.now() - start)
+
+    def give_turn(self) -> None:
+        """Let others compute; the session stays reserved."""
+        self._desk.turns.give(self._call)
+
+    def end(self) -> None:
+        """Give back the session and the turn. Takes no lock: a garbage collection may call it anywhere."""
+        desk = self._desk
+        session = desk.reserved.pop(self, None)
+        if session is not None and self._given is None and not desk.idle and not desk.model.lifetime.closed:
+            desk.idle.append(session)
+        self.give_turn()

@@ -1,4 +1,4 @@
-"""One answer under way: the turn, the prompt, then token after token until something ends it."""
+"""Makes one answer: takes the turn, computes the prompt, then token after token until something ends it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trol_edge.answering import beam
 from trol_edge.answering.asking import Question, prefill
-from trol_edge.answering.desk import Desk
+from trol_edge.answering.desk import Desk, Hold
 from trol_edge.answering.options import Options
 from trol_edge.answering.results import Answer, Clock, Piece, TokenLogprob
 from trol_edge.answering.sampling import Sampler, log_sum_exp, top_logprobs
@@ -24,7 +24,7 @@ Float32 = NDArray[np.float32]
 
 
 class Answering:
-    """One answer: `stream()` or `answer()`, once. It does not know its generator, so that dropping that ends it."""
+    """One answer. Call `stream()` or `answer()` once. It has no reference to its generator, whose drop must end it."""
 
     def __init__(
         self,
@@ -35,7 +35,10 @@ class Answering:
         clock: Clock,
         session: Session | None = None,
     ) -> None:
-        """session: reserved for this answer by a caller who has the turn; None: the answer sees to both."""
+        """Prepare an answer.
+
+        session: reserved for it by a caller who has the turn; with None the answer takes turn and session itself.
+        """
         self._desk, self._question, self._options, self._call, self._clock = desk, question, options, call, clock
         self._ids = list(question.ids)  # prompt and answer so far
         self._sampler = Sampler(options.sampling)
@@ -44,18 +47,21 @@ class Answering:
         if options.response_format is not None:
             self._constraint = desk.grammars.start(options.response_format)
         self._rope = self._first_rope()
-        self._cached = 0  # tokens of the prompt that were in the session
+        self._cached = 0  # tokens of the prompt that the session had already
         self._given = session
-        self._session: Session | None = None
-        self._has_turn = False
+        self._hold = Hold(desk, call, options.session, clock)
         self._keeps_turn = session is not None  # between pieces
 
     def stream(self) -> AnswerStream:
-        """Piece by piece."""
+        """Return the answer as a stream of pieces."""
         return AnswerStream(self._run(), self._call)
 
+    def whole(self) -> Answer:
+        """All of it, as its options say. Other calls wait meanwhile."""
+        return self.search() if self._options.num_beams > 1 else self.answer()
+
     def answer(self) -> Answer:
-        """All of it. Other calls wait meanwhile."""
+        """Return the whole answer. Other calls wait meanwhile."""
         self._keeps_turn = True
         text, ids, logprobs, reason = "", list[int](), list[TokenLogprob](), ""
         with closing(self._run()) as pieces:
@@ -76,7 +82,7 @@ class Answering:
         )
 
     def search(self) -> Answer:
-        """The likeliest of `num_beams` answers that are searched in parallel. Other calls wait meanwhile."""
+        """Return the likeliest of `num_beams` answers that are searched in parallel. Other calls wait meanwhile."""
         desk, options, call, clock = self._desk, self._options, self._call, self._clock
         found, over = beam.Hypothesis((), 0.0, False), list[str]()
 
@@ -88,22 +94,25 @@ class Answering:
             return bool(over)
 
         try:
-            session = self._begin()
-            logits = self._prefill(session)
-            since = desk.now()
-            found = beam.search(
-                session,
-                logits,
-                num_beams=options.num_beams,
-                max_new_tokens=options.max_new_tokens,
-                end_ids=desk.model.ends,
-                on_step=on_step,
-            )
-            clock.decode_ms += 1e3 * (desk.now() - since)
-        except UnfinishedError as error:
-            over.append(error.reason)
+            try:
+                session = self._begin()
+                logits = self._prefill(session)
+                since = desk.now()
+                found = beam.search(
+                    session,
+                    logits,
+                    num_beams=options.num_beams,
+                    max_new_tokens=options.max_new_tokens,
+                    end_ids=desk.model.ends,
+                    on_step=on_step,
+                )
+                clock.decode_ms += 1e3 * (desk.now() - since)
+            except UnfinishedError as error:
+                over.append(error.reason)
+            finally:
+                self._end()
         finally:
-            self._end()
+            self._end()  # Ctrl-C may have ended the first
         ids = found.token_ids
         reason = "stop" if found.ended else over[0] if over else "length"
         if reason == "length" and len(ids) < options.max_new_tokens:
@@ -142,14 +151,14 @@ class Answering:
                     if self._keeps_turn:
                         yield piece
                     else:
-                        self._give_turn()
+                        self._hold.give_turn()
                         yield piece
-                        self._take_turn()
+                        self._hold.take_turn()
                     since = now()
                     call.check()
                     if options.answer_mode == "traverse":
                         given = session.extend([token])
-                        self._rope = session.rope  # extend may have gone over to the long factors
+                        self._rope = session.rope  # extend may have changed to the long factors
                     elif self._needs_logits:
                         given = session.step_view(token)
                     else:
@@ -157,8 +166,10 @@ class Answering:
                 clock.decode_ms += 1e3 * (now() - since)
             except UnfinishedError as over:
                 piece = Piece("", (), (), over.reason)
+            finally:
+                self._end()
         finally:
-            self._end()
+            self._end()  # Ctrl-C may have ended the first
         yield Piece(
             text=piece.text + self._text.flush(),
             token_ids=piece.token_ids,
@@ -176,7 +187,7 @@ class Answering:
 
     @property
     def _needs_logits(self) -> bool:
-        """Whether the next token depends on more than which logit is the largest, or logits are asked for."""
+        """Whether logits are asked for, or the next token depends on more than which of them is the largest."""
         options = self._options
         return (
             options.temperature != 0
@@ -186,9 +197,9 @@ class Answering:
         )
 
     def _choose(self, session: Session, given: Float32 | int) -> tuple[int, Piece]:
-        """The next token of these logits, or the one given, and the piece that it makes.
+        """Choose the next token from these logits, or take the given one; returns it with the piece that it makes.
 
-        The piece has a finish_reason where it is the last.
+        The last piece has a finish_reason.
         """
         if isinstance(given, int):
             token = given
@@ -215,28 +226,8 @@ class Answering:
         return token, Piece(text, (token,), logprobs, reason)
 
     def _begin(self) -> Session:
-        if self._given is not None:
-            return self._given
-        self._take_turn()
-        self._session = self._desk.reserve(self._options.session)
-        return self._session
-
-    def _take_turn(self) -> None:
-        start = self._desk.now()
-        try:
-            self._desk.turns.take(self._call)
-            self._has_turn = True
-        finally:
-            self._clock.wait_ms += 1e3 * (self._desk.now() - start)
-
-    def _give_turn(self) -> None:
-        self._has_turn = False
-        self._desk.turns.give(self._call)
+        return self._hold.take() if self._given is None else self._given
 
     def _end(self) -> None:
-        """Give back what the answer holds. Takes no lock between pieces: a garbage collection may call it anywhere."""
-        if self._session is not None:
-            self._desk.release(self._session, keep=self._options.session is None)
-            self._session = None
-        if self._has_turn:
-            self._give_turn()
+        if self._given is None:
+            self._hold.end()

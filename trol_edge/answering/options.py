@@ -1,4 +1,4 @@
-"""How a question is to be answered: every option of `generate`, `stream`, `astream` and `ask_many`, checked."""
+"""Defines and checks every option of `generate`, `stream`, `astream` and `ask_many`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_BEAMS = 16
 
 
 class AnswerOptions(TypedDict, total=False):
-    """The keyword arguments, for type checkers; `Options` says what each means, and its default."""
+    """The keyword arguments, for type checkers. `Options` has the meaning and default of each."""
 
     max_new_tokens: int
     stop: str | Sequence[str]
@@ -44,28 +44,28 @@ class AnswerOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Every option and its default. Raises UsageError that lists every bad value."""
+    """Every option and its default. Raises a UsageError that lists every bad value."""
 
     max_new_tokens: int = 256
     stop: str | Sequence[str] = ()  # strings before which the answer ends
-    temperature: float = 0.0  # 0: greedy. This and the next five: see sampling.SamplingParams
+    temperature: float = 0.0  # 0 is greedy; for this and the next five see sampling.SamplingParams
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    num_beams: int = 1  # more: the likeliest of so many answers, searched in parallel; `generate` and `ask_many` only
-    answer_mode: Literal["step", "traverse"] = "step"  # passes over each answer token: one, or two as in training
-    long_context: bool = False  # TroL-3.8B: take the long rope factors from the first token on
+    num_beams: int = 1  # above 1: width of a beam search for the likeliest answer; `generate` and `ask_many` only
+    answer_mode: Literal["step", "traverse"] = "step"  # one pass over each answer token, or two as in training
+    long_context: bool = False  # TroL-3.8B: use the long rope factors from the first token on
     response_format: ResponseFormat | None = (
-        None  # a JSON schema (dict), or a compiled pattern: what the answer matches
+        None  # a JSON schema (dict) or a compiled pattern that the answer must match
     )
-    logprobs: int | None = None  # for each token its log-probability and so many alternatives, 0..20; None: off
+    logprobs: int | None = None  # alternatives (0..20) to report beside each token's log-probability; None: off
     # Milliseconds of wall time from the call on, waiting for other calls included; 0 or less: there is no time left.
     deadline_ms: float | None = None
-    prefill_chunk: int | None = None  # tokens of the prompt at a time; None: 256, with a deadline 64
+    prefill_chunk: int | None = None  # tokens of the prompt that are computed at a time; None: 256, with a deadline 64
     color: Literal["rgb", "bgr"] = "rgb"  # order of the channels in arrays [H, W, 3]
-    bits: int | None = None  # of pictures with more than 8 a channel: how many their numbers have, see images.load_rgb
+    bits: int | None = None  # bits per channel of pictures that have more than 8, see images.load_rgb
     session: Session | None = None  # answer in this session, whose cache stays as it is afterwards
 
     def __post_init__(self) -> None:
@@ -99,24 +99,25 @@ class Options:
             given = [name for name in others if getattr(self, name) != defaults[name]]
             if given:
                 raise UsageError(
-                    f"num_beams {self.num_beams} looks for the likeliest whole answer and does not go with "
+                    f"num_beams {self.num_beams} searches for the likeliest whole answer and cannot be combined with "
                     f"{', '.join(given)}; leave one or the other out"
                 )
 
     @property
     def sampling(self) -> SamplingParams:
-        """The part that chooses tokens. Raises UsageError."""
+        """The options that choose tokens. Raises UsageError."""
         names = [field.name for field in dataclasses.fields(SamplingParams)]
         return SamplingParams(**{name: getattr(self, name) for name in names})
 
 
 def options_from_keywords(keywords: Mapping[str, Any]) -> Options:
-    """Checked options; UsageError for an unknown name, with the nearest known one, or a bad value."""
+    """Make checked options. Raises UsageError for a bad value, or an unknown name, with the nearest known one."""
     known = [field.name for field in dataclasses.fields(Options)]
     for name in keywords:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise UsageError(
-                f"unknown option {name!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+                f"unknown option {name!r}; "
+                + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}")
             )
     return Options(**keywords)

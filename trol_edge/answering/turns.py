@@ -1,7 +1,13 @@
-"""Who may compute next: calls take turns in the order in which they came, and end by their deadline or when stopped."""
+"""Who may compute next: calls take turns in the order in which they came, and end by their deadline or when stopped.
+
+Ctrl-C may raise KeyboardInterrupt between any two steps of Python, those of `Condition.__exit__` among them, whose lock
+is held for ever then. So what is shared here is changed by single operations of the interpreter (of a deque, a bare
+lock), and every way to give something back may be taken twice.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import deque
@@ -9,30 +15,44 @@ from collections.abc import Callable
 
 from trol_edge.errors import UnfinishedError
 
+LONGEST_S = 1.0  # that a call sleeps before it looks for itself
+
 
 class Call:
-    """One call under way: its deadline, and whether someone stopped it."""
+    """One running call, with its deadline and whether it was stopped."""
 
     def __init__(self, deadline_ms: float | None, clock: Callable[[], float]) -> None:
-        """deadline_ms: from now on, or None. clock: seconds, monotonic (time.perf_counter)."""
+        """Begin a call. deadline_ms: counts from now, or None. clock: monotonic seconds (time.perf_counter)."""
         self._clock = clock
         self._deadline_ms = deadline_ms
         self._deadline = math.inf if deadline_ms is None else clock() + deadline_ms / 1e3
         self._stopped = False
-        self.woken = threading.Event()
+        self._asleep = threading.Lock()  # not held: there is something to look at
+        self._asleep.acquire()
 
     def stop(self) -> None:
-        """End the call within one step; from any thread, at any time, more than once."""
+        """End the call within one step. May be called from any thread, at any time, more than once."""
         self._stopped = True
-        self.woken.set()
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `wait` return, now or when it is called next."""
+        try:
+            self._asleep.release()
+        except RuntimeError:  # it is awake
+            return
+
+    def wait(self) -> None:
+        """Until `wake` or the deadline; a second at most, should whoever had to wake it have been interrupted."""
+        self._asleep.acquire(timeout=min(max(self.remaining_s, 0.0), LONGEST_S))
 
     @property
     def remaining_s(self) -> float:
-        """Seconds to the deadline, infinite without one, negative behind it."""
+        """The seconds to the deadline, infinite without one, negative after it."""
         return self._deadline - self._clock()
 
     def check(self, needs_s: float = 0.0) -> None:
-        """Raise UnfinishedError where the call was stopped, or `needs_s` more seconds would miss its deadline."""
+        """Raise UnfinishedError if the call was stopped, or if `needs_s` more seconds would miss its deadline."""
         if self._stopped:
             raise UnfinishedError("stopped before there was a result", "stopped")
         if self._deadline_ms is not None and self.remaining_s <= needs_s:
@@ -40,52 +60,51 @@ class Call:
 
 
 class Turns:
-    """A lock that is handed on in the order of asking. (A `threading.Lock` may pass over the same thread for long.)"""
+    """A lock that callers get in order of arrival. (A `threading.Lock` may skip the same thread for long.)"""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._queue: deque[Call] = deque()  # the first has the turn
 
     def take(self, call: Call) -> None:
-        """Wait for the turn of `call`. Raises UnfinishedError, without the turn, where the call ends before."""
-        with self._lock:
-            self._queue.append(call)
+        """Wait for the turn of `call`. Raises UnfinishedError, without the turn, where the call ends before.
+
+        After any other exception, as Ctrl-C's, the caller gives the turn back.
+        """
         try:
+            self._queue.append(call)
             while True:
                 call.check()
-                with self._lock:
-                    if self._queue[0] is call:
-                        return
-                call.woken.wait(min(call.remaining_s, threading.TIMEOUT_MAX))
-                call.woken.clear()  # before looking again, so that no stop is lost
-        except BaseException:  # Ctrl-C too: a place in the queue that nobody takes would block all behind it
+                if self._queue[0] is call:
+                    return
+                call.wait()
+        except BaseException:  # a place in the queue that nobody takes would block all behind it
             self.give(call)
             raise
 
     def give(self, call: Call) -> None:
-        """Hand the turn on."""
-        with self._lock:
-            first = self._queue[0] is call
+        """Hand the turn on, or leave the queue; without effect for a call that is not in it."""
+        with contextlib.suppress(ValueError):
             self._queue.remove(call)
-            if first and self._queue:
-                self._queue[0].woken.set()
+        try:
+            self._queue[0].wake()
+        except IndexError:  # nobody waits
+            return
 
     def __len__(self) -> int:
         """Calls that have the turn (0 or 1) or wait for it."""
-        with self._lock:
-            return len(self._queue)
+        return len(self._queue)
 
 
 class Pace:
-    """The least time per unit that a kind of work has taken so far: what is sure to be too much before a deadline."""
+    """Fastest time per unit seen so far. Work that would miss its deadline even at this pace is not started."""
 
     def __init__(self) -> None:
         self._per_unit_s = math.inf
 
     def saw(self, seconds: float, units: int) -> None:
-        """So many units took so long."""
+        """Record that `units` units took `seconds`."""
         self._per_unit_s = min(self._per_unit_s, seconds / units)
 
     def least_s(self, units: int) -> float:
-        """Seconds that so many units take at least; 0 before any was seen."""
+        """The least seconds that `units` units take; 0 before any was seen."""
         return 0.0 if self._per_unit_s == math.inf else units * self._per_unit_s
