@@ -41,7 +41,7 @@ ROWS = 64  # size of the reservoir
 # these models sees, and its scale, 1e-6 / 127, is still a normal float32.
 SMALLEST = 1e-6
 
-ROOM = "then calibrate again with the same arguments: it goes on where it stopped"  # for a write that failed
+ROOM = "calibrate into another folder (the same command goes on where it stopped)"  # for a write that failed
 _ARRAYS = ("absmax", "mean_abs", "mean_square", "rows", "histogram")
 _NUMBERS = ("count", "histogram_max", "output_absmax")
 
