@@ -23,7 +23,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
+.PHONY: help engine test check test-slow test-all test-golden faults browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -43,8 +43,24 @@ engine: $(VENV)/engine.stamp  ## checkpoint -> bundle in build/MODEL, verify it,
 			{ test -n "$(TARGET)" || $(BIN)/trol-edge verify $(BUNDLE); };; \
 	esac
 
-test: $(VENV)/test.stamp lint  ## lint, types and the test suite
-	$(BIN)/python -m pytest -q
+# Contiguous halves of the suite, so that a file's fixtures are mostly made once; who is done first takes from the other.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+
+test: $(VENV)/test.stamp lint  ## lint, types and the test suite, on all cores
+	$(PYTEST) -m "not slow" $(ARGS)
+
+check: $(VENV)/test.stamp lint  ## lint, types and the tests that need no bundle: a minute
+	$(PYTEST) -m "not slow and not bundle" $(ARGS)
+
+test-slow: $(VENV)/test.stamp  ## only what `make test` leaves out: more variants, browsers, other people's bindings
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow  ## the whole suite
+
+test-golden: $(VENV)/test.stamp  ## the comparisons with the authors' code on the full golden data (TROL_EDGE_GOLDEN=folder)
+	@test -d "$(TROL_EDGE_GOLDEN)" || { echo "name the folder of the full golden data: make test-golden TROL_EDGE_GOLDEN=folder"; exit 1; }
+	$(BIN)/python -m tests.pack_golden $(TROL_EDGE_GOLDEN) --check
+	TROL_EDGE_GOLDEN=$(abspath $(TROL_EDGE_GOLDEN)) $(PYTEST) $(GOLDEN_TESTS) $(ARGS)
 
 lint: $(VENV)/test.stamp  ## ruff and mypy only
 	$(BIN)/ruff check .
@@ -193,7 +209,7 @@ $(VENV)/engine.stamp: pyproject.toml
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/engine.stamp
-	@$(PIP) -e '.[cpu,export,dev]'
+	@$(PIP) -e '.[cpu,export,sign,dev]'
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/engine.stamp

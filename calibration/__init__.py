@@ -1,4 +1,4 @@
-"""Offline pictures and questions with known answers: what accuracy and ranges are measured on."""
+"""Measures ranges and accuracy offline, on pictures and questions with known answers."""
 
 if __name__ != "trol_edge.calibration":
     raise ImportError(

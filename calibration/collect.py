@@ -1,4 +1,4 @@
-"""Collecting what passes a layer: the inputs of every Linear, and the scores of attention."""
+"""Collects what passes through a layer: the inputs of every Linear and the scores of attention."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from trol_edge.export.quantize.stats import (
 )
 from trol_edge.export.reference.model import LoraLinear
 
-HISTOGRAM_ROWS = 256  # of one call
-RESIDUAL_NORMS = ("attention_norm", "mlp_norm", "norm1", "norm2")  # what stands before them is the residual stream
+HISTOGRAM_ROWS = 256  # rows of one call that the histogram counts
+RESIDUAL_NORMS = ("attention_norm", "mlp_norm", "norm1", "norm2")  # norms whose input is the residual stream
 
 
 class Collector:
-    """Statistics of the Linears of one stage, through forward hooks, and peaks of what lies between them."""
+    """Gathers statistics of the Linears of one stage with forward hooks, and peaks of the tensors between them."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ class Collector:
 
     @contextlib.contextmanager
     def sample(self, name: str) -> Iterator[None]:
-        """Name the sample under way, for messages."""
+        """Name the current sample, for messages."""
         self.sample_name, self._seen = name, None
         yield
         self._seen = None
@@ -78,12 +78,12 @@ class Collector:
         return lambda module, args: self.peak(name, args[0])
 
     def peak(self, name: str, tensor: Tensor, sample: str | None = None) -> None:
-        """Note the largest |value| of a tensor."""
+        """Record the largest |value| of a tensor."""
         low, high = (float(v) for v in torch.aminmax(tensor))
         self.peaks[name] = max(self.peaks.get(name, 0.0), self._finite(name, max(-low, high), sample))
 
     def input(self, name: str, tensor: Tensor) -> _Rows:
-        """Note what a Linear reads: [..., K]."""
+        """Record the input of a Linear, [..., K]."""
         if self._seen is None or self._seen[0] is not tensor:
             rows = _Rows(tensor.detach().reshape(-1, tensor.shape[-1]).float(), self.rng)
             self._finite(name, float(rows.absmax.max()), None)
@@ -93,7 +93,7 @@ class Collector:
         return rows
 
     def output(self, name: str, tensor: Tensor) -> None:
-        """Note what a Linear gives."""
+        """Record the output of a Linear."""
         low, high = (float(v) for v in torch.aminmax(tensor))
         point = self.points[name]
         point.output_absmax = max(point.output_absmax, self._finite(f"{name} (output)", max(-low, high), None))
@@ -107,12 +107,12 @@ class Collector:
         return value
 
     def finished(self) -> dict[str, PointStatistics]:
-        """All points of the stage."""
+        """Return all points of the stage."""
         return {name: point.statistics() for name, point in self.points.items()}
 
 
 class _Rows:
-    """One call's input of a Linear, [n, K] float32: sums over all rows, and a few rows themselves."""
+    """The input of a Linear in one call, [n, K] float32, as sums over all rows and a few whole rows."""
 
     def __init__(self, x: Tensor, rng: np.random.Generator) -> None:
         self.count = len(x)
@@ -144,7 +144,7 @@ class _Point:
         else:
             self.absmax = torch.maximum(self.absmax, rows.absmax)
             self.sum_abs, self.sum_square = self.sum_abs + rows.sum_abs, self.sum_square + rows.sum_square
-            # The rows with the smallest random keys of all that were ever seen: a uniform choice.
+            # Keeping the rows with the smallest random keys of all that were seen is a uniform choice.
             keys = np.concatenate((self.keys, rows.keys[:ROWS]))
             chosen = np.argsort(keys)[:ROWS]
             self.rows = torch.cat((self.rows, rows.some[:ROWS]))[torch.from_numpy(chosen)]
@@ -158,9 +158,9 @@ class _Point:
             self.histogram[0] += rows.some.numel()
 
     def _grow(self, largest: float) -> None:
-        """Let the histogram reach `largest`: its range is doubled, and neighbouring bins become one."""
+        """Let the histogram reach `largest` by doubling its range and merging neighbouring bins."""
         if self.top == 0:
-            self.top = largest  # what was counted until now is zero, and in the first bin
+            self.top = largest  # everything counted so far is zero, and in the first bin
         while self.top < largest:
             self.top *= 2
             merged = self.histogram.view(-1, 2).sum(1)
@@ -180,7 +180,7 @@ class _Point:
 
 
 class _Scores(TorchFunctionMode):
-    """Hand the attention scores, before mask and softmax, to a function; what attention computes stays as it is."""
+    """Pass the attention scores, before mask and softmax, to a function. The result of attention does not change."""
 
     def __init__(self, note: Callable[[Tensor], None]) -> None:
         super().__init__()
@@ -190,6 +190,6 @@ class _Scores(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             q, k = args[:2]  # [N, H, S, E], [N, G, T, E]
             group = q.shape[1] // k.shape[1]
-            for head in range(q.shape[1]):  # one at a time: all heads together would be the largest tensor of the run
+            for head in range(q.shape[1]):  # one at a time, because all heads would be the run's largest tensor
                 self.note(q[:, head] @ k[:, head // group].transpose(-1, -2) / math.sqrt(q.shape[-1]))
         return func(*args, **(kwargs or {}))

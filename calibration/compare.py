@@ -1,14 +1,14 @@
-"""What a bundle lost against another one of the same checkpoint: layer by layer, in logits, in answers.
+"""Measures what a bundle lost against another one of the same checkpoint: layer by layer, in logits, in answers.
 
-Per layer: the signal-to-noise ratio of the residual stream behind it, and of the image features,
-10 log10(|reference|^2 / |reference - other|^2) in dB for every token, averaged over the tokens (a sum over tokens would
-hear only the few whose activations are huge). Equal values count as 150 dB.
+Layers: the signal-to-noise ratio of the residual stream after each layer, and of the image features. It is
+10 log10(|reference|^2 / |reference - other|^2) in dB for every token, averaged over the tokens, because a sum over
+tokens would show only the few whose activations are huge. Equal values count as 150 dB.
 
-Logits: both bundles are led along the reference's greedy answer, token by token (teacher forcing); Kullback-Leibler
-divergence of the other from the reference in nats, and how often the most probable token is the same.
+Logits: both bundles follow the reference's greedy answer, token by token (teacher forcing). What is measured is the
+Kullback-Leibler divergence of the other from the reference in nats, and how often the most probable token is the same.
 
-The first layer that goes wrong is the first whose ratio is below WRONG_DB, or which lost DROP_DB against the place
-before it and is below DROP_BELOW_DB: a loss that starts there. Lower ratios behind it follow from it.
+The first layer that goes wrong is the first whose ratio is below WRONG_DB, or whose ratio is DROP_DB less than at the
+place before it and below DROP_BELOW_DB. Lower ratios after it follow from it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge import svg
+from trol_edge.bundle.folder import write_text
 from trol_edge.calibration.probes import probed
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import BundleError, UsageError
@@ -32,15 +33,15 @@ from trol_edge.export import scenes as rendered
 from trol_edge.runtime import Runtime
 
 MOST_DB = 150.0
-WRONG_DB = 10.0  # the error is a third of the signal
+WRONG_DB = 10.0  # at this ratio the error is a third of the signal
 DROP_DB, DROP_BELOW_DB = 10.0, 20.0
-FORCED_TOKENS = 64  # of an answer, at most
+FORCED_TOKENS = 64  # most tokens of an answer that are followed
 FEATURES = "vision.features"
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One place in the network. mean_db, worst_db: over tokens; worst is the 1st percentile."""
+    """One place in the network. mean_db and worst_db are over tokens; worst is the 1st percentile."""
 
     name: str  # "vision.layers.0", ..., "vision.features", "decoder.layers.0", ...
     mean_db: float
@@ -49,7 +50,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One bundle against the reference. Accuracies in percent of the short questions, None where none was asked."""
+    """One bundle against the reference. Accuracies are percent of the short questions, None if none was asked."""
 
     reference: str
     bundle: str
@@ -57,9 +58,9 @@ class Comparison:
     places: tuple[Place, ...]  # in the order of computation
     wrong: str | None  # the first layer that goes wrong
     kl_nats: float  # mean over the positions of the answers
-    top1_percent: float  # positions with the same most probable token
+    top1_percent: float  # share of the positions with the same most probable token
     forced_tokens: int
-    same_answers_percent: float  # of samples and scenes
+    same_answers_percent: float  # share of samples and scenes with the same answer
     answers: int
     scenes: int
     accuracy_percent: float | None
@@ -78,11 +79,11 @@ def compare(
 ) -> list[Comparison]:
     """Compare bundles of one checkpoint with a reference bundle of it, on samples and on held-out rendered scenes.
 
-    Reference and one other are in memory at a time. threads: as trol_edge.Runtime takes it. Raises UsageError for
+    The reference and one other are in memory at a time. threads is what trol_edge.Runtime takes. Raises UsageError for
     bundles of different models, BundleError for a bundle that cannot be read or run.
     """
     if not others:
-        raise UsageError("nothing to compare with the reference; give two bundles or more")
+        raise UsageError("there is nothing to compare with the reference; give two bundles or more")
     exam = list(_answers(Path(reference), scenes, threads, progress)) if scenes else []
     return [_compare(Path(reference), Path(other), samples, exam, threads, progress) for other in others]
 
@@ -174,7 +175,7 @@ def _compare(
 
 
 def ratio_db(reference: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
-    """Signal-to-noise ratio of every token in dB: [..., tokens, D] -> [tokens in all]. NaN in `other` gives -150."""
+    """The signal-to-noise ratio of every token in dB: [..., tokens, D] -> [all tokens]. NaN in `other` gives -150."""
     x = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
     noise = np.square(x - other.reshape(x.shape)).sum(-1)
     signal = np.square(x).sum(-1)
@@ -185,7 +186,7 @@ def ratio_db(reference: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64
 
 
 def divergence(reference: NDArray[Any], other: NDArray[Any]) -> float:
-    """Kullback-Leibler divergence of softmax(other) from softmax(reference), in nats; infinite for NaN logits."""
+    """The Kullback-Leibler divergence of softmax(other) from softmax(reference), in nats; infinite for NaN logits."""
     p, q = (_log_softmax(x.astype(np.float64)) for x in (reference, other))
     found = float(np.exp(p) @ (p - q))
     return found if math.isfinite(found) else math.inf
@@ -197,7 +198,7 @@ def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def first_wrong(places: Sequence[Place]) -> str | None:
-    """The first layer that goes wrong, see above."""
+    """The first layer that goes wrong, as the module's docstring defines it."""
     before = MOST_DB
     for place in places:
         dropped = before - place.mean_db > DROP_DB and place.mean_db < DROP_BELOW_DB
@@ -208,7 +209,7 @@ def first_wrong(places: Sequence[Place]) -> str | None:
 
 
 def summary(comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
-    """Rows of a table: what is shown, and a cell per bundle."""
+    """Rows of a table, each with a title and a cell per bundle."""
     first = comparisons[0]
     rows = [
         ("first layer that goes wrong", [c.wrong or "none" for c in comparisons]),
@@ -224,19 +225,15 @@ def summary(comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
 
 
 def save(folder: str | os.PathLike[str], comparisons: Sequence[Comparison]) -> None:
-    """Write compare.json and compare.svg into a folder, which is made if need be."""
+    """Write compare.json and compare.svg into a folder, which is made if it does not exist."""
     path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        data = [dataclasses.asdict(c) for c in comparisons]
-        (path / "compare.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (path / "compare.svg").write_text(picture(comparisons), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+    data = [dataclasses.asdict(c) for c in comparisons]
+    write_text(path / "compare.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_text(path / "compare.svg", picture(comparisons))
 
 
 def picture(comparisons: Sequence[Comparison]) -> str:
-    """The ratios along the network, one line per bundle, as a self-contained picture."""
+    """Draw the ratios along the network, one line per bundle, as a self-contained SVG."""
     places = [place.name for place in comparisons[0].places]
     width, height, left, top, bottom = 60 + max(24 * len(places), 360), 300, 46, 16, 96
     finite = [p.mean_db for c in comparisons for p in c.places if p.mean_db < MOST_DB]
@@ -270,7 +267,7 @@ def picture(comparisons: Sequence[Comparison]) -> str:
 
 
 def names(comparisons: Sequence[Comparison]) -> list[str]:
-    """Short names of the bundles: of their folders, where these differ."""
+    """Short names of the bundles, which are those of their folders if these differ."""
     short = [Path(c.bundle).name for c in comparisons]
     return short if len(set(short)) == len(short) else [c.bundle for c in comparisons]
 
@@ -280,7 +277,7 @@ def _place(name: str, db: NDArray[np.float64]) -> Place:
 
 
 def _order(name: str) -> tuple[int, int]:
-    """Vision layers, image features, decoder layers."""
+    """Sort key that orders vision layers, image features, decoder layers."""
     last = name.rsplit(".", 1)[1]
     return (0 if name.startswith("vision.layers") else 1 if name == FEATURES else 2, int(last) if last.isdigit() else 0)
 
@@ -289,8 +286,9 @@ def _require_same_model(reference: Path, a: Runtime, other: Path, b: Runtime) ->
     one, two = a.bundle.manifest, b.bundle.manifest
     if one.spec != two.spec or one.prompt != two.prompt or one.image != two.image:
         raise UsageError(
-            f"{reference} is {one.model} and {other} is {two.model}, of other sizes; compare bundles of one checkpoint"
+            f"{reference} is {one.model} and {other} is {two.model}, which has other sizes; "
+            "compare bundles of one checkpoint"
         )
     for path, runtime in ((reference, a), (other, b)):
         if runtime.model.tokenizer is None:
-            raise BundleError(f"{path}: has no tokenizer, so it cannot be asked; export with the tokenizer files")
+            raise BundleError(f"{path}: the bundle has no tokenizer to ask it with; export with the tokenizer files")

@@ -1,6 +1,7 @@
-"""Accuracy of a bundle on questions with known answers: the measure for everything that changes numbers.
+"""Measures a bundle's accuracy on questions with known answers.
 
-It asks through `trol_edge.Runtime`, as a robot would: picture in, greedy answer out, exact match.
+It is the test for everything that changes numbers. It asks through `trol_edge.Runtime`, as a robot would, and compares
+greedy answers by exact match.
 """
 
 from __future__ import annotations
@@ -10,33 +11,36 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from trol_edge.bundle.folder import write_text
+from trol_edge.errors import UsageError
 from trol_edge.export import scenes
+from trol_edge.reading import read_text
 from trol_edge.runtime import Runtime
 
 
 def heading(scale: int) -> str:
-    """Of the report's section about pictures of this scale; the same for every bundle."""
+    """The heading of the report's section about pictures of this scale; the same for every bundle."""
     return "## Through the exported bundle" + ("" if scale == 1 else f", pictures {scale} times as large")
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Right answers and questions asked, by kind of question (see trol_edge.export.scenes)."""
+    """The number of right answers and of questions, by kind of question (see trol_edge.export.scenes)."""
 
     right: dict[str, int]
     asked: dict[str, int]
-    mistakes: tuple[tuple[str, str, str], ...]  # (question, right answer, given answer), the first few
-    scale: int = 1  # pictures of 112 * scale pixels a side
-    tiles: int = 1  # that the bundle made of each, the thumbnail included
+    mistakes: tuple[tuple[str, str, str], ...]  # the first few, as (question, right answer, given answer)
+    scale: int = 1  # pictures have 112 * scale pixels a side
+    tiles: int = 1  # tiles into which the bundle cut each picture, the thumbnail included
 
     def percent(self, *kinds: str) -> float:
-        """Accuracy over some kinds, in percent."""
+        """The accuracy over some kinds, in percent."""
         asked = sum(self.asked.get(kind, 0) for kind in kinds)
         return 100 * sum(self.right.get(kind, 0) for kind in kinds) / max(1, asked)
 
     @property
     def short(self) -> float:
-        """Accuracy over all kinds but "describe", in percent: the figure that is quoted."""
+        """The accuracy over all kinds but "describe", in percent. This is the figure that is quoted."""
         return self.percent(*scenes.SHORT_KINDS)
 
 
@@ -48,8 +52,8 @@ def evaluate(
 ) -> Score:
     """Ask `count` held-out questions, one scene each, about pictures of 112 * scale pixels a side.
 
-    The questions do not depend on the scale: a larger picture shows the same scene, in several tiles where the model
-    cuts pictures into tiles.
+    The questions do not depend on the scale. A larger picture shows the same scene, in several tiles if the model cuts
+    pictures into tiles.
     """
     right: dict[str, int] = {}
     asked: dict[str, int] = {}
@@ -67,7 +71,7 @@ def evaluate(
 
 
 def markdown(score: Score, bundle: str) -> str:
-    """A table by kind of question."""
+    """Format a score as a table by kind of question."""
     rows = [(kind, score.asked.get(kind, 0), score.percent(kind)) for kind in scenes.KINDS]
     rows.insert(-1, ("**all short questions**", sum(score.asked.get(k, 0) for k in scenes.SHORT_KINDS), score.short))
     number = sum(score.asked.values())
@@ -87,8 +91,8 @@ def markdown(score: Score, bundle: str) -> str:
 
 def update_report(path: Path, section: str) -> None:
     """Write the section into a report file, in the place of an earlier one with the same heading, else at its end."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = read_text(path, UsageError, "choose another file for the report") if path.exists() else ""
     title = section.splitlines()[0]
     parts = re.split(r"(?m)^(?=## )", text)
     kept = [part.strip() for part in parts if part.strip() and part.splitlines()[0] != title]
-    path.write_text("\n\n".join([*kept, section.strip()]) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join([*kept, section.strip()]) + "\n")

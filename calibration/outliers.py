@@ -1,8 +1,8 @@
-"""Make outlier channels in a checkpoint without changing what it computes: a test of quantization.
+"""Makes outlier channels in a checkpoint without changing what it computes, to test quantization.
 
 Large models grow a few activation channels that are 20 to 100 times larger than the rest; trol-nano is too small for
 that. Here some channels of every norm are scaled up, and the columns of the Linears that read it are scaled down by the
-same power of two. In float32 nothing changes, not even a bit; one scale per tensor for INT8 activations no longer fits.
+same power of two. In float32 not a bit changes, but one scale per tensor no longer suits INT8 activations.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def make_outliers(
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Write a copy of a checkpoint with outlier channels behind every norm, in the published layout, streamed.
+    """Write a copy of a checkpoint with outlier channels after every norm, in the published layout, streamed.
 
-    factor: by how much; the nearest power of two is taken, because only that is exact. channels: of each norm, chosen
-    with `seed`, others in every norm. A tensor whose new values its stored dtype cannot hold exactly is stored as
-    float32. Returns {"factor", "norms", "channels", "widened": names of such tensors, "bytes"}.
+    factor: how much larger the channels get; the nearest power of two is taken, because only that is exact. channels:
+    number per norm, chosen with `seed` for each norm. A tensor whose new values do not fit its stored dtype exactly is
+    stored as float32. Returns {"factor", "norms", "channels", "widened": names of such tensors, "bytes"}.
     Raises UsageError for numbers out of range, CheckpointError and ExportError as export does.
     """
     if not 2 <= factor <= 1024 or channels < 1:
@@ -94,7 +94,7 @@ def make_outliers(
 
 
 def _norms(spec: ModelSpec, parameters: set[str]) -> dict[str, list[str]]:
-    """Every norm whose only readers are Linears, and those Linears; without ".weight"."""
+    """Every norm that only Linears read, with these Linears; names are without ".weight"."""
     found = {"decoder.norm": ["decoder.lm_head"]}
     for i in range(spec.num_layers):
         layer = f"decoder.layers.{i}"
@@ -113,14 +113,14 @@ def _norms(spec: ModelSpec, parameters: set[str]) -> dict[str, list[str]]:
 
 
 def _scales(source: Checkpoint, power: float, channels: int, seed: int) -> dict[str, Tensor]:
-    """What each changed parameter is multiplied by along its last axis."""
+    """Factors by which each changed parameter is multiplied along its last axis."""
     rng = np.random.default_rng(seed)
     parameters = set(source.parameters)
     scales: dict[str, Tensor] = {}
     for norm, linears in _norms(source.spec, parameters).items():
         (size,) = source.shape(f"{norm}.weight")
         if channels > size:
-            raise UsageError(f"{channels} channels asked for, {norm} has {size}; choose fewer")
+            raise UsageError(f"{channels} channels asked for, but {norm} has {size}; choose fewer")
         up = torch.ones(size)
         up[torch.from_numpy(rng.choice(size, channels, replace=False))] = power
         for suffix in (".weight", ".bias"):
@@ -134,7 +134,7 @@ def _scales(source: Checkpoint, power: float, channels: int, seed: int) -> dict[
 
 
 def _blocks(source: Checkpoint, name: str, scales: dict[str, Tensor]) -> Iterator[Tensor]:
-    """The new values of a parameter in its published order, block by block."""
+    """Yield the new values of a parameter in its published order, block by block."""
     for start, block in source.published_blocks(name):
         scale = scales.get(name)
         if scale is None:

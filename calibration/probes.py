@@ -1,8 +1,8 @@
-"""A bundle whose graphs also give the residual stream behind every layer: a temporary copy, for measurements.
+"""Makes a temporary copy of a bundle whose graphs also output the residual stream after every layer.
 
 The places are found by structure, so canonical, quantized and lowered graphs of one model give the same list:
-- decoder: behind each gate's Tanh, the Add that mixes the first and the second pass;
-- vision: what the first norm of each layer reads.
+- decoder: the Add that mixes the first and the second pass, after each gate's Tanh;
+- vision: the input of the first norm of each layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trol_edge.errors import BundleError
 from trol_edge.runtime import Runtime
 
 NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
-PASSED = ("Cast", "DequantizeLinear", "Identity")  # between a norm and the parameter that names it
+PASSED = ("Cast", "DequantizeLinear", "Identity")  # skipped between a norm and the parameter that names it
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def probed(
 ) -> Iterator[Runtime]:
     """Yield a Runtime of a bundle that calls seen(place, values) for every layer that ran.
 
-    place: "vision.layers.<i>" (values [N, tokens, d]) or "decoder.layers.<i>" ([1, S, D]), behind that layer. Only the
+    place: "vision.layers.<i>" (values [N, tokens, d]) or "decoder.layers.<i>" ([1, S, D]), after that layer. Only the
     traverse of a prompt is reported, no step. Raises BundleError for a bundle in which the places are not found.
     """
     bundle = Bundle(folder)
@@ -61,7 +61,7 @@ def probed(
                 value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
                 if value.name not in outputs:
                     model.graph.outputs.append(value)
-            path.unlink()  # a link to the bundle's own file
+            path.unlink()  # it is a link to the bundle's own file, which must not change
             path.write_bytes(ir.to_proto(model).SerializeToString())
             files[graph.file] = FileInfo(path.stat().st_size, sha256_of(path))
         write_manifest(copy, dataclasses.replace(manifest, files=files))
@@ -79,24 +79,24 @@ def probed(
 
 @contextlib.contextmanager
 def _copy(bundle: Bundle) -> Iterator[Path]:
-    """A folder with the files of a bundle, but for its manifest: hard links where the file system has them."""
+    """A folder with the files of a bundle but for its manifest, as hard links if the file system supports them."""
     with contextlib.ExitStack() as stack:
         try:
             parent = tempfile.TemporaryDirectory(prefix=".compare.", dir=bundle.folder.parent)
-        except OSError:  # read-only
+        except OSError:  # the folder is read-only
             parent = tempfile.TemporaryDirectory()
         copy = Path(stack.enter_context(parent))
         for name in bundle.manifest.files:
             try:
                 os.link(bundle.path(name), copy / name)
-            except OSError:  # another file system
+            except OSError:  # it is on another file system
                 shutil.copyfile(bundle.path(name), copy / name)
         assert not (copy / MANIFEST).exists()
         yield copy
 
 
 def _decoder_places(model: ir.Model) -> dict[str, ir.Value]:
-    """The mixture behind every gate, in the order of the graph."""
+    """The mixture after every gate, in the order of the graph."""
     found: dict[str, ir.Value] = {}
     for node in model.graph:
         if node.op_type == "Tanh":
@@ -107,9 +107,9 @@ def _decoder_places(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _mixture(value: ir.Value) -> ir.Value | None:
-    """The first Add of two Muls behind the gate's tanh."""
+    """The first Add of two Muls after the gate's tanh."""
     front, seen = [value], 0
-    while front and seen < 20:  # the gate is six nodes
+    while front and seen < 20:  # the gate has six nodes
         seen += 1
         for user, _ in front.pop(0).uses():
             producers = [v.producer() for v in user.inputs if v is not None]
@@ -120,7 +120,7 @@ def _mixture(value: ir.Value) -> ir.Value | None:
 
 
 def _vision_places(model: ir.Model) -> dict[str, ir.Value]:
-    """What the first norm of layer i + 1 reads is what layer i gave."""
+    """The outputs of the layers. The output of layer i is the input of the first norm of layer i + 1."""
     found: dict[str, ir.Value] = {}
     for node in model.graph:
         if node.op_type in NORMS and node.inputs[0] is not None and node.inputs[1] is not None:

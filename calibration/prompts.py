@@ -1,4 +1,4 @@
-"""Samples as the model reads them."""
+"""Turns samples into the token ids that the model reads."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class SamplePrompt:
     name: str
     sample: sampling.Sample
     ids: NDArray[np.int64]  # [S]
-    squares: int  # pictures or tiles
-    question: int  # tokens before the answer
+    squares: int  # number of pictures or tiles
+    question: int  # number of tokens before the answer
 
 
 def model_prompts(source: Checkpoint, chosen: SampleSet) -> tuple[list[SamplePrompt], list[str]]:
-    """Token ids of every sample; those that are longer than the model's positions are skipped, with the reason."""
+    """Token ids of every sample that fits the model's positions, and the skipped others with the reason."""
     spec, family = source.spec, source.family
     template, image = family.prompt(spec), family.image(spec)
     text = tokenizer.convert(source.folder, (template.image,))
     if text is None:
         raise CalibrationError(
-            f"{source.folder}: no tokenizer, so prompts cannot be read; copy the published tokenizer files there"
+            f"{source.folder}: no tokenizer to read prompts with; copy the published tokenizer files there"
         )
     words = Tokenizer(text, str(source.folder))
     prompts, skipped = [], []
@@ -45,14 +45,14 @@ def model_prompts(source: Checkpoint, chosen: SampleSet) -> tuple[list[SamplePro
         question = len(ids)
         ids = words.encode([*ids, sample.answer]) if sample.answer else ids
         if len(ids) > spec.max_position_embeddings:
-            skipped.append(f"{sample.name}: {len(ids)} tokens, the model knows {spec.max_position_embeddings}")
+            skipped.append(f"{sample.name}: {len(ids)} tokens, but the model takes {spec.max_position_embeddings}")
         else:
             prompts.append(SamplePrompt(sample.name, sample, np.asarray(ids, np.int64), sum(tiles), question))
     if not prompts:
         raise CalibrationError(f"none of {len(skipped)} samples is usable; the first: {skipped[0]}")
     if not any(p.squares for p in prompts):
         raise CalibrationError(
-            f"none of the {len(prompts)} samples has a picture, so the vision tower would go without statistics; "
+            f"none of the {len(prompts)} samples has a picture, so the vision tower would get no statistics; "
             "give at least one with a picture"
         )
     return prompts, skipped

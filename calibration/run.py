@@ -1,11 +1,11 @@
-"""Gather activation statistics of a checkpoint with the PyTorch reference, one layer's weights in memory at a time.
+"""Gathers activation statistics of a checkpoint with the PyTorch reference, one layer's weights in memory at a time.
 
 Stages run in order: vision.embed, every layer of the tower, vision.features, decoder.embed, every decoder layer (both
-passes of the traversal, LoRA at image tokens, the gate), decoder.lm_head. The hidden states of all samples lie on disk
+passes of the traversal, LoRA at image tokens, the gate), decoder.lm_head. The hidden states of all samples are on disk
 between stages, so memory grows neither with the samples nor with the layers. A finished stage is a file; a run that was
-killed goes on behind the last one.
+killed continues after the last one.
 
-Axes: N pictures or tiles of a sample, S tokens of its prompt (and answer, where known), D hidden, K inputs of a Linear.
+Axes: N pictures or tiles of a sample, S tokens of its prompt (and answer, if known), D hidden, K inputs of a Linear.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trol_edge.bundle.folder import new_file
+from trol_edge.bundle.folder import new_file, writing
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.collect import Collector
@@ -33,6 +33,7 @@ from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
 from trol_edge.export.quantize.stats import (
     PARTS,
+    ROOM,
     STATE,
     CalibrationState,
     Statistics,
@@ -62,13 +63,13 @@ def calibrate(
 ) -> Statistics:
     """Gather statistics of a checkpoint folder into the folder `cache`, or take them from there.
 
-    samples: a SampleSet, or what `samples.load` takes (then `count` of them). compute: what Linears and attention
-    compute in; "bfloat16" is up to three times faster where the CPU has AVX512-BF16 (sums, norms and the residual
-    stream stay float32). overwrite: replace statistics of another checkpoint or other samples.
+    samples: a SampleSet, or what `samples.load` takes (of which `count` are used). compute: type of Linears and
+    attention; "bfloat16" is up to three times faster if the CPU has AVX512-BF16 (sums, norms and the residual stream
+    stay float32). overwrite: replace statistics of another checkpoint or other samples.
 
-    A finished cache of the same checkpoint and samples is returned at once, an unfinished one continued. Raises
-    CalibrationError for a cache of something else, for samples of which none is usable, and where activations are NaN
-    or infinite; CheckpointError for an unusable checkpoint.
+    A finished cache of the same checkpoint and samples is returned at once, an unfinished one is continued. Raises
+    CalibrationError for a cache of something else, if no sample is usable, and if activations are NaN or infinite;
+    CheckpointError for an unusable checkpoint.
     """
     if compute not in COMPUTE:
         raise UsageError(f"compute {compute!r} is not one of {', '.join(COMPUTE)}")
@@ -85,8 +86,9 @@ def calibrate(
         stages=tuple(run.stages()),
         skipped=(*chosen.skipped, *skipped),
     )
-    _open_cache(run.folder, state, overwrite)
-    with torch.no_grad():
+    with writing(run.folder, CalibrationError):
+        _open_cache(run.folder, state, overwrite)
+    with torch.no_grad(), writing(run.folder, CalibrationError, ROOM):
         run.all()
     found = Statistics.load(run.folder, state.checkpoint)
     assert len(found.points) >= 4 * spec.num_layers
@@ -94,7 +96,7 @@ def calibrate(
 
 
 def _open_cache(folder: Path, state: CalibrationState, overwrite: bool) -> None:
-    """Make the cache folder ready for this run; whatever else it holds is refused, or removed with `overwrite`."""
+    """Make the cache folder ready for this run. Anything else in it is refused, or removed with `overwrite`."""
     found = read_state(folder) if not overwrite or (folder / STATE).is_file() else None
     if found == state:
         return
@@ -108,14 +110,11 @@ def _open_cache(folder: Path, state: CalibrationState, overwrite: bool) -> None:
             raise CalibrationError(f"{folder}: holds other files ({', '.join(others[:3])}); choose another folder")
         for path in [*folder.glob(f"{PARTS}/*"), *folder.glob(f"{HIDDEN}/*"), *folder.glob(f"*{STATE}*")]:
             path.unlink()
-    try:
-        write_state(folder, state)
-    except OSError as error:
-        raise CalibrationError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+    write_state(folder, state)
 
 
 class _Run:
-    """All stages over all samples."""
+    """One run of all stages over all samples."""
 
     def __init__(
         self, source: Checkpoint, prompts: list[SamplePrompt], folder: Path, compute: torch.dtype, progress: Progress
@@ -126,7 +125,7 @@ class _Run:
         self.pictures = [p for p in prompts if p.squares]
 
     def stages(self) -> dict[str, Callable[[Collector], None]]:
-        """What runs, by name, in order."""
+        """The stages by name, in the order in which they run."""
         tower = {f"vision.layers.{i}": self._vision_layer(i) for i in range(self.spec.vision.num_layers)}
         layers = {f"decoder.layers.{i}": self._decoder_layer(i) for i in range(self.spec.num_layers)}
         return {
@@ -147,7 +146,7 @@ class _Run:
             done += 1
         needed = [] if done == len(self.order) else self._needed(done)
         if not all(self._hidden(name).is_file() for name in needed):
-            done = 0  # the parts are there, but what the next stage reads is not
+            done = 0  # the parts exist, but the hidden states that the next stage reads do not
         for number, (name, stage) in enumerate(stages.items()):
             if number < done:
                 continue
@@ -168,7 +167,7 @@ class _Run:
         return self.folder / HIDDEN / f"{name}.f32"
 
     def _tick(self, done: int, total: int) -> None:
-        """Progress in samples times stages, of this part of the model."""
+        """Report progress in samples times stages of this part of the model."""
         part = self.stage.split(".")[0]
         names = [n for n in self.order if n.startswith(part)]
         self.progress(part, names.index(self.stage) * total + done, len(names) * total)
@@ -176,7 +175,7 @@ class _Run:
     # -- hidden states on disk ---------------------------------------------------------------------------------
 
     def _each(self, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Tensor]]:
-        """The hidden states that the stage before left, float32, one sample after the other."""
+        """Yield the hidden states that the stage before wrote, float32, sample by sample."""
         with self._hidden(self.order[self.number - 1]).open("rb") as f:
             for i, shape in enumerate(shapes):
                 array = np.fromfile(f, np.float32, math.prod(shape))
@@ -187,18 +186,16 @@ class _Run:
 
     @contextlib.contextmanager
     def _writer(self) -> Iterator[Callable[[Tensor], None]]:
-        """Write this stage's hidden states; they take their name when all are there."""
+        """Write this stage's hidden states; the file gets its name when it is complete."""
         path = self._hidden(self.stage)
-        path.parent.mkdir(exist_ok=True)
-        try:
+        with writing(path, CalibrationError, ROOM):
+            path.parent.mkdir(exist_ok=True)
             with new_file(path) as part, part.open("wb") as f:
 
                 def write(x: Tensor) -> None:
                     f.write(x.float().contiguous().numpy().data)
 
                 yield write
-        except OSError as error:
-            raise CalibrationError(f"{path}: cannot be written ({error.strerror}); make room") from error
 
     # -- vision ------------------------------------------------------------------------------------------------
 
@@ -216,7 +213,7 @@ class _Run:
                 self._tick(i + 1, len(self.pictures))
 
     def _vision_shapes(self) -> list[tuple[int, ...]]:
-        """Shape of each sample's hidden states in the tower; the number of tokens shows in the file."""
+        """The shape of each sample's hidden states in the tower; the file's size gives the number of tokens."""
         width, squares = self.spec.vision.hidden_size, sum(p.squares for p in self.pictures)
         tokens = os.path.getsize(self._hidden(self.order[self.number - 1])) // (4 * width * squares)
         return [(p.squares, tokens, width) for p in self.pictures]
@@ -281,7 +278,7 @@ class _Run:
         return stage
 
     def _lm_head(self, collector: Collector) -> None:
-        """Of the tokens behind the last picture: the only ones whose logits are ever asked for."""
+        """Run the output layer on the tokens after the last picture, the only ones whose logits are ever needed."""
         name = "decoder.lm_head"
         hidden = []
         with self.model.part("decoder.norm") as norm:

@@ -1,12 +1,12 @@
-"""Find a mixed precision that loses no more than asked: what each Linear costs, measured; then the costly ones raised.
+"""Finds a mixed precision that loses no more than asked: it measures each Linear's cost and raises the costly ones.
 
-Measured is the Kullback-Leibler divergence of the logits from the float32 model, in nats, mean over the last token of
-the prompt and the tokens of the answer, over calibration samples, when this one Linear is rounded and all else is not.
-The Linears are raised in that order, from the recipe's precision to int8 and from int8 to floating point, as few as
-keep the divergence of the whole plan, measured again, within the limit.
+The cost of a Linear is the Kullback-Leibler divergence of the logits from the float32 model when only this Linear is
+rounded. It is in nats, the mean over calibration samples, over the last token of the prompt and the tokens of the
+answer. The Linears are raised in the order of their costs, from the recipe's precision to int8 and from int8 to
+floating point. As few are raised as keep the divergence of the whole plan, measured again, within the limit.
 
-This runs the PyTorch reference whole, in float32: a model needs four bytes per parameter of memory here. Of low-rank
-parts the weights are rounded, not their inputs.
+This runs the whole PyTorch reference in float32, so a model needs four bytes of memory per parameter here. Low-rank
+parts have their weights rounded, not their inputs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trol_edge.bundle.folder import new_file, writing
 from trol_edge.bundle.precision import QUANTIZED, LinearPlan
 from trol_edge.calibration.prompts import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
@@ -36,15 +37,17 @@ from trol_edge.export.reference.layerwise import rope_of
 from trol_edge.export.reference.model import EagerAttention
 from trol_edge.prompt.images import preprocess
 
-# What a Linear is raised to, step by step.
+# Precision of a Linear -> the next better one.
 RAISED = {"int4": LinearPlan("int8"), "int8": LinearPlan("fp32"), "fp8": LinearPlan("fp16")}
 
 
 @dataclasses.dataclass(frozen=True)
 class MixedPlan:
-    """linears: what differs from the recipe. sensitivity: Linear -> nats when it alone is rounded as the recipe says.
-    recipe_nats, nats: of the recipe as it is, and of this plan, all Linears rounded; reached: whether nats is within
-    the limit.
+    """A recipe with some Linears raised.
+
+    linears: those that differ from the recipe. sensitivity: Linear -> nats when it alone is rounded by the recipe.
+    recipe_nats, nats: loss of the plain recipe and of this plan, with all Linears rounded. reached: whether nats is
+    within the limit.
     """
 
     options: RecipeOptions
@@ -56,19 +59,17 @@ class MixedPlan:
 
     @property
     def reached(self) -> bool:
-        """Whether the limit is kept."""
+        """Whether the loss is within the limit."""
         return self.nats <= self.max_loss
 
     def mixed(self) -> RecipeOptions:
-        """The recipe with what was raised: options for an export."""
+        """Options for an export: the recipe with the raised Linears."""
         return dataclasses.replace(self.options, linears={**self.options.linears, **self.linears})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as the JSON that `trol-edge export --precision` reads."""
-        try:
-            Path(path).write_text(json.dumps(dataclasses.asdict(self.mixed()), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        with writing(path, UsageError), new_file(Path(path)) as part:
+            part.write_text(json.dumps(dataclasses.asdict(self.mixed()), indent=1) + "\n", encoding="utf-8")
 
 
 def find_plan(
@@ -79,15 +80,15 @@ def find_plan(
     max_loss: float,
     progress: Progress = lambda what, done, total: None,
 ) -> MixedPlan:
-    """The recipe of `options`, with as few Linears raised as keep the loss within `max_loss` nats.
+    """Find the fewest Linears to raise in the recipe of `options` to keep the loss within `max_loss` nats.
 
-    calibration(checkpoint) loads or gathers its statistics, after all that can be refused has been.
+    calibration(checkpoint) loads or gathers its statistics, once all other checks have passed.
     Raises UsageError for a limit that is not above zero or a recipe that rounds nothing, CalibrationError for
     statistics of another checkpoint.
     """
     if not max_loss > 0:
         raise UsageError(f"max_loss {max_loss!r} nats: choose a limit above 0, such as 0.01")
-    # Raising by the weights' own error is what this replaces.
+    # The search replaces the recipe's own rule, which raises Linears by the error of their weights.
     options = dataclasses.replace(options, sensitive=None)
     source = Checkpoint(checkpoint)
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, "cpu")
@@ -129,7 +130,7 @@ def within(
     max_loss: float,
     progress: Progress = lambda what, done, total: None,
 ) -> RecipeOptions:
-    """Options for an export that loses at most `max_loss` nats; UsageError where no mixture of precisions does."""
+    """Options for an export that loses at most `max_loss` nats. Raises UsageError if no mixture of precisions does."""
     found = find_plan(checkpoint, calibration, samples, options, max_loss, progress)
     if not found.reached:
         raise UsageError(
@@ -145,7 +146,10 @@ def fewest(
     loss: Callable[[Mapping[str, LinearPlan]], float],
     limit: float,
 ) -> tuple[dict[str, LinearPlan], float]:
-    """The shortest beginning of `order` that, raised one step, keeps the limit (by bisection); all of it if none."""
+    """Find by bisection the shortest prefix of `order` that, raised one step, keeps the limit; all of it if none does.
+
+    Returns the raised plan and its loss.
+    """
 
     def raised(count: int) -> dict[str, LinearPlan]:
         return {name: RAISED[current[name].precision] for name in order[:count]}
@@ -165,13 +169,13 @@ def fewest(
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:
-    """Mean divergence of softmax(q) from softmax(p) over rows, nats."""
+    """The mean divergence of softmax(q) from softmax(p) over rows, in nats."""
     p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 class RoundedModel:
-    """The whole reference with folded weights, of which any choice can be rounded for one run."""
+    """The whole reference with folded weights; any choice of its Linears can be rounded for one run."""
 
     def __init__(self, source: Checkpoint, samples: SampleSet, scales: Scales) -> None:
         self.spec, self.scales = source.spec, scales
@@ -192,11 +196,11 @@ class RoundedModel:
         ]
         embedding = source.tensor("embedding").float()
         self.embedded = [embedding[torch.from_numpy(p.ids)] for p in self.prompts]
-        self.features: list[Tensor | None] | None = None  # with the tower in float32
+        self.features: list[Tensor | None] | None = None  # image features with the tower in float32
 
     @torch.no_grad()
     def logits(self, linears: Mapping[str, LinearPlan]) -> list[Tensor]:
-        """Logits [rows, V] of every sample, from the last token of the prompt on, with these Linears rounded."""
+        """Logits [rows, V] of every sample with these Linears rounded, from the last token of the prompt on."""
         tower = any(name.startswith("vision.") for name in linears)
         with self._rounded(linears):
             features = self.features
@@ -220,7 +224,7 @@ class RoundedModel:
 
     @contextlib.contextmanager
     def _rounded(self, linears: Mapping[str, LinearPlan]) -> Iterator[None]:
-        """Round Linears, weights and inputs, and restore them."""
+        """Round weights and inputs of Linears inside the block, and restore them afterwards."""
         kept: list[tuple[nn.Parameter, Tensor]] = []
         handles = []
         try:

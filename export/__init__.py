@@ -1,4 +1,4 @@
-"""Workstation side: checkpoint in, ONNX graphs and a bundle out. Needs `pip install trol-edge[export]`."""
+"""Makes ONNX graphs and a bundle from a checkpoint, on a workstation. Needs `pip install trol-edge[export]`."""
 
 if __name__ != "trol_edge.export":
     raise ImportError(

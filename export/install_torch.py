@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Devices that the driver makes: desktop, Jetson (two generations), and the Linux inside Windows.
+# Device files that the driver makes on a desktop, on a Jetson (two generations), and on Linux inside Windows.
 GPU_SIGNS = ("/dev/nvidia[0-9]*", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0", "/usr/lib/wsl/lib/nvidia-smi")
-# pip says one of these where an index cannot be reached or has no build for this Python and processor; the second one
-# where a constraints file names torch. Anything else (a full disk, a broken download) must not start a larger download.
+# pip prints one of these if an index cannot be reached or has no build for this Python and processor; the second one if
+# a constraints file names torch. Anything else (a full disk, a broken download) must not start a larger download.
 NOT_FOUND = ("No matching distribution found", "ResolutionImpossible")
 CPU_BUILD = "about 190 MB"
 CUDA_BUILD = "about 2.7 GB, most of it CUDA libraries"
@@ -26,7 +26,7 @@ Pip = Callable[[Sequence[str]], tuple[int, str]]
 
 
 def has_gpu(signs: Sequence[str] = GPU_SIGNS) -> bool:
-    """True where an NVIDIA driver shows a GPU."""
+    """Whether an NVIDIA driver shows a GPU."""
     return any(glob.glob(sign) for sign in signs)
 
 
@@ -38,7 +38,7 @@ def run_pip(arguments: Sequence[str]) -> tuple[int, str]:
 
 
 def installed() -> str:
-    """Version of the PyTorch that is installed, or an empty string."""
+    """The version of the installed PyTorch, or an empty string."""
     try:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -55,19 +55,19 @@ def install(version: str, *, system: str, gpu: bool, present: str, pip: Pip, say
     linux = system == "Linux"
     if linux and not gpu:
         say(f"fetching PyTorch {version}, CPU build, {CPU_BUILD} (no NVIDIA GPU here; TORCH=... overrides this)")
-        # No dependencies: the project's own installation brings them, from the usual index. One page of one index is
-        # asked for, so an index that does not answer costs half a minute.
+        # Without dependencies, because the project's own installation fetches them from the usual index. That leaves
+        # one page of one index to ask for, so an index that does not answer costs half a minute.
         limits = ["--timeout", "15", "--retries", "1"]
-        code, told = pip(["--no-deps", "--index-url", CPU_INDEX, *limits, f"torch=={version}+cpu"])
-        if code == 0 or not any(reason in told for reason in NOT_FOUND):
+        code, output = pip(["--no-deps", "--index-url", CPU_INDEX, *limits, f"torch=={version}+cpu"])
+        if code == 0 or not any(reason in output for reason in NOT_FOUND):
             if code != 0:
-                say(told.strip())
+                say(output.strip())
             return code
         say(f"{CPU_INDEX} cannot be reached, or has no such build for this Python")
     say(f"fetching PyTorch {version}, the package index's own build" + (f", {CUDA_BUILD}" if linux else ""))
-    code, told = pip([f"torch=={version}"])
+    code, output = pip([f"torch=={version}"])
     if code != 0:
-        say(told.strip())
+        say(output.strip())
     return code
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint in, bundle out: trace the graphs, stream the weights, convert the tokenizer, write the manifest."""
+"""Makes a bundle from a checkpoint: traces graphs, streams weights, converts the tokenizer, writes the manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trol_edge.bundle.precision import CalibrationInfo, PrecisionPlan
 from trol_edge.bundle.sizes import is_shareable
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.targets import TARGETS, is_gpu
-from trol_edge.errors import CalibrationError, ExportError, UsageError
+from trol_edge.errors import CalibrationError, CheckpointError, ExportError, UsageError
 from trol_edge.export import storage
 from trol_edge.export.graphs import canonical, counts
 from trol_edge.export.lower import ort as lower_ort
@@ -37,15 +37,16 @@ from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import MODELS
 from trol_edge.export.storage import Layout, Progress
 from trol_edge.prompt.tokenizer import Tokenizer
+from trol_edge.reading import guard
 
 if TYPE_CHECKING:
     from trol_edge.export.quantize.stats import Statistics
 
-MIN_DEFAULT_CONTEXT = 2048  # tokens
-ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture, however many tiles it has
+MIN_DEFAULT_CONTEXT = 2048  # smallest default context, in tokens
+ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture with the most tiles
 
-# What a target does to its graphs, in place, once they are quantized: (name of the graph, model) -> layouts of tensors
-# that are written beside the parameters. Those that initializers then name stay initializers.
+# Rewrites a quantized graph for a target, in place: (name of the graph, model) -> layouts of tensors that are written
+# beside the parameters. Those that the graph reads stay initializers.
 Lowering = Callable[[str, ir.Model], dict[str, Layout]]
 LOWERINGS: dict[str, Lowering] = {"cpu": lower_ort.lower}
 
@@ -69,15 +70,15 @@ def export(
     target "cpu" is what `trol_edge.Runtime` runs; "onnx" writes self-contained graphs whose initializers point into
     the weights file. context is the capacity of the KV cache in tokens (default: room for one picture and some
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
-    options choose the precision (default: the recipe fp32). All but fp32, and fp16 on a CPU, need statistics of this
-    checkpoint's activations: calibration(checkpoint) loads or gathers them, after all that can be refused has been.
+    options choose the precision (default: the recipe fp32). All recipes but fp32, and fp16 on a CPU, need statistics of
+    this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all other checks have passed.
     record_selftest: run the FP32 reference on a small prompt and keep what it computes, for `trol_edge.verify.replay`.
     shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on
     the device serves both engines; not with int4.
-    Peak memory does not depend on the size of the model. A model name that is known must fit the checkpoint's family.
+    Peak memory does not depend on the size of the model. A known model name must fit the checkpoint's family.
 
-    Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); then nothing is left at
-    `bundle`.
+    Raises CalibrationError, CheckpointError, ExportError, UsageError (see trol_edge.errors); nothing is left at
+    `bundle` then.
     """
     if target not in EXPORT_TARGETS:
         raise ExportError(f"target {target!r} is not one of {', '.join(EXPORT_TARGETS)}")
@@ -152,31 +153,35 @@ def export(
 
 
 def default_context(family: Family, spec: ModelSpec) -> int:
-    """Tokens of K/V cache that a bundle gets where nobody says: one picture and some 700 tokens of text."""
+    """The default size of the K/V cache in tokens: one picture and some 700 tokens of text."""
     picture = spec.vision.tokens_per_image * family.image(spec).most_tiles
     return min(max(MIN_DEFAULT_CONTEXT, -(-(picture + ROOM_FOR_TEXT) // 256) * 256), spec.max_position_embeddings)
 
 
 def require_context(context: int, spec: ModelSpec) -> None:
-    """Raise ExportError where the model knows no such positions."""
+    """Raise ExportError if the model does not have so many positions."""
     limit = spec.max_position_embeddings
     if not 2 <= context <= limit:
         raise ExportError(
-            f"context {context}: this model knows positions 0..{limit - 1} (max_position_embeddings), and beyond them "
-            f"what its rotary embedding does depends on what ran before; choose 2..{limit}"
+            f"context {context}: this model has positions 0..{limit - 1} (max_position_embeddings), and its rotary "
+            f"embedding is not defined above them; choose 2..{limit}"
         )
 
 
 def _write_tokenizer(path: Path, source: Checkpoint) -> Tokenizer | None:
-    # Where no file lists the image token, the authors' loader adds it behind all others.
+    # If no file lists the image token, the authors' loader adds it after all others.
     image_token = (source.family.prompt(source.spec).image,)
-    text = tokenizer.convert(source.folder, image_token)
+    with guard(source.folder, CheckpointError, "download the checkpoint again", "its tokenizer files are not usable"):
+        text = tokenizer.convert(source.folder, image_token)
     if text is None:
         source.notes.append("the checkpoint has no tokenizer: the bundle serves token ids only")
         return None
-    tokenizer.verify(text, source.folder, image_token)
+    with guard(source.folder, CheckpointError, "download the checkpoint again", "its tokenizer files are not usable"):
+        tokenizer.verify(text, source.folder, image_token)
     path.write_text(text, encoding="utf-8")
-    return Tokenizer(text, str(source.folder))
+    made = Tokenizer(text, str(source.folder))
+    made.require_ids_below(source.spec.embedding_rows, CheckpointError)
+    return made
 
 
 def _digests(folder: Path, progress: Progress) -> dict[str, FileInfo]:
@@ -204,7 +209,7 @@ def _trace(source: Checkpoint, context: int, progress: Progress) -> dict[str, ir
 def _fold_transposes(name: str, model: ir.Model) -> None:
     linear = {w for w in canonical.weight_names(model) if is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
     if canonical.fold_transposes(model) != linear:
-        raise ExportError(f"the trace of {name} reads a weight otherwise than it is stored; please report this")
+        raise ExportError(f"the trace of {name} reads a weight in another layout than the stored; please report this")
 
 
 def prepare(
@@ -217,7 +222,7 @@ def prepare(
 ) -> dict[str, Layout]:
     """Quantize and lower a traced graph in place; returns the layouts of tensors written beside the parameters.
 
-    dtypes: of every parameter that is not quantized, as stored.
+    dtypes: the stored dtype of every parameter that is not quantized.
     """
     _fold_transposes(name, model)
     if plan.quantized:
@@ -234,9 +239,10 @@ def prepare(
 def take_inputs(
     model: ir.Model, target: str, lowered: Collection[str], shared: Collection[str] = ()
 ) -> tuple[tuple[str, ...], list[str], Costs]:
-    """Make weights graph inputs where the target wants them so: all weights, those that are inputs now, and the costs.
+    """Make weights graph inputs if the target wants that. Returns all weights, those that are inputs now, and costs.
 
-    lowered: what `prepare` returned, of all graphs. shared: of traverse and step, see `export`.
+    lowered: the names that `prepare` returned, of all graphs. shared: weights that traverse and step share, see
+    `export`.
     """
     weights = tuple(canonical.weight_names(model))
     as_inputs = [w for w in weights if w in shared]
@@ -246,9 +252,11 @@ def take_inputs(
 
 
 def _require_shareable(plan: PrecisionPlan, target: str) -> None:
-    """Raise UsageError where no TensorRT would take the weights as inputs."""
+    """Raise UsageError if TensorRT would not take the weights as inputs."""
     if not is_gpu(target):
-        raise UsageError(f"shared weights are for TensorRT; target {target} holds them once anyway")
+        raise UsageError(
+            f"shared weights are for TensorRT, and target {target} holds them once anyway; leave --shared-weights out"
+        )
     if not plan.can_share_weights:
         raise UsageError(
             "shared weights with int4: TensorRT takes no 4-bit inputs; choose int8 or fp16, or leave --shared-weights "
@@ -257,7 +265,7 @@ def _require_shareable(plan: PrecisionPlan, target: str) -> None:
 
 
 def shareable(models: Mapping[str, ir.Model]) -> set[str]:
-    """Matrices that both traverse and step read: nearly all bytes that two engines would hold twice."""
+    """Names of the matrices that both traverse and step read, nearly all of what two engines would hold twice."""
     step = models["step"].graph.initializers
     both = set(canonical.weight_names(models["traverse"])) & set(canonical.weight_names(models["step"]))
     return {name for name in both if is_shareable(name, tuple(step[name].shape or ()))}
@@ -293,7 +301,7 @@ def _write_graph(
 
 
 def ports(values: Iterable[ir.Value]) -> tuple[Port, ...]:
-    """Inputs or outputs of a graph, as the manifest has them."""
+    """Describe inputs or outputs of a graph for the manifest."""
     return tuple(_port(value) for value in values)
 
 

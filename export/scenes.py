@@ -1,14 +1,13 @@
-"""Rendered tabletop scenes with questions that have exactly one right answer.
+"""Renders tabletop scenes with questions that have exactly one right answer.
 
 They train `trol-nano` and `trol-nano-phi3`, calibrate quantisation and measure accuracy, so all of these see the same
-kind of picture.
-Everything follows from an integer seed; training seeds and held-out seeds are disjoint ranges.
+kind of picture. A scene is determined by an integer seed; training seeds and held-out seeds are disjoint ranges.
 
 What makes an answer unambiguous, by construction (pixels of the 112 x 112 picture):
 - no two objects share colour and shape; nothing overlaps; small and large radii are `SMALL_RADIUS`, `LARGE_RADIUS`
 - every two centres differ by `ORDER_MARGIN` or more in x, so "from left to right" is one order
 - "where" is asked when the centre is clear of both borders between thirds (`NEAR_EDGE`, `MIDDLE`)
-- "what is left of X" is asked when exactly one object lies beyond `RELATION_MARGIN` on that side (and not mostly
+- "what is left of X" is asked when exactly one object is more than `RELATION_MARGIN` away on that side (and not mostly
   above or below X), and every other object is at most `RELATION_SLACK` on that side
 """
 
@@ -87,7 +86,7 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is on the table, from left to right, and which object each 14 x 14 patch shows.
+    """The objects on the table, from left to right, and which of them each 14 x 14 patch shows.
 
     owners: int8 [8, 8], an index into `objects` or -1 for table. The patch under an object's centre is always its own.
     """
@@ -104,8 +103,8 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A question about a scene. `named`: phrases of the question and the objects (indices) that each one is about;
-    `answer_objects`: the objects that the answer is about (for "describe", in the order of the answer)."""
+    """A question about a scene. `named` has phrases of the question and the objects (indices) that each is about;
+    `answer_objects` are the objects that the answer is about (for "describe", in the order of the answer)."""
 
     kind: str
     question: str
@@ -120,7 +119,7 @@ class Item:
 def render(seed: int, scale: int = 1) -> tuple[NDArray[np.uint8], Scene]:
     """Draw the scene of this seed: RGB uint8 [112 * scale, 112 * scale, 3] and what it shows.
 
-    A larger picture shows the same scene with more pixels; whatever a Scene says stays in pixels of the small one.
+    A larger picture shows the same scene with more pixels; numbers in a Scene stay in pixels of the small one.
     """
     rng = random.Random(seed)
     objects = _place(rng)
@@ -144,7 +143,7 @@ def render(seed: int, scale: int = 1) -> tuple[NDArray[np.uint8], Scene]:
 
 
 def _place(rng: random.Random) -> list[SceneObject]:
-    """1 to 5 objects, sorted from left to right. Half of the scenes use few colours or few shapes."""
+    """Place 1 to 5 objects, sorted from left to right. Half of the scenes use few colours or few shapes."""
     while True:
         colours, shapes = list(COLOURS), list(SHAPES)
         restrict = rng.random()
@@ -182,7 +181,7 @@ def _coordinates(scale: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 def _table(
     rng: random.Random, seed: int, rows: NDArray[np.float32], columns: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Table with a gradient, stripes and noise, float32 [H, W, 3] for the coordinates [H, W] of its pixels."""
+    """Draw a table with a gradient, stripes and noise, float32 [H, W, 3], for coordinates [H, W] of its pixels."""
     base = np.array(rng.choice(_TABLES), np.float32) + np.array([rng.uniform(-10, 10) for _ in range(3)], np.float32)
     angle, stripes = rng.uniform(0, math.tau), rng.uniform(0, math.pi)
     slope = rng.uniform(0, 0.25) / PIXELS
@@ -250,7 +249,7 @@ def _blend_shadow(
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> Item | None:
-    """A random question of this kind, or None where the scene allows no unambiguous one."""
+    """A random question of this kind, or None if the scene allows no unambiguous one."""
     return _ASK[kind](scene, rng)
 
 
@@ -261,7 +260,7 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
 
 
 def held_out(count: int, scale: int = 1) -> Iterator[tuple[NDArray[np.uint8], str, str, str]]:
-    """`count` held-out (image, kind, question, answer), one scene each, kinds in turn where the scene allows it.
+    """Yield `count` held-out (image, kind, question, answer), one scene each, with kinds in turn if possible.
 
     scale: see `render`; the questions are the same at every scale.
     """
@@ -311,7 +310,7 @@ def _exists(scene: Scene, rng: random.Random) -> Item | None:
     if rng.random() < 0.5:
         i = rng.randrange(len(names))
         return Item("exists", template.format(an(names[i])), "yes", ((names[i], (i,)),), (i,))
-    if rng.random() < 0.6:  # both words apply to something here, their combination to nothing: the hard case
+    if rng.random() < 0.6:  # the hard case: each word applies to something here, their combination to nothing
         pairs = [(a.colour, b.shape) for a in scene.objects for b in scene.objects]
     elif rng.random() < 0.5:
         pairs = [(o.colour, shape) for o in scene.objects for shape in SHAPES]
@@ -365,11 +364,11 @@ def _count(scene: Scene, rng: random.Random) -> Item | None:
 
 
 def _pick_word(rng: random.Random, present: list[str], every: list[str]) -> str:
-    """Mostly a word that applies to something here; those that apply to several things are asked more often."""
+    """Pick a word that mostly applies to something here; words for several things are picked more often."""
     return rng.choice(present) if rng.random() < 0.88 else rng.choice(every)
 
 
-# Side: the offset of an object from the one asked about (positive towards that side, and sideways).
+# Side -> phrases, and a function from (dx, dy) to the offset towards that side and the offset sideways.
 _SIDES: dict[str, tuple[tuple[str, ...], Callable[[float, float], tuple[float, float]]]] = {
     "left": (("left of", "to the left of"), lambda dx, dy: (-dx, dy)),
     "right": (("right of", "to the right of"), lambda dx, dy: (dx, dy)),

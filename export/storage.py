@@ -1,7 +1,7 @@
-"""Stream tensors into the weights file: any layout, a block of rows at a time, never a whole model in memory.
+"""Streams tensors in any layout into the weights file, a block of rows at a time, never a whole model in memory.
 
-A parameter is read once, in blocks of rows (output channels of a Linear), and every tensor that is made of it is
-written from the same block: its canonical form, its scales, and whatever other form a target wants.
+A parameter is read once, in blocks of rows (output channels of a Linear). Every tensor that is derived from it is
+written from the same block: its canonical form, its scales, and any other form that a target needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from trol_edge.bundle.weights import ITEM_BYTES
 from trol_edge.errors import ExportError
 
-ALIGNMENT = 64  # bytes; where the first tensor starts
+ALIGNMENT = 64  # the first tensor starts at a multiple of this many bytes
 Progress = Callable[[str, int, int], None]  # (what, done, total); done and total in bytes or steps
 
 
@@ -29,12 +29,12 @@ Progress = Callable[[str, int, int], None]  # (what, done, total); done and tota
 class Rows:
     """Some rows of a parameter as they are stored: n output channels of K numbers each.
 
-    values: float32, float16, or uint16 (the bits of BF16) [n, ...]; of a quantized Linear int8 [n, K] ("int8", and
+    values: float32, float16, or uint16 (the bits of BF16) [n, ...]; for a quantized Linear int8 [n, K] ("int8", and
     "int4" in -8..7) or uint8 [n, K], the bits of E4M3 ("fp8").
-    scale: float32; per channel [n], in blocks [n, K/block]; None where nothing was quantized. value = values * scale.
+    scale: float32, per channel [n] or in blocks [n, K/block]; None if not quantized. value = values * scale.
     """
 
-    first: int  # row
+    first: int  # number of the first row
     values: NDArray[Any]
     scale: NDArray[np.float32] | None = None
 
@@ -43,13 +43,13 @@ class Rows:
 class Layout:
     """One tensor of the weights file and how a block of rows of its source becomes a part of it.
 
-    `convert(rows)` returns that part: all of `shape`, but along axis `rows_axis` (0 or 1) only what these rows make.
-    `rows` is how many rows the source has: shape[rows_axis] must be a multiple or a whole fraction of it (two INT4
+    `convert(rows)` returns that part: all of `shape`, but along axis `rows_axis` (0 or 1) only what these rows give.
+    `rows` is the number of rows of the source. shape[rows_axis] must be a multiple or a whole fraction of it (two INT4
     values share a byte, so blocks then have an even number of rows).
     """
 
-    source: str  # parameter
-    dtype: str  # of the weights file: "F32", "F16", "BF16", "I32", "I8", "U8", "F8_E4M3"
+    source: str  # name of the parameter
+    dtype: str  # in the weights file: "F32", "F16", "BF16", "I32", "I8", "U8", "F8_E4M3"
     shape: tuple[int, ...]
     rows: int
     convert: Callable[[Rows], NDArray[Any]]
@@ -68,7 +68,7 @@ def write(path: Path, layouts: Mapping[str, Layout], read: Read, progress: Progr
     """Write a safetensors file with one tensor per layout; returns name -> (offset in the file, bytes).
 
     `read(parameter)` yields the rows of a parameter in order; it is called once for each source.
-    Raises ExportError where the disk is too small.
+    Raises ExportError if the disk is too small.
     """
     offsets: dict[str, int] = {}
     end = 0

@@ -1,9 +1,9 @@
-"""What a bundle of a published model would hold and do, before there is a checkpoint: traced, never exported.
+"""Finds out what a bundle of a published model would hold and do, without a checkpoint and without an export.
 
 The graphs are those that `pipeline.export` writes, prepared by the same code. Layers are alike, so models of one and of
-two layers are traced instead of the whole (seconds instead of a minute), and what the second layer adds stands for the
-others; a plan that tells layers apart is traced whole. What only calibration knows (Linears that INT4 would hurt and
-that get 8 bits, what overflows FP16) is not in it.
+two layers are traced instead of the whole (seconds instead of a minute), and each further layer counts as much as the
+second one adds. A plan that treats layers differently is traced whole. What only calibration knows (Linears that get 8
+bits because INT4 would hurt them, values that overflow FP16) is not included.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import find, shipped_folder
 from trol_edge.plan.subject import Subject
 
-PUBLISHED = "F16"  # what the published checkpoints hold
+PUBLISHED = "F16"  # dtype of the published checkpoints
 
 
 class Unbuilt:
-    """A model by its shape. Traces are kept, so that several precisions cost one."""
+    """A model described by its shape. Traces are kept, so that several precisions need only one."""
 
     def __init__(self, name: str, family: Family, spec: ModelSpec, context: int | None = None) -> None:
-        """context: tokens that the cache holds (default: as export has it)."""
+        """Describe a model. context: size of the cache in tokens (default: export's default)."""
         self.name, self.family, self.spec = name, family, spec
         self.context = pipeline.default_context(family, spec) if context is None else context
         self._traces: dict[tuple[str, int], ir.Model] = {}
 
     def subject(self, target: str, options: RecipeOptions) -> Subject:
-        """What there is to plan for one target and precision. Raises UsageError where they do not go together."""
+        """The subject of a plan for one target and precision. Raises UsageError if they do not go together."""
         layers = self.spec.num_layers
         if options.linears:
             return self._subject(target, options, layers, self.spec.vision.num_layers)
@@ -115,7 +115,7 @@ class Unbuilt:
 
 
 def published(name: str, context: int | None = None) -> Unbuilt:
-    """A model by its published name. Raises UsageError for another name, or a context it has no positions for."""
+    """Describe a model by its published name. Raises UsageError for another name, or if the context is too long."""
     model = find(name)
     if model.repository is None:
         spec = Checkpoint(shipped_folder(name)).spec

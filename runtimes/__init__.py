@@ -1,4 +1,4 @@
-"""Back ends that execute a bundle's graphs: one file, one inference library."""
+"""Back ends that execute a bundle's graphs, one file or folder per inference library."""
 
 if __name__ != "trol_edge.runtimes":
     raise ImportError(

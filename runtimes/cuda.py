@@ -1,7 +1,8 @@
-"""CUDA: memory, copies, one stream, graphs. The only file that calls it, through pycuda or cuda-python.
+"""Calls CUDA, through pycuda or cuda-python: memory, copies, one stream, graphs. No other file does.
 
-pycuda is taken where it is installed, cuda-python (`cuda.bindings`) otherwise. Addresses and streams are plain ints,
-as TensorRT takes them. Every call's status is checked. Not yet run on a GPU.
+pycuda is used if it is installed, cuda-python (`cuda.bindings`) otherwise. Addresses and streams are plain ints,
+as TensorRT takes them. Every call's status is checked. Through cuda-python it ran on an H200 (docs/gpu.md); through
+pycuda it is not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -21,40 +22,43 @@ from numpy.typing import DTypeLike, NDArray
 
 from trol_edge.errors import BackendError
 
-COMPUTE_MAJOR, COMPUTE_MINOR, INTEGRATED = 75, 76, 18  # of CUdevice_attribute
+COMPUTE_MAJOR, COMPUTE_MINOR, INTEGRATED = 75, 76, 18  # values of CUdevice_attribute
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU as the driver describes it. driver: newest CUDA that it serves, as (12, 6)."""
+    """A GPU as the driver describes it. driver: the newest CUDA version that the driver supports, as (12, 6)."""
 
     name: str
     capability: str  # "8.7"
     memory_bytes: int
     driver: tuple[int, int]
-    integrated: bool = False  # it shares the system's memory, as a Jetson's does
+    integrated: bool = False  # whether it shares the system's memory, as a Jetson's does
 
 
 class Cuda(Protocol):
-    """What the back end needs of CUDA, on the first GPU. Every method raises BackendError where CUDA does."""
+    """The part of CUDA that the back end needs, on the first GPU. Every method raises BackendError if CUDA fails."""
 
     stream: int
     graphs: bool  # whether capture and launch can be used
 
     def allocate(self, size: int, what: str) -> int:
-        """Device memory of `size` bytes, zeroed; its address. BackendError says how much of it was needed for what."""
+        """Allocate `size` bytes of zeroed device memory and return its address.
+
+        A BackendError says how much was needed for `what`.
+        """
         ...
 
     def free(self, pointer: int) -> None:
-        """Give device memory back."""
+        """Free device memory."""
         ...
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of device memory that are free, and that there are."""
+        """Bytes of free and of total device memory."""
         ...
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A page-locked host array, which copies read and write directly; given back some time after its last use."""
+        """A page-locked host array, which copies read and write directly. It is freed some time after its last use."""
         ...
 
     def upload(self, pointer: int, array: NDArray[Any]) -> None:
@@ -76,8 +80,8 @@ class Cuda(Protocol):
     def capture(self, enqueue: Callable[[], None]) -> Any:
         """Record what a function enqueues instead of running it; returns a graph for `launch`.
 
-        It must neither allocate nor wait, and copy from and to page-locked memory only. Whatever it raises goes
-        through, and the stream is as it was before.
+        The function must neither allocate nor wait, and copy from and to page-locked memory only. Its exceptions pass
+        through, and the stream is then as it was before.
         """
         ...
 
@@ -86,11 +90,11 @@ class Cuda(Protocol):
         ...
 
     def drop(self, graph: Any) -> None:
-        """Give a recorded graph back."""
+        """Free a recorded graph."""
         ...
 
     def close(self) -> None:
-        """Give everything back that is still held."""
+        """Free everything that is still held."""
         ...
 
 
@@ -140,7 +144,7 @@ class CudaPython:
         pointer = int(self._call("cudaMallocHost", size))
         self._host.add(pointer)
         block = (ctypes.c_byte * size).from_address(pointer)
-        # Only noted: a garbage collection may come anywhere, and a capture must not be disturbed.
+        # Only queued, not freed, because a garbage collection may run anywhere and must not disturb a capture.
         weakref.finalize(block, self._unused.append, pointer).atexit = False
         array: NDArray[Any] = np.frombuffer(memoryview(block), dtype).reshape(shape)
         array[...] = 0
@@ -178,7 +182,7 @@ class CudaPython:
         try:
             enqueue()
         except BaseException:
-            _, graph = self._rt.cudaStreamEndCapture(self._stream)  # says itself that the capture failed
+            _, graph = self._rt.cudaStreamEndCapture(self._stream)  # its status says whether the capture failed
             if graph is not None and int(graph):
                 self._rt.cudaGraphDestroy(graph)
             raise
@@ -204,12 +208,12 @@ class CudaPython:
             self.drop(graph)
         for pointer in list(self._device):
             self.free(pointer)
-        self._free_unused()  # what arrays still refer to stays: reading one must not end the process
+        self._free_unused()  # memory of living arrays stays, because reading one must not end the process
         self._call("cudaStreamDestroy", self._stream)
 
 
 class PyCuda:
-    """CUDA through pycuda, which has no graphs: a step is enqueued anew each time."""
+    """CUDA through pycuda, which has no graphs, so every step is enqueued call by call."""
 
     graphs = False
 
@@ -306,21 +310,21 @@ def fail(call: str, status: str, cause: BaseException | None = None) -> NoReturn
 
 @contextmanager
 def _for(what: str, size: int, memory: Callable[[], tuple[int, int]]) -> Iterator[None]:
-    """Say of a failed allocation how much was needed for what, how much there is, and what to change."""
+    """Make the error of a failed allocation say how much `what` needs, how much there is, and what to change."""
     try:
         yield
     except BackendError as error:
         free, total = memory()
         said = str(error).partition(";")[0]
         raise BackendError(
-            f"{said}: {what} needs {size / 1e6:.1f} MB of GPU memory, {free / 1e6:.1f} of {total / 1e6:.1f} MB are "
+            f"{said}: {what} needs {size / 1e6:.1f} MB of GPU memory, but {free / 1e6:.1f} of {total / 1e6:.1f} MB are "
             "free; close sessions, forks and other programs, give a smaller vision_cache_bytes, or export with a lower "
             "precision or a smaller --context"
         ) from error
 
 
 def open_cuda() -> Cuda:
-    """CUDA on the first GPU. Raises BackendError where there is no driver, no GPU, or neither library."""
+    """Open CUDA on the first GPU. Raises BackendError if there is no driver, no GPU, or neither library."""
     found = devices()
     if isinstance(found, str):
         raise BackendError(f"no usable NVIDIA GPU: {found}; run `trol-edge doctor`")
@@ -328,7 +332,7 @@ def open_cuda() -> Cuda:
         return PyCuda(importlib.import_module("pycuda.driver"))
     except ImportError:
         pass
-    for name in ("cuda.bindings.runtime", "cuda.cudart"):  # the second: cuda-python before 12.6
+    for name in ("cuda.bindings.runtime", "cuda.cudart"):  # the second name is cuda-python's before 12.6
         try:
             return CudaPython(importlib.import_module(name))
         except ImportError:
@@ -339,7 +343,7 @@ def open_cuda() -> Cuda:
 
 
 def devices(library: str = "libcuda.so.1") -> list[Gpu] | str:
-    """GPUs of this machine, asked of the driver itself; or why there are none."""
+    """The GPUs of this machine, as the driver itself reports them, or why there are none."""
     try:
         driver = ctypes.CDLL(library)
     except OSError:

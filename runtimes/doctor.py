@@ -1,4 +1,4 @@
-"""What this machine is, what it can build and run, and whether a bundle fits it: what `trol-edge doctor` asks."""
+"""Examines what this machine is, what it can build and run, and whether a bundle fits it, for `trol-edge doctor`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from trol_edge.verify.passed import passed_here
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """Whether a target can be built for and run here; the reasons are empty where it can."""
+    """Whether a target can be built for and run here. The reasons are empty if it can."""
 
     target: str
-    found: str  # the library, as "TensorRT for RTX 1.7.1"
+    found: str  # the library, such as "TensorRT for RTX 1.7.1"
     builds: bool
     why_no_build: str
     runs: bool
@@ -43,7 +43,7 @@ class Status:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One finding of the doctor. needed: where it is not good, what was asked about does not work."""
+    """One finding of the doctor. needed: whether what the user asked about fails if this is not good."""
 
     what: str
     good: bool
@@ -52,13 +52,13 @@ class Check:
 
 
 def status(target: Target, found: list[Gpu] | str) -> Status:
-    """What there is for one target. found: the GPUs, or why there are none."""
+    """The status of one target. found: the GPUs, or why there are none."""
     version, title = _version(target)
     if version is None:
         return Status(target.name, "", False, title, False, title)
     if not target.serves(version):
         wants = " to below ".join(".".join(map(str, v)) for v in target.versions)
-        why = f"{title} is here, this target is for {wants}"
+        why = f"{title} is installed, but this target is for {wants}"
         return Status(target.name, title, False, why, False, why)
     if not target.gpu:
         return Status(target.name, title, True, "", True, "")
@@ -73,7 +73,7 @@ def status(target: Target, found: list[Gpu] | str) -> Status:
 
 
 def _version(target: Target) -> tuple[Version | None, str]:
-    """Version of a target's library and its title; or None and why not."""
+    """The version of a target's library and its title, or None and why there is none."""
     if not target.gpu:
         try:
             version = metadata.version(target.module)
@@ -95,15 +95,15 @@ def is_there(name: str) -> bool:
 
 
 def statuses() -> list[Status]:
-    """Every target, as it stands on this machine."""
+    """The status of every target on this machine."""
     found = devices()
     return [status(target, found) for target in TARGETS.values()]
 
 
 def best() -> tuple[str, str]:
-    """The target to take on this machine when none is named, and why."""
+    """The default target on this machine, and why."""
     runs = {s.target: s for s in statuses() if s.runs}
-    # JetPack's own before the general one; TensorRT for RTX where there is a desktop GPU; a CPU last.
+    # JetPack's own target comes before the general one, TensorRT for RTX suits a desktop GPU, and a CPU is last.
     for name in ("jetson-trt11", "jetson-jp7", "jetson-jp6", "rtx", "tensorrt"):
         if name in runs:
             return name, f"{runs[name].found} and a GPU are here ({NOT_YET})"
@@ -112,16 +112,16 @@ def best() -> tuple[str, str]:
 
 
 def examine(folder: str | os.PathLike[str] | None = None, root: str | os.PathLike[str] = "/") -> list[Check]:
-    """Machine, installation, driver, GPU, libraries, targets, and a bundle: what fits together and what does not.
+    """Check whether machine, installation, driver, GPU, libraries, targets and a bundle fit together.
 
-    A bundle that is damaged is a finding, not an error. root: where the files that describe the machine lie.
+    A damaged bundle is a finding, not an error. root: the folder of the files that describe the machine.
     """
     here, found = identity.read(root), devices()
     checks = [*_machine(here), *_installation()]
     checks.append(
         Check("driver", False, found)
         if isinstance(found, str)
-        else Check("driver", True, f"serves CUDA {'.'.join(map(str, found[0].driver))}")
+        else Check("driver", True, f"supports CUDA {'.'.join(map(str, found[0].driver))}")
     )
     for gpu in found if isinstance(found, list) else ():
         checks.append(Check("GPU", True, f"{gpu.name}, capability {gpu.capability}, {gpu.memory_bytes / 1e9:.1f} GB"))
@@ -154,7 +154,7 @@ def _machine(here: Machine) -> list[Check]:
     if board is None:
         return checks
     if not board.l4t:
-        text = "no /etc/nv_tegra_release, so JetPack's version is not known (in a container: mount that file)"
+        text = "no /etc/nv_tegra_release, so JetPack's version is not known (in a container, mount that file)"
         return [*checks, Check("Jetson", False, f"{board.module or 'unknown module'}; {text}")]
     if board.tensorrt is None:
         known = ", ".join(identity.JETPACKS)
@@ -172,15 +172,17 @@ def _machine(here: Machine) -> list[Check]:
 
 
 def _jetpack(board: Jetson, version: Version) -> list[Check]:
-    """Whether the TensorRT that Python finds is the one that JetPack shipped."""
+    """Check whether the TensorRT that Python finds is the one that JetPack shipped."""
     if board.tensorrt is None or version[:2] == board.tensorrt:
         return []
     ours, theirs = (".".join(map(str, v)) for v in (version, board.tensorrt))
-    text = f"Python finds TensorRT {ours}, JetPack {board.jetpack} ships {theirs}: engines serve one of the two only"
+    text = (
+        f"Python finds TensorRT {ours}, but JetPack {board.jetpack} ships {theirs}; engines run with one of them only"
+    )
     return [Check("TensorRT of JetPack", False, text)]
 
 
-# Optional installation -> modules that it brings, and what they are for.
+# Optional installation -> its modules, and what they are for.
 EXTRAS = {
     "cpu": (("onnxruntime",), "bundles for a CPU"),
     "formats": (("llguidance",), "response_format="),
@@ -190,7 +192,7 @@ EXTRAS = {
 
 
 def _installation() -> list[Check]:
-    """Python, this package and its optional parts."""
+    """Check Python, this package and its optional parts."""
     python = sys.version_info[:2]
     good = (3, 10) <= python <= (3, 13)
     text = f"trol-edge {__version__} in {Path(__file__).resolve().parents[1]}, Python {platform.python_version()}"
@@ -198,7 +200,7 @@ def _installation() -> list[Check]:
     for name, (modules, use) in EXTRAS.items():
         missing = [module for module in modules if not is_there(module)]
         if missing:
-            text = f"not installed (no {', '.join(missing)}), needed for {use}: pip install 'trol-edge[{name}]'"
+            text = f"not installed (no {', '.join(missing)}), needed for {use}; pip install 'trol-edge[{name}]'"
             checks.append(Check(f"extra {name}", False, text))
         else:
             checks.append(Check(f"extra {name}", True, f"installed, for {use}"))
@@ -221,7 +223,7 @@ def _telemetry() -> Check:
 
 
 def _broken(module: str) -> str:
-    """Why a module that is installed cannot be imported; "" where it can, or is not there."""
+    """Why an installed module cannot be imported; "" if it can, or is not installed."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError:
@@ -250,33 +252,33 @@ def _bundle(folder: Path, found: list[Gpu] | str, here: Machine, known: dict[str
     if status is None or target is None:
         text = f"target {manifest.target!r} is for other tools; for a Runtime export with --target cpu"
         return [*checks, Check("runs here", False, text, True)]
-    # Engines for a desktop GPU may be built where there is none.
+    # Engines for a desktop GPU may be built on a machine without one.
     checks.append(Check("runs here", status.runs, status.why_no_run or f"with {status.found}", not status.builds))
     if target.gpu:
         checks += _engines(bundle, target, found)
     else:
         checks.append(_memory(bundle, weights, here))
     if SELFTEST not in manifest.files:
-        text = "the bundle has none, so nothing tells whether its numbers are right here; export it again"
+        text = "the bundle has none, so its numbers cannot be checked here; export it again"
         return [*checks, Check("self-test", False, text)]
     passed = passed_here(bundle)
     text = (
         f"passed on this machine: {', '.join(passed)}"
         if passed
-        else ("not yet passed on this machine: the first load replays it, or `trol-edge verify`")
+        else ("not yet passed on this machine; the first load replays it, or `trol-edge verify`")
     )
     return [*checks, Check("self-test", bool(passed), text)]
 
 
 def _memory(bundle: Bundle, weights: WeightsFile, here: Machine) -> Check:
-    """Weights as they are loaded, and a session's cache, against what is available."""
+    """Compare loaded weights and a session's cache with the available memory."""
     manifest = bundle.manifest
     size = cpu_bytes(bundle, (name for graph in manifest.graphs.values() for name in graph.weights))
     cache = cache_bytes(manifest.graphs["traverse"].inputs, manifest.context)
     text = f"needs about {(size + cache) / 1e9:.1f} GB (weights {size / 1e9:.1f}, both K/V sets {cache / 1e9:.1f})"
     free = here.available_bytes
     if free and size + cache > free:
-        text += f", {free / 1e9:.1f} are available; close programs, export with a smaller --context or precision"
+        text += f", but {free / 1e9:.1f} are available; close programs, export with a smaller --context or precision"
         return Check("memory", False, text, True)
     return Check("memory", True, f"{text}, {free / 1e9:.1f} are available")
 

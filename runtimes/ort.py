@@ -1,12 +1,12 @@
-"""ONNX Runtime: on the CPU the back end that runs everywhere; on a GPU, through its providers, a second way to one.
+"""The back end of ONNX Runtime, which runs on every CPU and, through its providers, also on GPUs.
 
-Bundles of target cpu: weights are buffers that all sessions read (float32, or 8 bits of quantized ones), because the
+In bundles of target cpu, weights are buffers that all sessions read (float32, or 8 bits if quantized), because the
 graphs take them as inputs, and inputs are bound, not copied. 4-bit weights of a step are constants, which ONNX Runtime
-reads from the file and packs. Graphs of all other targets hold their weights themselves: any provider takes them, and
-each session has a copy of its own.
+reads from the file and packs. Graphs of all other targets contain their weights. Any provider can run them, and each
+session has its own copy.
 The KV cache is bound as past and as present, so it is written in place and nothing is copied per token.
 
-The providers for GPUs: not yet run on a GPU.
+"cuda" ran on an H200 (docs/gpu.md); "tensorrt" is not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ except ImportError as error:
 
 end_calls_at_exit()
 Float32 = NDArray[np.float32]
-OLDEST = (1, 23)  # RMSNormalization, RotaryEmbedding and Attention of opset 23
-# As a user names them -> ONNX Runtime's name, and its name of the memory that they compute in.
+OLDEST = (1, 23)  # first version with RMSNormalization, RotaryEmbedding and Attention of opset 23
+# The user's name of a provider -> ONNX Runtime's name, and its name of the memory that the provider computes in.
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider", "cpu"),
     "cuda": ("CUDAExecutionProvider", "cuda"),
@@ -48,7 +48,7 @@ PROVIDERS = {
 
 
 class OrtBackend:
-    """The graphs of one bundle, loaded. Thread-safe: its states are not, but any number of them may run at once."""
+    """The loaded graphs of one bundle. Thread-safe; its states are not, but any number of them may run at once."""
 
     def __init__(
         self,
@@ -58,12 +58,13 @@ class OrtBackend:
         prefix_reuse: bool = True,
         provider: str = "cpu",
     ) -> None:
-        """threads: of one inference call (default: the physical cores). verify: hash the weights while loading them.
+        """Load a bundle.
 
+        threads: threads of one inference call (default: the physical cores). verify: hash the weights while loading.
         prefix_reuse: whether states keep the second pass's keys and values. provider: "cpu", "cuda" or "tensorrt"; the
         latter two take bundles of any target but cpu.
 
-        Raises BackendError (ONNX Runtime too old, provider not there or without its libraries, not enough memory,
+        Raises BackendError (ONNX Runtime too old, provider missing or without its libraries, not enough memory,
         graph refused), BundleError (altered file, a bundle that the provider cannot take) and UsageError.
         """
         version = tuple(int(part) for part in ort.__version__.split(".")[:2])
@@ -84,7 +85,7 @@ class OrtBackend:
         missing = [name for name in sorted(kept | sources | constants) if name not in file.tensors]
         if missing:
             raise BundleError(f"{file.path}: lacks {', '.join(missing[:5])}; export the bundle again")
-        # Once for all sessions, but where graphs for a GPU hold weights of their own: these once in each.
+        # Weights count once for all sessions, except those that graphs for a GPU contain, which count in each.
         held = [used] if manifest.target == "cpu" else [inputs, *(manifest.graphs[name].constants for name in ENGINES)]
         if self.memory == "cpu":
             self.weight_bytes = sum(cpu_bytes(bundle, names) for names in held)
@@ -100,12 +101,12 @@ class OrtBackend:
         self._options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `placement`
         self._options.intra_op_num_threads = threads or 0
         if any(linear.precision == "fp8" for linear in manifest.plan.linears.values()):
-            # Nothing to gain: no kernels multiply FP8. And 1.31 moves the rounding past operators that take no FP8.
+            # No kernels multiply FP8, so nothing is lost; and 1.31 moves the rounding past operators without FP8.
             self._options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._lock = threading.Lock()
         self.sessions: dict[str, Any] = {}
         keep_in_forks(self)
-        # For measurements: outputs of a graph beyond those that the manifest lists, and who gets their values.
+        # For measurements: further outputs of a graph that the manifest does not list, and who gets their values.
         self.watched: dict[str, tuple[str, ...]] = {}
         self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
         for name in ("traverse", "step"):
@@ -113,29 +114,29 @@ class OrtBackend:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache of one state at full context: both sets, or one and a layer's scratch."""
+        """Bytes of one state's KV cache at full context: both sets, or one set and a layer's scratch."""
         one_set = cache_bytes(self.bundle.manifest.graphs["step"].inputs, self.context)
         return 2 * one_set if self.prefix_reuse else one_set + one_set // self.spec.num_layers
 
     def _require_memory(self) -> None:
         if self.memory != "cpu":
-            return  # the provider says so itself
+            return  # the provider itself reports a lack of memory
         needed, free = self.weight_bytes + self.cache_bytes, available_memory()
         if free is not None and needed > free:
             raise BackendError(
                 f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights {self.weight_bytes / 1e9:.1f}, "
-                f"KV cache {self.cache_bytes / 1e9:.1f}), {free / 1e9:.1f} GB are free; "
+                f"KV cache {self.cache_bytes / 1e9:.1f}), but {free / 1e9:.1f} GB are free; "
                 "free memory, export with a smaller --context, use a smaller model"
                 + (", or open it with prefix_reuse=False" if self.prefix_reuse else "")
             )
 
     def graph(self, name: str) -> Any:
-        """The session of a graph; made on first use (vision and traverse_text may never be)."""
+        """The session of a graph, made on first use, because vision and traverse_text may never be used."""
         with self._lock:
             if name not in self.sessions:
                 path = self.bundle.path(self.bundle.manifest.graphs[name].file)
-                # ONNX Runtime plans memory once per combination of input shapes and never forgets a plan: with any
-                # prefix before any chunk that is a leak.
+                # ONNX Runtime plans memory once per combination of input shapes and never forgets a plan. With
+                # prefixes and chunks of any length that would be a leak.
                 self._options.enable_mem_pattern = name == "step"
                 self.sessions[name] = _call(
                     f"load {path.name}", open_session, path, self._options, self.providers_of(name)
@@ -144,15 +145,15 @@ class OrtBackend:
             return self.sessions[name]
 
     def placement(self) -> dict[str, dict[str, dict[str, int]]]:
-        """What runs where: graph -> ONNX Runtime's name of a provider -> operator -> count.
+        """Where operators run: graph -> ONNX Runtime's name of a provider -> operator -> count.
 
-        Of the graphs loaded so far. Raises BackendError where this ONNX Runtime cannot tell (before 1.24).
+        Covers the graphs loaded so far. Raises BackendError if this ONNX Runtime cannot tell (before 1.24).
         """
         found: dict[str, dict[str, dict[str, int]]] = {}
         for name, session in self.sessions.items():
             if not hasattr(session, "get_provider_graph_assignment_info"):
                 raise BackendError(
-                    f"onnxruntime {ort.__version__} does not tell where operators run; 1.24 and newer do"
+                    f"onnxruntime {ort.__version__} does not say where operators run; install 1.24 or newer"
                 )
             for part in _call("say where operators run", session.get_provider_graph_assignment_info):
                 operators = found.setdefault(name, {}).setdefault(part.ep_name, {})
@@ -161,14 +162,14 @@ class OrtBackend:
         return found
 
     def providers_of(self, name: str) -> list[Any]:
-        """Provider of a graph, with its options; the CPU's behind it for operators that it lacks."""
+        """The provider of a graph with its options, followed by the CPU's for operators that it lacks."""
         if self.provider == "cpu":
             return ["CPUExecutionProvider"]
-        # Device memory in the sizes asked for, not in powers of two: sessions share it with other programs.
+        # Allocate device memory in the sizes asked for, not in powers of two, because other programs need it, too.
         cuda = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
         options = dict(cuda) if self.provider == "cuda" else {"device_id": "0"}
         if self.provider == "tensorrt":
-            # No engine cache: an engine is a program, and ONNX Runtime loads one without looking at its hash.
+            # No engine cache, because an engine is a program, and ONNX Runtime would load one without checking a hash.
             options |= {"trt_fp16_enable": str(int(self.bundle.manifest.plan.compute == "fp16"))}
             options |= _profile(self.bundle, name)
         chain: list[Any] = [(PROVIDERS[self.provider][0], options)]
@@ -177,16 +178,16 @@ class OrtBackend:
         return [*chain, "CPUExecutionProvider"]
 
     def _require_used(self, session: Any) -> None:
-        """BackendError where ONNX Runtime went over to another provider, which it does with a remark on stderr only."""
+        """Raise BackendError if ONNX Runtime fell back to another provider, which it reports on stderr only."""
         if session.get_providers()[0] != PROVIDERS[self.provider][0]:
             raise BackendError(
                 f"onnxruntime {ort.__version__} could not start {PROVIDERS[self.provider][0]} (it printed why, and "
-                "would compute on the CPU): is there an NVIDIA driver, and are the CUDA, cuDNN and TensorRT libraries "
-                "there that this onnxruntime-gpu was built for? `trol-edge doctor` looks for the driver"
+                "would compute on the CPU); check that there is an NVIDIA driver (`trol-edge doctor` does), and the "
+                "CUDA, cuDNN and TensorRT libraries that this onnxruntime-gpu was built for"
             )
 
     def bind(self, name: str, values: Mapping[str, Any]) -> Any:
-        """An IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
+        """Make an IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
         binding = self.graph(name).io_binding()
         graph = self.bundle.manifest.graphs[name]
         for weight in (name for name in graph.weights if name not in graph.constants):
@@ -196,7 +197,7 @@ class OrtBackend:
         return binding
 
     def run(self, name: str, binding: Any, shrink: bool = False) -> None:
-        """Run a bound graph; shrink gives the scratch memory of a long prompt back afterwards."""
+        """Run a bound graph. shrink: free the scratch memory of a long prompt afterwards."""
         watched = self.watched.get(name, ())
         for output in watched:
             binding.bind_output(output)
@@ -210,43 +211,42 @@ class OrtBackend:
             self.watcher(name, {key: value.numpy() for key, value in zip(watched, values, strict=True)})
 
     def encode_image(self, pixel_values: Float32) -> Float32:
-        """pixel_values [N, 3, P, P] -> image features [N, T, D].
+        """Encode pixel_values [N, 3, P, P] into image features [N, T, D].
 
-        On a CPU one picture or tile after the other: one fills its cores, and the scratch memory of seven tiles of
-        TroL-3.8B is 1.6 GB instead of 0.2.
+        On a CPU, pictures or tiles are encoded one at a time. One already keeps every core busy, and the scratch memory
+        of seven tiles of TroL-3.8B at once would be 1.6 GB instead of 0.2.
         """
         out = np.empty((len(pixel_values), self.spec.vision.tokens_per_image, self.spec.hidden_size), np.float32)
         at_once = 1 if self.memory == "cpu" else max(1, len(pixel_values))
         for i in range(0, len(pixel_values), at_once):
             binding = self.bind("vision", {"pixel_values": value_of(pixel_values[i : i + at_once])})
-            # To the host, from wherever it is computed.
+            # The output goes to the host, wherever it is computed.
             binding.bind_ortvalue_output("image_features", value_of(out[i : i + at_once]))
             self.run("vision", binding, shrink=i + at_once >= len(pixel_values))
         return out
 
     def new_state(self) -> OrtState:
-        """A KV cache of its own, empty."""
+        """Make an empty KV cache."""
         return OrtState(self)
 
 
 class OrtState:
     """One KV cache, and the buffers of a step, bound once.
 
-    cache: float32 or float16 [1, G, C, E] per layer, keys and values in turn, of the first pass; second: the same of
-    the second pass, where the back end keeps it. The buffers keep their addresses for life; they are OrtValues where
-    they lie on a GPU.
+    cache: float32 or float16 [1, G, C, E] per layer, keys and values in turn, of the first pass. second: the same for
+    the second pass, if the back end keeps it. The buffers never change their addresses; on a GPU they are OrtValues.
     """
 
     def __init__(self, backend: OrtBackend) -> None:
         self._backend = backend
         spec, graphs = backend.spec, backend.bundle.manifest.graphs
-        # Where graphs hold their weights, a zero mask says the same as traverse_text, without one more copy of them.
+        # If graphs contain their weights, a zero mask replaces traverse_text and saves one more copy of them.
         self._text = "traverse_text" in graphs and backend.bundle.manifest.target == "cpu"
         past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
         present = [p.name for p in graphs["traverse"].outputs if p.name.startswith("present_")]
-        # Without reuse each layer of a traverse writes its second pass into the same scratch, and reads it at once.
+        # Without reuse, every layer of a traverse writes its second pass into the same scratch and reads it at once.
         sets, own = 2 * spec.num_layers, 2 * spec.num_layers if backend.prefix_reuse else 2
-        # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
+        # Zeros and not empty, because a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
         shape = (1, spec.num_kv_heads, backend.context, spec.head_dim)
         buffers: list[Any] = [np.zeros(shape, port.dtype) for port in past[: sets + own]]
         values = [value_of(array, backend.memory) for array in buffers]
@@ -267,7 +267,7 @@ class OrtState:
             "position_ids": value_of(self._position),
             "image_mask": value_of(np.zeros((1, 1, 1), np.float32)),
         }
-        self._anew = {**self._one, "rope_offset": value_of(self.rope_offset)}  # what is other in every run
+        self._anew = {**self._one, "rope_offset": value_of(self.rope_offset)}  # inputs that change with every run
         self.step_binding = self._bind("step", self._one)
         self._traverse_one: Any = None  # bound at first use
 
@@ -284,8 +284,8 @@ class OrtState:
         return binding
 
     def _run_again(self, name: str, binding: Any) -> None:
-        """Run a graph that was bound before, on what its input arrays hold now."""
-        if self._backend.memory != "cpu":  # there ONNX Runtime copies an input when it is bound, not when it runs
+        """Run a graph that was bound before, on the present contents of its input arrays."""
+        if self._backend.memory != "cpu":  # inputs are copied to a device when they are bound, not when they run
             for port in self._backend.bundle.manifest.graphs[name].inputs:
                 if port.name in self._anew:
                     binding.bind_ortvalue_input(port.name, self._anew[port.name])
@@ -306,7 +306,7 @@ class OrtState:
         self.rope_offset[0] = self.long_rope_offset if long_rope and self.long_rope_offset is not None else 0
         stop = start + len(embeddings)
         name = "traverse_text" if self._text and image_mask is None else "traverse"
-        if len(embeddings) == 1 and image_mask is None:  # decoding with both passes: only the length to read is new
+        if len(embeddings) == 1 and image_mask is None:  # decoding with both passes; only the length changes
             self._embedding[0], self._position[0, 0] = embeddings, start
             self._traverse_one = self._traverse_one or self._bind(name, self._one)
             self._traverse_one.bind_ortvalue_input("slots", value_of(self._slots[:stop]))
@@ -323,12 +323,12 @@ class OrtState:
         return self._logits[0]
 
     def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
-        """Copy rows start..stop-1 of the first (which 0) or second set; with the first also the choice of factors."""
+        """Copy rows start..stop-1 of the first (which 0) or second set; the first also copies the choice of factors."""
         mine, theirs = (self.second, source.second) if which else (self.cache, source.cache)
         for to, of in zip(mine, theirs, strict=True):
             if isinstance(to, np.ndarray):
                 to[:, :, start:stop] = of[:, :, start:stop]
-            else:  # on a GPU, and ONNX Runtime's Python copies whole values between it and the host only
+            else:  # on a GPU; ONNX Runtime's Python copies only whole values between it and the host
                 array = to.numpy()
                 array[:, :, start:stop] = of.numpy()[:, :, start:stop]
                 to.update_inplace(array)
@@ -346,7 +346,7 @@ class OrtState:
         return found
 
     def step(self, embedding: Float32, position: int) -> Float32:
-        """One pass over one token. embedding [D] at `position`; logits [V], overwritten by the next call."""
+        """Run one pass over one token, embedding [D] at `position`; the next call overwrites the logits [V]."""
         self._embedding[0, 0] = embedding
         self._position[0, 0] = position
         self._run_again("step", self.step_binding)
@@ -358,27 +358,27 @@ class OrtState:
 
 
 def _require_provider(bundle: Bundle, provider: str) -> None:
-    """Raise where there is no such provider, it is not installed, or it cannot take the bundle's graphs."""
+    """Raise if there is no such provider, it is not installed, or it cannot take the bundle's graphs."""
     if provider not in PROVIDERS:
         raise UsageError(f"provider {provider!r} is not one of {', '.join(PROVIDERS)}")
     if provider == "cpu":
         return
     if bundle.manifest.target == "cpu":
         raise BundleError(
-            f"{bundle.folder}: made for target cpu, whose operators and weights are for ONNX Runtime on a CPU; for its "
-            f"{provider} provider export with --target tensorrt"
+            f"{bundle.folder}: made for target cpu, whose operators and weights are for ONNX Runtime on a CPU; to use "
+            f"the {provider} provider, export with --target tensorrt"
         )
     name, there = PROVIDERS[provider][0], ort.get_available_providers()
     if name not in there:
         raise BackendError(
-            f"onnxruntime {ort.__version__} here has {', '.join(there)}, and not {name}: pip uninstall onnxruntime, "
-            "then pip install 'trol-edge[gpu]' (the two packages share a folder, so one at a time)"
+            f"onnxruntime {ort.__version__} here has {', '.join(there)}, and not {name}; pip uninstall onnxruntime, "
+            "then pip install 'trol-edge[gpu]' (one at a time, because the two packages share a folder)"
         )
-    ort.preload_dlls()  # CUDA and cuDNN out of pip packages, where they are installed that way
+    ort.preload_dlls()  # loads CUDA and cuDNN from pip packages, if they are installed that way
 
 
 def _profile(bundle: Bundle, name: str) -> dict[str, str]:
-    """TensorRT's range of every dynamic input of a graph, without which it would build anew for each longer prompt."""
+    """TensorRT's range of every dynamic input of a graph, without which each longer prompt would build a new engine."""
     manifest = bundle.manifest
     most = {"images": manifest.image.most_tiles, "tokens": manifest.context, "slots": manifest.context}
     sizes = {"min": dict.fromkeys(most, 1), "opt": {k: max(1, n // 2) for k, n in most.items()}, "max": most}
@@ -407,8 +407,8 @@ def _call(what: str, function: Any, *args: Any) -> Any:
             return function(*args)
     except UnfinishedError:
         raise
-    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
 
 
-_: type[Backend] = OrtBackend  # for type checkers: it is one
+_: type[Backend] = OrtBackend  # lets type checkers confirm that it is one

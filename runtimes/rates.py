@@ -1,8 +1,8 @@
-"""Measure what this machine's CPU does per second, through the operators that our graphs are made of.
+"""Measures the rates of this machine's CPU with the operators that our graphs use.
 
-Every rate is that of ONNX Runtime's own kernels on random numbers: weights are graph inputs, as in a bundle, except
-those of MatMulNBits, which are constants. The graphs are a few dozen bytes of protobuf, written here by hand: no onnx
-on a robot.
+Every rate is that of ONNX Runtime's own kernels on random numbers. Weights are graph inputs, as in a bundle, except
+those of MatMulNBits, which are constants. The graphs are a few dozen bytes of protobuf, written here by hand, because a
+robot does not have the onnx package.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ try:
 except ImportError as error:
     raise BackendError(f"onnxruntime is not usable here ({error}); pip install 'trol-edge[cpu]'") from error
 
-SECONDS = 0.3  # spent on each measurement, at least
-WIDTH = 2048  # of the matrices, where size does not matter
+SECONDS = 0.3  # least time of each measurement
+WIDTH = 2048  # width of matrices whose size does not matter
 PRODUCTS = ((128, 128, 16), (128, 128, 128), (128, 512, 512), (512, 2048, 2048))  # [S, K] x [K, N]
 WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30, 8 << 30)  # bytes
-MATRICES = 64  # of a working set; of one above MOST as many as fit into that: the larger, the faster they are read
+MATRICES = 64  # matrices of a working set; larger ones read faster, so one above MOST has only as many as fit MOST
 MOST = 1 << 30
 ATTENTIONS = ((128, 4, 32), (256, 16, 128))  # tokens, heads, head size
-CAPACITY = 2048  # tokens of the cache meanwhile
+CAPACITY = 2048  # size of the cache in these runs, in tokens
 TENSORS = (1 << 16, 1 << 20, 4 << 20, 16 << 20, 64 << 20)  # bytes
-COLD = 16 << 20  # bytes that sweep the caches of single cores
+COLD = 16 << 20  # bytes that flush the caches of single cores
 MICROSOFT = "com.microsoft"
 ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6}
 
@@ -42,7 +42,7 @@ Node = tuple[str, str, Sequence[str], str, dict[str, int]]  # domain, operator, 
 
 
 def host(threads: int | None = None) -> Platform:
-    """This machine: measured now, with the memory that is free now."""
+    """Measure this machine now, with the memory that is free now."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return platform_of_host(measure(threads), total, available_memory() or total)
 
@@ -50,9 +50,9 @@ def host(threads: int | None = None) -> Platform:
 def measure(
     threads: int | None = None, progress: Callable[[str, int, int], None] = lambda what, done, total: None
 ) -> Rates:
-    """Rates of this machine, in about ten seconds; 1.1 GB of memory at most. threads: as for a bundle.
+    """Measure the rates of this machine, in about ten seconds and 1.1 GB of memory. threads is what a Runtime takes.
 
-    A busy machine gives low ones: nothing here can tell.
+    A busy machine gives lower rates, which cannot be noticed here.
     """
     rng = np.random.default_rng(0)
     steps = len(WORKING_SETS) + len(TENSORS) + 2 * len(PRODUCTS) + len(ATTENTIONS) + 3
@@ -66,7 +66,7 @@ def measure(
     tiny = {f"x{i}": np.ones((1, 8), np.float32) for i in range(65)}
     run = _seconds([_link(0)], {"x0": tiny["x0"]}, {}, threads)
     chain = [_link(i) for i in range(65)]
-    operator = max(0.0, (_seconds(chain, tiny, {}, threads) - run) / 64)  # and to bind a weight
+    operator = max(0.0, (_seconds(chain, tiny, {}, threads) - run) / 64)  # includes binding a weight
     next_step()
     reads = []
     for size in WORKING_SETS:
@@ -80,7 +80,7 @@ def measure(
         next_step()
     touches = []
     for size in TENSORS:
-        count = max(5, COLD // size)  # in a graph, too, products have swept the fastest caches since x was written
+        count = max(5, COLD // size)  # in a real graph products also flush the fastest caches after x was written
         feeds = {f"x{i}": rng.random((1, size // 4), np.float32) for i in range(count)}
         nodes = [_link(i) for i in range(count)]
         spent = _seconds(nodes, feeds, {}, threads) - run - count * operator
@@ -93,7 +93,7 @@ def measure(
         back = np.full((width, depth), 1 / width, np.float32)
         count = (
             8 if width == WIDTH else 32
-        )  # different ones: from memory where a model's are, from caches where they fit
+        )  # different matrices, so that they come from memory, or from caches if all fit there, as a model's do
         weights = {f"w{i}": (back if i % 2 else w).copy() for i in range(count)}
         nodes = [("", "MatMul", [f"y{i - 1}" if i else "x", name], f"y{i}", {}) for i, name in enumerate(weights)]
         flops = 2 * tokens * depth * width
@@ -110,7 +110,7 @@ def measure(
         arithmetic["int8"].append((flops, count * flops / spent))
         next_step()
     tokens, heads, size = ATTENTIONS[0]
-    start = _attention(rng, 1, heads, size, threads)[1]  # of one token behind nothing
+    start = _attention(rng, 1, heads, size, threads)[1]  # of one token with an empty cache
     attention = []
     for tokens, heads, size in ATTENTIONS:
         flops, spent = _attention(rng, tokens, heads, size, threads)
@@ -144,7 +144,7 @@ def measure(
 
 
 def _link(i: int) -> Node:
-    """Link i of a chain: what is behind it, times an input of its own."""
+    """Link i of a chain, which multiplies the previous link by an input of its own."""
     return "", "Mul", [f"y{i - 1}" if i else "x0", f"x{i}"], f"y{i}", {}
 
 
@@ -169,7 +169,7 @@ def _attention(rng: Any, tokens: int, heads: int, size: int, threads: int | None
 
 
 def _seconds(nodes: Sequence[Node], feeds: dict[str, Array], constants: dict[str, Array], threads: int | None) -> float:
-    """The least time of one run, of as many as fit into SECONDS (three at least)."""
+    """The shortest time of one run, among as many as fit into SECONDS (at least three)."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
@@ -181,7 +181,7 @@ def _seconds(nodes: Sequence[Node], feeds: dict[str, Array], constants: dict[str
         binding.bind_ortvalue_input(name, value)
     for output in session.get_outputs():
         past = output.name.replace("present", "past")
-        if past in values and past != output.name:  # in place, as a cache is
+        if past in values and past != output.name:  # written in place, like a cache
             binding.bind_ortvalue_output(output.name, values[past])
         else:
             binding.bind_output(output.name)
@@ -198,7 +198,7 @@ def _seconds(nodes: Sequence[Node], feeds: dict[str, Array], constants: dict[str
 
 
 def _model(nodes: Sequence[Node], feeds: dict[str, Array], constants: dict[str, Array]) -> bytes:
-    """An ONNX file whose outputs are the outputs of all nodes that no other node reads."""
+    """Make an ONNX file whose outputs are those node outputs that no other node reads."""
     read = {name for _, _, inputs, _, _ in nodes for name in inputs}
     graph = b"".join(_field(1, _node(node)) for node in nodes) + _field(2, b"rates")
     graph += b"".join(_field(5, _tensor(name, array)) for name, array in constants.items())

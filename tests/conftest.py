@@ -2,72 +2,118 @@
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import kept
 from trol_edge.runtime import Runtime
 
 if TYPE_CHECKING:
     from tests.prompts import Prompts
+    from trol_edge.export.reference.checkpoint import Checkpoint
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "export" / "checkpoints"
 # A Runtime's first load of a bundle replays its self-test; here only where a test asks for it.
 os.environ["TROL_EDGE_SELFTEST"] = "0"
+# One thread each: in models as small as these a second one waits, spinning, and other tests run beside.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Wide enough that no message breaks where the length of a temporary folder's name says.
+os.environ["COLUMNS"] = "200"
 NANOS = ("trol-nano", "trol-nano-phi3")  # the shipped models, one per family
 NANO = CHECKPOINTS / NANOS[0]
 CONTEXT = 2560  # tokens: room for the longest golden prompt, two pictures
-# A trace holds no weights, so it does not depend on these numbers of a checkpoint.
-NOT_IN_THE_GRAPH = {
-    "rope_theta": 0.0,
-    "max_position_embeddings": 0,
-    "eos_token_id": 0,
-    "image_token_id": 0,
-    "embedding_rows": 0,
-}
 
 
-@pytest.fixture(scope="session")
-def traces() -> Iterator[dict[Any, Any]]:
-    """Trace each architecture once: checkpoints that differ only in their weights share the (cloned) graphs."""
-    from trol_edge.export.graphs import canonical as graphs
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes a bundle: `make check` leaves it out."""
+    for item in items:
+        if {"exported", "bundle_of"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("bundle")
 
-    trace = graphs.trace
-    memo: dict[Any, Any] = {"untouched": trace}
 
-    def once(name: str, family: Any, spec: Any, capacity: int) -> Any:
-        same = dataclasses.replace(spec, **NOT_IN_THE_GRAPH)
-        key = (name, family.name, same, None if name == "vision" else capacity)
-        if key not in memo:
-            memo[key] = trace(name, family, spec, capacity)
-        return memo[key].clone()
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """ONNX Runtime on one thread where a test does not say another number: four times less processor time."""
+    from trol_edge.runtimes.ort import OrtBackend
+
+    real: Any = OrtBackend.__init__
+
+    def init(self: Any, *args: Any, threads: int | None = None, **more: Any) -> None:
+        real(self, *args, threads=threads or 1, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "trace", once)
-        yield memo
+        patch.setattr(OrtBackend, "__init__", init)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces() -> Iterator[Callable[..., Any]]:
+    """Trace each architecture once and keep it (tests/traces.py): the suite's largest cost. Yields the real trace."""
+    if importlib.util.find_spec("torch") is None:  # the environment of a robot
+        yield lambda *_: None
+        return
+    from tests.traces import remember
+    from trol_edge.export.graphs import canonical as graphs
+
+    real = graphs.trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "trace", remember(real))
+        yield real
 
 
 @pytest.fixture(scope="session")
-def exported(traces: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Bundle of a checkpoint folder, exported once per session: exported(folder, target="cpu", context=None)."""
+def exported() -> Iterator[Callable[..., Path]]:
+    """Bundle of a checkpoint folder, made once and kept: exported(folder, target="cpu", context=None, ...).
+
+    With lowered=False it has the graphs as they are traced. Precisions with rounded weights are calibrated on two
+    scenes. To change files of it, copy it.
+    """
+    from trol_edge.calibration import run as calibration
     from trol_edge.export import pipeline
+    from trol_edge.export.quantize.recipes import RecipeOptions
+    from trol_edge.export.quantize.stats import Statistics
 
-    done: dict[Any, Path] = {}
+    def export(
+        checkpoint: Path, target: str = "cpu", context: int | None = None, lowered: bool = True, recipe: str = "fp32"
+    ) -> Path:
+        options = RecipeOptions(recipe)
 
-    def export(checkpoint: Path, target: str = "cpu", context: int | None = None) -> Path:
-        key = (checkpoint, target, context)
-        if key not in done:
-            folder = tmp_path_factory.mktemp("bundle") / checkpoint.name
-            pipeline.export(checkpoint, folder, target=target, context=context)
-            done[key] = folder
-        return done[key]
+        def make(folder: Path) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                if not lowered:
+                    patch.delitem(pipeline.LOWERINGS, target)
+                pipeline.export(
+                    checkpoint, folder, target=target, context=context, options=options, calibration=calibrated
+                )
 
-    return export
+        sources = {*kept.sources(pipeline.__name__), *kept.sources(calibration.__name__)}
+        files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+        key = kept.digest([*sorted(sources), *files], installed(), checkpoint.name, target, context, lowered, options)
+        return kept.folder("bundles", key, make)
+
+    def calibrated(source: Checkpoint) -> Statistics:
+        files = sorted(path for path in source.folder.iterdir() if path.is_file())
+        key = kept.digest([*kept.sources(calibration.__name__), *files], installed())
+        made = kept.folder(
+            "statistics", key, lambda folder: calibration.calibrate(source.folder, None, folder, count=2)
+        )
+        return Statistics.load(made, source.identity())
+
+    yield export
+    assert kept.altered() == [], "a test wrote into a bundle that others read, too"
+
+
+def installed() -> tuple[str, ...]:
+    """Versions of what makes a bundle."""
+    names = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "safetensors", "sentencepiece")
+    return tuple(f"{name} {metadata.version(name)}" for name in names)
 
 
 @pytest.fixture(scope="session")

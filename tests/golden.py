@@ -1,10 +1,29 @@
-"""Where the golden data is: all cases beside the repository, or the two that are copied into it."""
+"""Where the golden data is: `python -m tests.golden` prints the folder. It is what tests/data/golden holds, unpacked
+under build/, or the full data, where TROL_EDGE_GOLDEN names its folder."""
 
-import pathlib
+from __future__ import annotations
 
-import pytest
+import os
+from pathlib import Path
 
-ALL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "golden"
-GOLDEN = ALL if ALL.is_dir() else pathlib.Path(__file__).resolve().parent / "data" / "golden"
-requires_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden data is not at {GOLDEN}")
-requires_all_golden = pytest.mark.skipif(not ALL.is_dir(), reason=f"needs a golden case that is only at {ALL}")
+from tests import kept
+
+PACKED = Path(__file__).resolve().parent / "data" / "golden"
+FULL = os.environ.get("TROL_EDGE_GOLDEN")
+
+
+def unpacked() -> Path:
+    """The packed data in the layout of the full one."""
+
+    def make(folder: Path) -> None:
+        from tests.pack_golden import unpack  # needs safetensors, which a robot's environment lacks
+
+        unpack(PACKED, folder)
+
+    return kept.folder("golden", kept.digest([PACKED, Path(__file__).with_name("pack_golden.py")]), make)
+
+
+GOLDEN = Path(FULL) if FULL else unpacked()
+
+if __name__ == "__main__":
+    print(GOLDEN)

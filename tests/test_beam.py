@@ -11,7 +11,7 @@ import pytest
 
 from tests import cases, prompts
 from tests.cases import Array
-from tests.golden import GOLDEN, requires_all_golden
+from tests.golden import GOLDEN
 from tests.prompts import STEPS, Prompts
 from trol_edge.answering.beam import BeamSearch, Hypothesis, SessionBeams, search
 from trol_edge.errors import UsageError
@@ -157,7 +157,6 @@ def test_bad_numbers(beams: Any, tokens: Any) -> None:
         BeamSearch(beams, tokens, ())
 
 
-@requires_all_golden
 def test_golden_beams_are_all_here() -> None:
     with_beams = {n for n in prompts.names() if not n.startswith("trol-") and "beam5_ids" in keys(n)}
     assert with_beams == set(GOLDEN_BEAMS)
@@ -168,7 +167,6 @@ def keys(name: str) -> set[str]:
     return {key.split("/")[1] for key in np.load(GOLDEN / case / "expected.npz") if key.startswith(f"{run_name}/")}
 
 
-@requires_all_golden
 @pytest.mark.parametrize("name", GOLDEN_BEAMS)
 @pytest.mark.parametrize("reuse", [True, False])
 def test_golden_beams(name: str, reuse: bool, load: Prompts) -> None:

@@ -134,6 +134,7 @@ def test_peaks_cover_what_no_linear_sees(statistics: Statistics) -> None:
     assert statistics.samples == COUNT
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(statistics: Statistics, tmp_path: Path) -> None:
     narrow = calibrate(NANO, None, tmp_path / "narrow", count=COUNT, compute="bfloat16")
     ratios = [narrow.points[n].amax("minmax") / p.amax("minmax") for n, p in statistics.points.items()]
@@ -146,6 +147,7 @@ def test_bfloat16_is_close(statistics: Statistics, tmp_path: Path) -> None:
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on(cache: Path, tmp_path: Path) -> None:
     """Killed outright in two places, then finished: no stage runs twice, and the result is the same to the bit."""
     folder = tmp_path / "killed"

@@ -391,6 +391,7 @@ def test_demo(cli: Callable[..., Result], each_nano: Runtime) -> None:
     cli("demo", bundle / "nowhere").failed(1, r"no bundle\.json here")
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_loss_raises_linears(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import pytest
 
+from tests.conftest import NANOS
 from trol_edge.bundle.costs import Cost, Costs, Operation
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.spec import ModelSpec
@@ -168,9 +170,10 @@ def test_vision_by_hand(counted: Any, images: int) -> None:
     assert kinds["norm"].flops == 7 * (2 * v.num_layers * n * w + extra)
 
 
-def test_bundle_and_model_agree(each_bundle: Path) -> None:
+@pytest.mark.parametrize("name", [NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
+def test_bundle_and_model_agree(name: str, bundle_of: Callable[[str], Path]) -> None:
     """Two traced layers stand for all: every count, the peaks and the bytes are those of the whole export."""
-    whole = subject_of(Bundle(each_bundle))
+    whole = subject_of(Bundle(bundle_of(name)))
     quick = model(whole.name).subject("cpu", RecipeOptions())
     assert numbers(quick) == numbers(whole)
 

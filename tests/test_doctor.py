@@ -63,7 +63,7 @@ def test_an_orin_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "target jetson-jp6"
     )
     assert found["GPU"].text == "Orin (nvgpu), capability 8.7, 8.6 GB"
-    assert found["driver"].text == "serves CUDA 12.6" and found["tensorrt"].text == "TensorRT 10.3.0"
+    assert found["driver"].text == "supports CUDA 12.6" and found["tensorrt"].text == "TensorRT 10.3.0"
     assert found["targets"].good and "jetson-jp6" in found["targets"].text.split("runs ")[1]
     assert "TensorRT of JetPack" not in found and not found["tensorrt_rtx"].good
 
@@ -91,7 +91,7 @@ def test_a_jetson_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "Jetson Linux 41.1.0; this version of trol-edge does not know" in found["Jetson"].text
     (root / "etc/nv_tegra_release").unlink()
     found = examine(monkeypatch, root, {}, [ORIN])
-    assert "(in a container: mount that file)" in found["Jetson"].text
+    assert "(in a container, mount that file)" in found["Jetson"].text
 
 
 def test_a_bare_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

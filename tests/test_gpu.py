@@ -1,4 +1,4 @@
-"""On a real NVIDIA GPU: the same answers as on a CPU. `make test-gpu`; none of this has been run yet.
+"""On a real NVIDIA GPU: the same answers as on a CPU. `make test-gpu`. Engines are needed, so none has run yet.
 
 TROL_EDGE_GPU_BUNDLE: a bundle of trol-nano with engines built on this machine. TROL_EDGE_NANO_BUNDLE: its cpu bundle.
 """

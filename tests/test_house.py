@@ -53,6 +53,7 @@ HOME: dict[str, tuple[str, ...]] = {
     "rich": ("trol_edge/cli/",),
     "PIL": ("trol_edge/prompt/images.py", "trol_edge/prompt/tiles.py", "export/scenes.py", "export/nano/"),
     "llguidance": ("trol_edge/answering/constrain.py",),
+    "cryptography": ("trol_edge/bundle/signature.py",),
     "cv2": ("trol_edge/examples/camera.py",),
     "rclpy": ("trol_edge/examples/ros2_node.py",),
 }
@@ -355,7 +356,7 @@ def python(code: str, **more: Any) -> str:
 
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "safetensors", "sentencepiece"}
-HEAVY |= {"huggingface_hub", "typer", "rich", "llguidance", "cv2"}
+HEAVY |= {"huggingface_hub", "typer", "rich", "llguidance", "cv2", "cryptography"}
 
 
 def test_import_loads_little() -> None:

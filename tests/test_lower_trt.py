@@ -17,12 +17,11 @@ import pytest
 from tests import cases, test_phi3
 from tests.cases import TOLERANCE, Array, difference
 from tests.conftest import CHECKPOINTS, CONTEXT, NANOS
-from tests.golden import GOLDEN, requires_golden
+from tests.golden import GOLDEN
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import ExportError
-from trol_edge.export import pipeline
 from trol_edge.export.lower import trt as lower_trt
 from trol_edge.export.lower.trt import add_token, lower, refusals
 from trol_edge.export.reference.checkpoint import Checkpoint
@@ -47,22 +46,6 @@ def lowered_bundle(source: Path, folder: Path, target: str = "jetson-jp6") -> Pa
         files[graph.file] = FileInfo(path.stat().st_size, sha256_of(path))
     write_manifest(folder, dataclasses.replace(manifest, files=files))
     return folder
-
-
-@pytest.fixture(scope="module")
-def canonical_bundle(traces: dict[object, object], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A cpu bundle with the graphs as they are traced, not as ONNX Runtime likes them; canonical_bundle(checkpoint)."""
-    done: dict[Path, Path] = {}
-
-    def export(checkpoint: Path, context: int | None = None) -> Path:
-        if checkpoint not in done:
-            done[checkpoint] = tmp_path_factory.mktemp("canonical") / checkpoint.name
-            with pytest.MonkeyPatch.context() as patch:
-                patch.delitem(pipeline.LOWERINGS, "cpu")
-                pipeline.export(checkpoint, done[checkpoint], context=context)
-        return done[checkpoint]
-
-    return export
 
 
 def answers(runtime: Runtime, ids: Array, pixels: Array | None, steps: int) -> list[Array]:
@@ -95,16 +78,15 @@ def _golden(expected: dict[str, Array], row: int, padding: int) -> Array | None:
     return expected["cached_logits"][row][0] if "cached_logits" in expected and not padding else None
 
 
-@requires_golden
 @pytest.mark.parametrize("case", golden_cases())
 def test_lowered_graphs_equal_the_canonical_ones(
-    case: str, canonical_bundle: Callable[..., Path], phi3_checkpoint: Callable[..., Path], tmp_path: Path
+    case: str, exported: Callable[..., Path], phi3_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Every prompt of every golden case, with steps after it: the plain operators of JetPack 6 against opset 23."""
     checkpoint = phi3_checkpoint(case) if case.startswith("phi3") else GOLDEN / case
     limit = Checkpoint(checkpoint).spec.max_position_embeddings
     most = test_phi3.CONTEXT if case.startswith("phi3") else CONTEXT
-    canonical = canonical_bundle(checkpoint, min(most, limit))
+    canonical = exported(checkpoint, context=min(most, limit), lowered=False)
     runtimes = [Runtime(canonical), Runtime(lowered_bundle(canonical, tmp_path / "lowered"))]
     seen = 0
     for ids, pixels, golden in prompts_of(case):
@@ -121,12 +103,12 @@ def test_lowered_graphs_equal_the_canonical_ones(
 
 @pytest.mark.parametrize("model", NANOS)
 def test_nanos_lowered_give_the_same_answer(
-    model: str, bundle_of: Callable[[str], Path], canonical_bundle: Callable[..., Path], tmp_path: Path
+    model: str, bundle_of: Callable[[str], Path], exported: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Text, tokens and features of the shipped models, about a picture and without one."""
     picture = CHECKPOINTS / model / "scene.png"
     nano = Runtime(bundle_of(model))
-    plain = Runtime(lowered_bundle(canonical_bundle(CHECKPOINTS / model), tmp_path / "lowered"))
+    plain = Runtime(lowered_bundle(exported(CHECKPOINTS / model, lowered=False), tmp_path / "lowered"))
     for images in (picture, None):
         prompt = "Describe the scene."
         assert plain.generate(prompt, images).token_ids == nano.generate(prompt, images).token_ids
@@ -136,10 +118,10 @@ def test_nanos_lowered_give_the_same_answer(
     assert difference(features[1], features[0]) <= EXACT
 
 
-def test_what_each_target_keeps(canonical_bundle: Callable[..., Path]) -> None:
+def test_what_each_target_keeps(exported: Callable[..., Path]) -> None:
     """RTX and TensorRT 11 take the canonical operators as they are; older ones get none of them."""
     for name in ("vision", "traverse", "step"):
-        model = ir.load(canonical_bundle(NANO) / f"{name}.onnx")
+        model = ir.load(exported(NANO, lowered=False) / f"{name}.onnx")
         canonical = Counter(node.op_type for node in model.graph)
         assert canonical["Attention"] == (4 if name == "vision" else 10 if name == "traverse" else 5)
         for target in (RTX, TRT11):
@@ -190,17 +172,18 @@ F32, F16, I8, I64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir
     [
         (graph_of("TensorScatter", [value("x", F32, 1, 2, 8, 4), value("y", F32, 1, 2, 1, 4)]), PLAIN,
          "TensorScatter needs TensorRT 10.15, this is 10.3"),
-        (graph_of("MatMulNBits", [value("x", F32, 4, 8)]), PLAIN, "MatMulNBits is no operator of any TensorRT"),
+        (graph_of("MatMulNBits", [value("x", F32, 4, 8)]), PLAIN, "MatMulNBits is not an operator of any TensorRT"),
         (graph_of("NonZero", [value("x", I64, 4)]), PLAIN, "NonZero takes FP32, FP16, it has INT64"),
         (graph_of("ReduceMean", [value("x", F32, 4, 4), value("axes", I64, 1)]), PLAIN,
          "the axes of ReduceMean must be an initializer"),
         (graph_of("DequantizeLinear", [value("x", I8, 4), value("s", F32), value("z", I8)]), PLAIN,
          "the zero point of DequantizeLinear must be zero"),
         (graph_of("ScatterND", [value("x", F32, 4), value("i", I64, 1, 1), value("u", F32, 1)], reduction="add"), PLAIN,
-         "ScatterND with a reduction is not taken"),
+         "ScatterND with a reduction is not supported"),
         (graph_of("TensorScatter", [value("x", F32, 1, 2, 8, 4), value("y", F32, 1, 2, 1, 4)], axis=1), RTX,
-         "TensorScatter along another axis than -2 is not taken"),
-        (graph_of("Attention", [value(n, F32, 1, 2, 8, 4) for n in "qkv"], softcap=5.0), RTX, "softcap is not taken"),
+         "TensorScatter along another axis than -2 is not supported"),
+        (graph_of("Attention", [value(n, F32, 1, 2, 8, 4) for n in "qkv"], softcap=5.0), RTX,
+         "softcap is not supported"),
         (graph_of("Attention", [*(value(n, F32, 1, 2, 8, 4) for n in "qkv"), None, None, None, value("l", I64, 1)]),
          TRT11, "is ignored by the parser; give an explicit mask"),
     ],

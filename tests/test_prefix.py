@@ -15,7 +15,6 @@ import pytest
 
 from tests import cases, prompts
 from tests.cases import Array
-from tests.golden import requires_all_golden, requires_golden
 from tests.prompts import STEPS, Prompt, Prompts
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.runtime import Runtime
@@ -210,7 +209,6 @@ def test_identities_stand_for_features(load: Prompts) -> None:
         session.prefill_features(prompt.ids, found[:, :7] if found is not None else None)
 
 
-@requires_golden
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("trol-")])
 def test_uncached_semantics(name: str, load: Prompts) -> None:
     """Both passes for every answer token, one at a time: the authors' use_cache=False."""
@@ -228,7 +226,6 @@ def test_uncached_semantics(name: str, load: Prompts) -> None:
 # --- rope sets -------------------------------------------------------------------------------------------------------
 
 
-@requires_all_golden
 def test_rope_sets_are_never_mixed(load: Prompts) -> None:
     """A prefix with short factors is not gone on from with long ones, nor the other way round."""
     long, short = load("phi3-su-rope/over/0"), load("phi3-su-rope/below/0")
@@ -257,7 +254,6 @@ def test_rope_sets_are_never_mixed(load: Prompts) -> None:
     assert off(got, fresh.prefill(long.ids[:57])) <= EXACT
 
 
-@requires_all_golden
 def test_rope_change_with_pictures(
     load: Prompts,
     phi3_checkpoint: Callable[..., Path],

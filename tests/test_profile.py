@@ -314,7 +314,7 @@ def test_an_invalid_run_is_not_judged() -> None:
 def test_other_machines_bundles_and_cases_are_refused(tree: Tree) -> None:
     """With what differs, and what to do."""
     nano = made(root=tree("orin-nano"))
-    with pytest.raises(UsageError, match=r"another machine: model .*Orin Nano.*take a baseline on this one"):
+    with pytest.raises(UsageError, match=r"another machine \(model .*Orin Nano.*take a baseline on this one"):
         compare(made(), nano)
     mode = dataclasses.replace(nano, machine=nano.machine | {"power_mode": 0, "power_mode_name": "15W"})
     with pytest.raises(UsageError, match="power mode name '15W' there, 'MAXN_SUPER' here"):

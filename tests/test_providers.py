@@ -1,6 +1,6 @@
 """ONNX Runtime on the graphs of a bundle for a GPU: its providers, and the CPU where a user asked to fall back.
 
-The providers for GPUs have not been run; what is tested of them is how they are chosen, what they are given, and what a
+No GPU is needed here. What is tested of the providers for GPUs is how they are chosen, what they are given, and what a
 user hears where they are not there.
 """
 
@@ -143,7 +143,7 @@ def test_nothing_to_fall_back_to(nano_bundle: Path, tmp_path: Path) -> None:
         assert Runtime(nano_bundle, fallback="cpu").generate("What is this?").text
         assert Runtime(nano_bundle, provider="cpu").generate("What is this?").text
     with pytest.raises(
-        BundleError, match=r"made for target cpu, .* for its cuda provider export with --target tensorrt"
+        BundleError, match=r"made for target cpu, .* to use the cuda provider, export with --target tensorrt"
     ):
         Runtime(nano_bundle, provider="cuda")
     folder = tmp_path / "bundle"

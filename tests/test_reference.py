@@ -13,12 +13,12 @@ import torch
 
 from tests import cases
 from tests.cases import APART, NOT_COMPUTED, TOLERANCE, VISION, Array, compare, difference
-from tests.golden import GOLDEN, requires_all_golden, requires_golden
+from tests.golden import GOLDEN
 from tests.reference import reference
 from trol_edge.export.reference import internlm2
 from trol_edge.prompt.images import load_rgb, preprocess
 
-pytestmark = [requires_golden, pytest.mark.usefixtures("no_gradients")]
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.mark.parametrize(("case", "name"), cases.names())
@@ -47,8 +47,9 @@ def test_vision_equals_golden(case: str, name: str) -> None:
     pixels = preprocess([load_rgb(GOLDEN / case / file) for file in run.image_files], settings)
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == run.info["pixel_values_sha256"]
     table = expected["pixel_lut"]
-    assert np.array_equal(pixels, np.stack([table[c][expected["pixel_u8"][:, c]] for c in range(3)], axis=1))
-    assert np.array_equal(pixels[:, :, ::7, ::7], expected["pixel_values_s7"])
+    if "pixel_u8" in expected:  # in the full data; above all pixels were compared by their hash
+        assert np.array_equal(pixels, np.stack([table[c][expected["pixel_u8"][:, c]] for c in range(3)], axis=1))
+        assert np.array_equal(pixels[:, :, ::7, ::7], expected["pixel_values_s7"])
     ramp = np.zeros((spec.vision.image_size, spec.vision.image_size, 3), np.uint8)  # no resize: every byte stays
     ramp.reshape(-1, 3)[:256] = np.arange(256, dtype=np.uint8)[:, None]
     assert np.array_equal(preprocess([ramp], settings)[0].reshape(3, -1)[:, :256], table)
@@ -57,10 +58,11 @@ def test_vision_equals_golden(case: str, name: str) -> None:
     stored = torch.stack(states)[:, [0, -1]][:, :, torch.from_numpy(run.inputs["vision_tokens"])]
     found = {
         "vision_hidden": stored,
-        "vision_features": states[-1][:, 1:],
-        "projector": ref.vision(torch.from_numpy(pixels)),
+        "vision_features": run.stored(states[-1][:, 1:]),
+        "projector": run.stored(ref.vision(torch.from_numpy(pixels))),
     }
-    assert {*found, "pixel_u8", "pixel_lut", "pixel_values_s7"} == set(VISION) == set(VISION) & set(expected)
+    pixel_arrays = {"pixel_u8", "pixel_values_s7"} & set(expected)
+    assert {*found, "pixel_lut"} | pixel_arrays == set(VISION) & set(expected)
     off = {key: difference(tensor.numpy(), expected[key]) for key, tensor in found.items()}
     assert {key: value for key, value in off.items() if value > TOLERANCE} == {}
 
@@ -73,7 +75,6 @@ def test_no_golden_array_is_forgotten(case: str) -> None:
     assert loose == ({"clip_pos_35"} if case == "internlm2-gqa-image" else set())
 
 
-@requires_all_golden
 def test_every_exception_is_met() -> None:
     """An exception that no longer covers any array would hide nothing, and mislead a reader."""
     stored = [(f"{case}/{name}", key) for case, name in cases.names() for key in cases.load(case, name).expected]
@@ -83,7 +84,6 @@ def test_every_exception_is_met() -> None:
     assert set(NOT_COMPUTED) <= {key for _, key in stored}
 
 
-@requires_all_golden
 def test_comparator_fails() -> None:
     """Planted faults of each kind are found: a number, an integer, a forgotten array, an idle exception."""
     run = cases.load("internlm2-text", "main")
@@ -95,7 +95,7 @@ def test_comparator_fails() -> None:
 
     def nudged(array: Array) -> Array:
         array = array.copy()
-        array.flat[array.size // 2] += 2e-4 * np.abs(array).max() if array.dtype == np.float32 else 1
+        array.flat[-1] += 2e-4 * np.abs(array).max() if array.dtype == np.float32 else 1
         return array
 
     for key in set(run.expected) - set(VISION) - set(NOT_COMPUTED):
@@ -112,7 +112,9 @@ def test_position_table_is_resized_as_the_authors_do() -> None:
     """CLIP's published 24 x 24 grid becomes the 35 x 35 grid of golden."""
     table = torch.from_numpy(cases.arrays("internlm2-gqa-image", "inputs")["clip_pos_24"])
     expected = cases.arrays("internlm2-gqa-image", "expected")["clip_pos_35"]
-    assert difference(internlm2.resize_positions(table, 35).numpy(), expected) <= TOLERANCE
+    resized = internlm2.resize_positions(table, 35).numpy()
+    rows = cases.arrays("internlm2-gqa-image", "inputs").get("clip_pos_35_rows", np.arange(len(resized)))
+    assert difference(resized[rows], expected) <= TOLERANCE
 
 
 def test_the_two_semantics_differ() -> None:

@@ -34,6 +34,7 @@ def statistics(samples: sampling.SampleSet, tmp_path_factory: pytest.TempPathFac
 INT4 = RecipeOptions(recipe="int4", vision="fp32", lora="fp32", lm_head="fp32", scaling=False, clipping=False)
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_its_limit_with_few_raised(
     statistics: Statistics, samples: sampling.SampleSet, tmp_path: Path
 ) -> None:

@@ -50,8 +50,8 @@ def test_operators_by_version() -> None:
             assert (op in supported(version, rtx=False)) == (version >= since)
         assert op in supported((1, 7, 1), rtx=True)
     assert refusal("Attention", (10, 3), False) == "Attention needs TensorRT 10.14, this is 10.3"
-    assert refusal("MatMulNBits", (11, 4), False) == "MatMulNBits is no operator of any TensorRT up to 11.4"
-    assert refusal("DeformConv", (1, 7, 1), True) == "DeformConv is no operator of TensorRT for RTX 1.7.1"
+    assert refusal("MatMulNBits", (11, 4), False) == "MatMulNBits is not an operator of any TensorRT up to 11.4"
+    assert refusal("DeformConv", (1, 7, 1), True) == "DeformConv is not an operator of TensorRT for RTX 1.7.1"
     assert refusal("MatMul", (10, 3), False) is None
     assert refusals({"MatMul": 3, "Swish": 1, "Attention": 2}, (10, 13), False) == [
         "Attention needs TensorRT 10.14, this is 10.13",

@@ -9,8 +9,9 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
+from trol_edge.bundle.protobuf import protobuf_fields
 from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export.reference.tokenizer import convert, protobuf_fields, read_model, verify
+from trol_edge.export.reference.tokenizer import convert, read_model, verify
 from trol_edge.prompt.tokenizer import UNLISTED, Tokenizer
 
 SPECIALS = [f"[UNUSED_TOKEN_{i}]" for i in (143, 144, 145, 146)]
@@ -349,8 +350,8 @@ def test_inconsistent_added_tokens_are_refused(tmp_path, added, message):
         ({"601": {"content": "<image>"}}, "tokenizer_config.json: token '<image>' has id 601"),
         ({"x": {"content": "<other>"}}, "found 'x' as an id"),
         ({"601": {}}, "found a token None"),
-        ([], "no object of objects"),
-        ({"601": "<other>"}, "no object of objects"),
+        ([], "not an object of objects"),
+        ({"601": "<other>"}, "not an object of objects"),
     ],
 )
 def test_an_inconsistent_tokenizer_config_is_refused(tmp_path, decoder, message):

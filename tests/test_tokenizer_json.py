@@ -157,7 +157,7 @@ def test_extra_tokens_get_the_next_ids(tmp_path: Path) -> None:
             {"added_tokens": [{"id": 1, "content": "<s>", "special": True, "normalized": True}]},
             "special token '<s>' is found after normalisation",
         ),
-        ({"added_tokens": {}}, "no list of objects"),
+        ({"added_tokens": {}}, "not a list of objects"),
         ({"model": {**make()["model"], "merges": ["nonsense"]}}, "cannot be read"),
     ],
 )

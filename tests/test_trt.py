@@ -349,7 +349,9 @@ def test_both_sets_are_always_kept(machine: Machine, capsys: pytest.CaptureFixtu
     manifest = Bundle(machine.folder).manifest
     assert both == 2 * cache_bytes(manifest.graphs["step"].inputs, manifest.context)
     assert cli.main(["inspect", str(machine.folder)]) == 0
-    assert f"two sets, {both / 1e6:.1f} MB, always: engines keep both" in " ".join(capsys.readouterr().out.split())
+    assert f"two sets, {both / 1e6:.1f} MB, always, because engines keep both" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
@@ -409,11 +411,19 @@ def rewrite(machine: Machine, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("what", "changes", "message"),
     [
-        ("library", {"library": "TensorRT 10.7.0"}, "built with library 'TensorRT 10.7.0', here is 'TensorRT 10.3.0'"),
-        ("major", {"library": "TensorRT 11.4.0"}, "built with library 'TensorRT 11.4.0', here is 'TensorRT 10.3.0'"),
-        ("gpu", {"gpu": "RTX 4090"}, "built with gpu 'RTX 4090', here is 'stand-in for Orin'"),
-        ("capability", {"capability": "8.9"}, "built with capability '8.9', here is '8.7'"),
-        ("driver", {"driver": "13.0"}, "built with driver '13.0', here is '12.6'"),
+        (
+            "library",
+            {"library": "TensorRT 10.7.0"},
+            "built with library 'TensorRT 10.7.0', but here is 'TensorRT 10.3.0'",
+        ),
+        (
+            "major",
+            {"library": "TensorRT 11.4.0"},
+            "built with library 'TensorRT 11.4.0', but here is 'TensorRT 10.3.0'",
+        ),
+        ("gpu", {"gpu": "RTX 4090"}, "built with gpu 'RTX 4090', but here is 'stand-in for Orin'"),
+        ("capability", {"capability": "8.9"}, "built with capability '8.9', but here is '8.7'"),
+        ("driver", {"driver": "13.0"}, "built with driver '13.0', but here is '12.6'"),
     ],
 )
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
@@ -434,8 +444,8 @@ def test_engines_of_another_machine(what: str, changes: dict[str, str], message:
         ("remove", "step.engine: missing"),
         ("manifest", "engines.json: altered since the build"),
         ("nothing", "no engines for target tensorrt; make them with `trol-edge build`"),
-        ("graph", "built from another step graph than the bundle now holds"),
-        ("weights", "built from other weights than the bundle now holds"),
+        ("graph", "built from another step graph than the bundle has now"),
+        ("weights", "built from other weights than the bundle has now"),
     ],
 )
 def test_harmed_engines_are_not_loaded(

@@ -181,7 +181,7 @@ def test_engines_are_built_again_for_a_reason(
     key = built.engines.key
     assert trt_build.why(bundle, key) is None
     assert trt_build.why(bundle, dataclasses.replace(key, library="TensorRT for RTX 1.8.0")) == (
-        f"built with library '{key.library}', here is 'TensorRT for RTX 1.8.0'"
+        f"built with library '{key.library}', but here is 'TensorRT for RTX 1.8.0'"
     )
     (folder / "engines" / "rtx" / "step.engine").write_bytes(b"")
     assert trt_build.why(bundle, key) == "step.engine is missing or truncated"
@@ -377,7 +377,7 @@ def test_limits_of_full_size_builds() -> None:
 
 def test_shared_weights_that_are_refused(tmp_path: Path) -> None:
     """Where no TensorRT would take them."""
-    with pytest.raises(UsageError, match="shared weights are for TensorRT; target cpu holds them once anyway"):
+    with pytest.raises(UsageError, match="shared weights are for TensorRT, and target cpu holds them once anyway"):
         pipeline.export(NANO, tmp_path / "it", shared_weights=True)
     with pytest.raises(UsageError, match="TensorRT takes no 4-bit inputs; choose int8 or fp16"):
         recipe(NANOS[0], "int4", tmp_path / "it", shared=True)
@@ -399,17 +399,19 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
 
 def test_targets_and_machines_that_do_not_fit(nano_bundle: Path, plain_bundle: Path) -> None:
     """Wrong target of the bundle, wrong TensorRT, wrong GPU; each says what to do."""
-    with pytest.raises(BundleError, match="for which there is nothing to build; export with --target rtx"):
+    with pytest.raises(BundleError, match="which needs no engines; export with --target rtx"):
         trt_build.build(Bundle(nano_bundle))
     with pytest.raises(BundleError, match="its graphs were made for target 'cpu'; export with --target rtx"):
         trt_build.build(Bundle(nano_bundle), "rtx")
     with pytest.raises(UsageError, match="target 'orin' is not one of"):
         trt_build.build(Bundle(plain_bundle), "orin")
     library: Any = MadeUpLibrary(version=(10, 16, 1))
-    with pytest.raises(BackendError, match=r"target jetson-jp6 is for TensorRT 10\.3 .*, here is TensorRT 10\.16\.1"):
+    with pytest.raises(BackendError, match=r"target jetson-jp6 is for TensorRT 10\.3 .*, but TensorRT 10\.16\.1"):
         trt_build.key_here(TARGETS["jetson-jp6"], library, ORIN)
     desktop = Gpu("RTX 4090", "8.9", 24 << 30, (13, 0))
-    with pytest.raises(BackendError, match=r"compute capability 8\.7 and 11\.0, here is RTX 4090 \(8\.9\)"):
+    with pytest.raises(
+        BackendError, match=r"compute capability 8\.7 and 11\.0, but this machine has RTX 4090 \(8\.9\)"
+    ):
         trt_build.key_here(TARGETS["jetson-jp7"], library, desktop)
     assert trt_build.key_here(TARGETS["jetson-jp7"], library, ORIN) == Key(
         "jetson-jp7", "TensorRT 10.16.1", "Orin", "8.7", "12.6"
@@ -447,4 +449,4 @@ def test_what_this_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     jetson = machine({"tensorrt": MadeUpLibrary((10, 3, 0))}, [ORIN])
     assert [n for n, s in jetson.items() if s.runs] == ["cpu", "tensorrt", "jetson-jp6"]
     assert doctor.best()[0] == "jetson-jp6"
-    assert jetson["jetson-jp7"].why_no_run == "TensorRT 10.3.0 is here, this target is for 10.13 to below 11"
+    assert jetson["jetson-jp7"].why_no_run == "TensorRT 10.3.0 is installed, but this target is for 10.13 to below 11"

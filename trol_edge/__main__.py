@@ -1,4 +1,4 @@
-"""`python -m trol_edge`."""
+"""Runs the command line by `python -m trol_edge`."""
 
 import sys
 

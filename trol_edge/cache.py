@@ -1,8 +1,8 @@
-"""Copy-on-write over K/V caches: a fork shares its parent's rows until one of the two would write over them.
+"""Copy-on-write for K/V caches: a fork shares its parent's rows until one of the two would overwrite them.
 
-A back end's `State` is plain buffers. A `Cache` is a State that may borrow the first rows of another: they are copied,
-one set (first pass, second pass) at a time, when the borrower first writes that set. The owner goes on writing behind
-what is borrowed, in place; only where it would overwrite borrowed rows does it move to buffers of its own.
+A back end's `State` is plain buffers. A `Cache` is a State that may borrow the first rows of another one. Each set
+(first pass, second pass) is copied when the borrower first writes to it. The owner continues to write in place after
+the borrowed rows, and moves to new buffers only if it would overwrite them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Float32 = NDArray[np.float32]
 
 
 class _Body:
-    """A State, the Cache that may write it, and the caches that rely on its first rows."""
+    """A State with the Cache that may write it, and the caches that rely on its first rows."""
 
     def __init__(self, state: State, owner: Cache) -> None:
         self.state = state
@@ -29,7 +29,7 @@ class _Body:
         self.readers: list[tuple[Any, int, int]] = []  # (weak reference to a Cache, which set, rows)
 
     def relied_on(self, which: int) -> int:
-        """Rows of a set that other caches still read."""
+        """The number of rows of a set that other caches still read."""
         self.readers = [entry for entry in self.readers if entry[0]() is not None]
         return max((rows for _, kind, rows in self.readers if kind == which), default=0)
 
@@ -38,24 +38,24 @@ class _Body:
         self.readers = [entry for entry in self.readers if entry[0]() is not cache or entry[1] != which]
 
 
-_lock = threading.Lock()  # forks may live in several threads; held for bookkeeping only, never while rows are copied
+_lock = threading.Lock()  # forks may be in several threads; it guards bookkeeping only, not the copying of rows
 
 
 class Cache:
-    """The K/V rows of one sequence. Not thread-safe, but forks of one cache may be used in threads of their own."""
+    """The K/V rows of one sequence. Not thread-safe, but forks of one cache may be used in different threads."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._body: _Body | None = _Body(backend.new_state(), self)
-        self._borrowed: dict[int, tuple[_Body, int]] = {}  # set -> (where its first rows still are, how many)
+        self._borrowed: dict[int, tuple[_Body, int]] = {}  # set -> (body with its first rows, their number)
 
     @property
     def state(self) -> State | None:
-        """The State that this cache writes; None while a fork has written nothing."""
+        """The State that this cache writes, or None while a fork has written nothing."""
         return None if self._body is None else self._body.state
 
     def fork(self, first: int, second: int) -> Cache:
-        """A cache that shares rows 0..first-1 of the first set and 0..second-1 of the second; copies nothing."""
+        """Make a cache that shares rows 0..first-1 of the first set and 0..second-1 of the second; copies nothing."""
         twin = Cache.__new__(Cache)
         twin._backend, twin._body, twin._borrowed = self._backend, None, {}
         with _lock:
@@ -73,22 +73,22 @@ class Cache:
         start: int,
         pictures: Sequence[Placed],
     ) -> Float32:
-        """See State; rows 0..start-1 of both sets must be there."""
+        """See State. Rows 0..start-1 of both sets must be filled."""
         state = self._writable(start, start, both=True)
         return state.traverse(embeddings, image_mask, long_rope, start, pictures)
 
     def stepping(self, position: int, traversed: int) -> State:
-        """The State to step at `position`; rows 0..position-1 of the first set must be there.
+        """The State to step at `position`. Rows 0..position-1 of the first set must be filled.
 
-        traversed: valid rows of the second set.
+        traversed: number of valid rows of the second set.
         """
         body = self._body
-        if body is not None and not body.readers and FIRST not in self._borrowed:  # nobody shares: the usual case
+        if body is not None and not body.readers and FIRST not in self._borrowed:  # the usual case: nothing is shared
             return body.state
         return self._writable(position, traversed, both=False)
 
     def copy_rows(self, source: Cache, start: int, stop: int, traversed: int) -> None:
-        """Take rows start..stop-1 of the first set, and start..traversed-1 of the second, from another cache."""
+        """Copy rows start..stop-1 of the first set, and start..traversed-1 of the second, from another cache."""
         both = self._backend.prefix_reuse and traversed > start
         state = self._writable(start, min(start, traversed), both)
         for which, end in ((FIRST, stop), (SECOND, traversed)) if both else ((FIRST, stop),):
@@ -97,7 +97,7 @@ class Cache:
                 state.copy_rows(body.state, start, end, which)
 
     def _writable(self, start: int, traversed: int, both: bool) -> State:
-        """The State whose rows from `start` on may be written, after copying what is still borrowed below them."""
+        """The State whose rows from `start` on may be written, after borrowed rows below them have been copied."""
         sets = (FIRST, SECOND) if both else (FIRST,)
         with _lock:
             self._adopt()
@@ -122,7 +122,7 @@ class Cache:
         return state
 
     def _adopt(self) -> None:
-        """Become the owner of the borrowed rows where theirs is gone: no copy, if we go on behind all other readers."""
+        """Take over borrowed rows whose owner is gone. Free of copies if we write only after other readers' rows."""
         lenders = {id(body): body for body, _ in self._borrowed.values()}
         if self._body is not None or len(lenders) != 1:
             return

@@ -79,9 +79,9 @@ class VerifyError(TrolEdgeError):
 
 
 class UnfinishedError(TrolEdgeError):
-    """A call met its deadline or was stopped before it had a result. (`generate` and `stream` return what there is.)"""
+    """A call met its deadline or was stopped before it had a result. (`generate` and `stream` return a part.)"""
 
     def __init__(self, message: str, reason: str) -> None:
-        """reason: "deadline" or "stopped"."""
+        """Make the error. reason: "deadline" or "stopped"."""
         super().__init__(message)
         self.reason = reason

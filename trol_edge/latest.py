@@ -1,4 +1,4 @@
-"""One slot between a camera and its reader: a new frame replaces one that nobody took, so no frame waits in a line."""
+"""A single slot between a camera and its reader. A new frame replaces one that nobody took, so frames do not queue."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from trol_edge.errors import UsageError
+from trol_edge.numeric import real, shown
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class LatestCounts:
-    """What became of the items: offered == taken + dropped + (1 if one waits)."""
+    """Counts of the items: offered == taken + dropped + (1 if one waits)."""
 
     offered: int
     taken: int
-    dropped: int  # replaced by a newer one, or too old when asked for
+    dropped: int  # replaced by a newer item, or too old when asked for
 
 
 class LatestOnly(Generic[T]):
@@ -33,13 +34,17 @@ class LatestOnly(Generic[T]):
     """
 
     def __init__(self, max_age_ms: float | None = None) -> None:
-        """max_age_ms: an item that has waited longer is dropped instead of returned; None: no limit.
+        """Make an empty slot.
 
+        max_age_ms: an item that has waited longer is dropped instead of returned; None: no limit.
         Raises UsageError for a max_age_ms that is not above 0.
         """
-        if max_age_ms is not None and not max_age_ms > 0:
-            raise UsageError(f"max_age_ms should be a number of milliseconds above 0 or None, found {max_age_ms!r}")
-        self._max_age_s = None if max_age_ms is None else max_age_ms / 1e3
+        age = real(max_age_ms)
+        if max_age_ms is not None and (age is None or age <= 0):
+            raise UsageError(
+                f"max_age_ms should be a number of milliseconds above 0 or None, found {shown(max_age_ms)}"
+            )
+        self._max_age_s = None if age is None else age / 1e3
         self.clock = time.monotonic
         # Bare locks, because a Condition that Ctrl-C interrupts may stay locked for ever.
         self._lock = threading.Lock()
@@ -50,14 +55,14 @@ class LatestOnly(Generic[T]):
 
     @property
     def counts(self) -> LatestCounts:
-        """Items so far."""
+        """The counts so far."""
         with self._lock:
             return LatestCounts(self._offered, self._taken, self._dropped)
 
     def put(self, item: T) -> bool:
-        """Offer an item; True where it replaced one that nobody took. Raises UsageError after `close` and for None."""
+        """Offer an item; True if it replaced one that nobody took. Raises UsageError after `close` and for None."""
         if item is None:
-            raise UsageError("None cannot be put: get() returns it for 'nothing came'")
+            raise UsageError("None cannot be put, because get() returns it if nothing came; put an item")
         with self._lock:
             if self._closed:
                 raise UsageError("put after close; make a new LatestOnly")
@@ -69,8 +74,14 @@ class LatestOnly(Generic[T]):
             return replaced
 
     def get(self, timeout_s: float | None = None) -> T | None:
-        """Take the newest item, waiting for one; None after `close`, or where none came within timeout_s seconds."""
-        end = None if timeout_s is None else self.clock() + timeout_s
+        """Take the newest item, waiting for one; None after `close`, or where none came within timeout_s seconds.
+
+        A timeout of 0 or less takes what is there. Raises UsageError for a timeout_s that is no number.
+        """
+        timeout = real(timeout_s)
+        if timeout_s is not None and timeout is None:
+            raise UsageError(f"timeout_s should be a number of seconds or None, found {shown(timeout_s)}")
+        end = None if timeout is None else self.clock() + timeout
         while True:
             with self._lock:
                 if self._slot:
@@ -88,7 +99,7 @@ class LatestOnly(Generic[T]):
                 left = None if end is None else end - self.clock()
                 if left is not None and left <= 0:
                     return None
-                waits.acquire(timeout=-1 if left is None else left)
+                waits.acquire(timeout=-1 if left is None else min(left, threading.TIMEOUT_MAX))
             finally:
                 with contextlib.suppress(ValueError):
                     self._readers.remove(waits)
@@ -99,12 +110,12 @@ class LatestOnly(Generic[T]):
             self._readers.popleft().release()
 
     def __iter__(self) -> Iterator[T]:
-        """Items until `close`."""
+        """Yield items until `close`."""
         while (item := self.get()) is not None:
             yield item
 
     def close(self) -> None:
-        """End every `get` and loop, once the last item is taken; more than once is fine."""
+        """End every `get` and loop once the last item is taken. Closing twice is fine."""
         with self._lock:
             self._closed = True
             self._wake()

@@ -1,4 +1,4 @@
-"""Whether what was loaded can still be used, and how a program ends while threads use it.
+"""Tells whether a Runtime can still be used, and how a program ends while threads use it.
 
 Python ends daemon threads where they are. One that is inside an inference library then takes the whole process down
 ("terminate called without an active exception", exit status 134), so the end waits until none is. In the child of a
@@ -75,7 +75,7 @@ os.register_at_fork(after_in_child=_keep_all)
 
 
 class Lifetime:
-    """Shared by a Runtime and the sessions that it made."""
+    """The state that a Runtime shares with the sessions that it made."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -87,7 +87,7 @@ class Lifetime:
         return os.getpid() != self._process
 
     def check(self) -> None:
-        """Raise UsageError where the Runtime is closed, or was loaded before this process was forked."""
+        """Raise UsageError if the Runtime is closed, or was loaded before this process was forked."""
         if self.closed:
             raise UsageError("this Runtime is closed; make another")
         if self.forked:  # inference threads do not survive a fork: a call would wait for ever

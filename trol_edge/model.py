@@ -1,4 +1,4 @@
-"""One opened bundle: its back end, its embeddings, its tokenizer, and what else every question to it needs."""
+"""One opened bundle, with its back end, its embeddings, its tokenizer, and what else every question needs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from trol_edge.backend import Backend
 from trol_edge.bundle.embedding import Embeddings
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import TOKENIZER
+from trol_edge.bundle.signature import PublicKey
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import Lifetime
+from trol_edge.numeric import shown, whole
 from trol_edge.prompt.template import Prompt, build_prompt, end_ids
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.session import Session
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
-# Target of a bundle -> (module, class) that runs it; imported when a Model is made.
+# Target of a bundle -> (module, class) that runs it. It is imported when a Model is made.
 BACKENDS = {"cpu": ("trol_edge.runtimes.ort", "OrtBackend")}
 BACKENDS |= {name: ("trol_edge.runtimes.trt.backend", "TrtBackend") for name in TARGETS if is_gpu(name)}
+MOST_THREADS = 1024
 
 
 class Model:
-    """A bundle's graphs on their back end, and the text around them. Plain data once it is made; threads may share it.
+    """A bundle's graphs on their back end, and the text around them. It is plain data, so threads may share it.
 
-    tokenizer: None where the bundle has none (its checkpoint had none). ends: ids that end an answer.
+    tokenizer: None if the bundle has none (its checkpoint had none). ends: ids that end an answer.
     """
 
     def __init__(
@@ -41,19 +44,21 @@ class Model:
         prefix_reuse: bool = True,
         provider: Provider | None = None,
         fallback: Provider | None = None,
+        trusted_keys: Sequence[PublicKey] | None = None,
     ) -> None:
-        """Arguments and errors: see trol_edge.Runtime."""
-        self.bundle = Bundle(bundle)
+        """Open a bundle; for arguments and errors see trol_edge.Runtime."""
+        self.bundle = Bundle(bundle, trusted_keys)
         manifest = self.bundle.manifest
         if manifest.target not in BACKENDS and provider is None:
             raise BundleError(
                 f"{self.bundle.folder}: made for target {manifest.target!r}, which this version cannot run; "
-                f"it runs {', '.join(BACKENDS)}: export with --target cpu"
+                f"it runs {', '.join(BACKENDS)}; export with --target cpu"
             )
         self.tokenizer: Tokenizer | None = None
-        self.ends = frozenset({manifest.spec.eos_token_id})
+        self.ends = frozenset({manifest.spec.eos_token_id, *manifest.spec.more_end_ids})
         if TOKENIZER in manifest.files:
             self.tokenizer = Tokenizer.from_file(self.bundle.path(TOKENIZER))
+            self.tokenizer.require_ids_below(manifest.spec.embedding_rows)
             self.ends |= end_ids(self.tokenizer, manifest.prompt)
             image_id = self.tokenizer.special_id(manifest.prompt.image)
             if image_id != manifest.spec.image_token_id:
@@ -61,7 +66,8 @@ class Model:
                     f"{self.bundle.folder}: {manifest.prompt.image} is token {image_id} in {TOKENIZER} and "
                     f"{manifest.spec.image_token_id} in the manifest; export the bundle again"
                 )
-        settings = {"threads": threads, "verify": verify, "prefix_reuse": prefix_reuse}
+        verify = verify or bool(self.bundle.trusted_keys)  # a signature covers hashes, and these cover the files
+        settings = {"threads": _checked_threads(threads), "verify": verify, "prefix_reuse": prefix_reuse}
         self.backend: Backend
         if provider is not None:
             self.backend = _backend_class("cpu")(self.bundle, provider=provider, **settings)
@@ -72,33 +78,33 @@ class Model:
                 self.backend = _backend_class(manifest.target)(self.bundle, **settings)
             except (BackendError, BundleError) as error:
                 if manifest.target == "cpu":
-                    raise  # there is nothing else
+                    raise  # there is no other way to run it
                 self.backend = _backend_class("cpu")(self.bundle, provider=fallback, **settings)
                 warnings.warn(
                     f"{error}. Answers come from ONNX Runtime's {fallback} provider instead, because of fallback=",
                     RuntimeWarning,
-                    stacklevel=3,  # who made the Runtime
+                    stacklevel=3,  # the caller who made the Runtime
                 )
         self.embeddings = Embeddings(self.bundle)
         self.lifetime = Lifetime()
 
     def session(self, long_context: bool = False, prefill_chunk: int | None = None) -> Session:
-        """A new session with a KV cache of its own; arguments: see trol_edge.Runtime.session."""
+        """Make a session with its own KV cache; for arguments see trol_edge.Runtime.session."""
         self.lifetime.check()
         return Session(self.backend, self.embeddings, self.bundle, long_context, prefill_chunk, self.lifetime)
 
     @property
     def text(self) -> Tokenizer:
-        """The tokenizer; UsageError where the bundle has none."""
+        """The tokenizer. Raises UsageError if the bundle has none."""
         if self.tokenizer is None:
             raise UsageError(
-                f"{self.bundle.folder} has no tokenizer (its checkpoint had none), so it serves token ids only: "
+                f"{self.bundle.folder} has no tokenizer (its checkpoint had none), so it serves token ids only; "
                 "use session(), or export again with the tokenizer files in the checkpoint"
             )
         return self.tokenizer
 
     def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = (), answer: str = "") -> list[int]:
-        """Token ids of a whole prompt; arguments and errors: see trol_edge.Runtime.tokenize."""
+        """The token ids of a whole prompt; for arguments and errors see trol_edge.Runtime.tokenize."""
         return build_prompt(self.text, self.bundle.manifest.prompt, prompt, tiles, answer)
 
     def close(self) -> None:
@@ -114,7 +120,25 @@ class Model:
         self.close()
 
 
+def _checked_threads(threads: int | None) -> int | None:
+    """The number as an int, or None; a RuntimeWarning where it is far more than there are cores to run on."""
+    if threads is None:
+        return None
+    found = whole(threads, 1, MOST_THREADS)
+    if found is None:
+        raise UsageError(f"threads should be None or a whole number from 1 to {MOST_THREADS}, found {shown(threads)}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if found > 2 * cores:
+        warnings.warn(
+            f"threads={found}, but this process has {cores} cores: threads that wait for a core make every answer many "
+            "times slower; leave threads out to take the physical cores",
+            RuntimeWarning,
+            stacklevel=4,  # who made the Runtime
+        )
+    return found
+
+
 def _backend_class(target: str) -> Any:
-    """The class that runs a target's bundles, imported late: its library may be missing."""
+    """The class that runs a target's bundles, imported late because its library may be missing."""
     module, name = BACKENDS[target]
     return getattr(importlib.import_module(module), name)

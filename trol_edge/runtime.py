@@ -1,4 +1,4 @@
-"""`trol_edge.Runtime`: pictures and questions in, answers out."""
+"""Defines `trol_edge.Runtime`, which answers questions about pictures."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from trol_edge.answering.loop import Answering
 from trol_edge.answering.options import AnswerOptions, Options, options_from_keywords
 from trol_edge.answering.results import Answer, Choice, Clock, Option, Piece, YesNo
 from trol_edge.answering.streams import AnswerStream, pieces
+from trol_edge.bundle.signature import PublicKey
 from trol_edge.errors import UnfinishedError, UsageError
 from trol_edge.model import Model, Provider
+from trol_edge.numeric import shown, truth
 from trol_edge.prompt.images import count_tiles, load_rgb, preprocess
 from trol_edge.prompt.template import Prompt
 from trol_edge.session import Session
@@ -35,7 +37,7 @@ Float32 = NDArray[np.float32]
 class Runtime:
     """A loaded bundle, ready for questions.
 
-    Threads may share it: calls are served in the order in which they came, one at a time (a stream takes a new turn for
+    Threads may share it. Calls are served one at a time, in the order in which they came (a stream takes a new turn for
     each piece). Use it in a `with` block, or `close()` it.
     """
 
@@ -50,10 +52,12 @@ class Runtime:
         selftest: bool | None = None,
         provider: Provider | None = None,
         fallback: Provider | None = None,
+        trusted_keys: Sequence[PublicKey] | None = None,
     ) -> None:
         """Load a bundle folder.
 
-        threads: of one inference call (default: the physical cores). verify: check the sha256 of the weights while
+        threads: of one inference call (default: the physical cores); far more than there are cores is a
+        RuntimeWarning, because that is many times slower. verify: check the sha256 of the weights while
         they are read (the other files are always checked); False saves that time on a disk you trust. prefix_reuse:
         keep the keys and values of both passes, so that sessions can go on from a prefix (see trol_edge.Session); False
         halves the K/V memory, and what needs the second set is refused (engines keep both always, so with them this is
@@ -61,16 +65,24 @@ class Runtime:
         out first; 0: none. They lie where they are used: in the GPU's memory with engines. selftest: replay the
         bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first time; None: unless the
         environment has TROL_EDGE_SELFTEST=0.
-        provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda" or "tensorrt" (not yet
-        run on a GPU), or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
+        provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda", "tensorrt" (not yet
+        run on a GPU) or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
         fallback: a provider to go over to, with a RuntimeWarning that says why, where engines cannot be loaded; None:
         that is an error.
-        Raises BundleError (missing, half-copied, altered, other version), BackendError (library, memory) and
-        VerifyError (the numbers are not the reference's).
+        trusted_keys: ed25519 public keys (PEM files, or bytes); a bundle, or engines, that none of them signed
+        (`trol-edge sign`) are not opened. Needs `trol-edge[sign]`. None: whoever made it.
+        Raises BundleError (missing, half-copied, altered, not signed, other version), BackendError (library, memory)
+        and VerifyError (the numbers are not the reference's).
         """
         vision_cache = VisionCache(vision_cache_bytes)
         self.model = Model(
-            bundle, threads=threads, verify=verify, prefix_reuse=prefix_reuse, provider=provider, fallback=fallback
+            bundle,
+            threads=threads,
+            verify=verify,
+            prefix_reuse=prefix_reuse,
+            provider=provider,
+            fallback=fallback,
+            trusted_keys=trusted_keys,
         )
         self.bundle = self.model.bundle
         if wanted(selftest):
@@ -82,29 +94,29 @@ class Runtime:
     def generate(self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]) -> Answer:
         """Answer a question about pictures, or without any.
 
-        prompt: the question, taken literally (special tokens in it are plain characters); or a list of str and
-        trol_edge.IMAGE that says where the pictures stand. images: a path, PIL image, the bytes of a picture file or a
-        uint8 [H, W, 3] array (channels as `color` says), or a list of them. options: see
+        prompt: the question, taken literally (special tokens in it are plain characters), or a list of str and
+        trol_edge.IMAGE, which marks the place of a picture. images: a path, PIL image, the bytes of a picture file or a
+        uint8 [H, W, 3] array (`color` is the order of its channels), or a list of them. options: see
         trol_edge.answering.options.Options; greedy by default.
-        Raises UsageError, ImageError or ContextError for bad input, BackendError where inference fails; the Runtime
+        Raises UsageError, ImageError or ContextError for bad input, BackendError if inference fails; the Runtime
         stays usable.
         """
         return self._start(prompt, images, options_from_keywords(options)).whole()
 
     def stream(self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]) -> AnswerStream:
-        """As generate, piece by piece. `print(piece, end="")` prints it; the last piece has a finish_reason.
+        """Like generate, but piece by piece. `print(piece, end="")` prints one; the last has a finish_reason.
 
-        Arguments are checked, and pictures read, before this returns; the prompt is prefilled at the first piece.
+        Arguments are checked, and pictures read, before this returns. The prompt is prefilled at the first piece.
         """
         checked = options_from_keywords(options)
         if checked.num_beams > 1:
-            raise UsageError(f"num_beams {checked.num_beams}: a beam search has no pieces; use generate")
+            raise UsageError(f"num_beams {checked.num_beams}: a beam search cannot be streamed; use generate")
         return self._start(prompt, images, checked).stream()
 
     def astream(
         self, prompt: Prompt, images: Pictures | None = None, **options: Unpack[AnswerOptions]
     ) -> AsyncGenerator[Piece, None]:
-        """As stream, for `async for`: computed in a thread of its own, which ends a step after the task is cancelled.
+        """Like stream, but for `async for`. A separate thread computes, and ends one step after the task is cancelled.
 
         Arguments are checked at the first piece. A cancelled task returns when that thread has ended.
         """
@@ -113,10 +125,10 @@ class Runtime:
     def ask_many(
         self, prompts: Sequence[Prompt], images: Pictures | None = None, **options: Unpack[AnswerOptions]
     ) -> list[Answer]:
-        """Answer several questions about the same pictures: these are encoded once, and prefilled once.
+        """Answer several questions about the same pictures, which are encoded and prefilled once.
 
-        The answers are those of one `generate` each, in order. deadline_ms holds for all of them together. Arguments
-        and errors as for generate; all questions are checked before the first is answered.
+        The answers are those of one `generate` each, in order. deadline_ms is for all of them together. Arguments and
+        errors are those of generate; all questions are checked before the first is answered.
         """
         if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or not prompts:
             raise UsageError(f"ask_many takes a list of one or more questions, found {prompts!r}")
@@ -125,7 +137,7 @@ class Runtime:
         call, start = desk.call(checked), desk.now()
         clocks = [Clock() for _ in prompts]
         try:
-            pictures = look(desk, images, checked.color, call)
+            pictures = look(desk, images, checked, call)
             questions = [ask(desk, prompt, pictures, call) for prompt in prompts]
             clocks[0].preprocess_ms = 1e3 * (desk.now() - start)  # the first answer bears it, and the waiting
 
@@ -144,19 +156,20 @@ class Runtime:
         images: Pictures | None = None,
         *,
         color: Color = "rgb",
+        bits: int | None = None,
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> Choice:
-        """Which of some answers the model finds likeliest, and how likely each: from one prefill of the prompt.
+        """Find which of some answers is likeliest to the model, and how likely each is, from one prefill of the prompt.
 
-        An option's score is its log-probability as the whole answer, divided by its tokens. The end of the answer is
-        one of these tokens, so an option that is the beginning of another is told from it. probability: softmax of the
-        scores over the options given.
+        An option's score is its log-probability as the whole answer, divided by the number of its tokens. The end of
+        the answer is one of these tokens, which distinguishes an option from one that it begins. probability: softmax
+        of the scores over the given options.
         Raises UsageError for fewer than two options and for one that is empty, given twice or has white space around
-        it, UnfinishedError where the deadline comes (or `stop`) first, and otherwise as generate.
+        it, UnfinishedError if the deadline (or `stop`) comes first, and otherwise the errors of generate.
         """
         texts = checked_options(options)
-        checked = Options(color=color, deadline_ms=deadline_ms, session=session)
+        checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
         logprobs, tokens, clock = score(self.desk, prompt, texts, images, checked, whole=True)
         scores = [logprob / count for logprob, count in zip(logprobs, tokens, strict=True)]
         found = tuple(map(Option, texts, softmax(scores), scores, logprobs, tokens))
@@ -169,65 +182,69 @@ class Runtime:
         images: Pictures | None = None,
         *,
         color: Color = "rgb",
+        bits: int | None = None,
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> YesNo:
-        """Whether the answer begins with yes rather than no (either case), and the probability of that.
+        """Find whether the answer begins with yes rather than no (in either case), and the probability of that.
 
-        Arguments and errors as for choose.
+        Arguments and errors are those of choose.
         """
-        checked = Options(color=color, deadline_ms=deadline_ms, session=session)
+        checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
         logprobs, _, clock = score(self.desk, prompt, ["Yes", "yes", "No", "no"], images, checked, whole=False)
         shares = softmax(logprobs)
         yes = shares[0] + shares[1]
         return YesNo(yes >= 0.5, yes, clock.timings)
 
     def stop(self) -> None:
-        """End every call that is under way or waits, within one step, from any thread.
+        """End every call that runs or waits, within one step, from any thread.
 
-        In the prompt that is one chunk (see Options.prefill_chunk), in the vision tower one picture.
-        Answers end with the reason "stopped" and the text there is; choose and yes_no raise UnfinishedError.
+        In the prompt a step is one chunk (see Options.prefill_chunk), in the vision tower one picture.
+        Answers end with the reason "stopped" and the text so far; choose and yes_no raise UnfinishedError.
         """
         self.desk.stop()
 
     # -- tokens, pictures, sessions ----------------------------------------------------------------------------------
 
     def session(self, long_context: bool = False, prefill_chunk: int | None = None) -> Session:
-        """A new token-level session with a KV cache of its own (see trol_edge.Session).
+        """Make a token-level session with its own KV cache (see trol_edge.Session).
 
-        long_context: see Options. prefill_chunk: tokens per traverse of a prompt (None: all at once). Its own calls
-        take no turns: they run beside answers of other threads.
+        long_context: see Options. prefill_chunk: tokens per traverse of a prompt (None: all at once). A session's own
+        calls take no turns; they run beside answers of other threads.
         """
-        return self.model.session(long_context, prefill_chunk)
+        is_long = truth(long_context)
+        if is_long is None:
+            raise UsageError(f"long_context should be True or False, found {shown(long_context)}")
+        return self.model.session(is_long, prefill_chunk)
 
     def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = (), answer: str = "") -> list[int]:
-        """Token ids of a whole prompt, template included. Raises UsageError as generate does.
+        """The token ids of a whole prompt, template included. Raises UsageError as generate does.
 
-        tiles: of each picture, from `count_tiles`; an int is a number of pictures of one tile each. answer: an answer,
-        or the beginning of one, that follows.
+        tiles: number of tiles of each picture, from `count_tiles`; an int is a number of pictures of one tile each.
+        answer: an answer, or the beginning of one, that follows.
         """
         return self.model.tokenize(prompt, tiles, answer)
 
-    def count_tiles(self, images: Pictures | None) -> list[int]:
-        """How many squares of `preprocess` each picture becomes: 1, or with TroL-3.8B up to 7. Raises ImageError."""
-        return count_tiles([load_rgb(p) for p in listed(images)], self.bundle.manifest.image)
+    def count_tiles(self, images: Pictures | None, bits: int | None = None) -> list[int]:
+        """The squares that `preprocess` makes of each picture: 1, or up to 7 with TroL-3.8B. Raises ImageError."""
+        return count_tiles([load_rgb(p, bits=bits) for p in listed(images)], self.bundle.manifest.image)
 
-    def preprocess(self, images: Pictures | None, color: Color = "rgb") -> Float32 | None:
-        """pixel_values float32 [N, 3, P, P] of pictures, tile by tile, or None for none. Raises ImageError."""
-        pictures = [load_rgb(p, color) for p in listed(images)]
+    def preprocess(self, images: Pictures | None, color: Color = "rgb", bits: int | None = None) -> Float32 | None:
+        """Make pixel_values float32 [N, 3, P, P] of pictures, tile by tile, or None for none. Raises ImageError."""
+        pictures = [load_rgb(p, color, bits) for p in listed(images)]
         return preprocess(pictures, self.bundle.manifest.image) if pictures else None
 
     @property
     def vision_cache(self) -> VisionCacheInfo:
-        """Hits, misses, entries and bytes of the vision cache so far."""
+        """The hits, misses, entries and bytes of the vision cache so far."""
         return self.desk.vision_cache.info
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop what is under way, wait for it, and let the model go; sessions are of no use afterwards. Twice is fine.
+        """Stop running calls, wait for them, and release the model. Sessions cannot be used afterwards.
 
-        Memory is free once sessions and streams of this Runtime are gone, too.
+        Memory is free once sessions and streams of this Runtime are gone, too. Closing twice is fine.
         """
         self.desk.close()
 
@@ -245,7 +262,7 @@ class Runtime:
         desk = self.desk
         call, start = desk.call(options), desk.now()
         try:
-            question = ask(desk, prompt, look(desk, images, options.color, call), call)
+            question = ask(desk, prompt, look(desk, images, options, call), call)
         except UnfinishedError:  # the answer says so: its turn does not come
             question = UNREAD
         return Answering(desk, question, options, call, Clock(1e3 * (desk.now() - start)))

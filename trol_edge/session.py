@@ -1,4 +1,4 @@
-"""The token level: a Session holds one KV cache and says explicitly whether a call is a traverse or a step."""
+"""The token level. A Session holds one KV cache, and its calls are explicitly a traverse or a step."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from trol_edge.bundle.manifest import Bundle
 from trol_edge.cache import Cache
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.lifetime import Lifetime
+from trol_edge.numeric import shown, whole
 
 Float32 = NDArray[np.float32]
 
@@ -24,7 +25,7 @@ Float32 = NDArray[np.float32]
 _unhashed = itertools.count()
 
 
-# Called before each chunk with the tokens that are in the cache and the tokens that there will be.
+# Called before each chunk with the number of tokens in the cache and the number that there will be.
 OnChunk = Callable[[int, int], None]
 
 
@@ -34,11 +35,11 @@ class Session:
     >>> s = rt.session()
     >>> logits = s.prefill(ids, pixels)       # float32 [V]: both traversal passes (paper section 3), any length
     >>> logits = s.step(int(logits.argmax())) # float32 [V]: one pass, first K/V set
-    >>> logits = s.extend(next_turn)          # float32 [V]: as a prefill of everything so far and the new tokens
-    >>> twin = s.fork()                       # shares what is cached; copied when one of the two writes over it
+    >>> logits = s.extend(next_turn)          # float32 [V]: like a prefill of everything so far and the new tokens
+    >>> twin = s.fork()                       # shares cached rows, which are copied when one of the two overwrites them
 
-    `extend` and `prefill(reuse=True)` are exact: both passes' keys and values of the prefix are kept, and the new
-    tokens attend to them pass by pass. A Runtime opened with prefix_reuse=False keeps one set, and refuses them.
+    `extend` and `prefill(reuse=True)` are exact, because both passes' keys and values of the prefix are kept, and the
+    new tokens attend to them pass by pass. A Runtime opened with prefix_reuse=False keeps one set, and refuses them.
     """
 
     def __init__(
@@ -54,14 +55,14 @@ class Session:
         self.backend, self._embeddings = backend, embeddings
         self._spec, self.context = bundle.manifest.spec, bundle.manifest.context
         self._cache: Cache | None = Cache(backend)
-        self._ids = np.zeros(self.context, np.int64)  # what is cached, token by token
-        self._filled = np.zeros(self.context, bool)  # where a picture's features stand, not a token's embedding
+        self._ids = np.zeros(self.context, np.int64)  # the cached tokens
+        self._filled = np.zeros(self.context, bool)  # True for a picture's features, False for a token's embedding
         self._pictures: list[_Picture] = []
         self._length = 0
-        self._traversed = 0  # leading tokens that went through both passes; behind them stand stepped ones
+        self._traversed = 0  # leading tokens that went through both passes; stepped ones follow
         self._long = False
         self._interrupted = False
-        # Whether the next prefill takes the long rope factors whatever the prompt's length. Without effect on models
+        # Whether the next prefill uses the long rope factors for any length of prompt. It has no effect on models
         # that have one set.
         self.long_context = long_context
         self.prefill_chunk = prefill_chunk  # tokens per traverse, None: all at once; bounds scratch memory and waiting
@@ -69,12 +70,12 @@ class Session:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """The number of tokens in the cache."""
         return self._length
 
     @property
     def traversed(self) -> int:
-        """Leading tokens in the cache that went through both passes: the prompt, without the stepped answer."""
+        """The number of leading tokens that went through both passes: the prompt, without the stepped answer."""
         return self._traversed
 
     @property
@@ -85,12 +86,12 @@ class Session:
 
     @property
     def rope(self) -> Literal["plain", "short", "long"]:
-        """Which factors of the rotary embedding the cached keys have; "plain" for models that have one set only."""
+        """The factors of the rotary embedding in the cached keys; "plain" for models that have one set only."""
         return "plain" if self._spec.long_rope is None else "long" if self._long else "short"
 
     @property
     def limit(self) -> int:
-        """Tokens up to which `step` goes with these factors: the context, or less with the short ones."""
+        """The most tokens that `step` can reach with these factors: the context, or less with the short ones."""
         rope = self._spec.long_rope
         return self.context if rope is None or self._long else rope.short_rows(self.context)
 
@@ -111,15 +112,15 @@ class Session:
 
         token_ids: ints [S], S >= 1, with `tokens_per_image` image tokens (`image_token_id`) per picture, or per tile.
         pixel_values: float32 [N, 3, P, P] normalised pictures or tiles in the order of their tokens, or None.
-        reuse: keep the longest prefix that is cached of the same tokens and the same pictures (by their features), and
-        traverse only what follows, at least the last token; the result is that of a fresh prefill. `reused` says how
-        many tokens were kept.
-        on_chunk: called before each chunk (see prefill_chunk). What it raises goes through; the session then holds
-        the chunks that are done, for `prefill(reuse=True)` to go on from, and refuses to step.
+        reuse: keep the longest cached prefix of the same tokens and the same pictures (by their features), and traverse
+        only what follows, at least the last token. The result is that of a fresh prefill. `reused` is the number of
+        tokens that were kept.
+        on_chunk: called before each chunk (see prefill_chunk). Its exceptions pass through. The session then holds the
+        finished chunks, from which `prefill(reuse=True)` continues, and refuses to step.
         Raises UsageError for wrong shapes, ids or counts and ContextError for a prompt longer than the context.
-        A prompt of one token is traversed too. Where the model's rotary embedding has two factor sets, a prompt
-        longer than the short set serves takes the long one (as does every prompt with `long_context`), see `rope`;
-        a prefix with the other set is not reused.
+        A prompt of one token is traversed too. If the model's rotary embedding has two factor sets, a prompt longer
+        than the short set allows uses the long one (as does every prompt with `long_context`), see `rope`; a prefix
+        with the other set is not reused.
         """
         features, identities = self._encoded(pixel_values)
         return self.prefill_features(token_ids, features, identities, reuse=reuse, on_chunk=on_chunk)
@@ -133,11 +134,11 @@ class Session:
         reuse: bool = False,
         on_chunk: OnChunk | None = None,
     ) -> Float32:
-        """As prefill, with image features [N, T, D] (from the vision graph), or a list of such, instead of pixels.
+        """Like prefill, with image features [N, T, D] (from the vision graph), or a list of such, instead of pixels.
 
-        identities: one key per picture or tile, equal only where the features are equal, so that they need not be
-        hashed again (10 MB each for TroL-1.8B); None: a hash of the features. Features in device memory are never
-        copied to be hashed: without identities they are taken for new ones.
+        identities: one key per picture or tile, equal only if the features are equal, so that they need not be hashed
+        again (10 MB each for TroL-1.8B). None: a hash of the features. Features in device memory are never copied to be
+        hashed, so without identities they count as new ones.
         """
         cache = self.cache
         ids = self.check_ids(token_ids)
@@ -158,13 +159,13 @@ class Session:
         *,
         on_chunk: OnChunk | None = None,
     ) -> Float32:
-        """Traverse more tokens behind what is cached; returns the logits, float32 [V], of the last.
+        """Traverse more tokens after the cached ones; returns the logits, float32 [V], of the last.
 
-        Exactly as `prefill` of all tokens so far and these would be, at the cost of these. Tokens that were stepped
-        (an answer) are traversed on the way, because that is what a prompt that contains them does. One token at a
-        time this is decoding with both passes, the authors' `use_cache=False`. Arguments and errors as for prefill;
-        token_ids need image tokens for these pictures only.
-        Where the total length changes the rope factors (TroL-3.8B), everything is traversed again.
+        The result is exactly that of a `prefill` of all tokens so far and these, at the cost of these. Tokens that were
+        stepped (an answer) are traversed as well, as in a prompt that contains them. One token at a time, this is
+        decoding with both passes, the authors' `use_cache=False`. Arguments and errors are those of prefill; token_ids
+        need image tokens for these pictures only.
+        If the total length changes the rope factors (TroL-3.8B), everything is traversed again.
         """
         features, identities = self._encoded(pixel_values)
         return self.extend_features(token_ids, features, identities, on_chunk=on_chunk)
@@ -177,7 +178,7 @@ class Session:
         *,
         on_chunk: OnChunk | None = None,
     ) -> Float32:
-        """As extend, with image features instead of pixels (see prefill_features)."""
+        """Like extend, with image features instead of pixels (see prefill_features)."""
         cache = self.cache
         self._require_both("extend")
         self._require_whole("extend")
@@ -197,23 +198,23 @@ class Session:
         return self._traverse(cache, start, ids, mask, pictures, long_rope, on_chunk)
 
     def step(self, token_id: int) -> Float32:
-        """Append one token in one pass (no gate, no LoRA); returns the logits, float32 [V], of what follows it.
+        """Append one token in one pass (no gate, no LoRA); returns the logits, float32 [V], of the token after it.
 
-        Raises UsageError before a prefill or for an id outside the vocabulary, ContextError where the cache is full.
+        Raises UsageError before a prefill or for an id outside the vocabulary, ContextError if the cache is full.
         """
         return self.step_view(token_id).copy()
 
     def step_view(self, token_id: int) -> Float32:
-        """As step, but the array returned is overwritten by the next call (no allocation)."""
+        """Like step, but the next call overwrites the returned array (no allocation)."""
         state, embedding = self._to_step(token_id)
         logits = state.step(embedding, self._length)
         self._stepped(token_id)
         return logits
 
     def step_token(self, token_id: int) -> int:
-        """As step, but returns only the id of the largest logit (the lowest of equal ones), which is greedy decoding.
+        """Like step, but returns only the id of the largest logit (the lowest among equal ones), for greedy decoding.
 
-        On a GPU it is found there, and no logits are copied. Raises BackendError where no logit is a usable number.
+        On a GPU it is found there, and no logits are copied. Raises BackendError if no logit is a usable number.
         """
         state, embedding = self._to_step(token_id)
         found = state.step_token(embedding, self._length)
@@ -221,7 +222,7 @@ class Session:
         return found
 
     def _to_step(self, token_id: int) -> tuple[State, Float32]:
-        """What a step needs, when all that may be wrong with it has been checked."""
+        """Check everything that a step needs, and return its state and embedding."""
         cache, length = self.cache, self._length
         if not length:
             raise UsageError("step before prefill; call prefill(token_ids) first")
@@ -231,11 +232,11 @@ class Session:
             raise ContextError(f"the context of {self.context} tokens is full; export with a larger --context")
         if length >= self.limit:
             raise ContextError(
-                f"the short rope factors serve {self.limit} tokens, and the cached keys have them; "
-                "prefill again with long_context=True, which takes the long factors from the first token on"
+                f"the cached keys have the short rope factors, which allow {self.limit} tokens; "
+                "prefill again with long_context=True, which uses the long factors from the first token on"
             )
-        if not isinstance(token_id, (int, np.integer)) or not 0 <= token_id < self._spec.vocab_size:
-            raise UsageError(f"token id {token_id!r} is not an int in 0..{self._spec.vocab_size - 1}")
+        if whole(token_id, 0, self._spec.vocab_size - 1) is None:
+            raise UsageError(f"token id {shown(token_id)} is not an int in 0..{self._spec.vocab_size - 1}")
         return cache.stepping(length, self._traversed), self._embeddings[token_id]
 
     def _stepped(self, token_id: int) -> None:
@@ -243,9 +244,9 @@ class Session:
         self._length += 1
 
     def truncate(self, length: int) -> None:
-        """Go back to the first `length` tokens (0: empty), from where step or extend go on. Nothing is copied.
+        """Go back to the first `length` tokens (0: empty), from which step or extend continue. Nothing is copied.
 
-        Raises UsageError where the session holds fewer.
+        Raises UsageError if the session holds fewer.
         """
         self._require_open()
         if not isinstance(length, (int, np.integer)) or isinstance(length, bool) or not 0 <= length <= self._length:
@@ -256,11 +257,11 @@ class Session:
         self._pictures, self._length, self._traversed, self._interrupted = pictures, length, traversed, False
 
     def fork(self) -> Session:
-        """A session that goes on from here by itself: what-if questions about one prompt.
+        """Make a session that continues from here on its own, for what-if questions about one prompt.
 
         It shares the cached rows and copies them when it first writes: the first K/V set at its first step, the second
-        set only if it traverses (extend). The session that it came from copies nothing as long as it goes on behind
-        the rows that are shared. Forks may be used in other threads.
+        set only if it traverses (extend). The original session copies nothing as long as it writes after the shared
+        rows. Forks may be used in other threads.
         """
         cache = self.cache
         twin = Session.__new__(Session)
@@ -270,9 +271,9 @@ class Session:
         return twin
 
     def become(self, other: Session) -> None:
-        """Hold what another session of the same Runtime holds, by copying only the rows that differ.
+        """Take the content of another session of the same Runtime, by copying only the rows that differ.
 
-        For beam search: the beams share their prompt, so a beam that goes on from another copies that one's answer.
+        Beam search needs it. Beams share their prompt, so a beam that continues another one copies only its answer.
         Raises UsageError for a session of another Runtime.
         """
         mine, theirs = self.cache, other.cache
@@ -296,7 +297,7 @@ class Session:
         self._length, self._traversed, self._long = length, other._traversed, other._long
 
     def close(self) -> None:
-        """Give the K/V buffers back (rows that forks rely on stay as long as they do). Closing twice is fine."""
+        """Free the K/V buffers (rows that forks rely on stay as long as the forks). Closing twice is fine."""
         self._cache = None
 
     def __enter__(self) -> Session:
@@ -317,9 +318,7 @@ class Session:
         on_chunk: OnChunk | None,
     ) -> Float32:
         """Make the session hold `ids` [S], of which the first `start` are cached; logits of the last."""
-        size = self.prefill_chunk or len(ids)
-        if self.prefill_chunk is not None:
-            self._check_chunk(self.prefill_chunk, len(ids) - start)
+        size = len(ids) if self.prefill_chunk is None else self._chunk_size(self.prefill_chunk, len(ids) - start)
         order = np.cumsum(mask) - 1  # of the image tokens: which row of all pictures' features
         kept = [p if self._spec.long_rope else _Picture(p.identity) for p in pictures]
         # Nothing is called between these, so that Ctrl-C comes before all of them or after.
@@ -342,7 +341,7 @@ class Session:
         return logits.copy()
 
     def _placed(self, pictures: list[_Picture], mask: NDArray[np.bool_], order: NDArray[np.int64]) -> list[Placed]:
-        """Which rows of which picture stand where in a chunk, run by run."""
+        """The rows of pictures in a chunk, with their places, run by run."""
         per_picture = self._spec.vision.tokens_per_image
         at = np.flatnonzero(mask)
         rows = order[at]
@@ -351,17 +350,17 @@ class Session:
         for begin, end in zip(begins, [*begins[1:], len(at)], strict=False):
             picture, first = divmod(int(rows[begin]), per_picture)
             features = pictures[picture].features
-            assert features is not None  # pictures without are cached whole
+            assert features is not None  # pictures without features are cached completely
             placed.append(Placed(features, first, int(at[begin]), end - begin))
         return placed
 
     def _takes_long(self, total: int) -> bool:
-        """Whether a prompt of so many tokens takes the long rope factors."""
+        """Whether a prompt of `total` tokens uses the long rope factors."""
         rope = self._spec.long_rope
         return rope is not None and (self.long_context or total > rope.original_max_position_embeddings)
 
     def _encoded(self, pixel_values: Float32 | None) -> tuple[Features | None, list[bytes] | None]:
-        """Features of pictures; and, where these are in device memory, what to know them by: a hash of the pixels."""
+        """Encode pictures; if features are in device memory, also return hashes of the pixels as their identities."""
         if pixel_values is None:
             return None, None
         pixels = self.check_pixels(pixel_values)
@@ -389,20 +388,22 @@ class Session:
         if identities is None:
             identities = [self._identity(square) for square in squares]
         if len(identities) != len(squares):
-            raise UsageError(f"{len(identities)} identities for {len(squares)} picture(s) or tile(s); one is for each")
+            raise UsageError(
+                f"{len(identities)} identities for {len(squares)} picture(s) or tile(s); give one for each"
+            )
         return [_Picture(key, square) for key, square in zip(identities, squares, strict=True)]
 
     def _identity(self, features: Features) -> bytes:
         if self.backend.prefix_reuse and isinstance(features, np.ndarray):
             return hashlib.sha256(features.tobytes()).digest()
-        return b"%d" % next(_unhashed)  # equal to itself alone, and to what a fork has of it
+        return b"%d" % next(_unhashed)  # equal only to itself and to its copies in forks
 
     def _common(self, ids: NDArray[np.int64], mask: NDArray[np.bool_], pictures: list[_Picture]) -> int:
-        """Tokens of a new prompt that are cached as traversed ones; at least the last is left to traverse."""
+        """The number of tokens of a new prompt that are cached as traversed. At least the last is left to traverse."""
         return self._agree(ids, mask, pictures, min(self._traversed, len(ids) - 1))
 
     def _agree(self, ids: NDArray[np.int64], mask: NDArray[np.bool_], pictures: list[_Picture], n: int) -> int:
-        """How many of the first n tokens are the same here: same ids, and in the same places the same pictures."""
+        """How many of the first n tokens are the same as here: the same ids, and the same pictures in their places."""
         same = _same((self._ids[:n] == ids[:n]) & (self._filled[:n] == mask[:n]))
         for i, at in enumerate(np.flatnonzero(mask[:same])[:: self._spec.vision.tokens_per_image]):
             if self._pictures[i].identity != pictures[i].identity:
@@ -411,7 +412,7 @@ class Session:
 
     @property
     def cache(self) -> Cache:
-        """The K/V rows. Raises UsageError where the session, or the Runtime that it came from, is closed."""
+        """The K/V rows. Raises UsageError if the session, or its Runtime, is closed."""
         self._require_open()
         assert self._cache is not None
         return self._cache
@@ -425,22 +426,24 @@ class Session:
     def _require_both(self, what: str) -> None:
         if not self.backend.prefix_reuse:
             raise UsageError(
-                f"{what} needs the keys and values of both passes, and this Runtime keeps the first pass's only; "
-                "open it with prefix_reuse=True (it costs as much K/V memory again)"
+                f"{what} needs the keys and values of both passes, but this Runtime keeps only the first pass's; "
+                "open it with prefix_reuse=True (it doubles the K/V memory)"
             )
 
     def _require_whole(self, what: str) -> None:
         if self._interrupted:
             raise UsageError(
                 f"{what}: the last prefill or extend did not finish, {self._length} tokens are done; "
-                "prefill the whole prompt (with reuse=True it goes on from there), or truncate"
+                "prefill the whole prompt (reuse=True continues from there), or truncate"
             )
 
-    def _check_chunk(self, size: int, tokens: int) -> None:
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-            raise UsageError(f"prefill_chunk should be a whole number above 0, or None, found {size!r}")
+    def _chunk_size(self, given: int, tokens: int) -> int:
+        size = whole(given, 1)
+        if size is None:
+            raise UsageError(f"prefill_chunk should be a whole number above 0, or None, found {shown(given)}")
         if tokens > size:
             self._require_both("prefill_chunk")
+        return size
 
     def _check_count(self, mask: NDArray[np.bool_], pictures: int) -> None:
         expected = pictures * self._spec.vision.tokens_per_image
@@ -453,13 +456,15 @@ class Session:
     def _check_room(self, tokens: int) -> None:
         if tokens > self.context:
             raise ContextError(
-                f"the prompt has {tokens} tokens, this bundle holds {self.context}; "
+                f"the prompt has {tokens} tokens, but this bundle holds {self.context}; "
                 "shorten it, give fewer pictures, or export with a larger --context"
             )
 
     def check_ids(self, token_ids: Sequence[int] | ArrayLike) -> NDArray[np.int64]:
-        """token_ids as int64 [S]; UsageError where they are no list of ids of this model."""
+        """Return token_ids as int64 [S]. Raises UsageError if they are not a list of ids of this model."""
         ids = _array(token_ids, "token_ids")
+        if isinstance(token_ids, Sequence) and any(isinstance(token, (bool, np.bool_)) for token in token_ids):
+            raise UsageError("token_ids hold True or False; give ints")
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise UsageError(
                 f"token_ids should be a non-empty list of ints [S], found shape {ids.shape} of {ids.dtype}"
@@ -486,14 +491,14 @@ class Session:
 
 @dataclasses.dataclass(frozen=True)
 class _Picture:
-    """A picture or tile of the prompt: what tells it from others, and its features [T, D] while they are needed."""
+    """A picture or tile of the prompt, with its identity, and its features [T, D] while they are needed."""
 
     identity: bytes
     features: Features | None = None
 
 
 def _same(equal: NDArray[np.bool_]) -> int:
-    """How many leading entries are True."""
+    """The number of leading entries that are True."""
     return len(equal) if equal.all() else int(equal.argmin())
 
 

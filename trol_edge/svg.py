@@ -1,4 +1,4 @@
-"""Drawing in SVG: shapes, texts, axes and ticks; as figures of a page, or as a picture that stands alone."""
+"""Draws shapes, texts, axes and ticks in SVG, for figures of a page and for separate files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable
 from html import escape
 
-WIDE, NARROW = 1040, 358  # of a drawing, in CSS pixels
-CHARACTER = 7.6  # width of one in a drawing, about
+WIDE, NARROW = 1040, 358  # widths of a drawing, in CSS pixels
+CHARACTER = 7.6  # approximate width of a character in a drawing
 
 
 def number(value: float) -> str:
-    """Three significant digits, no exponent: 0.183, 12.4, 1310."""
+    """Format a number with three significant digits and no exponent: 0.183, 12.4, 1310."""
     rounded = float(f"{value:.3g}")
     if not rounded or abs(value) >= 1000:
         return f"{value:.0f}"
@@ -20,7 +20,7 @@ def number(value: float) -> str:
 
 
 def milliseconds(value: float) -> tuple[str, str]:
-    """A time, and its unit: ms, or s from ten seconds on."""
+    """Format a time; returns it with its unit, which is ms, or s from ten seconds on."""
     return (number(value / 1e3), "s") if value >= 1e4 else (number(value), "ms")
 
 
@@ -28,7 +28,7 @@ Draw = Callable[[int], tuple[float, str]]  # width -> height, body
 
 
 def svg(draw: Draw, said: str) -> str:
-    """A drawing at both widths; `said`: what it shows, for who does not see it."""
+    """Draw at both widths. said: a description for people who do not see the drawing."""
     shown = ""
     for kind, width in (("wide", WIDE), ("narrow", NARROW)):
         height, body = draw(width)
@@ -38,7 +38,7 @@ def svg(draw: Draw, said: str) -> str:
 
 
 def document(width: float, height: float, body: str) -> str:
-    """A picture that stands alone, as a file."""
+    """Make a complete SVG file."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" '
         f'font-size="10"><rect width="100%" height="100%" fill="white"/>{body}</svg>\n'
@@ -46,41 +46,41 @@ def document(width: float, height: float, body: str) -> str:
 
 
 def figure(name: str, title: str, caption: str, inside: str) -> str:
-    """A drawing on a page, under its title and caption."""
+    """Put a drawing on a page, under its title and caption."""
     return f'<figure id="{name}"><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>{inside}</figure>'
 
 
 def empty(why: str) -> str:
-    """In the place of a drawing: why there is none."""
+    """Say in the place of a drawing why there is none."""
     return f"<p class=empty>{escape(why)}</p>"
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
-    """What each colour stands for: (colour, words)."""
+    """Explain each colour; entries are (colour, words)."""
     spans = (f'<span><i class=dot style="background:{c}"></i>{escape(t)}</span>' for c, t in entries)
     return f"<div class=key>{''.join(spans)}</div>"
 
 
 def text_at(x: float, y: float, text: str, anchor: str = "start", strong: bool = False, more: str = "") -> str:
-    """A line of text; more: further attributes."""
+    """Draw a line of text. more: further attributes."""
     kind = " class=strong" if strong else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}{more}>{escape(text)}</text>'
 
 
 def circle(x: float, y: float, radius: float, fill: str) -> str:
-    """A dot."""
+    """Draw a dot."""
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" style="fill:{fill}"/>'
 
 
 def label_at(width: float, y: float, label: str, value: str, strong: bool) -> tuple[float, str]:
-    """A line above a bar: what it is, and its value at the right, in a second line where both are too long for one."""
+    """Draw a label above a bar, and its value at the right or, if both are too long for one line, in a second line."""
     if (len(label) + len(value)) * CHARACTER > width:
         return y + 34, text_at(0, y + 12, label, strong=strong) + text_at(0, y + 28, value, strong=strong)
     return y + 18, text_at(0, y + 12, label, strong=strong) + text_at(width, y + 12, value, "end", strong)
 
 
 def rect(x: float, y: float, w: float, h: float, fill: str, tip: str = "", radius: float = 0, more: str = "") -> str:
-    """A bar, never too thin to be seen; tip: shown under the pointer."""
+    """Draw a bar, never too thin to be seen. tip: text to show under the pointer."""
     tip = f"<title>{escape(tip)}</title>" if tip else ""
     return (
         f'<rect x="{x:.2f}" y="{y:.2f}" width="{max(w, 0.4):.2f}" height="{max(h, 0):.2f}" rx="{radius:g}" '
@@ -89,18 +89,18 @@ def rect(x: float, y: float, w: float, h: float, fill: str, tip: str = "", radiu
 
 
 def line(x1: float, y1: float, x2: float, y2: float, stroke: str, more: str = "") -> str:
-    """A straight line; more: further style."""
+    """Draw a straight line. more: further style."""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" style="stroke:{stroke};{more}"/>'
 
 
 def path(points: Iterable[tuple[float, float]], stroke: str, more: str = "") -> str:
-    """A line through points; more: further style."""
+    """Draw a line through points. more: further style."""
     d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     return f'<path d="{d}" style="fill:none;stroke:{stroke};stroke-linejoin:round;{more}"/>'
 
 
 def ticks(most: float, count: int) -> list[float]:
-    """Round numbers from 0 up to `most`, about so many."""
+    """About `count` round numbers from 0 up to `most`."""
     rough = most / max(count, 1) or 1.0
     power_of_ten = 10 ** math.floor(math.log10(rough))
     step = next(m * power_of_ten for m in (1, 2, 2.5, 5, 10) if m * power_of_ten >= rough)
@@ -108,7 +108,7 @@ def ticks(most: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two others for a logarithmic scale: no more than `most` where one can."""
+    """Round numbers between two others for a logarithmic scale, if possible no more than `most`."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for marks in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
         found = [m * 10.0**d for d in decades for m in marks if low <= m * 10.0**d <= high]
@@ -121,7 +121,7 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def x_axis(width: float, top: float, bottom: float, at: Callable[[float], float], ticks: list[float], unit: str) -> str:
-    """Grid lines of a horizontal axis, each with its number; the last one with the unit."""
+    """Draw grid lines of a horizontal axis, each with its number, and the last one with the unit."""
     body = ""
     for i, tick in enumerate(ticks):
         x = at(tick)

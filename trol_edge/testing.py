@@ -1,12 +1,12 @@
-"""A Runtime that answers from a script, to test a program without a bundle: no files, no inference library.
+"""A Runtime that answers from a script, to test a program without a bundle or an inference library.
 
 >>> from trol_edge.testing import ScriptedRuntime
 >>> rt = ScriptedRuntime({"Is the door open?": "Yes, it is.", "How many boxes?": "3"})
 >>> rt.generate("How many boxes?", images=frame).text
 '3'
 
-Everything but the numbers is the real thing: turns, sessions, streams, deadlines, `stop`, the vision cache, choices,
-formats of answers. A token is one ASCII character, or one byte of any other.
+Everything but the numbers is real: turns, sessions, streams, deadlines, `stop`, the vision cache, choices, formats of
+answers. A token is one ASCII character, or one byte of any other.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ Float32 = NDArray[np.float32]
 _BOS, _QUESTION, _ANSWER, _END, _IMAGE = _SPECIAL = ("<s>", "<question>", "<answer>", "</s>", "<image>")
 _PIECES = (*_SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127)))
 _ID = {piece: i for i, piece in enumerate(_PIECES)}
-_SURE = 12.0  # logit of the token that the script wants; other characters have 0
+_SURE = 12.0  # logit of the scripted token; other characters have 0
 _TOKENS_PER_IMAGE = 4
 
 
 class ScriptedRuntime(Runtime):
-    """A `trol_edge.Runtime` whose answers are written down.
+    """A `trol_edge.Runtime` with scripted answers.
 
     It takes the calls that a Runtime takes, and returns what a Runtime returns.
     """
@@ -68,13 +68,13 @@ class ScriptedRuntime(Runtime):
         step_s: float = 0.0,
         failure: Callable[[str], None] = lambda question: None,
     ) -> None:
-        """script: one answer to everything, answers by question, or a function from question to answer.
+        """Make a Runtime from a script: one answer to everything, answers by question, or a function.
 
-        A function may be called several times for a question. context, prefix_reuse, vision_cache_bytes: see
-        Runtime and export. picture_s, token_s, step_s: seconds that a picture, a token of the prompt and a token of
-        the answer take, to try deadlines and cancelled calls. failure: called with each question before its answer
-        begins; raise trol_edge.errors.BackendError in it to see what your program does when inference fails.
-        Raises UsageError, at the call, for a question that is not in the script.
+        A function maps a question to its answer and may be called several times for it. context, prefix_reuse,
+        vision_cache_bytes: see Runtime and export. picture_s, token_s, step_s: seconds that a picture, a token of the
+        prompt and a token of the answer take, to try deadlines and cancelled calls. failure: called with each question
+        before its answer begins; raise trol_edge.errors.BackendError in it to test how your program handles a failed
+        inference. Raises UsageError, at the call, for a question that is not in the script.
         """
         vision_cache = VisionCache(vision_cache_bytes)
         self.model = _ScriptedModel(
@@ -85,7 +85,7 @@ class ScriptedRuntime(Runtime):
 
 
 class _ScriptedModel(Model):
-    """A Model without a bundle's files."""
+    """A Model that needs no bundle's files."""
 
     def __init__(self, backend: _ScriptedBackend, context: int) -> None:
         self.bundle = _ScriptedBundle(context)
@@ -97,7 +97,7 @@ class _ScriptedModel(Model):
 
 
 class _ScriptedBundle(Bundle):
-    """A manifest, and no files."""
+    """A Bundle with a manifest but no files."""
 
     def __init__(self, context: int) -> None:
         self.folder, self.identity = Path("scripted"), "scripted"
@@ -105,7 +105,7 @@ class _ScriptedBundle(Bundle):
 
 
 class _IdEmbeddings(Embeddings):
-    """Rows that hold the token's id, so that a state can read it off."""
+    """Embeddings whose rows hold the token's id, so that a state can read it."""
 
     def __init__(self) -> None: ...
 
@@ -117,7 +117,7 @@ class _IdEmbeddings(Embeddings):
 
 
 class _ScriptedBackend:
-    """A back end (see trol_edge.backend.Backend) that looks its answers up."""
+    """A back end (see trol_edge.backend.Backend) that looks up its answers."""
 
     identity = "script"
     weight_bytes = 0
@@ -139,11 +139,11 @@ class _ScriptedBackend:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the ids that a state keeps."""
+        """The bytes of the ids that a state keeps."""
         return 8 * self.context * (2 if self.prefix_reuse else 1)
 
     def encode_image(self, pixel_values: Float32) -> Float32:
-        """Features that say nothing."""
+        """Return features without content."""
         time.sleep(self.picture_s * len(pixel_values))
         return np.zeros((len(pixel_values), _TOKENS_PER_IMAGE, 1), np.float32)
 
@@ -152,11 +152,11 @@ class _ScriptedBackend:
         return _ScriptedState(self)
 
     def logits(self, ids: Sequence[int]) -> Float32:
-        """Logits [V] of what follows these tokens: the next one of the answer, or its end."""
+        """Logits [V] after these tokens, whose largest is the answer's next token or its end."""
         found = np.zeros(len(_PIECES), np.float32)
-        found[[_ID[token] for token in _SPECIAL if token != _END]] = -_SURE  # in no answer, nor in a beam's
+        found[[_ID[token] for token in _SPECIAL if token != _END]] = -_SURE  # never in an answer, nor in a beam
         if _ID[_ANSWER] not in ids:
-            return found  # the prompt is not complete
+            return found  # the prompt is not complete yet
         begin = len(ids) - list(reversed(ids)).index(_ID[_ANSWER])
         question = self._question(ids[:begin])
         if begin == len(ids):
@@ -176,7 +176,9 @@ class _ScriptedBackend:
         if not isinstance(self._script, Mapping):
             return self._script(question)
         if question not in self._script:
-            raise UsageError(f"the script has no answer to {question!r}; it has {', '.join(map(repr, self._script))}")
+            raise UsageError(
+                f"the script has no answer to {question!r}, only to {', '.join(map(repr, self._script))}; add one"
+            )
         return self._script[question]
 
 

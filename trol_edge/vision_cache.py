@@ -1,4 +1,4 @@
-"""Image features of the pictures seen last: a frame is encoded once, whoever asks about it.
+"""Keeps the image features of recent pictures, so that a frame is encoded once for all questions.
 
 Axes: N squares of a picture (1, or its tiles), T image tokens per square, D width of the decoder.
 """
@@ -20,7 +20,7 @@ from trol_edge.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class VisionCacheInfo:
-    """What a cache holds and how often it was asked."""
+    """Contents and counts of a cache."""
 
     hits: int  # pictures whose features were there
     misses: int  # pictures that had to be encoded
@@ -30,18 +30,18 @@ class VisionCacheInfo:
 
 
 def content_key(picture: NDArray[np.uint8], salt: str) -> bytes:
-    """A hash of the pixels of a picture (uint8 [H, W, 3], as `images.load_rgb` gives it, any strides) and of `salt`.
+    """Hash the pixels of a picture (uint8 [H, W, 3], as `images.load_rgb` gives it, any strides) and `salt`.
 
-    Bytes are read where they lie, so a picture held in RGB and the same one held in BGR have different keys.
+    Bytes are read in their order in memory, so the same picture has different keys in RGB and in BGR.
     """
     order = "rgb"
     if picture.strides[2] < 0:
         picture, order = picture[:, :, ::-1], "bgr"
-    # sha256, because it is the fastest of the standard library where the processor helps (x86-64, ARMv8)
+    # sha256 is the fastest hash of the standard library on processors with instructions for it (x86-64, ARMv8)
     digest = hashlib.sha256(f"{salt} {picture.shape} {order} ".encode())
     if picture.flags.c_contiguous:
         digest.update(picture.data)
-    elif picture.shape[0] and picture[0].flags.c_contiguous:  # a part cut out of a larger frame
+    elif picture.shape[0] and picture[0].flags.c_contiguous:  # a crop of a larger frame
         for row in picture:
             digest.update(row.data)
     else:
@@ -50,9 +50,9 @@ def content_key(picture: NDArray[np.uint8], salt: str) -> bytes:
 
 
 class VisionCache:
-    """Features by key, least recently used out first. Threads may share it.
+    """Features by key; the least recently used are dropped first. Threads may share it.
 
-    It holds what the back end made: arrays, or device memory, which its capacity bounds then.
+    It holds what the back end made, which is arrays or device memory; its capacity bounds either.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -66,17 +66,17 @@ class VisionCache:
 
     @property
     def info(self) -> VisionCacheInfo:
-        """Counts so far."""
+        """The counts so far."""
         with self._lock:
             return VisionCacheInfo(self._hits, self._misses, len(self._entries), self._bytes, self._capacity)
 
     def peek(self, key: bytes) -> Features | None:
-        """The features if they are here; counts for nothing."""
+        """Return the features if they are cached, without counting it."""
         with self._lock:
             return self._entries.get(key)
 
     def get(self, key: bytes, encode: Callable[[], Features]) -> Features:
-        """Features [N, T, D], read-only, of the picture with this key; `encode` makes them where they are missing.
+        """Return the read-only features [N, T, D] of the picture with this key; `encode` makes missing ones.
 
         Nobody waits for another's encoding: calls of a Runtime take turns, so there is one at a time.
         """
@@ -98,7 +98,7 @@ class VisionCache:
         return features
 
     def clear(self) -> None:
-        """Forget all features; the counts go on."""
+        """Forget all features, but keep counting."""
         with self._lock:
             self._entries.clear()
 

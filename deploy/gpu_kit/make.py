@@ -181,8 +181,10 @@ def bundles(cache: Path, jetson: bool, engines: bool, only: Sequence[str]) -> Pa
     with lzma.open(packed, "wb", filters=FILTERS) as out_file, tarfile.open(fileobj=out_file, mode="w") as tar:
         for name in only or names:
             tar.add(out / name, f"bundles/{name}")
+        checkpoints = ROOT / "export" / "checkpoints"
         for model in NANOS:
-            tar.add(ROOT / "export" / "checkpoints" / model / "scene.png", f"bundles/{model}.png")
+            tar.add(checkpoints / model / "scene.png", f"bundles/{model}.png")
+        tar.add(checkpoints / NANOS[0], f"bundles/{NANOS[0]}-checkpoint")  # what a dry run exports
     return packed
 
 

@@ -155,7 +155,7 @@ class Kit:
             return f"needs {needed / 1e6:.0f} MB below {into} for a while, {free / 1e6:.0f} MB are free; make room"
         whole = into / name
         try:
-            if (fault := self._joined(pieces, whole, str(entry["sha256"]))) is not None:
+            if (fault := self.joined(pieces, whole, str(entry["sha256"]))) is not None:
                 return fault
             return self._unpacked(whole, str(entry["kind"]), site, into)
         except OSError as error:
@@ -163,7 +163,7 @@ class Kit:
         finally:
             whole.unlink(missing_ok=True)
 
-    def _joined(self, pieces: list[dict[str, object]], whole: Path, sha256: str) -> str | None:
+    def joined(self, pieces: list[dict[str, object]], whole: Path, sha256: str) -> str | None:
         digest = hashlib.sha256()
         with whole.open("wb") as out:
             for piece in pieces:
@@ -220,6 +220,7 @@ class Run:
             "finished": False,
         }
         self.result["runs"].append(self.run)
+        self.noted: dict[str, str] = {}  # stages of this run, and how they ended
         self.children: dict[str, tuple[Stage, subprocess.Popen[bytes], float]] = {}
         self.write()
 
@@ -312,6 +313,7 @@ class Run:
     def note(self, name: str, entry: dict[str, object]) -> None:
         """Put a stage's part into the result, and a line on the screen."""
         self.result["stages"][name] = entry
+        self.noted[name] = str(entry["status"])
         self.write()
         seconds = f"{entry['seconds']:6.1f} s" if "seconds" in entry else ""
         print(f"{self.run['seconds']:6.0f} s  {name:32} {entry['status']:8} {seconds}  {entry['line']}", flush=True)
@@ -428,7 +430,7 @@ def main() -> int:
         print(line, flush=True)
     if kit.manifest:
         run.all(chosen(options, kit.jetson))
-    found = [entry["status"] for entry in run.result["stages"].values()]
+    found = list(run.noted.values())
     counts = ", ".join(f"{found.count(status)} {status}" for status in dict.fromkeys(found))
     print(f"{run.file}: {counts or 'no stage ran'}")
     if "passed" not in found:

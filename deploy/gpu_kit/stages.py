@@ -114,6 +114,11 @@ def machine(record: Record) -> None:
     record["distributions"] = found
     record["libraries"] = [name for name in LIBRARIES if loads(name)]
     record.check("the project is importable", "trol-edge" in found, "trol-edge is not installed; see problems")
+    if "trol-edge" not in found:
+        return
+    from trol_edge.machine.identity import read as identify
+
+    record["identity"] = dataclasses.asdict(identify())
     device = require_gpu(record)
     record["gpu"] = dataclasses.asdict(device)
     fields = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,temperature.gpu"
@@ -543,15 +548,12 @@ def soaked(record: Record, folder: Path, seconds: float, provider: Any) -> None:
 def engine(record: Record, model: str, precision: str, soak_s: float) -> None:
     """Engines of TensorRT, built here, or of TensorRT for RTX, brought: run, verify, capture, soak; or the refusal."""
     require_gpu(record)
-    ran = [
-        _engine(record, model, precision, soak_s, module, target)
-        for module, target in (("tensorrt", "tensorrt"), ("tensorrt_rtx", "rtx"))
-    ]
+    ran = [_engine(record, model, precision, soak_s, module) for module in ("tensorrt", "tensorrt_rtx")]
     if not any(ran):
         raise NotHere("neither TensorRT nor TensorRT for RTX is installed here")
 
 
-def _engine(record: Record, model: str, precision: str, soak_s: float, module: str, target: str) -> bool:
+def _engine(record: Record, model: str, precision: str, soak_s: float, module: str) -> bool:
     """One library's engines; whether the library is there at all."""
     import trol_edge
     from trol_edge.bundle.targets import TARGETS
@@ -563,14 +565,22 @@ def _engine(record: Record, model: str, precision: str, soak_s: float, module: s
         record[module] = f"not usable ({type(error).__name__}: {error})"
         return False
     record[module] = version
-    brought, picture = bundle_of(record, f"{model}-{target}-{precision}"), picture_of(record, model)
-    capability, served = require_gpu(record).capability, TARGETS[target].capabilities
+    number = tuple(int(part) for part in version.split(".")[:3])
+    fitting = [name for name, entry in TARGETS.items() if entry.module == module and entry.serves(number)]
+    brought = [name for name in fitting if (record.scratch / "bundles" / f"{model}-{name}-{precision}").is_dir()]
+    if not brought:
+        raise NotHere(f"the kit has no bundle of {model} in {precision} for {module} {version}")
+    capability = require_gpu(record).capability
+    able = [name for name in brought if capability in (TARGETS[name].capabilities or [capability])]
+    target = (able or brought)[0]
+    given, picture = bundle_of(record, f"{model}-{target}-{precision}"), picture_of(record, model)
+    served = TARGETS[target].capabilities
     if served and capability not in served:  # the library's own words, in case it knows better by now
-        words = _direct(module, brought / "engines" / target / "step.engine")
+        words = _direct(module, given / "engines" / target / "step.engine")
         raise NotHere(f"target {target} serves {', '.join(served)}, this GPU is {capability}; {module} says: {words}")
-    folder = record.scratch / "engines" / brought.name
+    folder = record.scratch / "engines" / given.name
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(brought, folder)  # engines and kernels are written there; the kit's own stays as it was hashed
+    shutil.copytree(given, folder)  # engines and kernels are written there; the kit's own stays as it was hashed
     build = [sys.executable, "-m", "trol_edge", "build", os.fspath(folder), "--json"]
     start = time.perf_counter()
     done = subprocess.run(build, capture_output=True, text=True)
@@ -667,9 +677,10 @@ def prepare(record: Record, model: str, precision: str) -> None:
 def checkpoint_of(record: Record, model: str) -> Path:
     """The folder of a published model's random weights, made at the first use; in a dry run a shipped model."""
     if record.dry:
-        from trol_edge.export.reference.hub import shipped_folder
-
-        return Path(shipped_folder(model))
+        folder = record.scratch / "bundles" / f"{model}-checkpoint"
+        if not folder.is_dir():
+            raise NotHere(f"the kit holds no checkpoint of {model}")
+        return folder
     checkpoint = record.scratch / "large" / f"{model}-checkpoint"
     checkpoint.parent.mkdir(exist_ok=True)
     with (checkpoint.parent / f"{model}.lock").open("w") as lock:  # several stages read one checkpoint

@@ -1,1 +1,1 @@
-"""The canonical graphs, and what they cost."""
+"""Traces the canonical graphs and counts what they cost."""

@@ -1,4 +1,6 @@
-"""Trace the model into ONNX graphs: no weights needed, the traversal loop unrolled, standard opset-23 operators only.
+"""Traces the model into ONNX graphs of standard opset-23 operators, with the traversal loop unrolled.
+
+No weights are needed.
 
 | graph         | inputs                                                           | outputs                   |
 |---------------|------------------------------------------------------------------|---------------------------|
@@ -8,19 +10,19 @@
 | traverse_text | the same without image_mask: no LoRA in the graph                | logits [1,V], both caches |
 | step          | inputs_embeds [1,1,D], position_ids [1,1], first cache           | logits [1,V], first cache |
 
-A family without LoRA has no image_mask, and no traverse_text. A family whose rotary embedding has two factor sets has
-one input more in traverse and step, rope_offset [1] int64: how many rows of the rope tables to skip (see
+A family without LoRA has neither image_mask nor traverse_text. A family whose rotary embedding has two factor sets has
+one more input in traverse and step, rope_offset [1] int64. It says how many rows of the rope tables to skip (see
 `model.graph_rope_tables`), so that one graph serves both sets.
-The first cache is past_key_<i> and past_value_<i> [1,G,C,E] in, present_key_<i> and present_value_<i> out, of every
-layer i: keys and values of the first pass. The second, of the second pass, is past_second_key_<i> and so on. New rows
-are written with ScatterND, so past and present may be bound to the same memory: then the write is in place. Logits are
-those of the last token. N, S and T are dynamic, the capacity C is fixed.
+The first cache holds keys and values of the first pass: for every layer i, past_key_<i> and past_value_<i> [1,G,C,E] in
+and present_key_<i> and present_value_<i> out. The second cache holds those of the second pass; its names are
+past_second_key_<i> and so on. New rows are written with ScatterND, so past and present may be bound to the same memory,
+and the write is then in place. Logits are those of the last token. N, S and T are dynamic, the capacity C is fixed.
 
 `traverse` extends a prefix of any length: tokens at positions P..P+S-1 attend, pass by pass, to the rows that the
-caches hold for 0..P-1 and to each other. `slots` is 0..T-1 with T = P+S: its length says how much of the caches to read
+caches hold for 0..P-1 and to each other. `slots` is 0..T-1 with T = P+S. Its length says how much of the caches to read
 (a Slice, so a prompt without a prefix costs its own length and not C), and its values make the causal mask.
-Without a prefix the second cache is scratch, used by one layer at a time: all layers may then be bound to one pair of
-buffers. Both passes use the same weights, which stand in the graph once.
+Without a prefix the second cache is scratch that one layer uses at a time, so all layers may be bound to one pair of
+buffers. Both passes use the same weights, which are in the graph once.
 """
 
 from __future__ import annotations
@@ -46,19 +48,19 @@ from trol_edge.export.reference.model import Decoder
 
 OPSET = 23
 IR_VERSION = 11
-TRACED = ("vision", "traverse", "step")  # traverse_text is made of traverse
+TRACED = ("vision", "traverse", "step")  # traverse_text is derived from traverse
 ROPE = ("rope.cos", "rope.sin")  # float32 [rows, E/2] tables, stored beside the weights
 
 
 def cache_names(spec: ModelSpec, prefix: str) -> list[str]:
-    """Names of the cache tensors in graph order; prefix is "past" or "present", or "past_second" ... for pass two."""
+    """Names of the cache tensors in graph order. prefix is "past" or "present", or "past_second" ... for pass two."""
     return [f"{prefix}_{kind}_{i}" for i in range(spec.num_layers) for kind in ("key", "value")]
 
 
 class _CachedAttention:
     """`Attend` in ONNX operators: RotaryEmbedding, ScatterND into the cache, Attention.
 
-    A traverse looks at the first T rows of its pass's cache; a step at the whole first cache, up to its own position.
+    A traverse attends to the first T rows of its pass's cache, a step to the whole first cache up to its own position.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class _CachedAttention:
         return context.transpose(1, 2).reshape(batch, length, h * e)
 
     def _write(self, index: int, new: Tensor) -> Tensor:
-        """Put the new rows [1, G, S, E] into a cache; returns what is attended to: its first T rows, or all."""
+        """Put the new rows [1, G, S, E] into a cache; returns the rows to attend to, which are the first T or all."""
         past = self.cache[index]
         self.cache[index] = _operator("ScatterND", (past, self.rows, new), past.dtype, past.shape)
         if self.slots is None:
@@ -110,12 +112,12 @@ def _operator(
 
 
 def _ints(*values: int) -> Tensor:
-    # Not torch.tensor: a real tensor among fake ones stops the optimizer.
+    # torch.tensor would make a real tensor among fake ones, which stops the optimizer.
     return _operator("Constant", (), torch.int64, (len(values),), {"value_ints": list(values)})
 
 
 class _DecoderGraph(nn.Module):
-    """What is traced as traverse, traverse_text or step."""
+    """The module that is traced as traverse, traverse_text or step."""
 
     def __init__(self, spec: ModelSpec, decoder: Decoder, capacity: int, name: str) -> None:
         super().__init__()
@@ -148,14 +150,14 @@ class _VisionGraph(nn.Module):
 def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model:
     """Trace vision, traverse or step with a cache of `capacity` tokens; its weights are initializers without values.
 
-    No parameter is allocated: everything is traced with fake tensors.
+    No parameter is allocated, because everything is traced with fake tensors.
     """
     with FakeTensorMode(), torch.no_grad():
         if name == "vision":
             pixels = torch.empty(2, 3, spec.vision.image_size, spec.vision.image_size)
             module: nn.Module = _VisionGraph(family.vision(spec))
             return _export(module, (pixels,), ({0: _dim("images")},), ["pixel_values"], ["image_features"])
-        length = 1 if name == "step" else 8  # any length above one will do for the trace
+        length = 1 if name == "step" else 8  # the trace works with any length above one
         dynamic: dict[int, Any] = {} if name == "step" else {1: _dim("tokens")}
         sets = ("",) if name == "step" else ("", "_second")
         past_names = [n for s in sets for n in cache_names(spec, f"past{s}")]
@@ -203,9 +205,9 @@ def _export(
         model = program.model
         for value in model.graph.initializers.values():
             if value.name in module.state_dict():
-                value.const_value = None  # fake: nothing below may look at it
+                value.const_value = None  # it is fake, so nothing below may read it
         onnxscript.optimizer.optimize(model)
-    # Stack traces with this machine's paths: most of the file's bytes, and another file on another machine.
+    # Stack traces are most of the file's bytes, and their paths would make the file differ between machines.
     common.ClearMetadataAndDocStringPass()(model)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "trol-edge", __version__
@@ -214,7 +216,7 @@ def _export(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter narrates; its remarks about our own, tested trace are noise to a user."""
+    """Silence the exporter, whose remarks about our own, tested trace are noise to a user."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -229,9 +231,9 @@ def _quiet() -> Iterator[None]:
 
 
 def without_lora(traverse: ir.Model) -> ir.Model:
-    """traverse_text: a copy of the traverse graph for prompts without image tokens.
+    """Make traverse_text, a copy of the traverse graph for prompts without image tokens.
 
-    Where the image mask is zero everywhere, the low-rank terms (the only users of the mask) add nothing.
+    If the image mask is zero everywhere, the low-rank terms (the only users of the mask) add nothing.
     """
     model = traverse.clone()
     mask = next(value for value in model.graph.inputs if value.name == "image_mask")
@@ -249,15 +251,15 @@ def without_lora(traverse: ir.Model) -> ir.Model:
 
 
 def weight_names(model: ir.Model) -> list[str]:
-    """Initializers without a value: the parameters that the graph reads from the weights file."""
+    """Names of the initializers without a value, which the graph reads from the weights file."""
     return [name for name, value in model.graph.initializers.items() if value.const_value is None]
 
 
 def fold_transposes(model: ir.Model) -> set[str]:
-    """Let Linear weights be stored as MatMul reads them, [in, out]; returns the names that are.
+    """Let Linear weights be stored as MatMul reads them, [in, out]; returns the names of those that are.
 
-    The trace has Transpose(weight) before each MatMul. Left in the graph it would be computed at load time,
-    into a second copy of every weight in every session.
+    The trace has Transpose(weight) before each MatMul. If it stayed in the graph, loading would compute a second copy
+    of every weight in every session.
     """
     folded = set()
     for name in weight_names(model):
@@ -276,8 +278,8 @@ def fold_transposes(model: ir.Model) -> set[str]:
 def weights_as_inputs(model: ir.Model, which: Collection[str]) -> list[str]:
     """Turn these parameters into graph inputs, int8 as they are or float32; returns their names, in input order.
 
-    For ONNX Runtime on a CPU: it shares one buffer of each weight between all sessions only where the weight is an
-    input. Initializers are copied, and packed, once per session.
+    ONNX Runtime on a CPU shares one buffer of a weight between all sessions only if the weight is an input.
+    Initializers are copied, and packed, once per session.
     """
     names = [name for name in weight_names(model) if name in which]
     for name in names:
@@ -291,9 +293,10 @@ def weights_as_inputs(model: ir.Model, which: Collection[str]) -> list[str]:
 def weights_from_file(
     model: ir.Model, location: str, offsets: dict[str, tuple[ir.DataType, int, int]], as_inputs: Collection[str] = ()
 ) -> None:
-    """Point the parameters into a weights file: name -> (dtype, offset, bytes); those of `as_inputs` become inputs.
+    """Point the parameters into a weights file; those of `as_inputs` become inputs.
 
-    Where the graph reads a parameter as float32 and the file has it in fewer bits, a Cast goes between.
+    offsets: name -> (dtype, offset, bytes). If the graph reads a parameter as float32 and the file has it in fewer
+    bits, a Cast is inserted.
     """
     for name in weight_names(model):
         value = model.graph.initializers[name]

@@ -1,13 +1,13 @@
-"""Count what a graph does, operator by operator: operations, bytes, and the most tensors that are alive together.
+"""Counts what a graph does, operator by operator: operations, bytes, and the peak of tensors that are alive together.
 
-Counted on the graph as a target gets it, quantized and lowered; for TensorRT before Attention, RMSNormalization and the
-like are written out, because its builder fuses them again. Exact in the dynamic dimensions (see
-`trol_edge.bundle.costs`).
+The graph is counted as a target gets it, quantized and lowered. For TensorRT it is counted before Attention,
+RMSNormalization and the like are written out, because its builder fuses them again. Counts are exact in the dynamic
+dimensions (see `trol_edge.bundle.costs`).
 
-- Weights cost the bytes of the type in which they are loaded: DequantizeLinear of a weight is part of the product that
-  reads it, and so is that of a rounded input. Embedding-like reads (Gather, Slice, rotary tables) cost the rows read.
-- The cache is written in place. Attention costs all it is asked for, the masked half included: kernels compute it, too.
-- Reshape and its like cost nothing, but stand in the count: a runtime has to go through them.
+- Weights cost the bytes of the type in which they are loaded. DequantizeLinear of a weight, or of a rounded input, is
+  part of the product that reads it. Embedding-like reads (Gather, Slice, rotary tables) cost the rows read.
+- The cache is written in place. Attention costs all its scores, with the masked half, because kernels compute it, too.
+- Reshape and its like cost nothing but are counted as operators, because a runtime has to go through them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trol_edge.bundle.costs import Costs, Operation, Polynomial
 from trol_edge.errors import ExportError
 
 SOFTMAX = 4  # operations per score: scaling, exponential, sum, division
-ROTARY = 3  # per element: four products and two sums for two
+ROTARY = 3  # per element: four products and two sums for a pair of elements
 NORMS = {"RMSNormalization": 4, "LayerNormalization": 7}  # per element
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 FREE = ("Shape", "Constant", "ConstantOfShape")
@@ -43,7 +43,7 @@ NAMES = {
 def count(model: ir.Model, weights: Collection[str], scores: bool = False) -> Costs:
     """Count a graph; `weights` are the names of its parameters, initializers or inputs.
 
-    scores: attention writes its scores to memory, as ONNX Runtime's kernels on a CPU do.
+    scores: whether attention writes its scores to memory, as ONNX Runtime's kernels on a CPU do.
     Raises ExportError for an operator whose output has no known shape.
     """
     return _Walker(model, set(weights), scores).walk()
@@ -56,9 +56,9 @@ def bytes_of(weight: ir.Value) -> int:
 
 
 def repeat(one: Costs, two: Costs, layers: int) -> Costs:
-    """Counts of a model with `layers` layers from those of models with one and with two; exact, as layers are alike.
+    """Compute the counts of a model with `layers` layers from those with one and with two; exact, as layers are alike.
 
-    Raises ExportError where the second layer has less than the first.
+    Raises ExportError if the second layer has less than the first.
     """
     first, second = ({_key(o): o for o in costs.operations} for costs in (one, two))
     operations = []
@@ -83,10 +83,10 @@ class _Walker:
         self.shapes: dict[ir.Value, list[Polynomial]] = {}
         self.types: dict[ir.Value, ir.DataType] = {}
         self.weights = {v for v in (*model.graph.initializers.values(), *model.graph.inputs) if v.name in weights}
-        # What a value is made of: the weights behind one that depends on nothing else (bytes, and the type stored).
+        # Values that depend on weights only -> those weights, which give the bytes and the stored type.
         self.constant: dict[ir.Value, tuple[ir.Value, ...]] = {w: (w,) for w in self.weights}
         self.constant |= {v: () for v in model.graph.initializers.values() if v not in self.weights}
-        self.root: dict[ir.Value, ir.Value] = {}  # what a view, or a restored input, is really read from
+        self.root: dict[ir.Value, ir.Value] = {}  # view or restored input -> the value that is really read
         self.cached = {v for v in model.graph.inputs if v.name and v.name.startswith("past_")}
         self.defaults: dict[str, int] = {}
         self.found: Counter[Any] = Counter()
@@ -115,7 +115,7 @@ class _Walker:
         if op in VIEWS:
             self._view(out, inputs[0])
         if op in (*VIEWS, *FREE) or (op == "DequantizeLinear" and self._producer(inputs[0]) == "QuantizeLinear"):
-            if op == "DequantizeLinear":  # part of the product that reads it
+            if op == "DequantizeLinear":  # counted with the product that reads it
                 self._view(out, inputs[0])
             return self._operation("move", node, {}, [], [])
         if op in ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits"):
@@ -165,7 +165,7 @@ class _Walker:
         return self._operation("attention", node, flops, tensors, [node.outputs[0]], cache=cache, more=more)
 
     def _grouped_attention(self, node: ir.Node) -> Operation:
-        """qkv [1, S, (H+2G)*E], caches [1, G, C, E]; rotary embedding and the writing of the cache are part of it."""
+        """qkv [1, S, (H+2G)*E], caches [1, G, C, E]; rotary embedding and writing the cache are included."""
         qkv, past, cos = node.inputs[0], node.inputs[3], node.inputs[7]
         assert qkv is not None and past is not None and cos is not None
         heads = {"1": node.attributes["num_heads"].as_int()}
@@ -176,7 +176,7 @@ class _Walker:
         pairs = _product([heads, length, {"slots": 1}])
         rotated = _product([_plus(heads, groups), length, size])
         flops = _plus(_times(pairs, _plus(_times(size, {"1": 4}), {"1": SOFTMAX})), _times(rotated, {"1": ROTARY}))
-        row = _product([groups, size, {"1": 2 * self._bytes_of(past)}])  # of keys and values
+        row = _product([groups, size, {"1": 2 * self._bytes_of(past)}])  # a row of keys and one of values
         cache = _times(row, _plus(length, {"slots": 1}))
         self.cached |= set(node.outputs[1:])
         more = _plus(
@@ -186,7 +186,7 @@ class _Walker:
         return self._operation("attention", node, flops, [qkv], node.outputs[:1], cache=cache, more=more)
 
     def _score_bytes(self, node: ir.Node, pairs: Polynomial, kept: Polynomial, like: ir.Value) -> Polynomial:
-        """Scores are written, read and written again by the softmax, and read; `kept` of them have room."""
+        """Bytes of scores, which are written, read and written again by the softmax, and read; `kept` are in memory."""
         if not self.scores:
             return {}
         self.workspace[node] = _times(kept, {"1": self._bytes_of(like)})
@@ -271,7 +271,7 @@ class _Walker:
         return found
 
     def _infer(self, node: ir.Node) -> None:
-        """Shapes and types that a lowering left out."""
+        """Fill in shapes and types that a lowering left out."""
         inputs = [v for v in node.inputs if v is not None]
         for i, out in enumerate(node.outputs):
             if out.dtype is None:
@@ -305,11 +305,11 @@ class _Walker:
             return []
         if op == "Reshape":  # to one axis
             return [_product(self._shape(inputs[0]))]
-        if op == "Expand":  # to the shape of what Shape looked at
+        if op == "Expand":  # to the shape that Shape read
             counted = inputs[1].producer()
             assert counted is not None and counted.inputs[0] is not None
             return self._shape(counted.inputs[0])
-        if op == "Slice":  # by a number that no shape shows: all of it, at most
+        if op == "Slice":  # by a number that no shape shows, so the whole is the upper bound
             return self._shape(inputs[0])
         if op in CAST:
             return self._shape(inputs[0])
@@ -320,7 +320,7 @@ class _Walker:
     # -- memory ------------------------------------------------------------------------------------------------
 
     def _peak(self) -> tuple[Polynomial, ...]:
-        """Bytes alive at each operator, those left out that can never be the most."""
+        """Bytes alive at each operator, without those that can never be the peak."""
         nodes = list(self.graph)
         outside = {self._root(v) for v in (*self.graph.inputs, *self.graph.outputs)}
         last = {self._root(v): i for i, node in enumerate(nodes) for v in node.inputs if v is not None}
@@ -339,7 +339,7 @@ class _Walker:
                 if made and last.get(root, i) == i and root not in self.constant and not self._cached(root):
                     alive = _plus(alive, {term: -n for term, n in self._size(root).items()})
         if any(alive.values()):
-            raise ExportError("tensors are left alive behind the graph; this is a fault of trol-edge, please report it")
+            raise ExportError("tensors are left alive after the graph; this is a fault of trol-edge, please report it")
         return tuple(peaks)
 
 
@@ -374,7 +374,7 @@ def _product(factors: Any) -> Polynomial:
 
 
 def _whole(polynomial: Polynomial) -> int:
-    """A polynomial without variables, which is a number."""
+    """The number that a polynomial without variables is."""
     return polynomial.get("1", 0)
 
 

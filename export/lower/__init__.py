@@ -1,1 +1,1 @@
-"""Canonical graphs rewritten into what one back end runs best."""
+"""Rewrites canonical graphs into what one back end runs best."""

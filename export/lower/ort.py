@@ -1,4 +1,4 @@
-"""Graph passes for the CPU target: from standard ONNX with Q/DQ to what is fast in ONNX Runtime's CPU provider.
+"""Graph passes for the CPU target, from standard ONNX with Q/DQ to what is fast in ONNX Runtime's CPU provider.
 
 | canonical                                          | in traverse and vision               | in step                |
 |----------------------------------------------------|--------------------------------------|------------------------|
@@ -7,18 +7,18 @@
 | W8: MatMul of a DequantizeLinear, 8 bits           | the same, input rounded by token     | the same               |
 | W4: MatMul of a DequantizeLinear, 4 bits in blocks | the same, weights made 8-bit on load | MatMulNBits, packed    |
 
-What is special about it (figures in docs/decisions.md):
-- 8-bit weights stay as they are stored, [K, N] int8, as graph inputs: one copy serves both passes and all graphs, and
+Reasons (figures in docs/decisions.md):
+- 8-bit weights stay as they are stored, [K, N] int8, as graph inputs. One copy serves both passes and all graphs, and
   it may be mapped from the file. For one token MatMulInteger has a kernel that reads such a matrix unpacked, but only
-  where no zero point is given; so 128 times the sum of each column is subtracted behind it.
-- Inputs are rounded to uint8 with zero point 128 instead of int8 with zero point 0: the same numbers, and the pair of
-  types that processors have instructions for.
-- MatMulNBits is slow unless packed, and packing needs constants: 4-bit weights of a step are initializers, laid out in
-  the weights file as the operator reads them. A traverse is compute-bound: there 4-bit weights are made into 8-bit ones
-  when the bundle is loaded (`trol_edge.bundle.derived`), which costs memory and wins a factor of two.
-- QuantizeLinear is com.microsoft's: onnxruntime 1.23.2 has no kernel of the standard one at opset 23.
-- GroupQueryAttention writes the cache in place where past and present are bound to one buffer, and reads no more of it
-  than there are tokens.
+  without a zero point; so 128 times the sum of each column is subtracted after it.
+- Inputs are rounded to uint8 with zero point 128 instead of int8 with zero point 0. The numbers are the same, and
+  processors have instructions for this pair of types.
+- MatMulNBits is slow unless packed, and packing needs constants. So 4-bit weights of a step are initializers, laid out
+  in the weights file as the operator reads them. A traverse is compute-bound, so its 4-bit weights are turned into
+  8-bit ones when the bundle is loaded (`trol_edge.bundle.derived`), which costs memory and doubles the speed.
+- QuantizeLinear is com.microsoft's, because onnxruntime 1.23.2 has no kernel of the standard one at opset 23.
+- GroupQueryAttention writes the cache in place if past and present are bound to one buffer, and reads only the rows
+  that hold tokens.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from trol_edge.export.storage import Layout, Rows
 
 MICROSOFT = "com.microsoft"
 ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates heads whose size is a multiple of this
-EPSILON = 1e-30  # the least step of a rounded token: a token of zeros stays zeros
+EPSILON = 1e-30  # smallest step of a rounded token, so that a token of zeros stays zeros
 
 
 def lower(name: str, model: ir.Model) -> dict[str, Layout]:
     """Lower one graph ("vision", "traverse", "traverse_text" or "step") in place.
 
-    Returns the layouts of tensors to be written beside the parameters. Where the graph reads one of them it stays an
-    initializer; parameters, and 8-bit weights derived from 4-bit ones on load, are to become inputs. Raises ExportError
-    where the graph is not as expected, before or after.
+    Returns the layouts of tensors to be written beside the parameters. Those that the graph reads stay initializers;
+    parameters, and 8-bit weights derived from 4-bit ones on load, are to become inputs. Raises ExportError if the graph
+    is not as expected, before or after.
     """
     ports = _ports(model)
     layouts: dict[str, Layout] = {}
@@ -74,9 +74,9 @@ def _ports(model: ir.Model) -> list[tuple[str | None, ir.Shape | None]]:
 
 
 def group_query_attention(model: ir.Model) -> bool:
-    """Split, rotation, cache and attention of each layer and pass -> one GroupQueryAttention; whether there was any.
+    """Fuse split, rotation, cache and attention of each layer and pass into one GroupQueryAttention.
 
-    Heads whose size is no multiple of 16 stay as they are.
+    Returns whether there was any. Heads whose size is not a multiple of 16 stay as they are.
     """
     attentions = [node for node in model.graph if node.op_type == "Attention" and len(_inputs(node)) == 4]
     found = [_Attention(node) for node in attentions]
@@ -106,7 +106,7 @@ def group_query_attention(model: ir.Model) -> bool:
 
 
 class _Attention:
-    """One attention with its cache, as `graphs._CachedAttention` traces it; ExportError where it is anything else."""
+    """One attention with its cache, as `graphs._CachedAttention` traces it; ExportError if it is anything else."""
 
     def __init__(self, node: ir.Node) -> None:
         query, keys, values, _ = _inputs(node)
@@ -141,7 +141,7 @@ class _Attention:
 
 
 def _shared_inputs(model: ir.Model, attention: ir.Node) -> list[ir.Value]:
-    """What every GroupQueryAttention reads: tokens in the cache less one, tokens, cos and sin by position."""
+    """Inputs that every GroupQueryAttention reads: tokens in the cache minus one, tokens, cos and sin by position."""
     graph, rotary = model.graph, _Attention(attention).rotary
     _, cos, sin, rows = _inputs(rotary)
     ports = {value.name: value for value in graph.inputs}
@@ -156,7 +156,7 @@ def _shared_inputs(model: ir.Model, attention: ir.Node) -> list[ir.Value]:
         position = new.op("Reshape", [ports["position_ids"], flat], "lowered.position")
         last = new.op("Cast", [position], "lowered.last", to=ir.DataType.INT32)
         total = new.op("Add", [last, one], "lowered.tokens")
-    if "rope_offset" in ports:  # one of two factor sets: skip the rows of the other
+    if "rope_offset" in ports:  # there are two factor sets; skip the rows of the one that is not used
         end = new.constant("lowered.end", np.array([np.iinfo(np.int64).max]))
         axis = new.constant("lowered.axis", np.array([0], np.int64))
         cos, sin = (new.op("Slice", [t, ports["rope_offset"], end, axis], f"lowered.{t.name}") for t in (cos, sin))
@@ -169,7 +169,7 @@ def _shared_inputs(model: ir.Model, attention: ir.Node) -> list[ir.Value]:
 
 
 def integer_matmul(model: ir.Model, layouts: dict[str, Layout]) -> bool:
-    """MatMul of a quantized weight -> MatMulIntegerToFloat on uint8 x int8; returns whether there was any.
+    """Turn MatMul of a quantized weight into MatMulIntegerToFloat on uint8 x int8; returns whether there was any.
 
     4-bit weights are replaced by 8-bit ones that are derived from them on load.
     """
@@ -197,7 +197,7 @@ def integer_matmul(model: ir.Model, layouts: dict[str, Layout]) -> bool:
 
 
 def one_token_matmul(model: ir.Model, layouts: dict[str, Layout]) -> bool:
-    """MatMul of an 8-bit weight and one token -> MatMulInteger without zero points; returns whether there was any."""
+    """Turn MatMul of an 8-bit weight and one token into MatMulInteger without zero points; whether there was any."""
     found = [match for match in _quantized(model) if match.bits == 8]
     rounded: dict[ir.Value, tuple[ir.Value, ...]] = {}
     for match in found:
@@ -250,7 +250,7 @@ def _scales(factor: float) -> Any:
 
 
 def nbits_matmul(model: ir.Model, layouts: dict[str, Layout]) -> bool:
-    """MatMul of a 4-bit weight in blocks -> MatMulNBits; returns whether there was any.
+    """Turn MatMul of a 4-bit weight in blocks into MatMulNBits; returns whether there was any.
 
     Its weights become initializers <parameter>.nbits and <parameter>.nbits_scale.
     """
@@ -279,7 +279,7 @@ def nbits_matmul(model: ir.Model, layouts: dict[str, Layout]) -> bool:
 def nbits_initializers(
     model: ir.Model, parameter: str, k: int, n: int, block: int
 ) -> tuple[ir.Value, ir.Value, dict[str, Layout]]:
-    """The two initializers that MatMulNBits reads for a 4-bit parameter, and their layouts in the weights file."""
+    """Make the two initializers that MatMulNBits reads for a 4-bit parameter, and their layouts in the weights file."""
     packed, scales = (n, k // block, block // 2), (n * (k // block),)
     weight = _initializer(model, parameter + NBITS, ir.DataType.UINT8, packed)
     scale = _initializer(model, parameter + NBITS_SCALE, ir.DataType.FLOAT, scales)
@@ -287,7 +287,7 @@ def nbits_initializers(
 
 
 def nbits_layouts(parameter: str, k: int, n: int, block: int) -> dict[str, Layout]:
-    """How MatMulNBits reads a 4-bit parameter: two values per byte along K with 8 added, scales channel by channel."""
+    """Layouts for MatMulNBits: two 4-bit values per byte along K with 8 added, and scales channel by channel."""
 
     def pack(rows: Rows) -> NDArray[np.uint8]:
         values = (rows.values + 8).astype(np.uint8).reshape(len(rows.values), k // block, block // 2, 2)
@@ -393,7 +393,7 @@ class _Builder:
         return tuple(outputs)
 
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """An initializer of the graph with this value, made at first use."""
+        """Return an initializer of the graph with this value, made at first use."""
         known = self.model.graph.initializers
         if name not in known:
             tensor = ir.tensor(array, name=name)
@@ -402,7 +402,7 @@ class _Builder:
         return known[name]
 
     def by_tensor(self, match: _Quantized) -> tuple[ir.Value, ir.Value, None]:
-        """x rounded to uint8 with one constant scale; that scale; no scale per row."""
+        """Round x to uint8 with one constant scale; returns rounded x, that scale, and None for scales per row."""
         assert match.input_scale is not None
         zero = self.constant("lowered.128", np.array(128, np.uint8))
         return (
@@ -412,7 +412,7 @@ class _Builder:
         )
 
     def by_token(self, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """x [1, S, K] rounded to uint8 with a scale per token; 1, which that leaves; the scales [1, S, 1]."""
+        """Round x [1, S, K] to uint8 with a scale per token; returns rounded x, the scale 1, and scales [1, S, 1]."""
         name = f"{x.name}.token"
         axis = self.constant("lowered.last_axis", np.array([-1], np.int64))
         largest = self.op("ReduceMax", [self.op("Abs", [x], f"{name}.abs"), axis], f"{name}.max")
@@ -426,7 +426,7 @@ class _Builder:
 
 
 def _initializer(model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-    """An initializer without a value: a tensor of the weights file, or derived from one."""
+    """Make an initializer without a value, for a tensor of the weights file or one derived from it."""
     if name not in model.graph.initializers:
         model.graph.initializers[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
     return model.graph.initializers[name]

@@ -1,9 +1,9 @@
-"""Lower a canonical graph to what a TensorRT's parser knows, and check that nothing else is left.
+"""Lowers a canonical graph to what TensorRT's parser knows, and checks that nothing else is left.
 
-What a target's parser takes stays as it is; Attention, RMSNormalization, RotaryEmbedding and Swish are written out in
-plain operators of the target's opset where it does not. Everything that does not depend on a layer (causal mask, rows
-of the rope tables) stands in the graph once. Heads that share keys are stacked along the query axis, [B, G, r*S, E],
-so that keys and values are never repeated.
+What a target's parser supports stays as it is. Where it does not support Attention, RMSNormalization, RotaryEmbedding
+or Swish, they are written out in plain operators of the target's opset. Everything that does not depend on a layer
+(causal mask, rows of the rope tables) is in the graph once. Heads that share keys are stacked along the query axis,
+[B, G, r*S, E], so that keys and values are never repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trol_edge.errors import ExportError
 
 IR_VERSIONS = {20: 9, 21: 10, 23: 11, 24: 11}  # opset -> the IR version of its onnx release
 INT4 = (ir.DataType.INT4, ir.DataType.UINT4)
-NAMES = {  # ONNX type -> the parser tables' name of it
+NAMES = {  # ONNX type -> its name in the parser tables
     ir.DataType.FLOAT: "FP32",
     ir.DataType.FLOAT16: "FP16",
     ir.DataType.BFLOAT16: "BF16",
@@ -38,7 +38,7 @@ NAMES = {  # ONNX type -> the parser tables' name of it
 
 
 def lower(model: ir.Model, target: Target) -> ir.Model:
-    """A copy of the model for one target, checked. Raises ExportError where something cannot be lowered."""
+    """Return a lowered and checked copy of the model for one target. Raises ExportError for what cannot be lowered."""
     model = model.clone()
     takes = target.takes()
     shared = _Shared()
@@ -67,17 +67,17 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
 
 
 def add_token(model: ir.Model) -> None:
-    """Give a step the output `token` [1] int64: the id of its largest logit, the lowest of equal ones, as numpy has it.
+    """Give a step the output `token` [1] int64: the id of its largest logit, the lowest among equal ones as in numpy.
 
-    -1 where a logit is NaN or infinite: then the logits have to be looked at. Not ArgMax, because which of equal ones
-    TensorRT's takes is nowhere written.
+    It is -1 if a logit is NaN or infinite; the logits have to be read then. It is not an ArgMax, because TensorRT does
+    not document which of equal ones it takes.
     """
     graph = model.graph
     logits = next(value for value in graph.outputs if value.name == "logits")
     assert logits.dtype is not None and logits.shape is not None
     vocabulary = logits.shape[1]
     assert isinstance(vocabulary, int)
-    last = ir.node("Identity", [logits])  # stands behind all others; not kept
+    last = ir.node("Identity", [logits])  # marks the end of the graph and is removed again
     graph.append(last)
     build = _Build(graph, last, _Shared(prefix="token"))
     ids, axis = build.constant(np.arange(vocabulary)[None], ir.DataType.INT64), build.ints(1)
@@ -95,7 +95,7 @@ def add_token(model: ir.Model) -> None:
 
 
 def refusals(model: ir.Model, target: Target) -> list[str]:
-    """Why the parser of a target would refuse, or silently misread, a graph: operators, types, restrictions."""
+    """Reasons why a target's parser would refuse, or silently misread, a graph: operators, types, restrictions."""
     assert target.operators is not None
     takes = target.takes()
     found: list[str] = []
@@ -106,19 +106,19 @@ def refusals(model: ir.Model, target: Target) -> list[str]:
         types = {NAMES.get(v.dtype, str(v.dtype)) for v in (*node.inputs, *node.outputs) if v is not None and v.dtype}
         known = takes[node.op_type].types
         if known and types and not types & set(known):
-            found.append(f"{node.op_type} takes {', '.join(known)}, {node.name} has {', '.join(sorted(types))}")
+            found.append(f"{node.op_type} takes {', '.join(known)}, but {node.name} has {', '.join(sorted(types))}")
         found += _restrictions(node)
     return list(dict.fromkeys(found))
 
 
 def _restrictions(node: ir.Node) -> Iterator[str]:
-    """What the parsers' own documentation excludes of an operator that they take."""
+    """Uses of a supported operator that the parsers' own documentation excludes."""
     op = node.op_type
     inputs = list(node.inputs)
     if op == "Attention" and any(v is not None for v in inputs[4:]):
         yield f"{node.name}: Attention with past keys or lengths is ignored by the parser; give an explicit mask"
     if op == "Attention" and _float(node, "softcap"):
-        yield f"{node.name}: Attention with softcap is not taken"
+        yield f"{node.name}: Attention with softcap is not supported"
     if op.startswith("Reduce") and len(inputs) > 1 and inputs[1] is not None and inputs[1].const_value is None:
         yield f"{node.name}: the axes of {op} must be an initializer"
     if op in ("QuantizeLinear", "DequantizeLinear") and len(inputs) > 2 and inputs[2] is not None:
@@ -126,23 +126,23 @@ def _restrictions(node: ir.Node) -> Iterator[str]:
         if zero is None or zero.numpy().any():
             yield f"{node.name}: the zero point of {op} must be zero"
     if op == "ScatterND" and "reduction" in node.attributes and node.attributes["reduction"].as_string() != "none":
-        yield f"{node.name}: ScatterND with a reduction is not taken"
+        yield f"{node.name}: ScatterND with a reduction is not supported"
     if op == "TensorScatter" and (node.attributes["axis"].as_int() if "axis" in node.attributes else -2) != -2:
-        yield f"{node.name}: TensorScatter along another axis than -2 is not taken"
+        yield f"{node.name}: TensorScatter along another axis than -2 is not supported"
     positions = inputs[3] if op == "RotaryEmbedding" and len(inputs) > 3 else None
     if positions is not None and positions.dtype not in (None, ir.DataType.INT64):
         yield f"{node.name}: position_ids of RotaryEmbedding must be INT64"
     if op == "Resize" and "antialias" in node.attributes and node.attributes["antialias"].as_int():
-        yield f"{node.name}: Resize with antialias is not taken"
+        yield f"{node.name}: Resize with antialias is not supported"
 
 
 @dataclasses.dataclass
 class _Shared:
-    """What the lowered nodes of one graph have in common: values by what they are, and how many were made."""
+    """State that the lowered nodes of one graph share: values by their meaning, and how many were made."""
 
     values: dict[Any, ir.Value] = dataclasses.field(default_factory=dict)
     made: int = 0
-    prefix: str = "lowered"  # of their names
+    prefix: str = "lowered"  # begins the names of new values
 
 
 class _Build:
@@ -154,13 +154,13 @@ class _Build:
     def op(
         self, op: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes: Any
     ) -> ir.Value:
-        """One node; its output has `dtype`, or that of its first input."""
+        """Add one node; its output has `dtype`, or that of its first input."""
         node = ir.node(op, inputs, attributes=attributes)
         self.graph.insert_before(self.anchor, node)
         return self._named(node.outputs[0], dtype or (inputs[0].dtype if inputs[0] is not None else None))
 
     def pair(self, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> tuple[ir.Value, ir.Value]:
-        """One node with two outputs of its first input's type."""
+        """Add one node with two outputs of its first input's type."""
         node = ir.node(op, inputs, attributes=attributes, num_outputs=2)
         self.graph.insert_before(self.anchor, node)
         first, second = (self._named(v, inputs[0].dtype if inputs[0] is not None else None) for v in node.outputs)
@@ -173,7 +173,7 @@ class _Build:
         return value
 
     def constant(self, numbers: Any, dtype: ir.DataType) -> ir.Value:
-        """An initializer, the same one for the same numbers."""
+        """Return an initializer; equal numbers share one."""
         array = np.asarray(numbers, dtype.numpy())
         key = ("constant", dtype, array.shape, array.tobytes())
         if key not in self.shared.values:
@@ -186,11 +186,11 @@ class _Build:
         return self.shared.values[key]
 
     def ints(self, *numbers: int) -> ir.Value:
-        """An int64 initializer."""
+        """Return an int64 initializer."""
         return self.constant(numbers, ir.DataType.INT64)
 
     def once(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
-        """A value made when it is first asked for; its operands must stand above every user, as graph inputs do."""
+        """Make a value when it is first asked for; its operands must precede every user, as graph inputs do."""
         if key not in self.shared.values:
             self.shared.values[key] = make()
         return self.shared.values[key]
@@ -206,7 +206,7 @@ def _swish(build: _Build, node: ir.Node) -> ir.Value:
 
 
 def _rms_normalization(build: _Build, node: ir.Node) -> ir.Value:
-    """x [.., D], scale [D]: the mean of squares in float32, as the operator says (stash_type 1)."""
+    """Normalize x [.., D] with scale [D]; the mean of squares is float32, as the operator defines it (stash_type 1)."""
     x, scale = node.inputs
     assert x is not None and scale is not None and x.dtype is not None
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
@@ -223,7 +223,7 @@ def _rms_normalization(build: _Build, node: ir.Node) -> ir.Value:
 
 
 def _rotary_embedding(build: _Build, node: ir.Node) -> ir.Value:
-    """x [B, H, S, E], tables [rows, E/2], positions [B, S]: rotate halves."""
+    """Rotate halves of x [B, H, S, E] with tables [rows, E/2] and positions [B, S]."""
     x, cos, sin, positions = node.inputs
     others = {k for k, v in node.attributes.items() if v.type == ir.AttributeType.INT and v.as_int()}
     if positions is None or x is None or cos is None or sin is None or others:
@@ -240,7 +240,7 @@ def _rotary_embedding(build: _Build, node: ir.Node) -> ir.Value:
 
 
 def _attention(build: _Build, node: ir.Node) -> ir.Value:
-    """q [B, H, S, E], k and v [B, G, T, E], mask [.., S, T] (bool or added), or causal: softmax(q k) v."""
+    """Compute softmax(q k) v: q [B, H, S, E], k and v [B, G, T, E], mask [.., S, T] (bool or added), or causal."""
     q, k, v, mask = [*node.inputs, None][:4]
     if any(value is not None for value in node.inputs[4:]) or len([o for o in node.outputs if o.uses()]) > 1:
         raise ExportError(f"{node.name}: Attention with its own cache or more outputs cannot be lowered")
@@ -278,7 +278,7 @@ def _attention(build: _Build, node: ir.Node) -> ir.Value:
 
 
 def _causal(build: _Build, k: ir.Value) -> ir.Value:
-    """Bool [S, S]: token i sees tokens up to i. S is read from the keys, which are as long as the queries."""
+    """Bool mask [S, S] in which token i sees tokens up to i. S is read from the keys, as long as the queries."""
     length = build.op("Shape", [k], ir.DataType.INT64, start=2, end=3)
     length = build.op("Squeeze", [length, build.ints(0)])
     zero, one = build.constant(0, ir.DataType.INT64), build.constant(1, ir.DataType.INT64)
@@ -288,7 +288,7 @@ def _causal(build: _Build, k: ir.Value) -> ir.Value:
 
 
 def _added(build: _Build, mask: ir.Value, dtype: ir.DataType, share: int) -> ir.Value:
-    """What is added to scores: 0 where a token may look and the lowest number elsewhere, r times along the queries."""
+    """The mask as added to scores: 0 where a token may attend, else the lowest number, r times along the queries."""
     if mask.dtype == ir.DataType.BOOL:
         lowest = float(np.finfo(dtype.numpy()).min) if dtype != ir.DataType.BFLOAT16 else -3.3e38
         mask = build.op("Where", [mask, build.constant(0.0, dtype), build.constant(lowest, dtype)], dtype)

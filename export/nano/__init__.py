@@ -1,1 +1,1 @@
-"""The small models that ship with the repository: their data, their training, their report."""
+"""Data, training and report of the small models that ship with the repository."""

@@ -1,4 +1,4 @@
-"""Training pictures of the small models: scenes rendered once, with a label for every patch, and batches of them.
+"""Training pictures of the small models: scenes that are rendered once, with a label for every patch, and batches.
 
 Axes: N scenes of a pool, B pictures of a batch, T tiles of a picture (thumbnail included), I = 64 cells of the label
 grid, P = 112 pixels of a tile's side.
@@ -25,7 +25,7 @@ from trol_edge.prompt import tiles
 from trol_edge.prompt.images import ImageSpec
 
 WORKERS = 2
-CELLS = GRID * GRID  # of the label grid; also the image tokens of a picture or tile
+CELLS = GRID * GRID  # cells of the label grid, and image tokens of a picture or tile
 
 # Columns of the label array, with their number of classes (class 0: table) and their weight in the loss.
 # The counts and the rank are what "how many" and "describe" need; a bidirectional encoder finds them easily.
@@ -46,7 +46,7 @@ POINTS = 4  # owner's centre x, y and the cell's own x, y, all in -1..1
 
 @dataclasses.dataclass(frozen=True)
 class PoolSpec:
-    """Which scenes a pool holds: `count` seeds from `first` on, drawn `scale` times as large."""
+    """Describes the scenes of a pool: `count` seeds from `first` on, drawn `scale` times as large."""
 
     name: str
     first: int
@@ -61,7 +61,7 @@ LARGE = PoolSpec("large", scenes.TRAINING_SEED + 64_000, 8_000, 2)
 
 @dataclasses.dataclass
 class Pool:
-    """pixels uint8 [N, P*scale, P*scale, 3]; labels int8 [N, I, len(LABELS)]; points float32 [N, I, 2]; N scenes."""
+    """N scenes: pixels uint8 [N, P*scale, P*scale, 3]; labels int8 [N, I, len(LABELS)]; points float32 [N, I, 2]."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int8]
@@ -70,7 +70,7 @@ class Pool:
 
 
 def patch_labels(scene: Scene) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Labels int8 [I, len(LABELS)] and centre of the owner float32 [I, 2] of every cell."""
+    """Labels int8 [I, len(LABELS)] of every cell, and the centre of its owner float32 [I, 2]."""
     objects = scene.objects
     rows = np.zeros((len(objects) + 1, len(LABELS)), np.int8)
     points = np.zeros((len(objects) + 1, 2), np.float32)
@@ -96,7 +96,7 @@ def _render_part(
 
 
 def make_pool(scratch: Path, spec: PoolSpec) -> None:
-    """Render the scenes of a pool once, on all cores. The pixels are renamed into place last."""
+    """Render the scenes of a pool on all cores, unless they exist. The pixels are renamed into place last."""
     step = 250
     side = PIXELS * spec.scale
     labels, points, drawn = [], [], []
@@ -130,14 +130,14 @@ def load_pool(scratch: Path, spec: PoolSpec) -> Pool:
 
 
 def normalise(squares: NDArray[np.uint8], image: ImageSpec) -> Tensor:
-    """Bytes [N, P, P, 3] -> float32 [N, 3, P, P], as the published preprocessing does but for the last roundings."""
+    """Turn bytes [N, P, P, 3] into float32 [N, 3, P, P], like the published preprocessing but for the last rounding."""
     mean, std = np.array(image.mean, np.float32), np.array(image.std, np.float32)
     values = (squares.astype(np.float32) - 255 * mean) / (255 * std)
     return torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
 
 
 def cut(pictures: NDArray[np.uint8], grid: tuple[int, int], image: ImageSpec) -> NDArray[np.uint8]:
-    """Pictures [B, H, W, 3], stretched to a grid of tiles, as the runtime cuts them: uint8 [B, T, P, P, 3]."""
+    """Cut pictures [B, H, W, 3], stretched to a grid of tiles, as the runtime does: uint8 [B, T, P, P, 3]."""
     if grid == (1, 1):
         return pictures[:, None]
     size = (image.size * grid[0], image.size * grid[1])
@@ -160,7 +160,7 @@ _GRID_POINTS = np.stack(np.meshgrid(*[(2 * np.arange(GRID) + 1) / GRID - 1] * 2)
 
 
 def sample_views(pool: Pool, count: int, rng: np.random.Generator) -> Views:
-    """`count` pictures of a pool, each mirrored or not."""
+    """Draw `count` pictures of a pool, each mirrored or not."""
     index = np.sort(rng.choice(len(pool.scenes), count, replace=False))
     flipped = rng.random(count) < 0.5
     pixels, labels, points = pool.pixels[index], pool.labels[index].astype(np.int64), pool.points[index]

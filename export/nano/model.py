@@ -1,4 +1,4 @@
-"""The small models as they are trained: the exporter's own modules, and attention over packed questions.
+"""The small models as they are trained, from the exporter's own modules and attention over packed questions.
 
 Axes: B pictures, P prompt-prefix tokens, V tokens of a picture (64 per tile), N question rows, S tokens of a row,
 D hidden.
@@ -14,7 +14,7 @@ from trol_edge.export.nano.recipes import Recipe
 from trol_edge.export.nano.text import Batch, Prompts
 from trol_edge.export.reference.model import Decoder, rope_tables, rotate
 
-# Attention is taught in these layers: a token that names objects looks at them, a token that answers too.
+# In these layers attention is taught: a token that names objects, or answers, attends to these objects.
 NAMED_LAYER, ANSWER_LAYER = 1, 3
 
 
@@ -27,7 +27,7 @@ class Nano(nn.Module):
         self.embedding = nn.Embedding(spec.embedding_rows, spec.hidden_size)
         self.vision = recipe.family.vision(spec)
         decoder = recipe.family.decoder(spec)
-        assert isinstance(decoder, Decoder)  # in both families, with another MLP
+        assert isinstance(decoder, Decoder)  # both families use it, with different MLPs
         self.decoder = decoder
         rope = spec.long_rope
         sets = [(1.0,)] if rope is None else [rope.short_factor, rope.long_factor]
@@ -37,11 +37,11 @@ class Nano(nn.Module):
         self.use_rope(long=False)
 
     def use_rope(self, long: bool) -> None:
-        """Choose the set of rope factors, where there are two."""
+        """Choose the set of rope factors, if there are two."""
         self.cos, self.sin = self._tables[int(long)]
 
     def initialise(self) -> None:
-        """Random values of the decoder and the embeddings; the recipe knows about the tower."""
+        """Fill the decoder and the embeddings with random values; the recipe fills the tower."""
         nn.init.normal_(self.embedding.weight, std=0.5)
         for name, p in self.decoder.named_parameters():
             if name.endswith(("lora_b", "bias")):
@@ -56,7 +56,7 @@ class PackedAttention:
     """An `Attend` whose rows see a shared context and, of themselves, what `mask` allows.
 
     positions int64 [N, S] (N = 1: the same in all rows); mask float32 [N, 1, S, C+S], added to the scores;
-    context: an earlier PackedAttention, whose row i is seen by the rows i*n .. i*n+n-1 (one row: by all).
+    context: an earlier PackedAttention, whose row i is seen by the rows i*n .. i*n+n-1 (a single row is seen by all).
     Keys and values are kept per pass, so that gradients flow into the context.
     """
 
@@ -72,7 +72,7 @@ class PackedAttention:
         h, g, e = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
         n, s, _ = qkv.shape
         key = (layer, traversal)
-        # FP32 here: rotary angles want it, and this CPU's attention kernel is no faster in bf16.
+        # FP32, because rotary angles need it and this CPU's attention kernel is no faster in bf16.
         parts = torch.split(qkv.float(), [h * e, g * e, g * e], dim=-1)
         q, k, v = (t.view(n, s, -1, e).transpose(1, 2) for t in parts)  # [N, heads, S, E]
         q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
@@ -86,8 +86,8 @@ class PackedAttention:
         return out.transpose(1, 2).reshape(n, s, h * e)
 
     def alignment(self, layer: int, rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
-        """Mean -log of the attention that tokens (rows, columns) [M] of the first K/V head's queries pay to
-        `targets` boolean [M, T]."""
+        """Mean of -log of the attention that the tokens (rows, columns) [M] pay to `targets` boolean [M, T], in the
+        queries of the first K/V head."""
         q, k = self.queries[layer, 0], self.all_keys[layer, 0]
         group = self.spec.num_heads // self.spec.num_kv_heads
         scores = torch.einsum("mhe,mte->mht", q[rows, :group, columns], k[rows, 0]) * self.spec.head_dim**-0.5
@@ -97,7 +97,7 @@ class PackedAttention:
 
 
 def _spread(x: Tensor, rows: int) -> Tensor:
-    """[m, G, C, E] -> [rows, G, C, E], every row repeated rows/m times."""
+    """Turn [m, G, C, E] into [rows, G, C, E] by repeating every row rows/m times."""
     m = x.shape[0]
     return x[:, None].expand(m, rows // m, *x.shape[1:]).reshape(rows, *x.shape[1:])
 
@@ -120,8 +120,8 @@ def read_context(model: Nano, prompts: Prompts, features: Tensor) -> list[Packed
 
 
 def answer_hidden(model: Nano, batch: Batch, attend: PackedAttention) -> Tensor:
-    """`Decoder.traverse` where stepped tokens keep their first pass; [N, S, D]. Nobody sees a stepped token's second
-    pass: behind it there are only stepped tokens of the same answer."""
+    """`Decoder.traverse` in which stepped tokens keep their first pass; [N, S, D]. No token sees a stepped token's
+    second pass, because only stepped tokens of the same answer follow it."""
     x: Tensor = model.embedding(batch.ids)
     for i, layer in enumerate(model.decoder.layers):
         o1 = layer(x, None, i, 0, attend)

@@ -1,4 +1,4 @@
-"""Optimisation of the small models' training: Muon and AdamW, averaged over processes, on a schedule by the clock."""
+"""Optimises the small models: Muon and AdamW, averaged over processes, on a schedule that follows the clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEED = 20
 
 
 class Muon:
-    """Momentum whose update is orthogonalised (Newton-Schulz) per matrix; matrices of one shape go together."""
+    """Momentum whose update is orthogonalised (Newton-Schulz) per matrix, with matrices of one shape batched."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, scales: list[float], decay: float = 0.1) -> None:
         self.groups: dict[tuple[int, ...], list[tuple[nn.Parameter, float]]] = {}
@@ -44,7 +44,7 @@ class Muon:
 
 
 def orthogonal(g: Tensor) -> Tensor:
-    """Five quintic Newton-Schulz steps: singular values of [N, a, b] go to about 1."""
+    """Bring the singular values of [N, a, b] to about 1 by five quintic Newton-Schulz steps."""
     x = g.bfloat16()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -76,7 +76,7 @@ class Trainer:
         self.seconds, self.start, self.progress, self.steps = seconds, time.monotonic(), 0.0, 0
 
     def step(self, loss: Tensor) -> None:
-        """Backward, average over the processes (the clock with it), clip, update."""
+        """Run backward, average gradients and clock over the processes, clip, and update."""
         for p in self.params:
             p.grad = None
         loss.backward()
@@ -110,7 +110,7 @@ def run_parallel(stage: Callable[..., None], scratch: Path, *args: Any) -> None:
 
 def _process(rank: int, stage: Callable[..., None], rendezvous: Path, scratch: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    # RMSNorm and LayerNorm take a bf16 input and FP32 weights here; the fused kernel they ask for is not needed.
+    # RMSNorm and LayerNorm get a bf16 input and FP32 weights here; the warning wants a fused kernel that is not needed.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     torch.manual_seed(SEED)  # the same initial values everywhere; data differ by rank

@@ -1,4 +1,4 @@
-"""The small models' checkpoints: written in the published layout, and read back as everybody else reads them."""
+"""Writes the small models' checkpoints in the published layout, and reads them back as everybody else reads them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_checkpoint(recipe: Recipe, model: Nano, tokenizer: Path, out: Path) ->
     def write(name: str, how: Callable[[Path], object]) -> None:
         with new_file(out / name) as part:
             how(part)
-            part.chmod(0o644)  # safetensors writes for the owner alone
+            part.chmod(0o644)  # safetensors makes files that only the owner can read
 
     def as_json(data: Any) -> Callable[[Path], object]:
         return lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -59,7 +59,7 @@ def write_checkpoint(recipe: Recipe, model: Nano, tokenizer: Path, out: Path) ->
 
 
 def read_checkpoint(recipe: Recipe, folder: Path) -> tuple[Nano, Prompts]:
-    """Model and prompts from the published layout, FP16 values widened to FP32."""
+    """Read model and prompts from the published layout, with FP16 values widened to FP32."""
     checkpoint = Checkpoint(folder, family=recipe.family.name)
     assert checkpoint.spec == recipe.spec, "the checkpoint was trained with another version of its recipe"
     model = Nano(recipe)

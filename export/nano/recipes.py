@@ -1,9 +1,10 @@
-"""Where the two small models differ in their training: one `Recipe` each. Everything else is shared.
+"""One `Recipe` for each of the two small models, with all that differs in their training.
 
-- trol-nano: the 1.8B architecture, from random values.
-- trol-nano-phi3: the 3.8B architecture, on pictures of one and of several tiles. Its decoder and word embeddings start
-  from the shipped trol-nano (same sizes, no LoRA), and while its encoder learns alone, its projector learns to say what
-  trol-nano's says about the same picture: a target for every value, where the patch labels are a few classes.
+- trol-nano has the 1.8B architecture and starts from random values.
+- trol-nano-phi3 has the 3.8B architecture and learns on pictures of one and of several tiles. Its decoder and word
+  embeddings start from the shipped trol-nano (same sizes, no LoRA). While its encoder learns alone, its projector
+  learns the output of trol-nano's projector for the same picture. That is a target for every value, while the patch
+  labels are only a few classes.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ class Recipe:
 
     `tokenizer_files(pieces, folder)` writes the published tokenizer files for a sentencepiece model. `initialise`
     fills the vision tower. `features(vision, pixels)` [N, I, width] is what the patch labels are read from, and
-    `project(vision, features)` [N, I, D] what the decoder gets. `configs` and `unused_tensors` complete the published
-    layout. `teacher`: a shipped model whose projected features the encoder learns, and whose decoder is the start.
-    `grids`: into how many columns and rows of tiles pictures are cut, and how often among the batches.
+    `project(vision, features)` [N, I, D] is what the decoder gets. `configs` and `unused_tensors` complete the
+    published layout. `teacher` is a shipped model whose projected features the encoder learns, and whose decoder is
+    the start. `grids` maps columns and rows of tiles to their share of the batches.
     """
 
     name: str
-    about: str  # its first sentence in the report
+    about: str  # begins the report
     family: Family
     spec: ModelSpec
-    symbols: tuple[str, ...]  # special tokens that are pieces of the sentencepiece model
+    symbols: tuple[str, ...]  # special tokens that are sentencepiece pieces
     space_before_answer: bool
     tokenizer_files: Callable[[Path, Path], None]
     initialise: Callable[[nn.Module], None]
@@ -55,19 +56,19 @@ class Recipe:
     unused_tensors: Callable[[ModelSpec], dict[str, Tensor]]
     teacher: str | None = None
     encoder_batch: int = 48  # pictures per process and step, while the encoder learns alone
-    minutes: float = 52  # of training in all
-    encoder_share: float = 0.23  # of them
+    minutes: float = 52  # training time of all stages
+    encoder_share: float = 0.23  # share of `minutes` for the encoder alone
     rate: float = 1.0  # factor on the decoder stage's learning rates
-    encoder_rate: float = 0.3  # the encoder's share of them
+    encoder_rate: float = 0.3  # further factor on the encoder's rates there
     stepped_from: float = 0.35  # share of the decoder stage after which half of the answers are in step form
     grids: tuple[tuple[tuple[int, int], float], ...] = (((1, 1), 1.0),)
-    long_share: float = 0.0  # of the batches, with the long set of rope factors
+    long_share: float = 0.0  # share of the batches with the long set of rope factors
 
 
 def sines(side: int, width: int, slowest: float) -> Tensor:
     """Two-dimensional sines and cosines for a grid of side x side patches, [side * side, width].
 
-    With random position embeddings "where" stood at 40-50 % and counting at 66 %: the sines matter.
+    They matter: with random position embeddings "where" reached only 40-50 % and counting 66 %.
     """
     angles = torch.arange(side)[:, None] * torch.logspace(math.log10(1.5), math.log10(slowest), width // 4)
     line = torch.cat((angles.sin(), angles.cos()), dim=1)
@@ -89,7 +90,7 @@ _IMAGE = "<image>"
 
 
 def _nano_spec() -> ModelSpec:
-    """Every mechanism of the 1.8B model: GQA, interleaved wqkv, partial LoRA, one gate."""
+    """A spec with every mechanism of the 1.8B model: GQA, interleaved wqkv, partial LoRA, one gate."""
     return ModelSpec(
         family="internlm2",
         hidden_size=128,
@@ -136,7 +137,7 @@ def _nano_tokenizer(pieces: Path, folder: Path) -> None:
 
 
 def _nano_configs(spec: ModelSpec) -> dict[str, dict[str, Any]]:
-    """`img_size` and `lora_rank` are ours: 490 and 256 are hard-coded in the authors' code."""
+    """The config files. `img_size` and `lora_rank` are our keys; the authors' code hard-codes 490 and 256."""
     config = {
         "architectures": ["TroLForCausalLM"],
         "attn_implementation": "eager",
@@ -187,7 +188,7 @@ def _nano_unused(spec: ModelSpec) -> dict[str, Tensor]:
 
 # --- trol-nano-phi3 ----------------------------------------------------------------------------------------------
 
-# As Phi-3 numbers them behind its pieces, then the three that InternVL adds.
+# In the order in which Phi-3 numbers them after its pieces, then the three that InternVL adds.
 PHI3_TOKENS = (
     *("<|endoftext|>", "<|assistant|>", *(f"<|placeholder{i}|>" for i in range(1, 5)), "<|system|>", "<|end|>"),
     *("<|placeholder5|>", "<|placeholder6|>", "<|user|>", "<img>", "</img>", "<IMG_CONTEXT>"),
@@ -195,10 +196,10 @@ PHI3_TOKENS = (
 
 
 def _phi3_spec() -> ModelSpec:
-    """Every mechanism of the 3.8B model: tiles, pixel shuffle, LayerScale, fused Linears, "su" rope, one gate.
+    """A spec with every mechanism of the 3.8B model: tiles, pixel shuffle, LayerScale, fused Linears, "su" rope, gate.
 
     The decoder has trol-nano's sizes and rope base, so that it can start from it. A tile has 16 x 16 patches, which
-    pixel shuffle makes the 64 tokens of the label grid.
+    pixel shuffle turns into the 64 tokens of the label grid.
     """
     original, limit = 1024, 2048
     steps = range(16)
@@ -252,7 +253,7 @@ def _phi3_project(vision: phi3.Vision, features: Tensor) -> Tensor:
 
 
 def _phi3_tokenizer(pieces: Path, folder: Path) -> None:
-    """The same pieces and merges, written down as Phi-3's: a space before each segment, added tokens with flags."""
+    """Write the same pieces and merges as Phi-3 does, with a space before each segment and flags on added tokens."""
     source = folder / "pieces"
     source.mkdir()
     (source / "tokenizer.model").write_bytes(pieces.read_bytes())
@@ -261,8 +262,8 @@ def _phi3_tokenizer(pieces: Path, folder: Path) -> None:
     source.rmdir()
     assert text is not None
     model = json.loads(text)["model"]
-    assert len(model["vocab"]) == PIECES, "a merge needs a character that is no piece"
-    # (id, token, rstrip: takes the white space behind it, special)
+    assert len(model["vocab"]) == PIECES, "a merge needs a character that is not a piece"
+    # (id, token, rstrip: takes the white space after it, special)
     tokens = [(0, "<unk>", False, True), (1, "<s>", False, True), (2, "</s>", True, False)]
     tokens += [(PIECES + i, t, t.startswith("<|") and i > 0, True) for i, t in enumerate(PHI3_TOKENS)]
     flags = {"single_word": False, "lstrip": False, "normalized": False}
@@ -364,10 +365,10 @@ def _phi3_configs(spec: ModelSpec) -> dict[str, dict[str, Any]]:
 
 
 def start_from(teacher: str, spec: ModelSpec, embedding: nn.Embedding, decoder: nn.Module, tokens: Path) -> None:
-    """Fill a decoder of the Phi-3 family, and its embeddings, with those of a shipped InternLM2 model of its sizes.
+    """Fill a decoder of the Phi-3 family and its embeddings from a shipped InternLM2 model of its sizes.
 
-    LoRA is left out: image tokens have to be learnt without it. Words are found by their text, with or without the
-    space before them; `tokens` is the tokenizer.json. What has no counterpart keeps its value.
+    LoRA is left out, so image tokens have to be learnt without it. Words are matched by their text, with or without
+    the space before them; `tokens` is the tokenizer.json. Parameters without a counterpart keep their value.
     """
     folder = shipped_folder(teacher)
     old = Checkpoint(folder)
@@ -393,7 +394,7 @@ def start_from(teacher: str, spec: ModelSpec, embedding: nn.Embedding, decoder: 
             parts = ("gate", "up") if "gate_up" in name else ("gate_up",)
             value = torch.cat([old.tensor("decoder." + name.replace("gate_up", part)).float() for part in parts])
             if name.endswith("qkv.weight") and spec.long_rope is not None:
-                # The amplitude of cos and sin makes queries and keys larger; the same attention as there, at first.
+                # The amplitude of cos and sin makes queries and keys larger; divide, so that attention starts equal.
                 value[: (spec.num_heads + spec.num_kv_heads) * spec.head_dim] /= spec.long_rope.amplitude
             target.copy_(value)
 
@@ -402,11 +403,11 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# Every aspect that a picture may have; half of the larger pictures are square, as `trol-edge evaluate --scale 2` asks.
+# Every aspect ratio that a picture may have. Half of the larger ones are square, as in `trol-edge evaluate --scale 2`.
 _SEVERAL: dict[tuple[int, int], float] = {
     (1, 2): 4, (2, 1): 4, (2, 2): 8, (3, 1): 1.2, (1, 3): 1.2, (3, 2): 1.5, (2, 3): 1.5, (4, 1): 0.7, (1, 4): 0.7,
 }  # fmt: skip
-_SEVERAL_SHARE = 0.28  # of the batches
+_SEVERAL_SHARE = 0.28  # share of the batches that have several tiles
 
 RECIPES = {
     recipe.name: recipe

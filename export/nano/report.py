@@ -1,4 +1,4 @@
-"""Accuracy of the small models in the PyTorch reference, on held-out scenes, and the report about their training.
+"""Measures the small models in the PyTorch reference on held-out scenes, and writes the report about their training.
 
 Axes: B pictures, T tiles of a picture (thumbnail included), P pixels of a tile's side.
 """
@@ -25,8 +25,8 @@ from trol_edge.export.nano.recipes import RECIPES, Recipe
 from trol_edge.export.nano.text import Prompts
 from trol_edge.export.reference.model import EagerAttention
 
-DEMO_SEED = scenes.HELD_OUT_SEED + 1_000_000  # beyond the scenes that are evaluated
-LONGEST = 64  # tokens of an answer
+DEMO_SEED = scenes.HELD_OUT_SEED + 1_000_000  # past the scenes that are evaluated
+LONGEST = 64  # longest answer, in tokens
 
 Tally = dict[str, dict[str, list[int]]]  # semantics -> kind -> [right, asked]
 
@@ -35,10 +35,10 @@ Tally = dict[str, dict[str, list[int]]]  # semantics -> kind -> [right, asked]
 def answer(
     recipe: Recipe, model: Nano, prompts: Prompts, squares: NDArray[np.uint8], asked: list[list[str]], cached: bool
 ) -> list[list[str]]:
-    """Greedy answers to the questions `asked` about each picture; squares uint8 [B, T, P, P, 3].
+    """Answer the questions `asked` about each picture greedily; squares uint8 [B, T, P, P, 3].
 
-    cached: answer tokens are stepped; otherwise they are traversed against both passes' keys and values, which
-    equals running the whole sequence again for every token.
+    cached: step the answer tokens. Otherwise they are traversed against both passes' keys and values, which equals
+    running the whole sequence again for every token.
     """
     images = len(asked)
     prefix = model.embedding(torch.tensor([prompts.prefix])).expand(images, -1, -1)
@@ -92,7 +92,7 @@ def _evaluate_part(args: tuple[str, Path, int, int, tuple[int, int]]) -> Tally:
     tally: Tally = {}
     for cached in (True, False):
         results = tally.setdefault("cached" if cached else "uncached", {kind: [0, 0] for kind in scenes.KINDS})
-        for short in (True, False):  # apart, so that short answers do not wait for long ones
+        for short in (True, False):  # separately, so that short answers do not wait for long ones
             chosen = [[q for q in questions if (q[0] != "describe") == short] for questions in asked]
             texts = answer(recipe, model, prompts, squares, [[q[1] for q in questions] for questions in chosen], cached)
             for questions, given in zip(chosen, texts, strict=True):
@@ -103,7 +103,7 @@ def _evaluate_part(args: tuple[str, Path, int, int, tuple[int, int]]) -> Tally:
 
 
 def evaluate(recipe: Recipe, folder: Path, count: int, grids: Sequence[tuple[int, int]]) -> Tally:
-    """Exact match on one question of every kind about each of `count` held-out scenes; the grids of tiles in turn."""
+    """Count exact matches on one question of every kind about `count` held-out scenes, with the grids in turn."""
     step = 20
     total: Tally = {}
     starts = range(0, count, step)
@@ -122,7 +122,7 @@ def evaluate(recipe: Recipe, folder: Path, count: int, grids: Sequence[tuple[int
 
 
 def percentages(tally: Tally) -> dict[str, dict[str, float]]:
-    """Accuracy in percent per kind, and over all short questions as "short"."""
+    """Accuracy in percent by kind, with that of all short questions as "short"."""
     return {
         semantics: {kind: round(100 * right / max(1, asked), 2) for kind, (right, asked) in _with_short(kinds).items()}
         for semantics, kinds in tally.items()
@@ -135,7 +135,7 @@ def _with_short(kinds: dict[str, list[int]]) -> dict[str, list[int]]:
 
 
 def demo_scene(scale: int) -> tuple[NDArray[np.uint8], str, str]:
-    """The first scene of four objects from DEMO_SEED on with a "left of" question: picture, question, answer."""
+    """The first scene from DEMO_SEED on with four objects and a "left of" question, as picture, question, answer."""
     for seed in range(DEMO_SEED, DEMO_SEED + 1000):
         pixels, scene = scenes.render(seed, scale)
         for kind, question, reply in scenes.questions(scene, random.Random(seed)):
@@ -145,13 +145,13 @@ def demo_scene(scale: int) -> tuple[NDArray[np.uint8], str, str]:
 
 
 def write_demo(recipe: Recipe, out: Path) -> None:
-    """The picture that `trol-edge demo` asks about; larger where the model cuts pictures into tiles."""
+    """Write the picture that `trol-edge demo` asks about; it is larger if the model cuts pictures into tiles."""
     out.mkdir(parents=True, exist_ok=True)
     Image.fromarray(demo_scene(data.LARGE.scale if len(recipe.grids) > 1 else 1)[0]).save(out / "scene.png")
 
 
 def write_report(recipe: Recipe, out: Path, minutes: dict[str, float], count: int) -> None:
-    """Evaluate the written checkpoint and say how it came to be: report.json, REPORT.md."""
+    """Evaluate the written checkpoint and describe its training in report.json and REPORT.md."""
     model, prompts = read_checkpoint(recipe, out)
     several = [grid for grid, _ in recipe.grids if grid != (1, 1)]
     tallies = {"one tile": evaluate(recipe, out, count, [(1, 1)])}
@@ -224,7 +224,7 @@ def _named(grids: Iterable[tuple[int, int]]) -> str:
 
 
 def _table(tallies: dict[str, Tally]) -> list[str]:
-    """Lines of a table: a row per kind, how many were asked, and per sort of picture both semantics."""
+    """Lines of a table with a row per kind: how many were asked, and both semantics per sort of picture."""
     first = next(iter(tallies.values()))
     sorts = {f"{name}: " if len(tallies) > 1 else "": percentages(tally) for name, tally in tallies.items()}
     titles = ["kind", "asked", *(f"{sort}{semantics}" for sort in sorts for semantics in ("cached", "uncached"))]

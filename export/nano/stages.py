@@ -1,4 +1,4 @@
-"""The two stages of the small models' training that learn: the encoder alone, then everything on questions."""
+"""The two training stages of the small models: the encoder alone, then everything on questions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DISTIL = 2.0  # weight of the teacher's features beside the patch labels
 
 
 def patch_loss(head: nn.Linear, features: Tensor, views: Views) -> tuple[Tensor, dict[str, float]]:
-    """How badly features [B, I, width] tell the labels; and the accuracy of each label on object patches."""
+    """The loss of predicting labels from features [B, I, width], and each label's accuracy on object patches."""
     out = head(features).float()
     seen = out.detach()
     owned = views.labels[..., 0] > 0
@@ -35,7 +35,7 @@ def patch_loss(head: nn.Linear, features: Tensor, views: Views) -> tuple[Tensor,
     for column, (name, (classes, weight)) in enumerate(LABELS.items()):
         logits, target = out[..., offset : offset + classes], views.labels[..., column]
         loss = loss + weight * F.cross_entropy(logits.flatten(0, 1), target.flatten())
-        # Object patches again: three quarters of the patches are table.
+        # Object patches count twice, because three quarters of the patches are table.
         loss = loss + weight * F.cross_entropy(logits[owned], target[owned])
         told = seen[..., offset : offset + classes][owned].argmax(-1)
         right[name] = float((told == target[owned]).float().mean())
@@ -48,7 +48,7 @@ def patch_loss(head: nn.Linear, features: Tensor, views: Views) -> tuple[Tensor,
 
 
 def train_encoder(rank: int, scratch: Path, name: str, minutes: float) -> None:
-    """The vision encoder alone, on patch labels; with a teacher, the projector too, on the teacher's features."""
+    """Train the vision encoder alone on patch labels and, with a teacher, the projector on the teacher's features."""
     recipe = RECIPES[name]
     image = recipe.family.image(recipe.spec)
     pool = data.load_pool(scratch, data.SMALL)
@@ -62,7 +62,7 @@ def train_encoder(rank: int, scratch: Path, name: str, minutes: float) -> None:
         teacher, teacher_image = checkpoint.family.vision(checkpoint.spec), checkpoint.family.image(checkpoint.spec)
         checkpoint.load_into(vision=teacher)
         teacher.requires_grad_(False)
-    else:  # nothing tells the projector anything before there are questions
+    else:  # without a teacher the projector cannot learn before there are questions
         for parameter_name, p in vision.named_parameters():
             p.requires_grad_("proj" not in parameter_name)
     trainer = Trainer(both, minutes * 60, lambda n: "vision.layers" in n or "vision.proj" in n, lambda n: 1.0)
@@ -88,11 +88,11 @@ def train_encoder(rank: int, scratch: Path, name: str, minutes: float) -> None:
 
 
 def train_decoder(rank: int, scratch: Path, name: str, out: Path, minutes: float, batch_size: int) -> None:
-    """Encoder, projector and decoder on questions; half of the answers in step form from some point on.
+    """Train encoder, projector and decoder on questions; from some point on, half of the answers are in step form.
 
-    Where pictures are cut into tiles, a share of the batches has larger pictures; one batch has pictures of one
-    number of tiles. The thumbnail, which comes last, has the labels and is what attention is taught to look at; the
-    other tiles' features are computed without gradients, so they cost little.
+    If pictures are cut into tiles, a share of the batches has larger pictures; all pictures of a batch have the same
+    number of tiles. The thumbnail, which comes last, has the labels, and attention is taught to look at it. The other
+    tiles' features are computed without gradients, so they cost little.
     """
     recipe = RECIPES[name]
     image = recipe.family.image(recipe.spec)
@@ -118,7 +118,7 @@ def train_decoder(rank: int, scratch: Path, name: str, out: Path, minutes: float
         scale=lambda n: recipe.rate * (recipe.encoder_rate if "vision." in n and "proj" not in n else 1.0),
     )
     rng, packer = np.random.default_rng((SEED, 2, rank)), Packer(prompts, SEED + 1000 * rank)
-    shared = random.Random(SEED)  # the same in all processes, so that they do steps of the same cost
+    shared = random.Random(SEED)  # the same in all processes, so that their steps cost the same
     tally: dict[tuple[str, bool], list[bool]] = {}
     saved = time.monotonic()
     while True:
@@ -127,7 +127,7 @@ def train_decoder(rank: int, scratch: Path, name: str, out: Path, minutes: float
         model.use_rope(shared.random() < recipe.long_share)
         several = grid != (1, 1)
         count = grid[0] * grid[1] + several  # tiles, thumbnail included
-        cost = (CELLS * count + ROWS * ROW_TOKENS) / (CELLS + ROWS * ROW_TOKENS)  # in tokens, to one tile's
+        cost = (CELLS * count + ROWS * ROW_TOKENS) / (CELLS + ROWS * ROW_TOKENS)  # in tokens, relative to one tile
         views = data.sample_views(pools[data.LARGE if several else data.SMALL], max(1, round(batch_size / cost)), rng)
         context = len(prompts.prefix) + CELLS * count
         batch = packer.pack(views.scenes, context, 0.0 if done < recipe.stepped_from else 0.5)

@@ -1,4 +1,4 @@
-"""Text of the small models' training: their sentencepiece model, the prompt in token ids, and packed questions.
+"""The text that the small models are trained on: sentencepiece model, prompt in token ids, and packed questions.
 
 Axes: B pictures, R = ROWS question rows per picture, N = B * R rows, S = ROW_TOKENS tokens of a row, C tokens of the
 context before them (prompt and picture), I = 64 image tokens of a picture's last (or only) tile.
@@ -27,7 +27,7 @@ from trol_edge.export.scenes import Scene
 from trol_edge.prompt.template import build_prompt
 from trol_edge.prompt.tokenizer import Tokenizer
 
-PIECES = 800  # of the sentencepiece model
+PIECES = 800  # size of the sentencepiece model
 # Plain English, so that the tokenizer does not fall back to bytes on other questions a person may type.
 ENGLISH = """
 the and that have for not with you this but his from they say her she will one all would there their what so up out if
@@ -44,10 +44,10 @@ robot camera table object image scene colour shape size place pick up put down t
 
 
 def train_pieces(prefix: Path, drawn: Sequence[Scene], symbols: Sequence[str], space_before_answer: bool) -> None:
-    """Sentencepiece BPE with byte fallback ("\\n" is the byte piece), in `prefix`.model.
+    """Train a sentencepiece BPE with byte fallback ("\\n" is the byte piece) and write it to `prefix`.model.
 
-    Pieces that begin with a space are learnt for what follows one: answers too, where the family's tokenizer puts a
-    space before each segment. Questions follow a line feed in both families.
+    Text that follows a space is learnt as pieces that begin with one. That includes answers if the family's tokenizer
+    puts a space before each segment. Questions follow a line feed in both families.
     """
     import sentencepiece
 
@@ -94,7 +94,7 @@ class Prompts:
         self.prefix = ids[: ids.index(self.image)]
 
     def question(self, question: str) -> list[int]:
-        """Everything behind the picture."""
+        """The ids of everything after the picture."""
         ids = build_prompt(self.tokenizer, self.template, question, 1)
         return ids[ids.index(self.image) + self.template.tokens_per_image :]
 
@@ -105,7 +105,7 @@ class Prompts:
         return self.tokenizer.decode(ids)
 
     def ends(self, ids: list[int], text: str) -> list[int]:
-        """For every token, the number of characters of `text` (ASCII) up to its end; 0 or less: before the text."""
+        """For every token, the number of characters of `text` (ASCII) up to its end; 0 or less before the text."""
         said = [self.tokenizer.token_bytes(i)[0] for i in ids]
         start = b"".join(said).index(text.encode())
         return [end - start for end in itertools.accumulate(map(len, said))]
@@ -119,9 +119,9 @@ KIND_WEIGHTS = {"colour": 1, "shape": 1, "size": 1, "exists": 1.8, "where": 1.8,
 class Batch:
     """Packed questions of B pictures.
 
-    ids, positions [N, S]; mask [N, 1, S, C+S]; single [N, S, 1]: 1 where a token is stepped, not traversed;
-    at (rows, columns) [M] the token `target` [M] is due, with `weight` [M]; `question` [M] numbers the questions,
-    `kinds` names them; named, answers: (rows, columns, cells [K, I]) of the attention targets.
+    ids, positions [N, S]; mask [N, 1, S, C+S]; single [N, S, 1] is 1 for a token that is stepped, not traversed;
+    at (rows, columns) [M] the token `target` [M] is expected, with `weight` [M]; `question` [M] numbers the questions,
+    `kinds` names them; named and answers are (rows, columns, cells [K, I]) of the attention targets.
     """
 
     ids: Tensor
@@ -150,7 +150,10 @@ class Packer:
         return ids, self.prompts.ends(ids, text)
 
     def pack(self, drawn: list[Scene], context: int, single_rate: float) -> Batch:
-        """context: tokens before the questions; single_rate: share of the questions whose answer is stepped."""
+        """Pack questions about pictures.
+
+        context: tokens before the questions. single_rate: share of the questions whose answer is stepped.
+        """
         n = len(drawn) * ROWS
         ids = np.zeros((n, ROW_TOKENS), np.int64)
         positions = np.zeros((n, ROW_TOKENS), np.int64)
@@ -175,7 +178,7 @@ class Packer:
                 ids[r, here] = question + answer
                 positions[r, here] = context + np.arange(length)
                 segment[r, here] = len(kinds)
-                first = start + len(question) - 1  # the last token of the prompt: it tells the answer's first token
+                first = start + len(question) - 1  # the last token of the prompt predicts the answer's first
                 if self.rng.random() < single_rate:
                     single[r, first + 1 : start + length] = 1
                 share = 0.5 if item.kind == "describe" else 1.0

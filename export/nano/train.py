@@ -1,17 +1,17 @@
-"""Train one of the small models that ship with this project, on two CPU cores in about an hour.
+"""Trains one of the small models that ship with this project, on two CPU cores in about an hour.
 
     python -m trol_edge.export.nano.train trol-nano --out export/checkpoints/trol-nano
 
-Stages, each skipped where its result already lies in the scratch folder:
+Stages, each skipped if its result is already in the scratch folder:
 1. pool       scenes rendered once, with a label for every patch
 2. tokenizer  sentencepiece BPE over the prompt, the questions, their answers and plain English
-3. encoder    the vision encoder alone, on patch labels through a head that is thrown away. Without this stage nothing
-              binds: end to end from random values, half an hour reached 40-55 %.
+3. encoder    the vision encoder alone, on patch labels through a head that is thrown away. Without this stage, half an
+              hour of training end to end from random values reached only 40-55 %.
 4. decoder    encoder, projector and decoder on questions; half of the answers in step form from some point on
 5. report     held-out scenes, generated tokens fed back, cached and uncached semantics
 
-Where the models differ: `recipes.py`. Schedules follow the clock, not a step count, so that a shared machine
-changes the result a little but never the duration.
+`recipes.py` has what differs between the models. Schedules follow the clock, not a step count, so that a shared
+machine changes the result a little but never the duration.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_pools(recipe: Recipe, scratch: Path) -> None:
 
 
 def make_tokenizer(recipe: Recipe, scratch: Path) -> None:
-    """The published tokenizer files, in `scratch`/tokenizer."""
+    """Make the published tokenizer files in `scratch`/tokenizer."""
     drawn = data.load_scenes(scratch, data.SMALL)[:4000]
     train_pieces(scratch / "pieces", drawn, recipe.symbols, recipe.space_before_answer)
     with new_folder(scratch / "tokenizer", overwrite=True, ours=("*",)) as part:
@@ -49,11 +49,11 @@ def make_tokenizer(recipe: Recipe, scratch: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(RECIPES))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--minutes", type=float, help="training time in all (default: the recipe's)")
-    parser.add_argument("--scratch", type=Path, help="folder of what the stages make (default: a temporary one)")
-    parser.add_argument("--batch", type=int, default=12, help="pictures of one tile per process and step")
-    parser.add_argument("--evaluate", type=int, default=2000, help="held-out scenes to evaluate")
+    parser.add_argument("--out", type=Path, required=True, help="Folder to write the checkpoint to.")
+    parser.add_argument("--minutes", type=float, help="Total training time (default: the recipe's).")
+    parser.add_argument("--scratch", type=Path, help="Folder for the results of the stages (default: a temporary one).")
+    parser.add_argument("--batch", type=int, default=12, help="Pictures of one tile per process and step.")
+    parser.add_argument("--evaluate", type=int, default=2000, help="Number of held-out scenes to evaluate.")
     args = parser.parse_args()
     recipe = RECIPES[args.model]
     scratch = args.scratch or Path(tempfile.gettempdir()) / recipe.name

@@ -1,1 +1,1 @@
-"""Precision recipes, and everything that makes weights and activations smaller."""
+"""Precision recipes and everything else that makes weights and activations smaller."""

@@ -1,4 +1,4 @@
-"""Scales that cancel: what makes a channel is divided, what reads it is multiplied, and the model stays the same.
+"""Folds scales that cancel: what makes a channel is divided, what reads it is multiplied, the model stays the same.
 
 | channels read by | are made by | why that cancels |
 |---|---|---|
@@ -10,7 +10,7 @@
 
 Both passes of a traversal read one norm and one Linear, so one folding serves both. The gate reads the residual
 stream, which no folding touches. Low-rank parts follow: columns of A with the weight's columns, rows of B with its
-rows. fc2 and down behind a fused activation have no such maker (the activation is not linear).
+rows. fc2, and down after a fused activation, have no such maker, because the activation is not linear.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Group:
     """Channels that are rescaled together.
 
     readers: Linear weights [out, K] whose columns are multiplied. makers: (parameter, first row) of what is divided.
-    width: how many scales there are. Each is used by `repeat` heads of `head` columns in turn (K = repeat * width).
+    width: number of scales. Each is used by `repeat` heads of `head` columns in turn (K = repeat * width).
     """
 
     name: str
@@ -40,20 +40,20 @@ class Group:
     repeat: int = 1
 
     def columns(self, scale: Tensor) -> Tensor:
-        """Per-channel scales [width] -> per-column scales [K]."""
+        """Turn scales per channel [width] into scales per column [K]."""
         if self.repeat == 1:
             return scale
         return scale.view(-1, 1, self.head).expand(-1, self.repeat, -1).reshape(-1)
 
     def channels(self, columns: Tensor) -> Tensor:
-        """The largest of what belongs to each channel: [K] -> [width]."""
+        """The largest value among each channel's columns: [K] -> [width]."""
         if self.repeat == 1:
             return columns
         return columns.view(-1, self.repeat, self.head).amax(1).reshape(-1)
 
 
 def groups(spec: ModelSpec, names: Iterable[str]) -> list[Group]:
-    """Every group of a model whose parameters have these names."""
+    """Find every group of a model whose parameters have these names."""
     present = set(names)
     d, e = spec.hidden_size, spec.head_dim
     out: list[Group] = []
@@ -94,7 +94,7 @@ def groups(spec: ModelSpec, names: Iterable[str]) -> list[Group]:
 
 
 class Folding:
-    """Chosen scales: by how much rows and columns of each parameter are multiplied. Float32, finite, above zero."""
+    """Chosen factors for the rows and columns of each parameter: float32, finite, above zero."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -115,7 +115,7 @@ class Folding:
         return parameter in self.columns or parameter in self.rows
 
     def apply(self, parameter: str, block: Tensor, first: int) -> Tensor:
-        """Rows first.. of a parameter, folded, as float32."""
+        """Fold a block of a parameter's rows, which begins with row `first`; returns float32."""
         block = block.float()
         if (columns := self.columns.get(parameter)) is not None:
             block = block * columns

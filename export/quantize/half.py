@@ -1,8 +1,8 @@
-"""FP16 graphs that do not overflow: everything in FP16 but what calibration saw grow too large, with casts between.
+"""Makes FP16 graphs that do not overflow: values that calibration saw grow too large stay FP32, with casts between.
 
-FP16 ends at 65504. What can pass it: the residual stream (a few channels of large models do), its square inside a norm,
-attention scores, and the product silu(gate) * up. Norms always compute in FP32; the rest does where the statistics
-(with a margin, since they saw a few samples only) say so. Names in `Plan.kept_fp32`:
+FP16 ends at 65504. These can exceed it: the residual stream (a few channels of large models do), its square inside a
+norm, attention scores, and the product silu(gate) * up. Norms always compute in FP32. The rest does if the statistics
+say so, with a margin, because they saw a few samples only. Names in `Plan.kept_fp32`:
 
     decoder.residual, vision.residual   the whole stream, with the gate that reads it
     decoder.layers.3.scores             attention of that layer
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 FLOATS = (HALF, FLOAT, ir.DataType.BFLOAT16)
 LARGEST = 65504.0
-MARGIN = 4.0  # by how much a value may be larger than any that calibration saw
+MARGIN = 4.0  # values may exceed the largest that calibration saw by this factor
 NORMS = ("RMSNormalization", "LayerNormalization")
 BORDERS = ("MatMul", "Conv", "QuantizeLinear", "DequantizeLinear", *NORMS)
 
 
 def find_overflows(statistics: Statistics) -> tuple[str, ...]:
-    """What has to stay in FP32, by the names above."""
+    """Find what has to stay in FP32, by the names above."""
     limit = LARGEST / MARGIN
     kept = set()
     for name in statistics.points:
@@ -48,9 +48,9 @@ def find_overflows(statistics: Statistics) -> tuple[str, ...]:
 def convert(model: ir.Model, kept: Collection[str], stored: Mapping[str, ir.DataType]) -> None:
     """Turn a float32 graph (quantized or not) into an FP16 one, in place.
 
-    kept: what stays in FP32. stored: dtype of every parameter in the weights file. Pictures, embeddings, masks,
-    features and logits stay float32 at the border of the graph; the KV cache becomes float16 where attention is.
-    Raises ExportError where two types would meet.
+    kept: names of what stays in FP32. stored: dtype of every parameter in the weights file. Pictures, embeddings,
+    masks, features and logits stay float32 as inputs and outputs; a KV cache is float16 if its attention is.
+    Raises ExportError if a node would get two types.
     """
     graph = model.graph
     wide = _wide_nodes(model, kept)
@@ -122,23 +122,23 @@ def _wide_nodes(model: ir.Model, kept: Collection[str]) -> set[int]:
             wide.add(id(node))
             part = (node.inputs[1].name or "").split(".")[0] if len(node.inputs) > 1 and node.inputs[1] else ""
             if f"{part}.residual" in kept and node.inputs[0] is not None:
-                wide |= _behind(node.inputs[0], stop=BORDERS)
+                wide |= _upstream(node.inputs[0], stop=BORDERS)
         elif point == "decoder.gate" and ("decoder.residual" in kept or point in kept):
             wide.add(id(node))
         elif point.removesuffix(".lora_b") in kept and node.inputs[0] is not None:
             wide.add(id(node))
-            wide |= _ahead(node.outputs, stop=BORDERS) | _rounding(node)
+            wide |= _downstream(node.outputs, stop=BORDERS) | _rounding(node)
             if not point.endswith(".lora_b"):
-                wide |= _behind(_unrounded(node.inputs[0]), stop=BORDERS)
+                wide |= _upstream(_unrounded(node.inputs[0]), stop=BORDERS)
         elif node.op_type == "Attention":
-            reader = next((points[i] for i in _ahead(node.outputs, stop=(), until=points) if i in points), "")
+            reader = next((points[i] for i in _downstream(node.outputs, stop=(), until=points) if i in points), "")
             if f"{reader.removesuffix('.out')}.scores" in kept:
                 wide.add(id(node))
     return wide
 
 
 def _point(node: ir.Node) -> str | None:
-    """The point of a Linear's MatMul, quantized or not; of a low-rank part "a.lora_b" or the point of its weight."""
+    """The point of a Linear's MatMul, quantized or not; for a low-rank part "a.lora_b" or the point of its weight."""
     if node.op_type != "MatMul" or node.inputs[1] is None:
         return None
     weight = node.inputs[1]
@@ -149,7 +149,7 @@ def _point(node: ir.Node) -> str | None:
 
 
 def _rounding(node: ir.Node) -> set[int]:
-    """The pair on a Linear's input, which computes in what it rounds."""
+    """Ids of the Q/DQ pair on a Linear's input, which computes in the type of what it rounds."""
     found: set[int] = set()
     value = node.inputs[0]
     while value is not None and (producer := value.producer()) is not None:
@@ -161,7 +161,7 @@ def _rounding(node: ir.Node) -> set[int]:
 
 
 def _unrounded(value: ir.Value) -> ir.Value:
-    """What a pair rounds; the value itself where there is no pair."""
+    """The value that a Q/DQ pair rounds, or the value itself if there is no pair."""
     producer = value.producer()
     while producer is not None and producer.op_type in ("QuantizeLinear", "DequantizeLinear"):
         assert producer.inputs[0] is not None
@@ -170,13 +170,13 @@ def _unrounded(value: ir.Value) -> ir.Value:
     return value
 
 
-def _behind(value: ir.Value, stop: Collection[str]) -> set[int]:
-    """Nodes that make a value, up to Linears, norms and inputs (which are not among them)."""
+def _upstream(value: ir.Value, stop: Collection[str]) -> set[int]:
+    """Ids of the nodes that make a value, up to Linears, norms and inputs (which are not included)."""
     return _walk([value.producer()], stop, lambda node: [v.producer() for v in node.inputs if v is not None])
 
 
-def _ahead(values: Iterable[ir.Value], stop: Collection[str], until: Collection[int] = ()) -> set[int]:
-    """Nodes that values flow into, up to Linears and norms (which are not among them); up to `until`, included."""
+def _downstream(values: Iterable[ir.Value], stop: Collection[str], until: Collection[int] = ()) -> set[int]:
+    """Ids of the nodes that values flow into, up to Linears and norms (not included) or `until` (included)."""
 
     def after(node: ir.Node) -> list[ir.Node | None]:
         return [] if id(node) in until else [user for output in node.outputs for user, _ in output.uses()]

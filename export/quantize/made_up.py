@@ -1,4 +1,4 @@
-"""Statistics of a calibration that never ran, for random weights: a bundle made of them costs what a real one costs."""
+"""Makes up calibration statistics for random weights, so that their bundle costs as much as a real one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trol_edge.export.reference.checkpoint import Checkpoint
 
 
 def made_up_statistics(source: Checkpoint) -> Statistics:
-    """Statistics as if every Linear of a checkpoint had seen eight rows of a normal distribution; always the same."""
+    """Make statistics as if every Linear had seen eight rows of a normal distribution; the same on every call."""
     rng, points = np.random.default_rng(0), {}
     for name in source.names():
         shape = source.shape(name)

@@ -1,8 +1,8 @@
 """Clipping thresholds from histograms of |x|: min-max, percentile, entropy (KL) and mean squared error.
 
-All are for symmetric 8-bit quantization (levels -127..127). onnxruntime.quantization has the same algorithms inside
-classes that own whole ORT sessions; its entropy search is a Python loop over every bin (seconds per tensor at our
-resolution) and importing it imports onnx, so they are restated here and compared with it in the tests.
+All are for symmetric 8-bit quantization (levels -127..127). onnxruntime.quantization has the same algorithms, but in
+classes that own whole ORT sessions. Its entropy search is a Python loop over every bin (seconds per tensor at our
+resolution), and importing it imports onnx. So they are written again here, and the tests compare them with it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 Histogram = NDArray[np.int64]  # [B], of |x|, equal bins over [0, top]
 
 LEVELS = 127  # positive levels of a symmetric int8
-PERCENTILE = 99.99  # of the values that are not clipped
-CANDIDATES = 200  # thresholds that the two searches try
+PERCENTILE = 99.99  # percentage of the values that are not clipped
+CANDIDATES = 200  # number of thresholds that the two searches try
 
 
 def minmax(histogram: Histogram, top: float) -> float:
-    """Upper edge of the last bin in use: nothing is clipped."""
+    """The upper edge of the last bin in use, so that nothing is clipped."""
     used = np.flatnonzero(histogram)
     return top * float(used[-1] + 1) / len(histogram) if len(used) else 0.0
 
 
 def percentile(histogram: Histogram, top: float, percent: float = PERCENTILE) -> float:
-    """Upper edge of the bin below which `percent` of the values lie."""
+    """The upper edge of the bin up to which `percent` of the values are."""
     total = int(histogram.sum())
     if not total:
         return 0.0
@@ -35,11 +35,11 @@ def percentile(histogram: Histogram, top: float, percent: float = PERCENTILE) ->
 
 
 def mse(histogram: Histogram, top: float) -> float:
-    """Threshold with the least mean squared error of rounding and clipping."""
+    """The threshold with the least mean squared error of rounding and clipping."""
     last = _last(histogram)
     if not last:
         return 0.0
-    # Four points per bin: at the smallest candidate a bin is as wide as a quantization step.
+    # Four points per bin, because at the smallest candidate a bin is as wide as a quantization step.
     points = (np.arange(4 * last, dtype=np.float32) + 0.5) / 4  # in bins
     weights = np.repeat(histogram[:last] / 4, 4).astype(np.float64)
     bins = _candidates(last, LEVELS)
@@ -52,9 +52,9 @@ def mse(histogram: Histogram, top: float) -> float:
 
 
 def entropy(histogram: Histogram, top: float) -> float:
-    """Threshold at which the quantized distribution diverges least from the original (Migacz, GTC 2017).
+    """The threshold at which the quantized distribution diverges least from the original (Migacz, GTC 2017).
 
-    The original is clipped: what lies beyond the threshold counts into its last bin. The quantized one has 128
+    The original is clipped, so values above the threshold count into its last bin. The quantized one has 128
     levels, each spread evenly over the bins in use that it covers.
     """
     last = _last(histogram)
@@ -84,7 +84,7 @@ OBSERVERS: dict[str, Callable[[Histogram, float], float]] = {
 
 
 def _last(histogram: Histogram) -> int:
-    """Bins up to the last one in use."""
+    """The number of bins up to the last one in use."""
     used = np.flatnonzero(histogram)
     return int(used[-1]) + 1 if len(used) else 0
 
@@ -95,7 +95,7 @@ def _candidates(last: int, least: int) -> NDArray[np.int64]:
 
 
 def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
-    """Kullback-Leibler divergence of two histograms; an empty bin of q where p has values counts as 1e-4."""
+    """The Kullback-Leibler divergence of two histograms; an empty bin of q where p has values counts as 1e-4."""
     used = p > 0
     total = q.sum()
     if not total:

@@ -1,14 +1,14 @@
-"""The graph pass that makes quantization explicit: QuantizeLinear and DequantizeLinear around every planned Linear.
+"""The graph pass that makes quantization explicit, by QuantizeLinear and DequantizeLinear around planned Linears.
 
     before   MatMul(x, W)
     after    MatMul(DequantizeLinear(QuantizeLinear(x, <point>.input_scale)), DequantizeLinear(W, W.scale))
 
-Standard ONNX, opset 23; what TensorRT takes as it is, and what export/lower/ort.py rewrites for a CPU.
+The result is standard ONNX, opset 23. TensorRT takes it as it is, and export/lower/ort.py rewrites it for a CPU.
 - W [K, N] keeps its name and becomes INT8, INT4 or FLOAT8E4M3FN; `W.scale` is [N] (axis 1), or [K/block, N] (axis 0,
-  block_size). One DequantizeLinear per use, because fusions want one reader; the initializer stands there once.
-- One pair on each distinct input: q, k and v, gate and up, a weight and its low-rank part share it.
-- Weights alone ("int4", or 8 bits without activations) have no pair on their input.
-Nodes and values that were there keep their names.
+  block_size). Each use has its own DequantizeLinear, because fusions need a single reader; the initializer is shared.
+- Each distinct input has one pair, which is shared by q, k and v, by gate and up, by a weight and its low-rank part.
+- Linears of which only weights are rounded ("int4", or 8 bits without activations) have no pair on their input.
+Existing nodes and values keep their names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STORED = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType
 
 
 def scale_name(parameter: str) -> str:
-    """The initializer with the scales of a quantized Linear weight."""
+    """Name of the initializer with the scales of a quantized Linear weight."""
     return f"{parameter}.scale"
 
 
@@ -34,7 +34,7 @@ def insert(model: ir.Model, plan: PrecisionPlan, input_scales: Mapping[str, floa
     """Quantize in place every Linear of the graph that the plan quantizes; returns whether there was any.
 
     Weights must be initializers [K, N] without values (see `graphs.fold_transposes`); input_scales has the scale of
-    each Linear whose input is rounded. Raises ExportError where the graph is not as expected, before and after.
+    each Linear whose input is rounded. Raises ExportError if the graph is not as expected, before or after.
     """
     uses = _uses(model, plan)
     inputs: dict[tuple[ir.Value, str], ir.Value] = {}
@@ -69,11 +69,11 @@ def insert(model: ir.Model, plan: PrecisionPlan, input_scales: Mapping[str, floa
 
 
 def separate_readers(model: ir.Model) -> bool:
-    """Let Linears that stand in the graph twice read a common input in different shapes; returns whether any did.
+    """Let Linears that are in the graph twice read a common input in different shapes; returns whether any did.
 
     TensorRT for RTX 1.7 merges products of one input (gate and up) into one, with a copy of their weights for each of
-    the two passes of a traversal: twice the memory and four times the time of a build; and with int4 it fails
-    ("vector::_M_range_check"). In different shapes, [1, S, K], [S, K], [1, 1, S, K], they are not merged.
+    the two passes of a traversal. That takes twice the memory and four times the time of a build, and with int4 it
+    fails ("vector::_M_range_check"). In different shapes, [1, S, K], [S, K], [1, 1, S, K], they are not merged.
     """
     changed = False
     readers: dict[ir.Value, list[ir.Node]] = {}
@@ -90,7 +90,7 @@ def separate_readers(model: ir.Model) -> bool:
 
 
 def _reshape_around(model: ir.Model, node: ir.Node, x: ir.Value, added: int) -> None:
-    """Let a MatMul read x [1, S, K] as [S, K] (added: 0), or with so many leading dimensions more."""
+    """Let a MatMul read x [1, S, K] as [S, K] (added: 0), or with `added` more leading dimensions."""
     y = node.outputs[0]
     assert x.shape is not None and y.shape is not None and x.shape[0] == 1 and x.dtype is not None
     name, uses, axes = y.name, list(y.uses()), _axes(model, max(added, 1))
@@ -104,7 +104,7 @@ def _reshape_around(model: ir.Model, node: ir.Node, x: ir.Value, added: int) -> 
         rounding = restore.inputs[0].producer() if restore.inputs[0] is not None else None
     source = x if rounding is None else rounding.inputs[0]
     assert source is not None and source.shape is not None and source.dtype is not None
-    # Before the pair that rounds the input, so that the pair still stands at the product.
+    # Reshape before the pair that rounds the input, so that the pair stays next to the product.
     new = [_node(there, [source, axes], f"{name}.input", {}, reshaped(source.shape), source.dtype)]
     if rounding is not None and restore is not None:
         for i, old in enumerate((rounding, restore)):
@@ -115,7 +115,7 @@ def _reshape_around(model: ir.Model, node: ir.Node, x: ir.Value, added: int) -> 
     node.replace_input_with(0, new[-1].outputs[0])
     y.name = f"{name}.reshaped"
     result = _node(back, [y, axes], str(name), {}, y.shape, x.dtype)
-    result.name = f"node_{name}.back"  # the product keeps its own
+    result.name = f"node_{name}.back"  # the product keeps its own name
     y.shape = reshaped(y.shape)
     for user, index in uses:
         user.replace_input_with(index, result.outputs[0])
@@ -124,7 +124,7 @@ def _reshape_around(model: ir.Model, node: ir.Node, x: ir.Value, added: int) -> 
 
 
 def _axes(model: ir.Model, count: int) -> ir.Value:
-    """The first `count` axes, as an initializer."""
+    """An initializer that lists the first `count` axes."""
     name = f"axes.{count}"
     if name not in model.graph.initializers:
         tensor = ir.tensor(np.arange(count, dtype=np.int64), name=name)
@@ -134,7 +134,7 @@ def _axes(model: ir.Model, count: int) -> ir.Value:
 
 
 def _stored_weight(node: ir.Node) -> ir.Value | None:
-    """The initializer that a MatMul multiplies by, quantized or not; None where there is none."""
+    """The initializer that a MatMul multiplies by, quantized or not; None if there is none."""
     if node.op_type != "MatMul" or node.inputs[1] is None:
         return None
     producer = node.inputs[1].producer()
@@ -196,7 +196,7 @@ def _uses(model: ir.Model, plan: PrecisionPlan) -> dict[str, list[ir.Node]]:
 
 
 def _check(model: ir.Model, plan: PrecisionPlan, uses: Mapping[str, list[ir.Node]]) -> None:
-    """Every planned use is quantized once, and nothing is left over."""
+    """Check that every planned use is quantized once, and that nothing is left over."""
     problems = []
     for name, nodes in uses.items():
         linear = plan.linears[name]
@@ -206,7 +206,7 @@ def _check(model: ir.Model, plan: PrecisionPlan, uses: Mapping[str, list[ir.Node
         for node in nodes:
             x, w = (value.producer() if value is not None else None for value in node.inputs)
             if w is None or w.op_type != "DequantizeLinear" or w.inputs[0] is not weight:
-                problems.append(f"{node.name} does not read {name} dequantized")
+                problems.append(f"{node.name} does not read the dequantized {name}")
             source = (
                 x.inputs[0].producer() if x is not None and x.op_type == "DequantizeLinear" and x.inputs[0] else None
             )
@@ -216,7 +216,7 @@ def _check(model: ir.Model, plan: PrecisionPlan, uses: Mapping[str, list[ir.Node
             if source is not None and source.inputs[0] is not None:
                 behind = source.inputs[0].producer()
                 if behind is not None and behind.op_type == "DequantizeLinear":
-                    problems.append(f"{node.name} reads what was rounded twice")
+                    problems.append(f"{node.name} reads a value that was rounded twice")
     problems += [f"{name} is read by nothing" for name, v in model.graph.initializers.items() if not list(v.uses())]
     if problems:
         raise ExportError(f"quantization went wrong: {'; '.join(problems)}; please report this")

@@ -1,4 +1,4 @@
-"""Recipes: from a name or a JSON file to a Plan that says for every Linear how it is treated.
+"""Turns a recipe's name or a JSON file into a plan that says how every Linear is treated.
 
 | recipe | decoder Linears | LoRA | output layer | vision tower, projector | everything else |
 |---|---|---|---|---|---|
@@ -9,7 +9,7 @@
 | fp8  | W8A8 in E4M3 | A: the same, B: FP16 | the same | the same | floating point |
 
 W8A8: 8-bit weights with a scale per output channel, inputs rounded to 8 bits with one static scale per tensor.
-W8, W4: weights only. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the others.
+W8 and W4 round weights only. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the others.
 Norms, biases, the gate, the patch convolution, rotary tables, attention and the embedding are never quantized.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,25 +26,26 @@ from trol_edge.bundle import targets
 from trol_edge.bundle.precision import BLOCKS, PRECISIONS, QUANTIZED, LinearPlan, PrecisionPlan
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
+from trol_edge.reading import guard, read_json_value
 
 OBSERVERS = ("minmax", "percentile", "entropy", "mse")
 EXPORT_TARGETS = ("cpu", "onnx", *filter(targets.is_gpu, targets.TARGETS))
-GATE = "decoder.gate.weight"  # one column, shared by all layers: nothing to gain
+GATE = "decoder.gate.weight"  # never quantized, because one column that all layers share saves nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class RecipeOptions:
-    """What a user chooses; a mixed plan file holds these keys. None means: as the recipe has it."""
+    """What a user can choose. A mixed plan file has these keys. None leaves the choice to the recipe."""
 
-    recipe: str = "fp32"  # of PRECISIONS
-    block: int = 32  # of int4
+    recipe: str = "fp32"  # one of PRECISIONS
+    block: int = 32  # block size of int4
     lm_head: str | None = None  # precision of the output layer
     vision: str | None = None  # precision of vision tower and projector
     lora: str | None = None  # precision of the low-rank parts
-    observer: str = "mse"  # of the activation scales: minmax, percentile, entropy or mse
+    observer: str = "mse"  # sets the activation scales: minmax, percentile, entropy or mse
     scaling: bool = True  # rescale channels where that cancels: SmoothQuant for int8 and fp8, AWQ for int4
-    clipping: bool = True  # find weight scales of least error
-    sensitive: float | None = 0.02  # int4: a Linear whose output error (share of its energy) is above this gets int8
+    clipping: bool = True  # search weight scales of least error
+    sensitive: float | None = 0.02  # int4: Linears with a larger output error (share of its energy) get int8
     linears: dict[str, LinearPlan] = dataclasses.field(default_factory=dict)  # pattern -> treatment; the last wins
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class RecipeOptions:
 
 
 def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> RecipeOptions:
-    """Options from a recipe's name or a JSON file with the fields of `Options`; `chosen` that are not None win.
+    """Read options from a recipe's name or a JSON file with the fields of `Options`; `chosen` wins if not None.
 
     Raises UsageError for unknown keys and values, naming them all.
     """
@@ -83,17 +83,16 @@ def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> Recip
         raise UsageError(
             f"precision {str(recipe_or_file)!r} is neither one of {', '.join(PRECISIONS)} nor a file with a plan"
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error})") from error
+    data = read_json_value(path, UsageError, "give the file of a plan")
     if isinstance(data, dict):
         data = data | given
-    return from_dict(RecipeOptions, data, str(path), UsageError, "See docs/quantization.md for the keys of a plan")
+    advice = "See docs/quantization.md for the keys of a plan"
+    with guard(path, UsageError, advice):
+        return from_dict(RecipeOptions, data, str(path), UsageError, advice)
 
 
 def is_linear(name: str, shape: Sequence[object]) -> bool:
-    """Whether a parameter is a Linear weight (or a low-rank part of one), which is stored as MatMul reads it."""
+    """Whether a parameter is a Linear weight (or a low-rank part of one), and so stored as MatMul reads it."""
     return len(shape) == 2 and name.endswith((".weight", ".lora_a", ".lora_b"))
 
 
@@ -103,9 +102,9 @@ def point_of(parameter: str) -> str:
 
 
 def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], target: str) -> PrecisionPlan:
-    """A plan for a checkpoint whose parameters have these shapes ([out, in] of a Linear).
+    """Make a plan for a checkpoint whose parameters have these shapes ([out, in] of a Linear).
 
-    Raises UsageError where the target cannot run what is asked for, or a pattern fits no Linear.
+    Raises UsageError if the target cannot run what is asked for, or a pattern fits no Linear.
     """
     linears = {n: _recipe(n, s, options) for n, s in shapes.items() if is_linear(n, s) and n != GATE}
     for pattern, linear in options.linears.items():
@@ -115,7 +114,7 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
         linears.update((name, linear) for name in matching)
     for name, linear in linears.items():
         if linear.precision == "int4" and (shapes[name][1] % (linear.block or 1) or shapes[name][0] % 2):
-            # The low-rank parts of a small model; a block may not end outside its row.
+            # A block may not end outside its row, which matters for the low-rank parts of a small model.
             linears[name] = LinearPlan("int8")
     used = {linear.precision for linear in linears.values()}
     if "fp8" in used and targets.is_gpu(target) and "fp8" not in targets.target(target).precisions:
@@ -149,7 +148,7 @@ def _recipe(name: str, shape: tuple[int, ...], options: RecipeOptions) -> Linear
     if name.endswith((".lora_a", ".lora_b")):
         precision = options.lora or {"int4": "int8"}.get(precision, precision)
         if precision == "fp8" and name.endswith(".lora_b"):
-            precision = "fp16"  # its input is not calibrated, and FP8 weights alone have no kernels
+            precision = "fp16"  # the input is not calibrated, and FP8 weights alone have no kernels
         rounded = name.endswith(".lora_a") and precision in ("int8", "fp8")
         return LinearPlan(precision, options.block if precision == "int4" else None, rounded)
     return LinearPlan(precision, options.block if precision == "int4" else None, precision in ("int8", "fp8"))

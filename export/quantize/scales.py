@@ -1,8 +1,8 @@
-"""Choose scales by what they do to the output: rows that calibration kept, sampled output channels, a small search.
+"""Searches for scales by their effect on the output, with rows that calibration kept and sampled output channels.
 
-Per group of channels (see folding.py) the exponent that SmoothQuant and AWQ leave to taste is searched: for inputs
-that are rounded s = absmax(x)^a / absmax(w)^(1-a), for weights alone s = mean(|x|)^a. Then, per rounded input, the
-threshold. Nothing here looks at a whole model: one group's weights, sampled, and R rows of its input.
+For each group of channels (see folding.py) the exponent a, which SmoothQuant and AWQ leave open, is searched. If inputs
+are rounded, s = absmax(x)^a / absmax(w)^(1-a); if only weights are, s = mean(|x|)^a. Then the threshold of each rounded
+input is searched. A search reads sampled weights of one group and R rows of its input, never a whole model.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from trol_edge.export.quantize.stats import PointStatistics, Statistics
     from trol_edge.export.reference.checkpoint import Checkpoint
 
-SAMPLED = 384  # output channels of a Linear that the searches look at
+SAMPLED = 384  # output channels of a Linear that the searches read
 EXPONENTS = (0.2, 0.35, 0.5, 0.65, 0.8)
-LARGEST_SCALE = 2.0**10  # and its inverse: beyond, a channel's noise would be all that is left
+LARGEST_SCALE = 2.0**10  # bounds scales, and its inverse too; beyond them only noise would be left of a channel
 THRESHOLDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """What the search found.
+    """The result of the search.
 
     folding: scales that cancel. inputs: Linear -> scale of its rounded input. errors: Linear -> mean square error of
-    its output over the mean square of its output, on calibration's rows. plan: with sensitive Linears raised.
+    its output over the mean square of its output, on calibration's rows. plan: the plan with sensitive Linears raised.
     """
 
     plan: PrecisionPlan
@@ -49,7 +49,7 @@ class Scales:
 def find_scales(
     source: Checkpoint, plan: PrecisionPlan, statistics: Statistics, sensitive: float | None, progress: Progress
 ) -> Scales:
-    """Search every group and every Linear that the plan quantizes. Raises CalibrationError where a point is missing."""
+    """Search every group and every Linear that the plan quantizes. Raises CalibrationError if a point is missing."""
     shapes = {name: source.shape(name) for name in source.names()}
     folding = Folding(shapes)
     linears = dict(plan.linears)
@@ -96,7 +96,7 @@ def find_scales(
 
 
 def _input_of(name: str) -> str:
-    """Which tensor a Linear reads: Linears with equal answers read one tensor."""
+    """A key for the tensor that a Linear reads; Linears with equal keys read the same tensor."""
     point = point_of(name)
     for part, one in ((".mlp.up", ".mlp.gate"), (".k", ".q"), (".v", ".q")):
         if point.endswith(part):
@@ -117,7 +117,7 @@ def _point(statistics: Statistics, name: str, required: bool) -> PointStatistics
 
 
 class _Seen:
-    """What calibration saw at a point, behind the folding of its columns."""
+    """What calibration saw at a point, after its columns were folded."""
 
     def __init__(self, point: PointStatistics, columns: Tensor | None) -> None:
         self._point, self._folded = point, columns is not None
@@ -132,8 +132,8 @@ class _Seen:
         """The largest |x| that is represented."""
         if not self._folded:
             return self._point.amax(observer)
-        # The histogram was made before the folding, the rows can be folded: the observer's share of the range is
-        # found on them, the range itself is exact.
+        # The histogram was made before folding, but the rows can be folded. So the rows give the observer's share of
+        # the range, and the range itself is exact.
         largest = float(self.absmax.max())
         if observer == "minmax" or not len(self.rows):
             return largest
@@ -152,7 +152,7 @@ class _Seen:
         return best
 
     def error(self, weight: Tensor, linear: LinearPlan, input_scale: float | None, plan: PrecisionPlan) -> float:
-        """Mean square error of the output over its mean square, both rounded as the plan says."""
+        """Mean square error of the output over its mean square, with weights and inputs rounded by the plan."""
         target = self.rows @ weight.T
         rows = self.rows
         if input_scale is not None:
@@ -163,7 +163,7 @@ class _Seen:
 
 
 def sample(source: Checkpoint, name: str, folding: Folding | None = None) -> tuple[Tensor, Tensor]:
-    """Output channels of a Linear, evenly spread, and the largest |weight| of every input: float32 [n, K], [K]."""
+    """Evenly spread output channels of a Linear and the largest |weight| of every input: float32 [n, K], [K]."""
     n, k = source.shape(name)
     step = max(1, n // SAMPLED)
     largest, rows = torch.zeros(k), []
@@ -182,7 +182,7 @@ def _search_group(
     point: PointStatistics,
     plan: PrecisionPlan,
 ) -> Tensor | None:
-    """Scales [width] of least output error, or None where the best is not to scale."""
+    """The scales [width] of least output error, or None if not scaling is best."""
     seen = _Seen(point, None)
     samples = {name: sample(source, name) for name in readers}
     largest_weight = group.channels(torch.stack([largest for _, largest in samples.values()]).amax(0))

@@ -1,4 +1,4 @@
-"""What calibration knows about a checkpoint's activations: written layer by layer, read by quantization.
+"""Statistics of a checkpoint's activations: calibration writes them layer by layer, quantization reads them.
 
 A folder of statistics holds
 
@@ -12,11 +12,11 @@ count into one point, because they share the weights.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.folder import new_file
+from trol_edge.bundle.folder import new_file, writing
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export.quantize.observers import OBSERVERS
+from trol_edge.reading import guard, is_plain_name, open_plain, parse_json, read_json
 
 Float32 = NDArray[np.float32]
 
@@ -35,11 +36,12 @@ FORMAT_VERSION = 1
 STATE = "state.json"
 PARTS = "parts"
 BINS = 2048
-ROWS = 64  # of the reservoir
-# Thresholds below this are raised to it: a tensor that is zero throughout must not get a scale of zero. It is far
-# below what any Linear of these models sees, and its scale, 1e-6 / 127, is still a normal float32.
+ROWS = 64  # size of the reservoir
+# The smallest threshold, so that a tensor of zeros does not get a scale of zero. It is far below what any Linear of
+# these models sees, and its scale, 1e-6 / 127, is still a normal float32.
 SMALLEST = 1e-6
 
+ROOM = "then calibrate again with the same arguments: it goes on where it stopped"  # for a write that failed
 _ARRAYS = ("absmax", "mean_abs", "mean_square", "rows", "histogram")
 _NUMBERS = ("count", "histogram_max", "output_absmax")
 
@@ -48,8 +50,8 @@ _NUMBERS = ("count", "histogram_max", "output_absmax")
 class PointStatistics:
     """The input of one Linear with K input channels, over all samples.
 
-    histogram counts |x| in B equal bins over [0, histogram_max], from at most 256 random rows of each call; all else
-    but `rows` is over every row.
+    histogram counts |x| in B equal bins over [0, histogram_max], from at most 256 random rows of each call. The other
+    values, except `rows`, are over every row.
     """
 
     count: int  # rows (tokens) seen
@@ -69,14 +71,14 @@ class PointStatistics:
         if observer not in OBSERVERS:
             raise UsageError(f"observer {observer!r} is not one of {', '.join(OBSERVERS)}")
         largest = float(self.absmax.max(initial=0.0))
-        # The histogram knows its bins only, and not every row: the largest value itself is exact.
+        # The histogram has bins only, and not every row, so the exact largest value is used.
         found = largest if observer == "minmax" else OBSERVERS[observer](self.histogram, self.histogram_max)
         return max(min(found, largest), SMALLEST)
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationState:
-    """What a cache folder is for; all of it must agree before anything in it is used."""
+    """Identifies what a cache folder is for. All of it must match before the folder is used."""
 
     checkpoint: str  # identity, see Checkpoint.identity
     samples_sha256: str
@@ -88,8 +90,8 @@ class CalibrationState:
 class Statistics:
     """The statistics of all points of one checkpoint.
 
-    points: PointStatistics by name, read from disk when asked for. peaks: largest |value| of tensors that are no
-    input or output of a Linear: "decoder.layers.<i>.residual" and ".scores" (of attention, before the softmax),
+    points: PointStatistics by name, read from disk on access. peaks: largest |value| of tensors that are neither input
+    nor output of a Linear: "decoder.layers.<i>.residual" and ".scores" (of attention, before the softmax),
     "vision.layers.<i>.residual" and ".scores".
     """
 
@@ -100,20 +102,20 @@ class Statistics:
 
     @property
     def checkpoint(self) -> str:
-        """Identity of the checkpoint."""
+        """The identity of the checkpoint."""
         return self.state.checkpoint
 
     @property
     def samples(self) -> int:
-        """How many samples were seen."""
+        """The number of samples that were seen."""
         return self.state.samples
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], checkpoint_identity: str | None) -> Statistics:
         """Open a finished cache folder.
 
-        Raises CalibrationError where it is missing, unfinished, damaged, or belongs to another checkpoint
-        (`checkpoint_identity`, from Checkpoint.identity; None: whichever it is).
+        Raises CalibrationError if it is missing, unfinished, damaged, or belongs to another checkpoint than
+        `checkpoint_identity` (from Checkpoint.identity; None accepts any).
         """
         path = Path(folder)
         state = read_state(path)
@@ -128,7 +130,7 @@ class Statistics:
         if missing:
             raise CalibrationError(
                 f"{path}: unfinished, {len(missing)} of {len(state.stages)} stages are missing (next: {missing[0]}); "
-                "run `trol-edge calibrate` again with the same arguments, it goes on where it stopped"
+                "run `trol-edge calibrate` again with the same arguments to continue where it stopped"
             )
         points: dict[str, Path] = {}
         peaks: dict[str, float] = {}
@@ -141,7 +143,7 @@ class Statistics:
 
 
 class _Points(Mapping[str, PointStatistics]):
-    """Points by name, each read when asked for: all rows together would be hundreds of megabytes."""
+    """Points by name, each read on access, because all rows together would be hundreds of megabytes."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
@@ -157,38 +159,40 @@ class _Points(Mapping[str, PointStatistics]):
 
 
 def part_path(folder: Path, stage: str) -> Path:
-    """File of one stage."""
+    """The file of one stage."""
     return folder / PARTS / f"{stage}.npz"
 
 
 def read_state(folder: Path) -> CalibrationState | None:
-    """The state of a cache folder, None where there is none. CalibrationError where it is of another format."""
+    """The state of a cache folder, or None if there is none. Raises CalibrationError for another format."""
     path = folder / STATE
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+    advice = "remove the folder and calibrate again"
+    data = read_json(path, CalibrationError, advice)
+    with guard(path, CalibrationError, advice):
         if data.pop("format") != FORMAT or data.pop("format_version") != FORMAT_VERSION:
             raise ValueError("another format or version")
         strings = all(isinstance(data[key], str) for key in ("checkpoint", "samples_sha256"))
         if not strings or not isinstance(data["samples"], int):
             raise ValueError("fields of other types")
         stages, skipped = (tuple(map(str, data.pop(key))) for key in ("stages", "skipped"))
+        if strange := [stage for stage in stages if not is_plain_name(stage)]:
+            raise ValueError(f"a stage {strange[0]!r:.80}")
         return CalibrationState(**data, stages=stages, skipped=skipped)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CalibrationError(f"{path}: not readable ({error}); remove the folder and calibrate again") from error
 
 
 def write_state(folder: Path, state: CalibrationState) -> None:
     """Begin a cache folder."""
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
     data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(state)}
-    with new_file(folder / STATE) as part:
+    with writing(folder, CalibrationError):
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    with writing(folder / STATE, CalibrationError), new_file(folder / STATE) as part:
         part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], peaks: Mapping[str, float]) -> None:
-    """Store one stage, complete or not at all. Raises CalibrationError for numbers that are not finite."""
+    """Store one stage completely or not at all. Raises CalibrationError for numbers that are not finite."""
     bad = [name for name, point in points.items() if not _finite(point)]
     bad += [name for name, peak in peaks.items() if not math.isfinite(peak)]
     if bad:
@@ -198,34 +202,37 @@ def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], 
         )
     arrays: dict[str, Any] = {f"{name}/{a}": getattr(p, a) for name, p in points.items() for a in _ARRAYS}
     meta = {"points": {name: {n: getattr(p, n) for n in _NUMBERS} for name, p in points.items()}, "peaks": dict(peaks)}
-    with new_file(part_path(folder, stage)) as part, part.open("wb") as f:
+    path = part_path(folder, stage)
+    with writing(path, CalibrationError, ROOM), new_file(path) as part, part.open("wb") as f:
         np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
 
 
 def read_point(path: Path, name: str) -> PointStatistics:
-    """One point of a part. CalibrationError where the file is damaged."""
+    """Read one point of a part. Raises CalibrationError if the file is damaged."""
     numbers = _read_meta(path)["points"][name]
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            point = PointStatistics(**{a: file[f"{name}/{a}"] for a in _ARRAYS}, **numbers)
-    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as error:
-        raise CalibrationError(_damaged(path, error)) from error
-    if not _finite(point):
-        raise CalibrationError(_damaged(path, f"{name} holds NaN or infinite values"))
-    return point
+    with _part(path) as file:
+        point = PointStatistics(**{a: file[f"{name}/{a}"] for a in _ARRAYS}, **numbers)
+        if not _finite(point):
+            raise ValueError(f"{name} holds NaN or infinite values")
+        return point
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
+    with _part(path) as file:
+        meta = parse_json(str(file["meta"]))
         return {"points": dict(meta["points"]), "peaks": {k: float(v) for k, v in meta["peaks"].items()}}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise CalibrationError(_damaged(path, error)) from error
 
 
-def _damaged(path: Path, why: object) -> str:
-    return f"{path}: damaged ({why}); remove the folder and calibrate again"
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[Any]:
+    """An open part; CalibrationError for whatever is wrong with it."""
+    advice = "remove the folder and calibrate again"
+    with (
+        guard(path, CalibrationError, advice, "damaged"),
+        open_plain(path, CalibrationError, advice) as opened,
+        np.load(opened, allow_pickle=False) as file,
+    ):
+        yield file
 
 
 def _finite(point: PointStatistics) -> bool:

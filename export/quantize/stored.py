@@ -1,4 +1,4 @@
-"""How each tensor of the weights file is made of the checkpoint, by the plan: read, fold, round, lay out."""
+"""Makes each tensor of the weights file from the checkpoint, by the plan: read, fold, round, lay out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LARGEST_HALF = 65504.0
 
 
 def stored_dtype(name: str, shape: tuple[int, ...], published: str, plan: PrecisionPlan, folded: bool) -> str:
-    """Stored dtype of a parameter that is not quantized; folded: channels of it were rescaled."""
+    """The stored dtype of a parameter that is not quantized. folded: whether its channels were rescaled."""
     half = plan.compute == "fp16"
     if len(shape) == 1 and (folded or (half and "norm" in name)):
         return "F32"  # few numbers, and norms compute in float32
@@ -48,7 +48,7 @@ def stored_dtype(name: str, shape: tuple[int, ...], published: str, plan: Precis
 class StoredWeights:
     """The tensors of one bundle's weights file: `layouts` by name, and `read` for `storage.write`.
 
-    Raises CheckpointError after the last row where a value was NaN or infinite, ExportError where FP16 cannot hold one.
+    Raises CheckpointError after the last row if a value was NaN or infinite, and ExportError if FP16 cannot hold one.
     """
 
     def __init__(self, source: Checkpoint, context: int, plan: PrecisionPlan, scales: Scales | None) -> None:
@@ -64,12 +64,12 @@ class StoredWeights:
             self.layouts[name] = Layout(name, "F32", shape, shape[0], lambda rows: rows.values)
 
     def dtype(self, name: str) -> str:
-        """Stored dtype of a parameter that is not quantized."""
+        """The stored dtype of a parameter that is not quantized."""
         folded = self._scales is not None and name in self._scales.folding
         return stored_dtype(name, self._source.shape(name), self._source.dtype(name), self._plan, folded)
 
     def parts(self) -> dict[str, Part]:
-        """What each part of the model is stored as, and the bytes that this takes at least."""
+        """The stored type of each part of the model, and the fewest bytes that it takes."""
         found: dict[str, Part] = {}
         for name in self._source.names():
             linear, shape = self._plan.linears.get(name), self._source.shape(name)
@@ -109,7 +109,7 @@ class StoredWeights:
         return rows.scale.T.astype("float16" if self._half else "float32")
 
     def read(self, name: str) -> Iterator[Rows]:
-        """Rows of a parameter (or a rope table) as they are stored."""
+        """Yield rows of a parameter (or a rope table) as they are stored."""
         if name in self._rope:
             yield Rows(0, self._rope[name].numpy())
             return
@@ -143,7 +143,7 @@ class StoredWeights:
         return block.to(dtype)
 
     def require_finite(self) -> None:
-        """Raise CheckpointError where `read` met NaN or infinite values."""
+        """Raise CheckpointError if `read` met NaN or infinite values."""
         if self.bad:
             raise CheckpointError(
                 f"{self._source.folder}: NaN or infinite values in {len(self.bad)} tensor(s): {', '.join(self.bad)}; "
@@ -156,13 +156,13 @@ def _packed(rows: Rows) -> NDArray[Any]:
 
 
 def array_from_tensor(tensor: Tensor) -> NDArray[Any]:
-    """The same numbers; BF16, which numpy lacks, as uint16 bits."""
+    """The same numbers as an array; BF16, which numpy lacks, becomes uint16 bits."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a graph finds a tensor: dtype as the graph has it, offset and length in bytes in the weights file."""
+    """Where a graph finds a tensor: the graph's dtype, and offset and length in bytes in the weights file."""
 
     dtype: ir.DataType
     offset: int
@@ -172,7 +172,7 @@ class Place:
 def places(
     layouts: Mapping[str, Layout], written: Mapping[str, tuple[int, int]], plan: PrecisionPlan
 ) -> dict[str, Place]:
-    """The place of every tensor; packed INT4 is INT4 to a graph."""
+    """The place of every tensor; a graph sees packed INT4 as INT4."""
     packed = {name for name, linear in plan.linears.items() if linear.precision == "int4"}
     return {
         name: Place(ir.DataType.INT4 if name in packed else IR_TYPES[layouts[name].dtype], *place)

@@ -1,1 +1,1 @@
-"""The reference model in PyTorch: checkpoints, both families, the tokenizer, the hub."""
+"""The reference model in PyTorch, with checkpoints, both families, the tokenizer and the hub."""

@@ -1,10 +1,10 @@
-"""Read a published TroL checkpoint folder: every tensor accounted for before any work starts, none held in memory.
+"""Reads a published TroL checkpoint folder. Every tensor is checked before any work starts; none is held in memory.
 
 config.json                    sizes (Hugging Face names)
 model.safetensors              or model-00001-of-0000N.safetensors + model.safetensors.index.json,
                                or pytorch_model.bin (older revisions)
 trol_gating.pt                 the gate, one Linear repeated per layer (or trol_gating.safetensors)
-clip_vision_config.json        optional; absent: CLIP ViT-L/14-336
+clip_vision_config.json        optional; without it, CLIP ViT-L/14-336
 generation_config.json         optional; its eos_token_id wins, as in the authors' code
 tokenizer.json                 or tokenizer.model, added_tokens.json and tokenizer_config.json; optional: without
                                a tokenizer the bundle serves the token level only
@@ -14,24 +14,35 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
-import math
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import wrong_sizes
+from trol_edge.bundle.names import MANIFEST
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import CheckpointError
 from trol_edge.export.reference import internlm2, phi3, tokenizer
+from trol_edge.export.reference.config import end_tokens
 from trol_edge.export.reference.family import Family, Source
+from trol_edge.reading import (
+    guard,
+    is_plain_name,
+    open_plain,
+    printable,
+    read_json,
+    reason,
+    require_itself,
+    stays_inside,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +54,7 @@ BLOCK_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint: which file holds it, as what."""
+    """One tensor of the checkpoint: the file that holds it, and its name and type there."""
 
     file: Path
     key: str  # name inside the file
@@ -52,7 +63,7 @@ class Entry:
 
 
 class Checkpoint:
-    """An opened checkpoint folder. Raises CheckpointError that lists everything that is wrong with it.
+    """An opened checkpoint folder. Raises a CheckpointError that lists everything that is wrong with it.
 
     `spec` and `family` describe the model, `parameters` maps each parameter name to (Source, Entry),
     `notes` holds remarks that a user should see (for example gates that differ between layers).
@@ -60,8 +71,11 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike[str], family: str | None = None) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder}: no such folder; give the folder that holds config.json")
+        with guard(self.folder, CheckpointError, "give the folder that holds config.json"):
+            if not self.folder.is_dir():
+                raise CheckpointError(f"{self.folder}: no such folder; give the folder that holds config.json")
+            if not (self.folder / "config.json").exists() and (what := _another_folder(self.folder)):
+                raise CheckpointError(f"{self.folder}: {what}")
         self.notes: list[str] = []
         self._pickles: dict[Path, dict[str, Tensor]] = {}
         config = self._json("config.json")
@@ -69,63 +83,50 @@ class Checkpoint:
         if family is not None and family != self.family.name:
             raise CheckpointError(f"{self.folder}: this is a {self.family.name} checkpoint, not {family}; check MODEL=")
         entries = self._entries()
-        try:
-            spec = self.family.model_spec(
-                config,
-                self._json("clip_vision_config.json", required=False),
-                {name: entry.shape for name, entry in entries.items()},
-            )
-        except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{self.folder}: config.json lacks or garbles a size ({type(error).__name__}: {error}); "
-                "copy the published files again"
-            ) from error
+        clip = self._json("clip_vision_config.json", required=False)
+        advice = "copy the published files again"
+        with guard(self.folder, CheckpointError, advice, "config.json lacks or garbles a size"):
+            shapes = {name: entry.shape for name, entry in entries.items()}
+            spec = self.family.model_spec(config, clip, shapes)
         self._check_sizes(spec)
-        self.spec: ModelSpec = dataclasses.replace(spec, **self._token_ids(spec))  # type: ignore[arg-type]
+        with guard(self.folder, CheckpointError, advice, "config.json lacks or garbles a setting"):
+            self.notes += self.family.notes(config, clip, spec)
+        with guard(self.folder, CheckpointError, advice, "the tokens of its config files are not usable"):
+            self.spec: ModelSpec = dataclasses.replace(spec, **self._token_ids(spec))
         self._check_sizes(self.spec)
-        self.parameters = self._match(entries)
+        with guard(self.folder, CheckpointError, advice, "its tensors are not usable"):
+            self.parameters = self._match(entries)
 
     def _check_sizes(self, spec: ModelSpec) -> None:
         """What the config files say is used to compute shapes, so it has to be numbers first."""
-        wrong = []
-        for part in (spec, spec.vision):
-            for field in dataclasses.fields(part):
-                value = getattr(part, field.name)
-                least = 0 if field.name in ("lora_rank", "eos_token_id", "image_token_id") else 1
-                good_int = isinstance(value, int) and not isinstance(value, bool) and value >= least
-                good_float = isinstance(value, float) and 0 < value < math.inf
-                if (field.type == "int" and not good_int) or (field.type == "float" and not good_float):
-                    wrong.append(f"{field.name} {value!r}")
+        wrong = [problem for part in (spec, spec.vision) for problem in wrong_sizes(part, "")]
+        if not wrong and (spec.num_heads % spec.num_kv_heads or spec.vision.hidden_size % spec.vision.num_heads):
+            wrong.append(f"num_attention_heads {spec.num_heads}, and {spec.vision.num_heads} of the tower")
+        ends = (spec.eos_token_id, *spec.more_end_ids)
+        wrong += [f"eos_token_id {token!r}" for token in ends if not wrong and token >= spec.embedding_rows]
         if wrong:
-            raise CheckpointError(f"{self.folder}: unusable in its config files: {', '.join(wrong)}; copy them again")
+            raise CheckpointError(f"{self.folder}: unusable config files: {', '.join(wrong)}; copy them again")
 
     def _json(self, name: str, required: bool = True) -> Any:
         path = self.folder / name
-        if not path.is_file():
+        if not path.exists():
             if required:
                 raise CheckpointError(f"{path}: missing; copy it from the published checkpoint")
             return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not readable as JSON ({error}); copy it again") from error
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}; copy it again")
-        return data
+        return read_json(path, CheckpointError, "copy it again")
 
-    def _token_ids(self, spec: ModelSpec) -> dict[str, int]:
-        ids: dict[str, int] = {}
+    def _token_ids(self, spec: ModelSpec) -> dict[str, Any]:
+        ids: dict[str, Any] = {}
         added = tokenizer.added_ids(self.folder)
         generation = self._json("generation_config.json", required=False) or {}
-        eos = generation.get("eos_token_id")
+        ends = end_tokens(generation.get("eos_token_id")) or [spec.eos_token_id, *spec.more_end_ids]
         if self.family.eos_from_tokenizer:
-            # In old files a token is an object with its flags, else its text.
+            # In old files a token is an object with its flags, in newer ones its text.
             named = (self._json("tokenizer_config.json", required=False) or {}).get("eos_token")
             eos = added.get(named["content"] if isinstance(named, dict) and "content" in named else str(named))
-        if isinstance(eos, list):
-            eos = eos[0] if eos else None
-        if eos is not None:
-            ids["eos_token_id"] = eos
+            if eos is not None:  # it wins over a single one; those of a list end an answer, too
+                ends = [eos, *(token for token in ends if token != eos and len(ends) > 1)]
+        ids |= {"eos_token_id": ends[0], "more_end_ids": tuple(ends[1:])}
         name = self.family.prompt(spec).image
         image = added.get(name)
         if image is not None:
@@ -137,7 +138,7 @@ class Checkpoint:
             ids["image_token_id"] = image
         return ids
 
-    # -- which tensors there are ------------------------------------------------------------------------------
+    # -- finding the tensors ----------------------------------------------------------------------------------
 
     def _entries(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
@@ -158,11 +159,29 @@ class Checkpoint:
                 known = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
                 if not known or not weight_map:
                     raise CheckpointError(f"{index}: no weight_map; copy the index again")
+                if strange := sorted({name for name in weight_map.values() if not is_plain_name(name)}):
+                    raise CheckpointError(
+                        f"{index}: names the file {printable(strange[0])[:80]!r}, which is no name of a file "
+                        "beside it; copy the index again"
+                    )
                 files = [self.folder / str(name) for name in sorted(set(weight_map.values()))]
+                if outside := [f.name for f in files if not stays_inside(f)]:
+                    raise CheckpointError(
+                        f"{self.folder}: {', '.join(outside)} is a link to a place outside of the folder and of a "
+                        "hub's cache; put the file itself there"
+                    )
                 missing = [f.name for f in files if not f.is_file()]
                 if missing:
                     raise CheckpointError(f"{self.folder}: shards missing: {', '.join(missing)}; download them")
                 return files
+        if shards := sorted(p.name for p in self.folder.glob("*-of-*") if p.suffix in (".safetensors", ".bin")):
+            stem = "model.safetensors" if shards[0].endswith(".safetensors") else "pytorch_model.bin"
+            raise CheckpointError(
+                f"{self.folder}: has {len(shards)} shards ({shards[0]}, ...), but not their index, {stem}.index.json; "
+                "download it, too"
+            )
+        if (self.folder / "adapter_config.json").exists():
+            raise CheckpointError(f"{self.folder}: is an adapter (LoRA), not a model; merge it into its model and save")
         raise CheckpointError(f"{self.folder}: neither model.safetensors (or its index) nor pytorch_model.bin found")
 
     def _pickle_entries(self, path: Path) -> dict[str, Entry]:
@@ -171,10 +190,15 @@ class Checkpoint:
         return {k: Entry(path, k, tuple(t.shape), names.get(t.dtype, str(t.dtype))) for k, t in tensors.items()}
 
     def _match(self, entries: dict[str, Entry]) -> dict[str, tuple[Source, Entry]]:
-        """Pair every parameter with its tensor; one error lists all that is missing, extra or wrong."""
+        """Pair every parameter with its tensor; one error lists everything that is missing, extra or wrong."""
         problems: list[str] = []
         matched: dict[str, tuple[Source, Entry]] = {}
         sources = self.family.sources(self.spec)
+        if prefix := _prefix(entries, [source.name for source in sources.values()]):
+            raise CheckpointError(
+                f"{self.folder}: every name of a tensor begins with {printable(prefix)[:80]!r}, as a wrapper (of "
+                "training or of an adapter) saves them; save the model inside of it"
+            )
         for parameter, source in sources.items():
             entry = entries.get(source.name)
             if entry is None:
@@ -197,8 +221,10 @@ class Checkpoint:
         else:
             self._gate_tensors = gate
             problems += [f"NaN or infinite: {name}" for name, t in gate.items() if not is_finite(t)]
+        if not problems:
+            problems += [f"zero throughout: {name}; was it downloaded whole?" for name in self._zeros(matched)]
         if problems:
-            # The folder is refused anyway, so look at the values too: one error should be enough to mend it.
+            # The folder is refused anyway; check the values too, so that one error lists everything to repair.
             problems += [f"NaN or infinite: {name}" for name in self._not_finite(matched)]
             raise CheckpointError(
                 f"{self.folder}: {len(problems)} problem(s) with the tensors of this {self.family.name} checkpoint:\n  "
@@ -238,8 +264,7 @@ class Checkpoint:
     def identity(self) -> str:
         """sha256 (hex) over the bytes of config.json, the gate and every weights file, whatever their names.
 
-        What was measured on one checkpoint (calibration) is checked against it. Reads all weights once: seconds per
-        gigabyte.
+        Calibration statistics are checked against it. It reads all weights once, which takes seconds per gigabyte.
         """
         digest = hashlib.sha256()
         gates = (self.folder / f"trol_gating{suffix}" for suffix in (".pt", ".safetensors"))
@@ -247,23 +272,23 @@ class Checkpoint:
             digest.update(bytes.fromhex(sha256_of(path)))
         return digest.hexdigest()
 
-    # -- their values -----------------------------------------------------------------------------------------
+    # -- reading them -----------------------------------------------------------------------------------------
 
     def shape(self, parameter: str) -> tuple[int, ...]:
-        """Shape of a parameter as the modules have it."""
+        """The shape of a parameter in the modules."""
         if parameter in self._gate_tensors:
             return tuple(self._gate_tensors[parameter].shape)
         return self.parameters[parameter][0].shape
 
     def dtype(self, parameter: str) -> str:
-        """Stored dtype of a parameter: "F16", "BF16" or "F32"."""
+        """The stored dtype of a parameter: "F16", "BF16" or "F32"."""
         if parameter in self._gate_tensors:
             dtype = self._gate_tensors[parameter].dtype
             return next(name for name, torch_dtype in FLOATS.items() if torch_dtype == dtype)
         return self.parameters[parameter][1].dtype
 
     def names(self) -> list[str]:
-        """Every parameter: the embedding, then decoder, vision and gate."""
+        """The names of all parameters: the embedding, then decoder, vision and gate."""
         return [*self.parameters, *self._gate_tensors]
 
     def blocks(self, parameter: str) -> Iterator[tuple[int, Tensor]]:
@@ -274,7 +299,7 @@ class Checkpoint:
         source, entry = self.parameters[parameter]
         adapt = self.family.adapt(parameter, entry.shape, self.spec) if entry.shape != source.shape else None
         if adapt or source.rows is not None:
-            # Small enough for one block in every published model (at most 50 MB), and reordering needs all rows.
+            # Reordering needs all rows, and in every published model they are small enough for one block (50 MB).
             whole = self._read(entry)
             whole = adapt(whole) if adapt else whole
             yield 0, whole if source.rows is None else whole[source.rows]
@@ -282,20 +307,20 @@ class Checkpoint:
         yield from self.published_blocks(parameter)
 
     def published_blocks(self, parameter: str) -> Iterator[tuple[int, Tensor]]:
-        """As blocks, but of the tensor as it was published: its own order of rows, its own shape (not the gate)."""
+        """Like `blocks`, but for the tensor as published, with its own row order and shape (not for the gate)."""
         entry = self.parameters[parameter][1]
         rows = max(1, entry.shape[0]) if entry.shape else 1
         row_bytes = 4 * max(1, torch.Size(entry.shape[1:]).numel())
-        step = max(2, BLOCK_BYTES // row_bytes // 2 * 2)  # even: two INT4 output channels share a byte
+        step = max(2, BLOCK_BYTES // row_bytes // 2 * 2)  # even, because two INT4 output channels share a byte
         for start in range(0, rows, step):
             yield start, self._read(entry, start, min(rows, start + step))
 
     def tensor(self, parameter: str) -> Tensor:
-        """A whole parameter in its stored dtype."""
+        """Read a whole parameter in its stored dtype."""
         return torch.cat([block for _, block in self.blocks(parameter)])
 
     def load_into(self, **modules: nn.Module) -> None:
-        """Fill modules in FP32, e.g. load_into(decoder=..., vision=...): the small models of tests and training."""
+        """Fill modules in FP32, e.g. load_into(decoder=..., vision=...). Meant for the small models."""
         for prefix, module in modules.items():
             state = {k: self.tensor(f"{prefix}.{k}").float() for k in module.state_dict()}
             module.load_state_dict(state, assign=True)
@@ -305,6 +330,17 @@ class Checkpoint:
         if tensors is not None:
             return tensors[entry.key][start:stop] if entry.shape else tensors[entry.key]
         return _read_block(entry, start, stop)
+
+    def _zeros(self, matched: Mapping[str, tuple[Source, Entry]]) -> list[str]:
+        """Some matrices without any number but zero: what a download has not written yet. Most need one row's look."""
+        found: list[str] = []
+        for parameter, (source, entry) in matched.items():
+            if len(entry.shape) == 2 and entry.shape[0] > 1 and parameter.endswith("weight") and len(found) < 3:
+                step = max(1, BLOCK_BYTES // (4 * max(1, entry.shape[1])))
+                starts = [(0, 1), *((i, min(entry.shape[0], i + step)) for i in range(1, entry.shape[0], step))]
+                if not any(bool(self._read(entry, *rows).any()) for rows in starts):
+                    found.append(source.name)
+        return found
 
     def _not_finite(self, matched: Mapping[str, tuple[Source, Entry]]) -> list[str]:
         bad = []
@@ -317,7 +353,7 @@ class Checkpoint:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity among the values; isfinite().all() is ten times slower in half precision."""
+    """Whether no value is NaN or infinite. isfinite().all() would be ten times slower in half precision."""
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))  # NaN propagates
 
 
@@ -331,17 +367,44 @@ def _detect(config: Mapping[str, Any], folder: Path) -> Family:
     )
 
 
+def _another_folder(folder: Path) -> str | None:
+    """What a folder without config.json seems to be, and which one was meant."""
+    if (folder / MANIFEST).exists():
+        return "is a bundle, which was exported already; give the checkpoint that it was made of"
+    models = [folder] if (folder / "snapshots").is_dir() else sorted(folder.glob("models--*"))
+    models += sorted(folder.glob("hub/models--*"))
+    if snapshots := [path.parent for model in models for path in sorted(model.glob("snapshots/*/config.json"))]:
+        return f"is a model hub's cache; give the folder of a snapshot, such as {snapshots[0]}"
+    if below := sorted(folder.glob("*/config.json")):
+        return f"has no config.json, but {below[0].parent} has; give that folder"
+    if (above := folder.resolve().parent) != folder.resolve() and (above / "config.json").is_file():
+        return f"has no config.json, but {above} above it has; give that folder"
+    return None
+
+
+def _prefix(entries: Collection[str], wanted: Collection[str]) -> str:
+    """What stands before every wanted name in a file that has none of them as it is; "" where that is not so."""
+    if any(name in entries for name in wanted):
+        return ""
+    found = {name.removesuffix(w) for w in wanted for name in entries if name.endswith(f".{w}")}
+    return next((prefix for prefix in sorted(found) if all(prefix + w in entries for w in list(wanted)[:8])), "")
+
+
+def _require_file(path: Path) -> None:
+    """Raise CheckpointError where a file of weights is no regular file, or something that stands for it."""
+    with open_plain(path, CheckpointError, "download it again") as file:
+        require_itself(path, file.read(512), CheckpointError)
+
+
 def _safetensors_entries(path: Path) -> dict[str, Entry]:
-    try:
-        with safe_open(path, "pt") as f:
-            slices = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-            return {k: Entry(path, k, tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not safetensors ({error}); download it again") from error
+    _require_file(path)
+    with guard(path, CheckpointError, "download it again", "truncated or not safetensors"), safe_open(path, "pt") as f:
+        slices = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+        return {k: Entry(path, k, tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
 
 
 def _read_block(entry: Entry, start: int = 0, stop: int | None = None) -> Tensor:
-    # Opened anew for each block: pages of a map that stays open would count as this process's memory.
+    # Opened again for each block, because pages of a map that stays open would count as this process's memory.
     with safe_open(entry.file, "pt") as f:
         if not entry.shape:
             return f.get_tensor(entry.key).clone()
@@ -350,15 +413,21 @@ def _read_block(entry: Entry, start: int = 0, stop: int | None = None) -> Tensor
 
 def _load_pickle(path: Path, mmap: bool) -> dict[str, Tensor]:
     """Tensors of a pickle through torch's weights-only loader; anything else in it is refused."""
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds more than tensors, and unpickling that could run code; refused. Take the file from "
-            f"the published checkpoint, or convert it to safetensors ({str(error).splitlines()[0]})"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: truncated or not a PyTorch file ({error}); download it again") from error
-    if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in data.items()):
-        raise CheckpointError(f"{path}: expected a dict of tensors; download it again")
-    return data
+    _require_file(path)
+    with guard(path, CheckpointError, "download it again", "truncated or not a PyTorch file"):
+        try:
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path}: holds more than tensors, and unpickling that could run code; refused. Take the file from "
+                f"the published checkpoint, or convert it to safetensors ({reason(error)[:120]})"
+            ) from error
+        if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in data.items()):
+            raise CheckpointError(f"{path}: expected a dict of tensors; download it again")
+        # Numbers without a place, or in another form, could only be refused later, by whoever reads them.
+        if odd := [k for k, t in data.items() if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized]:
+            raise CheckpointError(
+                f"{path}: {printable(odd[0])[:80]} is no dense tensor in memory (it is sparse, quantized or meta); "
+                "save the model again with its numbers"
+            )
+        return {name: tensor.detach() for name, tensor in data.items()}  # parameters are tensors as well

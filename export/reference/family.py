@@ -1,4 +1,4 @@
-"""What a TroL family must tell the exporter: one `Family` object per family file."""
+"""Defines `Family`, the object by which each family file describes a TroL family to the exporter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trol_edge.bundle.spec import ModelSpec
 from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
 
-# What every TroL model was told that it is.
+# The system prompt with which every TroL model was trained.
 SYSTEM = (
     "You are AI model created by Byung-Kwan Lee, Ph.D. candidate, KAIST EE, of which AI model name is TroL "
     "(Traversal of Layers). You must give helpful, detailed, and polite answers to the user's questions"
@@ -21,21 +21,22 @@ SYSTEM = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from: a published tensor, and the order in which its rows are taken."""
+    """The published tensor that a parameter comes from, and the order in which its rows are taken."""
 
     name: str
     shape: tuple[int, ...]
-    rows: Tensor | None = None  # int64 [shape[0]]; None: as they are
+    rows: Tensor | None = None  # int64 [shape[0]]; None: in the published order
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One TroL family.
 
-    `model_spec(config, vision_config, shapes)` reads the numbers, `sources(spec)` maps every parameter
+    `model_spec(config, vision_config, shapes)` reads the numbers, `notes(config, vision_config, spec)` refuses what
+    else these ask for and remarks what nobody knows, `sources(spec)` maps every parameter
     ("embedding", "decoder.*", "vision.*") to a published tensor, `decoder` and `vision` build the modules,
-    `adapt(parameter, tensor, spec)` brings an older published form of a tensor into its present shape
-    (None where there is none), `unused(name)` tells tensors that are published but play no part.
+    `adapt(parameter, tensor, spec)` converts an older published form of a tensor to its present shape
+    (None if there is none), `unused(name)` recognises tensors that are published but not used.
     `eos_from_tokenizer`: the authors' code asks the tokenizer for the end-of-text id, not the configs.
     `published(config)` is the name and shape of every tensor that a published file of that config holds.
     """
@@ -43,6 +44,7 @@ class Family:
     name: str
     matches: Callable[[Mapping[str, Any]], bool]
     model_spec: Callable[[dict[str, Any], dict[str, Any] | None, Mapping[str, Sequence[int]]], ModelSpec]
+    notes: Callable[[dict[str, Any], dict[str, Any] | None, ModelSpec], list[str]]
     sources: Callable[[ModelSpec], dict[str, Source]]
     decoder: Callable[[ModelSpec], nn.Module]
     vision: Callable[[ModelSpec], nn.Module]

@@ -1,4 +1,4 @@
-"""The models by name: where their checkpoints are, and the published sizes that `synth` imitates."""
+"""Knows the models by name: where their checkpoints are, and the published sizes that `synth` imitates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 from trol_edge.errors import CheckpointError, DownloadError, UsageError
 from trol_edge.export.reference import internlm2, phi3
 from trol_edge.export.reference.family import Family
+from trol_edge.reading import read_json
 
-# TroL-1.8B and 7B, as far as they agree.
+# What TroL-1.8B and 7B have in common.
 _INTERNLM2: dict[str, Any] = {
     "architectures": ["TroLForCausalLM"],
     "model_type": "internlm",
@@ -28,7 +29,7 @@ _INTERNLM2: dict[str, Any] = {
     "torch_dtype": "float16",
     "vocab_size": 92544,
 }
-# Of Phi-3-mini-128k: what the rotary embedding's 48 frequencies are divided by, up to 4096 tokens and beyond.
+# Factors of Phi-3-mini-128k, which divide the rotary embedding's 48 frequencies, up to 4096 tokens and above.
 # fmt: off
 _SHORT_FACTOR = [
     1.05, 1.05, 1.05, 1.1, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0,
@@ -99,7 +100,7 @@ class Published:
     name: str
     repository: str | None  # on the model hub; None: ships with this project
     family: Family
-    config: dict[str, Any]  # the published config.json, as far as it matters
+    config: dict[str, Any]  # the part of the published config.json that matters
 
 
 MODELS = {
@@ -152,14 +153,14 @@ SOURCE_FILE = "trol_edge_source.json"  # where a downloaded folder came from
 
 
 def find(name: str) -> Published:
-    """A model by name; UsageError lists the names there are."""
+    """Find a model by name. Raises a UsageError that lists the known names."""
     if name not in MODELS:
-        raise UsageError(f"no model {name!r}; there are {', '.join(MODELS)}")
+        raise UsageError(f"no model {name!r}; choose one of {', '.join(MODELS)}")
     return MODELS[name]
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder of a checkpoint that ships with this project; CheckpointError where it was not installed."""
+    """The folder of a checkpoint that ships with this project. Raises CheckpointError if it was not installed."""
     folder = Path(__file__).resolve().parents[1] / "checkpoints" / name
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -170,16 +171,16 @@ def shipped_folder(name: str) -> Path:
 
 
 def shipped_like(name: str) -> str:
-    """The shipped model whose picture is for a bundle of that model name: its own, or trol-nano's."""
+    """The shipped model whose picture suits a bundle of that model name: its own, or trol-nano's."""
     return name if name in MODELS and MODELS[name].repository is None else "trol-nano"
 
 
 def fetch(name: str, into: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Folder of a model's checkpoint: shipped, already downloaded into `into`, or downloaded now.
+    """Return the folder of a model's checkpoint, which is shipped, was downloaded into `into`, or is downloaded now.
 
     Downloads resume where they stopped and show their progress. The commit that the hub resolved is written into
-    the folder and asked for again from then on: later commits do not slip into a half-finished download, and the
-    same folder always means the same weights. Raises DownloadError with what to put where by hand.
+    the folder and asked for again from then on. So later commits do not get into a half-finished download, and the
+    same folder always means the same weights. Raises a DownloadError that says which files to put where by hand.
     """
     model = find(name)
     if model.repository is None:
@@ -200,7 +201,7 @@ def fetch(name: str, into: str | os.PathLike[str], revision: str | None = None) 
         (folder / SOURCE_FILE).write_text(json.dumps(source), encoding="utf-8")
         snapshot_download(model.repository, revision=info.sha, local_dir=folder, allow_patterns=list(FILES))
         (folder / SOURCE_FILE).write_text(json.dumps(source | {"complete": True}), encoding="utf-8")
-    except Exception as error:  # the hub library passes on errors of several HTTP libraries without a common base
+    except Exception as error:  # the hub library lets through errors of several HTTP libraries without a common base
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         place = "" if _pinned(folder) else f"either name it {folder} or "  # a pinned folder asks the hub again
         raise DownloadError(
@@ -214,7 +215,7 @@ def fetch(name: str, into: str | os.PathLike[str], revision: str | None = None) 
 
 def _pinned(folder: Path) -> dict[str, Any] | None:
     try:
-        data = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read_json(folder / SOURCE_FILE, CheckpointError)
+    except CheckpointError:
         return None
-    return data if isinstance(data, dict) and "revision" in data else None
+    return data if isinstance(data.get("revision"), str) else None

@@ -1,4 +1,4 @@
-"""The InternLM2 family (TroL-1.8B and 7B): its vision tower and its published tensor names.
+"""The vision tower and the published tensor names of the InternLM2 family (TroL-1.8B and 7B).
 
 - Vision: CLIP ViT-L/14-336 with position embeddings resized to 35 x 35 (input 490 x 490), quick-GELU,
   pre-layernorm, last hidden state without post-layernorm, class token dropped; tokens row-major.
@@ -17,12 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trol_edge.bundle.spec import ModelSpec, VisionSpec
+from trol_edge.errors import CheckpointError
+from trol_edge.export.reference.config import (
+    DECODER,
+    OF_EVERY_CONFIG,
+    TOWER,
+    differing,
+    end_tokens,
+    obey,
+    require_head_dim,
+    require_plain_rope,
+    rope_settings,
+)
 from trol_edge.export.reference.family import SYSTEM, Family, Source
 from trol_edge.export.reference.model import Decoder
 from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
 
-# openai/clip-vit-large-patch14-336: the published folders say nothing, the authors' code names this tower.
+# openai/clip-vit-large-patch14-336, which the authors' code names; the published folders do not describe the tower.
 CLIP_L_14_336: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -32,6 +44,27 @@ CLIP_L_14_336: dict[str, Any] = {
     "patch_size": 14,
     "layer_norm_eps": 1e-5,
 }
+
+
+# Keys of config.json that `model_spec` and `notes` read.
+READ = (
+    "eos_token_id",
+    "head_dim",
+    "hidden_size",
+    "img_size",
+    "intermediate_size",
+    "lora_rank",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "vocab_size",
+)
 
 
 class ClipLayer(nn.Module):
@@ -72,7 +105,7 @@ class Vision(nn.Module):
         self.proj2 = nn.Linear(spec.hidden_size, spec.hidden_size)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """What the first layer reads: [N, 1+tokens, d], class token first."""
+        """The input of the first layer, [N, 1+tokens, d], class token first."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, tokens, d]
         x = torch.cat((self.class_token.expand(x.shape[0], 1, -1), x), dim=1) + self.positions
         return self.pre_norm(x)
@@ -97,14 +130,16 @@ class Vision(nn.Module):
 
 
 def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapping[str, Sequence[int]]) -> ModelSpec:
-    """The numbers of one checkpoint.
+    """Read the numbers of one checkpoint.
 
-    config is `config.json`; clip is `clip_vision_config.json` or None (the published folders have none, it means
-    CLIP ViT-L/14-336). The LoRA rank and the embedding rows stand in no config: they are read from `shapes`,
-    the checkpoint's tensor shapes by name. `img_size` (pixels) is ours, for models trained at another size.
+    config is `config.json`; clip is `clip_vision_config.json` or None, which means CLIP ViT-L/14-336 (the published
+    folders have no such file). The LoRA rank and the embedding rows are in no config, so they are read from `shapes`,
+    the checkpoint's tensor shapes by name. `img_size` (pixels) is our own key, for models trained at another size.
     """
     clip = clip or CLIP_L_14_336
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    hidden, heads, limit = (config[k] for k in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
+    base, kind, rope = rope_settings(config)
+    require_plain_rope(kind, rope, limit)
     image_size, patch = config.get("img_size", 490), clip["patch_size"]
     lora = shapes.get("model.layers.0.attention.wqkv.lora_A.weight", (0,))
     embedding = shapes.get("model.tok_embeddings.weight", (config["vocab_size"] + 1,))
@@ -114,15 +149,16 @@ def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapp
         intermediate_size=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=hidden // heads,
+        num_kv_heads=config.get("num_key_value_heads", heads) or heads,
+        head_dim=require_head_dim(config, hidden, heads),
         vocab_size=config["vocab_size"],
         embedding_rows=embedding[0],
         rms_norm_eps=float(config["rms_norm_eps"]),
-        rope_theta=float(config["rope_theta"]),
-        max_position_embeddings=config["max_position_embeddings"],
+        rope_theta=base,
+        max_position_embeddings=limit,
         lora_rank=lora[0],
-        eos_token_id=config["eos_token_id"],
+        eos_token_id=end_tokens(config["eos_token_id"])[0],
+        more_end_ids=tuple(end_tokens(config["eos_token_id"])[1:]),
         image_token_id=config["vocab_size"],
         vision=VisionSpec(
             hidden_size=clip["hidden_size"],
@@ -137,8 +173,21 @@ def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapp
     )
 
 
+def notes(config: dict[str, Any], clip: dict[str, Any] | None, spec: ModelSpec) -> list[str]:
+    """Refuse what these files ask for and our modules do not do; remarks about keys that nobody knows."""
+    window = config.get("sliding_window")
+    wrong = {
+        "lora_rank": (config.get("lora_rank"), spec.lora_rank),
+        "sliding_window": (window if window and window < spec.max_position_embeddings else None, None),
+    }
+    if found := list(differing(wrong)):
+        raise CheckpointError(f"config.json: {'; '.join(found)}, which is not supported; copy it again")
+    read, fixed = (*CLIP_L_14_336, *OF_EVERY_CONFIG), TOWER | {"hidden_act": ("quick_gelu",)}
+    return [*obey(config, "", READ, DECODER), *obey(clip or {}, "(clip_vision_config.json) ", read, fixed)]
+
+
 def sources(spec: ModelSpec) -> dict[str, Source]:
-    """Every parameter of the model and the published tensor it is made of."""
+    """Every parameter of the model and the published tensor that it comes from."""
     d, f, e = spec.hidden_size, spec.intermediate_size, spec.head_dim
     out: dict[str, Source] = {"embedding": Source("model.tok_embeddings.weight", (spec.embedding_rows, d))}
 
@@ -192,14 +241,14 @@ def sources(spec: ModelSpec) -> dict[str, Source]:
 
 
 def _qkv_rows(spec: ModelSpec) -> Tensor:
-    """Rows of the published `wqkv` in the order [Q | K | V]; published: per K/V head its query heads, k, v."""
+    """Row numbers that bring the published `wqkv` (per K/V head its query heads, k, v) into the order [Q | K | V]."""
     g, e, group = spec.num_kv_heads, spec.head_dim, spec.num_heads // spec.num_kv_heads
     rows = torch.arange(g * (group + 2) * e).view(g, group + 2, e)
     return torch.cat((rows[:, :group].flatten(), rows[:, group].flatten(), rows[:, group + 1].flatten()))
 
 
 def resize_positions(table: Tensor, side: int) -> Tensor:
-    """CLIP's position table [1+n*n, d] for a grid of side x side: bicubic, the class row stays; [1+side*side, d]."""
+    """Resize CLIP's position table [1+n*n, d] to [1+side*side, d], bicubic; the class row stays as it is."""
     n = math.isqrt(table.shape[0] - 1)
     grid = table[1:].float().view(1, n, n, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
@@ -207,7 +256,7 @@ def resize_positions(table: Tensor, side: int) -> Tensor:
 
 
 def _adapt(parameter: str, shape: tuple[int, ...], spec: ModelSpec) -> Callable[[Tensor], Tensor] | None:
-    """A position table of another (square) grid, as OpenAI published it, is resized as the authors do at load time."""
+    """Resize a position table of another (square) grid, as OpenAI published it, as the authors do at load time."""
     rows = shape[0] - 1 if shape else 0
     side = math.isqrt(spec.vision.tokens_per_image)
     if parameter != "vision.positions" or len(shape) != 2 or rows < 1 or math.isqrt(rows) ** 2 != rows:
@@ -216,7 +265,7 @@ def _adapt(parameter: str, shape: tuple[int, ...], spec: ModelSpec) -> Callable[
 
 
 def _unused(name: str) -> bool:
-    """Published, and without part in the answer: the norm after the tower, and buffers of old transformers versions."""
+    """Whether a published tensor has no effect: the norm after the tower, and buffers of old transformers versions."""
     return ".post_layernorm." in name or name.endswith((".position_ids", ".rotary_emb.inv_freq"))
 
 
@@ -245,7 +294,7 @@ def _published(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _image(spec: ModelSpec) -> ImageSpec:
-    # CLIP's means and deviations; the resize keeps no aspect ratio.
+    # CLIP's means and deviations; the resize does not keep the aspect ratio.
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return ImageSpec("stretch", spec.vision.image_size, mean, std)
 
@@ -254,6 +303,7 @@ FAMILY = Family(
     name="internlm2",
     matches=lambda config: "llm_config" not in config and str(config.get("model_type", "")).startswith("internlm"),
     model_spec=model_spec,
+    notes=notes,
     sources=sources,
     decoder=Decoder,
     vision=Vision,

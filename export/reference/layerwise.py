@@ -1,7 +1,7 @@
-"""Run the PyTorch reference a part at a time: only the part at work has its weights in memory.
+"""Runs the PyTorch reference a part at a time, so that only the active part has its weights in memory.
 
-Calibration gathers statistics that way, and export records the self-test. Hidden states between the parts are the
-caller's to keep. Axes as in `model.py`.
+Calibration gathers statistics that way, and export records the self-test. The caller keeps hidden states between the
+parts. Axes are those of `model.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MATRICES = (".weight", ".lora_a", ".lora_b")
 class Layerwise:
     """The modules of a checkpoint, without weights until `part` fills one of them. Use it under torch.no_grad().
 
-    compute: what Linears and attention compute in; sums, norms and the residual stream stay float32.
+    compute: the type of Linears and attention; sums, norms and the residual stream stay float32.
     """
 
     def __init__(self, source: Checkpoint, compute: torch.dtype = torch.float32) -> None:
@@ -55,7 +55,7 @@ class Layerwise:
         state = {}
         for name in names:
             tensor = self.source.tensor(f"{prefix}.{name}")
-            # Norms, biases and scales act on the float32 stream; only what is multiplied as a matrix may be narrow.
+            # Norms, biases and scales act on the float32 stream; only matrices may have fewer bits.
             state[name] = tensor.to(self.compute if tensor.dim() > 1 and name.endswith(MATRICES) else torch.float32)
         module.load_state_dict(state, strict=prefix == stage, assign=True)
         del state
@@ -64,10 +64,10 @@ class Layerwise:
                 yield module
         finally:
             module.to("meta")
-            identity.free_pages()  # behind a trace, glibc kept 40 MB of each layer of TroL-1.8B
+            identity.free_pages()  # after a trace, glibc kept 40 MB of each layer of TroL-1.8B
 
     def embeddings(self, ids: NDArray[np.int64]) -> Tensor:
-        """Rows of the embedding table, float32 [S, D]."""
+        """Look up rows of the embedding table, float32 [S, D]."""
         used = np.unique(ids)
         table = torch.empty(len(used), self.spec.hidden_size)
         for start, block in self.source.blocks("embedding"):
@@ -78,7 +78,7 @@ class Layerwise:
     def traverse(
         self, layer: nn.Module, index: int, x: Tensor, image_mask: Tensor | None, attend: EagerAttention
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Both passes of a decoder layer over x [B, S, D], and their mixture: what the next layer reads."""
+        """Both passes of a decoder layer over x [B, S, D], and their mixture, which the next layer reads."""
         weight, bias = self.gate
         o1 = layer(x, image_mask, index, 0, attend)
         o2 = layer(o1, image_mask, index, 1, attend)
@@ -87,7 +87,7 @@ class Layerwise:
 
 
 def rope_of(spec: ModelSpec, length: int, long: bool | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin, [length, E/2] each; long: with the long factors (None: as a prompt of this length takes them)."""
+    """cos and sin, [length, E/2] each. long: use the long factors (None: as for a prompt of this length)."""
     rope = spec.long_rope
     if rope is None:
         return rope_tables(spec.head_dim, spec.rope_theta, length)

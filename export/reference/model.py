@@ -1,6 +1,6 @@
-"""TroL's decoder in PyTorch: the reference that golden data checks, and the module that export traces.
+"""TroL's decoder in PyTorch. Golden data checks this reference, and export traces it.
 
-What is special about it (paper section 3, arXiv 2406.12246):
+What is special about TroL (paper section 3, arXiv 2406.12246):
 - *Traverse*: over a prompt every layer runs twice with the same weights, positions and mask; a gate,
   ONE Linear(hidden, 1) shared by all layers (`trol_gating.pt`), mixes the two results per token.
 - *Step*: an answer token passes each layer once, without the gate, and sees first-pass keys and values.
@@ -11,8 +11,8 @@ What is special about it (paper section 3, arXiv 2406.12246):
 Axes: B batch, S tokens of this call, T tokens attended to, D hidden, H query heads, G key/value heads,
 E head size, R LoRA rank, V vocabulary.
 
-How a layer attends (rotary embedding, cache, mask) is a function handed in from outside, see `Attend`:
-training, reference and traced graphs share everything else.
+How a layer attends (rotary embedding, cache, mask) is a function that the caller passes in, see `Attend`. Training,
+reference and traced graphs share everything else.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LoraLinear(nn.Module):
         y = F.linear(x, self.weight)
         if image_mask is None or self.lora_a is None or self.lora_b is None:
             return y
-        # The mask multiplies the R-wide middle, not the wide output: the cheapest place where zero stays zero.
+        # The mask multiplies the R-wide middle and not the wide output, because that is cheaper and zero stays zero.
         return y + F.linear(F.linear(x, self.lora_a) * image_mask, self.lora_b)
 
 
@@ -83,7 +83,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x), image_mask)
 
 
-# What `traverse` reports per layer when asked: first pass, second pass, gate, mixture.
+# Called by `traverse` for each layer with its index, first pass, second pass, gate and mixture.
 Probe = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     def traverse(self, x: Tensor, image_mask: Tensor | None, attend: Attend, probe: Probe | None = None) -> Tensor:
-        """Both passes and the gate. x [B, S, D] embeddings, image_mask [B, S, 1] of 0 and 1 or None; [B, S, D]."""
+        """Run both passes and the gate. x [B, S, D] embeddings, image_mask [B, S, 1] of 0 and 1 or None; [B, S, D]."""
         for i, layer in enumerate(self.layers):
             o1 = layer(x, image_mask, i, 0, attend)
             o2 = layer(o1, image_mask, i, 1, attend)
@@ -109,13 +109,13 @@ class Decoder(nn.Module):
         return x
 
     def step(self, x: Tensor, attend: Attend) -> Tensor:
-        """One pass, no gate, no LoRA: answer tokens. x [B, S, D]; returns [B, S, D]."""
+        """Run answer tokens in one pass without gate and LoRA. x [B, S, D]; returns [B, S, D]."""
         for i, layer in enumerate(self.layers):
             x = layer(x, None, i, 0, attend)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [B, S, D] from traverse or step; returns [B, S, V]."""
+        """Compute logits [B, S, V] from the output x [B, S, D] of traverse or step."""
         return self.lm_head(self.norm(x))
 
 
@@ -132,8 +132,8 @@ def rope_tables(
 def graph_rope_tables(spec: ModelSpec, capacity: int) -> tuple[Tensor, Tensor]:
     """The tables that the graphs of a cache of `capacity` tokens read, float32 [rows, E/2] each.
 
-    One set: row p serves position p. Two sets: first the short one, then, from `spec.long_rope.short_rows`
-    on, the long one.
+    With one set, row p serves position p. With two sets the short one comes first, and the long one begins at row
+    `spec.long_rope.short_rows`.
     """
     rope = spec.long_rope
     if rope is None:
@@ -152,11 +152,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class EagerAttention:
-    """The plain `Attend`: keeps both passes' keys and values, so a prefix can be extended exactly.
+    """The plain `Attend`. It keeps both passes' keys and values, so a prefix can be extended exactly.
 
     `keys[traversal][layer]` and `values[...]` are [B, G, T, E]. Set `positions` [S] (or [B, S]) and `mask`
-    before each call of traverse or step; mask is boolean [S, T] or [B, 1, S, T] with True where a token may look,
-    None for plain causal order behind everything cached.
+    before each call of traverse or step. mask is boolean [S, T] or [B, 1, S, T] with True where a token may attend,
+    or None for plain causal order after everything cached.
     """
 
     def __init__(self, spec: ModelSpec, cos: Tensor, sin: Tensor) -> None:
@@ -168,7 +168,7 @@ class EagerAttention:
 
     @property
     def length(self) -> int:
-        """Tokens in the first-pass cache."""
+        """The number of tokens in the first-pass cache."""
         first = self.keys[0][0]
         return 0 if first is None else first.shape[2]
 

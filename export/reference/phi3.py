@@ -1,7 +1,7 @@
-"""The Phi-3 family (TroL-3.8B): its vision tower and its published tensor names.
+"""The vision tower and the published tensor names of the Phi-3 family (TroL-3.8B).
 
-- Pictures: 1 to 6 tiles of 448 x 448 and a thumbnail, see `trol_edge/prompt/tiles.py`; each tile passes the tower
-  alone.
+- Pictures: 1 to 6 tiles of 448 x 448 and a thumbnail, see `trol_edge/prompt/tiles.py`; each tile goes through the tower
+  on its own.
 - Vision: InternViT-300M-448 with exact GELU and LayerScale, last hidden state, no final norm, class token dropped;
   tokens row-major.
 - Projector: pixel shuffle 0.5 (four neighbours become one token of four times the width), LayerNorm, Linear, GELU,
@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,17 @@ from torch import Tensor, nn
 
 from trol_edge.bundle.spec import LongRope, ModelSpec, VisionSpec
 from trol_edge.errors import CheckpointError
+from trol_edge.export.reference.config import (
+    DECODER,
+    OF_EVERY_CONFIG,
+    TOWER,
+    end_tokens,
+    obey,
+    require_head_dim,
+    require_plain_rope,
+    rope_settings,
+    su_amplitude,
+)
 from trol_edge.export.reference.family import SYSTEM, Family, Source
 from trol_edge.export.reference.model import Decoder
 from trol_edge.prompt.images import ImageSpec
@@ -29,8 +40,57 @@ from trol_edge.prompt.template import PromptSpec
 
 MAX_TILES = 6  # fixed in the authors' code, which ignores max_dynamic_patch
 PROJECTOR_EPS = 1e-5
-# The authors ask the tokenizer; for a checkpoint that comes without one: the 13 tokens after Phi-3's 32000 pieces.
+# For a checkpoint without a tokenizer, which the authors' code would ask: after Phi-3's 32000 pieces and 13 tokens.
 ASSUMED_IMAGE_TOKEN = 32013
+
+
+# Keys of config.json, and of its parts, that `model_spec` and `notes` read.
+READ = ("downsample_ratio", "force_image_size", "llm_config", "select_layer", "vision_config")
+READ_DECODER = (
+    "eos_token_id",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "vocab_size",
+)
+READ_TOWER = (
+    "hidden_act",
+    "hidden_size",
+    "image_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "norm_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "patch_size",
+    "qk_normalization",
+    "qkv_bias",
+)
+# What else stands beside the parts, and the values that mean what we do. The numbers of tiles are the authors' own:
+# their code ignores these two.
+TOP: dict[str, Collection[Any]] = {
+    "dynamic_image_size": (True,),
+    "max_dynamic_patch": range(1, 1000),
+    "min_dynamic_patch": range(1, 1000),
+    "pad2square": (False,),
+    "ps_version": ("v2",),
+    "quantization_config": (),
+    "template": ("phi3-chat",),
+    "tie_word_embeddings": (False,),
+    "use_backbone_lora": (0, False),
+    "use_llm_lora": (0, False),
+    "use_thumbnail": (True,),
+}
 
 
 class InternVitLayer(nn.Module):
@@ -54,7 +114,7 @@ class InternVitLayer(nn.Module):
         n, length, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before the heads part
+            q, k = self.q_norm(q), self.k_norm(k)  # over the full width, before the split into heads
         q, k, v = (t.view(n, length, self.heads, -1).transpose(1, 2) for t in (q, k, v))
         context = F.scaled_dot_product_attention(q, k, v)  # [N, heads, T, E]
         x = x + self.scale1 * self.out(context.transpose(1, 2).reshape(n, length, d))
@@ -70,7 +130,7 @@ def pixel_shuffle(x: Tensor) -> Tensor:
 
 
 class Vision(nn.Module):
-    """InternViT and projector: pixel_values [N, 3, P, P] -> image features [N, tokens_per_image, D]; N counts tiles."""
+    """InternViT and projector: pixel_values [N, 3, P, P] -> image features [N, tokens_per_image, D] of N tiles."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -84,7 +144,7 @@ class Vision(nn.Module):
         self.proj2 = nn.Linear(spec.hidden_size, spec.hidden_size)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """What the first layer reads: [N, 1+T, d], class token first; T patches."""
+        """The input of the first layer, [N, 1+T, d], class token first; T patches."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)  # [N, T, d]
         return torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1) + self.positions
 
@@ -121,28 +181,21 @@ class FusedGatedMlp(nn.Module):
 
 
 def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapping[str, Sequence[int]]) -> ModelSpec:
-    """The numbers of one checkpoint, all from `config.json` (which holds those of decoder and tower as parts).
+    """Read the numbers of one checkpoint from `config.json`, which has parts for decoder and tower.
 
-    `clip` is for the other family. `shapes`, the checkpoint's tensor shapes by name, says how many rows the
-    embedding table has.
+    `clip` is used by the other family only. `shapes`, the checkpoint's tensor shapes by name, gives the number of rows
+    of the embedding table.
     """
     llm, tower = config["llm_config"], config["vision_config"]
-    hidden, heads = llm["hidden_size"], llm["num_attention_heads"]
-    limit, window = llm["max_position_embeddings"], llm.get("sliding_window")
-    unsupported = {
-        f"tower activation {tower.get('hidden_act')!r}": tower.get("hidden_act", "gelu") != "gelu",
-        f"tower norm {tower.get('norm_type')!r}": tower.get("norm_type", "layer_norm")
-        not in ("layer_norm", "rms_norm"),
-        f"downsample_ratio {config.get('downsample_ratio')!r}": config.get("downsample_ratio", 0.5) != 0.5,
-        f"sliding_window {window!r}, shorter than max_position_embeddings": bool(window) and window < limit,
-    }
-    if any(unsupported.values()):
-        found = "; ".join(what for what, wrong in unsupported.items() if wrong)
-        raise CheckpointError(f"config.json asks for what no published TroL-3.8B has: {found}; copy it again")
+    hidden, heads, limit = (llm[key] for key in ("hidden_size", "num_attention_heads", "max_position_embeddings"))
+    ends = end_tokens(llm["eos_token_id"])
+    base, kind, rope = rope_settings(llm)
     embedding = shapes.get("language_model.model.embed_tokens.weight", (llm["vocab_size"],))
     image_size, patch = tower["image_size"], tower["patch_size"]
     if image_size % (2 * patch):
-        raise CheckpointError(f"config.json: image_size {image_size} is no even number of patches of {patch} pixels")
+        raise CheckpointError(
+            f"config.json: image_size {image_size} is not an even number of patches of {patch} pixels; copy it again"
+        )
     return ModelSpec(
         family="phi3",
         hidden_size=hidden,
@@ -150,14 +203,15 @@ def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapp
         num_layers=llm["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=llm.get("num_key_value_heads") or heads,
-        head_dim=hidden // heads,
+        head_dim=require_head_dim(llm, hidden, heads),
         vocab_size=llm["vocab_size"],
         embedding_rows=embedding[0],
         rms_norm_eps=float(llm["rms_norm_eps"]),
-        rope_theta=float(llm["rope_theta"]),
+        rope_theta=base,
         max_position_embeddings=limit,
         lora_rank=0,
-        eos_token_id=llm["eos_token_id"],
+        eos_token_id=ends[0],
+        more_end_ids=tuple(ends[1:]),
         image_token_id=min(ASSUMED_IMAGE_TOKEN, embedding[0] - 1),
         vision=VisionSpec(
             hidden_size=tower["hidden_size"],
@@ -172,32 +226,51 @@ def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapp
             qk_norm=tower["qk_normalization"],
             qkv_bias=tower["qkv_bias"],
         ),
-        long_rope=_long_rope(llm, hidden // heads),
+        long_rope=_long_rope(llm, kind, rope, hidden // heads),
     )
 
 
-def _long_rope(llm: Mapping[str, Any], head_dim: int) -> LongRope | None:
-    scaling = llm.get("rope_scaling")
-    if scaling is None:
+def _long_rope(llm: Mapping[str, Any], kind: str, settings: Mapping[str, Any], head_dim: int) -> LongRope | None:
+    if kind != "su":
+        require_plain_rope(kind, settings, llm["max_position_embeddings"])
         return None
-    if scaling["type"] not in ("su", "longrope"):  # one thing; later transformers versions renamed it
-        raise CheckpointError(
-            f"config.json: rope_scaling type {scaling['type']!r} is not supported; TroL-3.8B has 'su'"
-        )
-    short, long = (tuple(map(float, scaling[key])) for key in ("short_factor", "long_factor"))
+    short, long = (tuple(map(float, settings[key])) for key in ("short_factor", "long_factor"))
     if not len(short) == len(long) == head_dim // 2:
         raise CheckpointError(
             f"config.json: rope_scaling has {len(short)} short and {len(long)} long factors; "
             f"a head of {head_dim} needs {head_dim // 2} of each"
         )
-    original = llm["original_max_position_embeddings"]
-    scale = llm["max_position_embeddings"] / original
-    amplitude = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-    return LongRope(short, long, original, amplitude)
+    return LongRope(short, long, *su_amplitude(llm, settings))
+
+
+def notes(config: dict[str, Any], clip: dict[str, Any] | None, spec: ModelSpec) -> list[str]:
+    """Refuse what `config.json` asks for and our modules do not do; remarks about keys that nobody knows."""
+    llm, tower, v = config["llm_config"], config["vision_config"], spec.vision
+    limit, window = spec.max_position_embeddings, llm.get("sliding_window")
+    unsupported = {
+        f"tower activation {tower.get('hidden_act')!r}": tower.get("hidden_act", "gelu") != "gelu",
+        f"tower norm {tower.get('norm_type')!r}": tower.get("norm_type", "layer_norm")
+        not in ("layer_norm", "rms_norm"),
+        f"downsample_ratio {config.get('downsample_ratio')!r}": config.get("downsample_ratio", 0.5) != 0.5,
+        f"sliding_window {window!r}, shorter than max_position_embeddings": bool(window) and window < limit,
+        f"select_layer {config.get('select_layer')!r}": config.get("select_layer", -1) != -1,
+        f"force_image_size {config.get('force_image_size')!r} beside image_size {v.image_size}": config.get(
+            "force_image_size", v.image_size
+        )
+        not in (None, v.image_size),
+    }
+    if any(unsupported.values()):
+        found = "; ".join(what for what, wrong in unsupported.items() if wrong)
+        raise CheckpointError(f"config.json asks for what no published TroL-3.8B has: {found}; copy it again")
+    return [
+        *obey(config, "", READ, TOP),
+        *obey(llm, "llm_config.", READ_DECODER, DECODER),
+        *obey(tower, "vision_config.", (*READ_TOWER, *OF_EVERY_CONFIG), TOWER),
+    ]
 
 
 def sources(spec: ModelSpec) -> dict[str, Source]:
-    """Every parameter of the model and the published tensor it is made of."""
+    """Every parameter of the model and the published tensor that it comes from."""
     d, f, e = spec.hidden_size, spec.intermediate_size, spec.head_dim
     language = "language_model.model"
     out: dict[str, Source] = {"embedding": Source(f"{language}.embed_tokens.weight", (spec.embedding_rows, d))}
@@ -285,6 +358,7 @@ FAMILY = Family(
         isinstance(config.get("llm_config"), dict) and config["llm_config"].get("model_type") == "phi3"
     ),
     model_spec=model_spec,
+    notes=notes,
     sources=sources,
     decoder=lambda spec: Decoder(spec, FusedGatedMlp),
     vision=Vision,

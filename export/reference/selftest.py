@@ -1,7 +1,7 @@
-"""Record the self-test of a bundle: the FP32 reference on the checkpoint as published, before folding and rounding.
+"""Records the self-test of a bundle with the FP32 reference on the published checkpoint, before folding and rounding.
 
-One pass over the checkpoint, a layer's weights in memory at a time: the tokens that are stepped behind a prompt are
-chosen beforehand, so they follow it through each layer, and no layer is read again for each of them.
+It takes one pass over the checkpoint with one layer's weights in memory at a time. The tokens that are stepped after a
+prompt are chosen beforehand, so they follow it through each layer, and no layer is read again for each of them.
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ from trol_edge.prompt.images import count_tiles, preprocess
 from trol_edge.prompt.template import build_prompt
 from trol_edge.prompt.tokenizer import Tokenizer
 
-# A rendered scene, as default calibration has them, but another one: within the range that scales were made for.
+# A rendered scene of the kind that default calibration uses, but a different one, within the range of the scales.
 SCENE = 3 * scenes.HELD_OUT_SEED
 QUESTION, ANSWER = "Describe the scene.", "from left to right: a small blue circle, a large red star"
 STEPS = 8
 IMAGE_TOKENS = 32  # feature rows in the prompt
-LEAST_ROOM = 8  # tokens of a prompt; a bundle with less context gets no self-test
-CACHE_BYTES = 2_000_000  # of noted rows, both passes, all layers ...
-MOST_ROWS, LEAST_ROWS = 8, 2  # ... but so many rows
+LEAST_ROOM = 8  # shortest prompt in tokens; a bundle with less context gets no self-test
+CACHE_BYTES = 2_000_000  # bytes of recorded rows, both passes, all layers ...
+MOST_ROWS, LEAST_ROWS = 8, 2  # ... within these numbers of rows
 
 
 def record(source: Checkpoint, path: Path, context: int, tokenizer: Tokenizer | None, progress: Progress) -> bool:
-    """Write the self-test of a checkpoint for a cache of `context` tokens; False where that is too short for one.
+    """Write the self-test of a checkpoint for a cache of `context` tokens; returns False if that is too short.
 
-    Without a tokenizer the tokens are chosen at random. Raises CheckpointError where the reference itself is not
-    finite.
+    Without a tokenizer the tokens are chosen at random. Raises CheckpointError if the reference itself is not finite.
     """
     rope = source.spec.long_rope
     room = (rope.short_rows(context) if rope else context) - STEPS
@@ -55,12 +54,12 @@ def record(source: Checkpoint, path: Path, context: int, tokenizer: Tokenizer | 
 
 
 def picture(wide: bool) -> NDArray[np.uint8]:
-    """A rendered scene, uint8 [112, 112, 3], or two side by side, which models with tiles cut up."""
+    """A rendered scene, uint8 [112, 112, 3], or two of them side by side (wide), which models with tiles cut up."""
     return np.concatenate([scenes.render(SCENE + i)[0] for i in range(1 + wide)], axis=1)
 
 
 def _prompt(source: Checkpoint, tokenizer: Tokenizer | None, tiles: list[int], room: int) -> tuple[Any, Any, Any]:
-    """ids of a prompt of at most `room` tokens, of them at most IMAGE_TOKENS of the picture, and ids of an answer."""
+    """Ids of a prompt of at most `room` tokens, with at most IMAGE_TOKENS of the picture, and ids of an answer."""
     spec = source.spec
     images = min(IMAGE_TOKENS, room // 2)
     if tokenizer is None:
@@ -97,7 +96,7 @@ class _Sequence:
         self.x = self.steps = torch.empty(0)
 
     def through(self, model: Layerwise, layer: Any, name: str) -> None:
-        """One decoder layer: the prompt in both passes, then the stepped tokens in one."""
+        """Run one decoder layer, the prompt in both passes and then the stepped tokens in one."""
         attend, end = self.attend, len(self.ids)
         lora = self.mask.float()[None, :, None] if bool(self.mask.any()) and model.spec.lora_rank else None
         attend.positions = torch.arange(end)
@@ -111,12 +110,12 @@ class _Sequence:
             keys, values = attend.keys[traversal], attend.values[traversal]
             assert keys[0] is not None and values[0] is not None
             rows.append([t[0].transpose(0, 1).flatten(1) for t in (keys[0], values[0])])
-            keys[0] = values[0] = None  # the next layer begins anew, in the same place
+            keys[0] = values[0] = None  # the next layer uses the same place again
         self.cache.append(torch.stack([torch.stack([t[self.positions] for t in kind]) for kind in rows]))
         self.step_cache.append(torch.stack([t[-1] for t in rows[0]]))
 
     def case(self, logits: Tensor) -> SelfTestCase:
-        """logits [n+1, V]: behind the prompt and behind each stepped token."""
+        """Make the case; logits [n+1, V] are those after the prompt and after each stepped token."""
         top = logits.topk(2, dim=-1)
         return SelfTestCase(
             ids=self.ids.astype(np.int32),
@@ -190,6 +189,6 @@ def _run(source: Checkpoint, context: int, room: int, tokenizer: Tokenizer | Non
 def _require_finite(name: str, x: Tensor) -> None:
     if not bool(x.isfinite().all()):
         raise CheckpointError(
-            f"NaN or infinite activations behind {name} in the float32 reference: the checkpoint's weights are damaged "
+            f"NaN or infinite activations after {name} in the float32 reference: the checkpoint's weights are damaged "
             "or too large; download it again, or export with --no-selftest"
         )

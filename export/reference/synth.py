@@ -1,4 +1,4 @@
-"""Write a checkpoint of random weights in the published layout, streamed: full-size runs without the real weights."""
+"""Writes a checkpoint of random weights in the published layout, for full-size runs without the real weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trol_edge.errors import UsageError
 from trol_edge.export.reference.hub import find
 from trol_edge.export.storage import Progress
 
-# Random values repeat after this many (a prime, so that rows do not repeat): drawing billions would take minutes.
+# Random values repeat after this many, because drawing billions would take minutes. A prime, so that rows differ.
 POOL = 8_388_593
 FILES = ("config.json", "trol_gating.pt", "model.safetensors")
 
@@ -30,12 +30,12 @@ def synth(
 ) -> dict[str, Any]:
     """Write random FP16 weights of a published model's shapes; returns {"tensors", "parameters", "bytes"}.
 
-    No tokenizer: bundles made of it serve the token level. Peak memory is that of one block, whatever the model.
-    Raises UsageError for an unknown model and ExportError where the folder cannot be written.
+    There is no tokenizer, so its bundles serve the token level only. Peak memory is that of one block, for any model.
+    Raises UsageError for an unknown model and ExportError if the folder cannot be written.
     """
     known = find(model)
     if not known.config:
-        raise UsageError(f"{model} ships with its trained weights; synth is for the published sizes")
+        raise UsageError(f"{model} ships with its trained weights; give synth the name of a published model")
     tensors = known.family.published(known.config)
     spec = known.family.model_spec(known.config, None, tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -70,7 +70,7 @@ def synth(
 
 
 def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and deviation that keep activations of order one: norms and scales near 1, matrices 1/sqrt(inputs)."""
+    """Mean and deviation that keep activations near one: norms and scales near 1, matrices 1/sqrt(inputs)."""
     if len(shape) > 1 and "embedding" not in name:
         return 0.0, 1 / math.sqrt(math.prod(shape[1:]))
     factor = len(shape) == 1 and not name.endswith((".bias", "_embedding"))

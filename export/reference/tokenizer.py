@@ -1,14 +1,14 @@
-"""Workstation side: the bundle's tokenizer.json from a checkpoint's tokenizer files, and the proof that both agree.
+"""Makes the bundle's tokenizer.json from a checkpoint's tokenizer files, and proves that both agree.
 
-A published tokenizer.json (TroL-3.8B) is the reference where there is one, and is taken over with its flags. What is
-special about the other source, a sentencepiece model:
-- sentencepiece merges by score, the tokenizers library by rank: every way to split a piece becomes one merge.
-- sentencepiece also merges characters that are no pieces; they get ids from `trol_edge.prompt.tokenizer.UNLISTED` on.
-- Added tokens say how `trol_edge.prompt.tokenizer` treats them. `special`: user text cannot produce it. `normalized`:
-  it is found inside a segment, as sentencepiece does with user-defined pieces; otherwise text is cut into segments at
-  it, as the authors' (Hugging Face, slow) tokenizer does with control pieces and the tokens of added_tokens.json.
-  Under a dummy prefix the tokenizers library alone reads `normalized` differently; only `trol_edge.prompt.tokenizer`
-  is exact.
+A published tokenizer.json (TroL-3.8B) is the reference if there is one, and is taken over with its flags. The other
+source is a sentencepiece model, which differs in these points:
+- sentencepiece merges by score, the tokenizers library by rank, so every way to split a piece becomes one merge.
+- sentencepiece also merges characters that are not pieces; they get ids from `trol_edge.prompt.tokenizer.UNLISTED` on.
+- Flags of added tokens say how `trol_edge.prompt.tokenizer` treats them. `special`: user text cannot produce it.
+  `normalized`: it is found inside a segment, as sentencepiece does with user-defined pieces. Otherwise text is cut into
+  segments at it, as the authors' (Hugging Face, slow) tokenizer does with control pieces and the tokens of
+  added_tokens.json. With a dummy prefix the tokenizers library alone reads `normalized` differently; only
+  `trol_edge.prompt.tokenizer` is exact.
 - The model file is read without protobuf, whose generated code ties sentencepiece to one protobuf release.
 """
 
@@ -28,8 +28,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, models, normalizers
 
+from trol_edge.bundle.protobuf import protobuf_fields
 from trol_edge.errors import CheckpointError, ExportError
 from trol_edge.prompt.tokenizer import UNLISTED, Tokenizer
+from trol_edge.reading import guard, read_json, read_plain
 
 __all__ = ["added_ids", "convert", "verify"]
 
@@ -40,6 +42,7 @@ _CONFIG = "tokenizer_config.json"
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
 _BPE = 2  # model type
+MOST_CHARACTERS = 1024  # of a piece: ways to merge one grow with its length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +54,12 @@ class _Piece:
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """What a conversion needs of a sentencepiece model."""
+    """The parts of a sentencepiece model that a conversion needs."""
 
     path: pathlib.Path
     pieces: list[_Piece]
     byte_fallback: bool
-    charsmap: bytes  # empty: identity
+    charsmap: bytes  # empty for the identity
     add_dummy_prefix: bool
     remove_extra_whitespaces: bool
 
@@ -64,11 +67,12 @@ class _Model:
 def convert(checkpoint_folder: str | os.PathLike[str], extra_tokens: Sequence[str] = ()) -> str | None:
     """Return the text of a tokenizer.json, or None when the folder has no tokenizer.
 
-    Reads tokenizer.json, or else tokenizer.model and, where present, added_tokens.json and tokenizer_config.json.
-    `extra_tokens` are those that the authors' loader adds at run time: a missing one gets the next free id.
-    One difference to sentencepiece is left: a text of nothing but characters that the model's character map deletes
-    gives no ids, where sentencepiece may give the dummy prefix.
-    Raises CheckpointError naming the file for an unreadable or unsupported model, and for ids that clash or have gaps.
+    Reads tokenizer.json, or else tokenizer.model and, if present, added_tokens.json and tokenizer_config.json.
+    `extra_tokens` are those that the authors' loader adds at run time; a missing one gets the next free id.
+    One difference to sentencepiece is left: a text that consists only of characters that the model's character map
+    deletes gives no ids, while sentencepiece may give the dummy prefix.
+    Raises a CheckpointError that names the file for an unreadable or unsupported model, and for ids that clash or have
+    gaps.
     """
     folder = pathlib.Path(checkpoint_folder)
     if (folder / _LIBRARY).is_file():
@@ -88,7 +92,7 @@ def convert(checkpoint_folder: str | os.PathLike[str], extra_tokens: Sequence[st
     result = tokenizers.Tokenizer(bpe)
     result.normalizer = _normalizer(model)
     kinds = {p.text: p.kind for p in model.pieces if p.kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)}
-    for text in sorted(kinds | added, key=vocab.__getitem__):  # by id: the library numbers them in this order
+    for text in sorted(kinds | added, key=vocab.__getitem__):  # by id, because the library numbers them in this order
         inside = text not in added and kinds[text] == _USER_DEFINED
         special = not (inside and _is_ordinary(text))
         left, right = strips.get(text, (False, False))
@@ -110,7 +114,7 @@ def added_ids(checkpoint_folder: str | os.PathLike[str]) -> dict[str, int]:
 def _added_entries(path: pathlib.Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
     entries = data.get("added_tokens", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise CheckpointError(f"{path}: added_tokens is no list of objects; download the checkpoint again")
+        raise CheckpointError(f"{path}: added_tokens is not a list of objects; download the checkpoint again")
     return entries
 
 
@@ -122,13 +126,22 @@ _DROP_PREFIX = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
     """The published tokenizer.json; what `trol_edge.prompt.tokenizer` does not do is refused or written plainly."""
-    data = _read_json(path)
+    with guard(path, CheckpointError, "download the checkpoint again", "cannot be read"):
+        return _made_plain(path, _read_json(path), extra_tokens)
+
+
+def _made_plain(path: pathlib.Path, data: dict[str, Any], extra_tokens: Sequence[str]) -> str:
+    """As `_taken_over`, of a file that was parsed."""
     model, normalizer, spaces = (data.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer"))
+    for piece, token_id in model.get("vocab", {}).items():
+        _checked_id(token_id, path)
+        if len(piece) > MOST_CHARACTERS:
+            raise CheckpointError(f"{path}: has a piece of {len(piece)} characters; download the checkpoint again")
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     decoder = data.get("decoder") or {}
     prefixed = steps[:1] == [{"type": "Prepend", "prepend": "▁"}] or spaces.get("prepend_scheme") in ("first", "always")
     entries = _added_entries(path, data)
-    # Both ways in which the Llama family's tokenizers are written down: steps of the normaliser, or (since 2024) a
+    # The Llama family's tokenizers are written in two ways: with steps of the normaliser, or (since 2024) with a
     # pre-tokenizer that prefixes the first segment only.
     legacy = not spaces and steps[-1:] == [_TO_SPACE] and (len(steps) == 1 or (prefixed and len(steps) == 2))
     recent = not steps and spaces.get("type") == "Metaspace" and not spaces.get("split", True)
@@ -141,7 +154,7 @@ def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
     ]
     for entry in entries:
         content = _checked_content(entry.get("content"), path)
-        # A token that normalisation does not touch is found with or without it.
+        # A token that normalisation does not change is found with or without it.
         entry["normalized"] = bool(entry.get("normalized")) and not recent
         refusals += [
             (entry.get("single_word"), f"token {content!r} is found as a word only (single_word)"),
@@ -154,10 +167,7 @@ def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
         )
     data |= {"normalizer": {"type": "Sequence", "normalizers": steps}}
     data |= {"post_processor": None, "truncation": None, "padding": None}
-    try:
-        result = tokenizers.Tokenizer.from_str(json.dumps(data))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{path} cannot be read ({error}); download the checkpoint again") from error
+    result = tokenizers.Tokenizer.from_str(json.dumps(data))
     known = {entry["content"] for entry in entries}
     result.add_tokens([AddedToken(t, special=True, normalized=False) for t in extra_tokens if t not in known])
     return str(result.to_str())
@@ -166,15 +176,13 @@ def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
 def read_model(path: pathlib.Path) -> _Model:
     """Read the sentencepiece model and refuse what `convert` does not carry over."""
     again = "download the checkpoint again"
-    try:
-        data = path.read_bytes()
-        sentencepiece.SentencePieceProcessor(model_proto=data)
-        top = list(protobuf_fields(data))
+    data = read_plain(path, CheckpointError, again)
+    with guard(path, CheckpointError, again, "cannot be read"):
+        top = list(protobuf_fields(data))  # before sentencepiece, which may reserve whatever a length says
         pieces = [_read_piece(dict(protobuf_fields(value))) for number, value in top if number == 1]
         parts = dict(top)
         trainer, normalizer, denormalizer = (dict(protobuf_fields(parts.get(n, b""))) for n in (2, 3, 5))
-    except (OSError, RuntimeError, ValueError, TypeError, IndexError, struct.error) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {again}") from error
+        sentencepiece.SentencePieceProcessor(model_proto=data)
     texts = [p.text for p in pieces]
     refusals = [
         (trainer.get(3) != _BPE, "its model type is not BPE"),
@@ -183,6 +191,7 @@ def read_model(path: pathlib.Path) -> _Model:
         (denormalizer.get(2), "it changes characters when decoding"),
         (len(set(texts)) != len(texts), "a piece occurs twice"),
         (sum(p.kind == _UNKNOWN for p in pieces) != 1, "it has not exactly one unknown piece"),
+        (max(map(len, texts), default=0) > MOST_CHARACTERS, f"a piece has more than {MOST_CHARACTERS} characters"),
     ]
     if found := [why for refused, why in refusals if refused]:
         raise CheckpointError(f"{path} is not supported: {'; '.join(found)}; TroL's tokenizers are plain BPE, {again}")
@@ -201,38 +210,8 @@ def _read_piece(fields: Mapping[int, Any]) -> _Piece:
     return _Piece(fields[1].decode(), score, fields.get(3, _NORMAL))
 
 
-def protobuf_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protobuf message: int for varints, bytes for everything else."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        if wire_type not in (1, 2, 5):
-            raise ValueError(f"wire type {wire_type} at byte {at}")
-        length = varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
-        value = data[at : at + length]
-        if len(value) != length:
-            raise ValueError(f"it ends within a field at byte {at}")
-        yield number, value
-        at += length
-
-
 def _added_tokens(folder: pathlib.Path, pieces: Sequence[str], extra_tokens: Sequence[str]) -> dict[str, int]:
-    """Content -> id of the tokens at which a text is cut before sentencepiece sees it, checked against the pieces."""
+    """Content -> id of the tokens at which text is cut before sentencepiece sees it, checked against the pieces."""
     ids = {piece: i for i, piece in enumerate(pieces)}
     added: dict[str, int] = {}
     for path, content, token_id in [*_tokens_of_added(folder / _ADDED), *_tokens_of_config(folder / _CONFIG)]:
@@ -263,7 +242,9 @@ def _tokens_of_added(path: pathlib.Path) -> Iterator[tuple[pathlib.Path, str, in
 def _tokens_of_config(path: pathlib.Path) -> Iterator[tuple[pathlib.Path, str, int]]:
     decoder = _read_json(path).get("added_tokens_decoder", {})
     if not isinstance(decoder, dict) or not all(isinstance(entry, dict) for entry in decoder.values()):
-        raise CheckpointError(f"{path}: added_tokens_decoder is no object of objects; download the checkpoint again")
+        raise CheckpointError(
+            f"{path}: added_tokens_decoder is not an object of objects; download the checkpoint again"
+        )
     for token_id, entry in decoder.items():
         content = _checked_content(entry.get("content"), path)
         if entry.get("single_word"):
@@ -275,7 +256,7 @@ def _tokens_of_config(path: pathlib.Path) -> Iterator[tuple[pathlib.Path, str, i
 
 
 def _strips(path: pathlib.Path) -> dict[str, tuple[bool, bool]]:
-    """Content -> whether a token takes the white space before it (lstrip) and behind it (rstrip)."""
+    """Content -> whether a token takes the white space before it (lstrip) and after it (rstrip)."""
     entries = _read_json(path).get("added_tokens_decoder", {}).values()
     return {entry["content"]: (bool(entry.get("lstrip")), bool(entry.get("rstrip"))) for entry in entries}
 
@@ -293,23 +274,15 @@ def _checked_id(token_id: Any, path: pathlib.Path) -> int:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download the checkpoint again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object; download the checkpoint again")
-    return data
+    return read_json(path, CheckpointError, "download the checkpoint again") if path.exists() else {}
 
 
 def _merges(model: _Model) -> tuple[list[tuple[str, str]], list[str]]:
     """All merges, best first, and the single characters in them.
 
     sentencepiece breaks ties of equal scores by position, leftmost first, which ranks cannot express. With the
-    longer left part first both agree unless two ways to make one piece overlap; `verify` watches over it.
-    Pieces of other kinds than normal and unused never result from a merge, nor take part in one.
+    longer left part first both agree unless two ways to make one piece overlap, which `verify` would find.
+    Only normal and unused pieces result from a merge or take part in one.
     """
     scores = {p.text: p.score for p in model.pieces if p.kind in (_NORMAL, _UNUSED)}
     unused = {p.text for p in model.pieces if p.kind == _UNUSED}
@@ -334,14 +307,14 @@ def _merges(model: _Model) -> tuple[list[tuple[str, str]], list[str]]:
 def _is_ordinary(text: str) -> bool:
     """Whether a user-defined piece is ordinary text (a character, a word, white space) rather than markup.
 
-    Ordinary pieces stay whole in user text, as in the authors' tokenizer; markup there would be an injection.
+    Ordinary pieces stay whole in user text, as in the authors' tokenizer. Markup in user text would be an injection.
     """
     visible = text.replace("▁", "").strip()
     return len(text) == 1 or not visible or visible.isalnum()
 
 
 def _normalizer(model: _Model) -> normalizers.Sequence:
-    """sentencepiece's own steps, in its order. It removes trailing spaces last, when they are already "▁"."""
+    """Build sentencepiece's own steps, in its order. It removes trailing spaces last, when they are already "▁"."""
     steps: list[normalizers.Normalizer] = []
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
@@ -357,12 +330,13 @@ def _normalizer(model: _Model) -> normalizers.Sequence:
 
 
 def verify(tokenizer_json: str, checkpoint_folder: str | os.PathLike[str], extra_tokens: Sequence[str] = ()) -> int:
-    """Compare a converted tokenizer with its source: sentencepiece itself, or the tokenizers library on the published
-    tokenizer.json; return the number of strings compared.
+    """Compare a converted tokenizer with its source; returns the number of strings compared.
+
+    The source is sentencepiece itself, or the tokenizers library on the published tokenizer.json.
 
     Every piece of the vocabulary and a few hundred strings of many scripts, spaces, control characters and special
-    tokens must give the same ids and decode to the same text, and no special token may come out of literal text.
-    Raises ExportError with the first difference, CheckpointError as `convert` does.
+    tokens must give the same ids and decode to the same text, and literal text must not give a special token.
+    Raises ExportError with the first difference, and CheckpointError as `convert` does.
     """
     folder = pathlib.Path(checkpoint_folder)
     if (folder / _LIBRARY).is_file():
@@ -415,7 +389,7 @@ def _require_literal(tokenizer: Tokenizer, unknown: int | None) -> None:
 def _reference_ids(
     reference: Any, cuts: Mapping[str, int], strips: Mapping[str, tuple[bool, bool]], text: str
 ) -> list[int]:
-    """The authors' ids: cut at control pieces and added tokens, the rest to sentencepiece segment by segment."""
+    """The authors' ids: text is cut at control pieces and added tokens, and sentencepiece gets each segment."""
     longest_first = sorted(cuts, key=len, reverse=True)
     ids: list[int] = []
     parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
@@ -440,7 +414,7 @@ def _compare(source: str, what: str, text: str, found: Any, want: Any) -> None:
 
 
 def _corpus(marks: list[str]) -> list[str]:
-    """A few hundred strings, the same each time."""
+    """Make a few hundred strings, the same on every call."""
     rng = random.Random(0)
     marks = rng.sample(marks, min(10, len(marks)))
     words = [

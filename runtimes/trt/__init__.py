@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT for RTX: bindings, engine builds, and the back end that runs engines."""
+"""Bindings, engine builds and the back end for TensorRT and TensorRT for RTX."""

@@ -1,9 +1,9 @@
-"""TensorRT's Python API: the only file that touches it, so that what differs between its versions lives here.
+"""Wraps TensorRT's Python API. No other file touches it, so differences between its versions are handled here.
 
 The same code drives `tensorrt` (10.3 to 11.x) and `tensorrt_rtx` (1.7). tests/test_trt_api.py type-checks this file
-against the real bindings of every version served: each class, method, keyword, property and enum member, with the
-arguments passed. Two rules make that possible: a method that touches the library says `trt = self.module` first, and
-what exists in some versions only stands in a method marked `@only`.
+against the real bindings of every supported version: each class, method, keyword, property and enum member, with the
+arguments passed. Two rules make that possible. A method that touches the library says `trt = self.module` first, and
+what exists in some versions only is in a method marked `@only`.
 
 Running an engine: not yet run on a GPU.
 """
@@ -26,15 +26,18 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 F = TypeVar("F", bound=Callable[..., Any])
 CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
-# TensorRT's names of types -> numpy's (of those that numpy knows), which a bundle uses.
+# TensorRT's names of types -> numpy's, which a bundle uses. Only types that numpy has.
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "BOOL": "bool"}
-DOCTOR = "`trol-edge doctor` looks"
+NO_GPU = "is there an NVIDIA GPU and driver? Run `trol-edge doctor` to find out"
 DTYPES |= {"BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT4": "int4", "UINT8": "uint8"}
 _SINCE: dict[Callable[..., Any], tuple[Version | None, Version | None]] = {}  # methods marked by `only`
 
 
 def only(classic: Version | None = None, rtx: Version | None = None) -> Callable[[F], F]:
-    """Mark a method that uses what a TensorRT has from that version on; None: never. Its caller asks `has` first."""
+    """Mark a method that needs at least these versions; None means that the library never has it.
+
+    Callers check `has` first.
+    """
 
     def mark(function: F) -> F:
         _SINCE[function] = (classic, rtx)
@@ -45,9 +48,9 @@ def only(classic: Version | None = None, rtx: Version | None = None) -> Callable
 
 @dataclasses.dataclass(frozen=True)
 class EngineTensor:
-    """An input or output: dtype as numpy calls it, shape with -1 where it is dynamic.
+    """An input or output. dtype is numpy's name; dynamic dimensions of the shape are -1.
 
-    profiles: smallest, best and largest shape in each optimization profile (inputs of an engine only).
+    profiles: smallest, best and largest shape in each optimization profile (for inputs of an engine only).
     """
 
     name: str
@@ -59,7 +62,7 @@ class EngineTensor:
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
-    """A layer of a network: its kind ("MATRIX_MULTIPLY"), and the dtypes of its inputs and outputs."""
+    """A layer of a network, with its kind ("MATRIX_MULTIPLY") and the dtypes of its inputs and outputs."""
 
     kind: str
     name: str
@@ -68,13 +71,13 @@ class LayerInfo:
 
 
 class Library:
-    """One TensorRT, imported."""
+    """One imported TensorRT."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self.rtx = module.__name__.startswith(RTX)
         self.version: Version = tuple(int(part) for part in module.__version__.split(".")[:3])
-        self.messages: list[str] = []  # errors that the library logged, newest last
+        self.messages: list[str] = []  # errors that the library logged, the newest last
         self._logger = self._make_logger()
 
     @property
@@ -92,7 +95,7 @@ class Library:
         messages = self.messages
 
         class Logger(trt.ILogger):  # type: ignore[name-defined,misc]
-            """Keeps errors; the rest is not for users."""
+            """Keeps errors, because other messages are not for users."""
 
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
@@ -104,7 +107,7 @@ class Library:
         return Logger()
 
     def fail(self, what: str, advice: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise a BackendError that ends in what the library said last."""
+        """Raise a BackendError with the last messages of the library and advice."""
         said = "; ".join(" ".join(message.split())[:400] for message in self.messages[-2:]) or "it said nothing more"
         self.messages.clear()
         if "outofmemory" in said.lower().replace(" ", "").replace("_", ""):
@@ -117,8 +120,8 @@ class Library:
         self.messages.clear()
         try:
             builder = trt.Builder(self._logger)
-        except TypeError as error:  # how the bindings say that the library gave them nothing
-            self.fail("start its builder", f"is there an NVIDIA GPU and driver? {DOCTOR}", error)
+        except TypeError as error:  # raised by the bindings if the library returns null
+            self.fail("start its builder", NO_GPU, error)
         definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(definition, self._logger)
         if not parser.parse_from_file(str(graph)):
@@ -128,15 +131,15 @@ class Library:
         return Network(self, builder, definition, parser)
 
     def open(self, path: Path) -> Engine:
-        """Load an engine file, which must have been checked: a plan is code. Raises BackendError."""
+        """Load an engine file, whose hash must have been checked, because a plan is code. Raises BackendError."""
         trt = self.module
         self.messages.clear()
         try:
             runtime = trt.Runtime(self._logger)
         except TypeError as error:
-            self.fail("start", f"is there an NVIDIA GPU and driver? {DOCTOR}", error)
+            self.fail("start", NO_GPU, error)
         with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            # Mapped, not read: on a board that shares its memory with the GPU a second copy may not fit.
+            # Mapped and not read, because on a board that shares its memory with the GPU a second copy may not fit.
             engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             self.fail(f"load {path.name}", "build the engines again on this machine: `trol-edge build`")
@@ -144,7 +147,7 @@ class Library:
 
 
 class Network:
-    """A parsed graph on its way to an engine."""
+    """A parsed graph that can be built into an engine."""
 
     def __init__(
         self, library: Library, builder: trt.Builder, definition: trt.INetworkDefinition, parser: trt.OnnxParser
@@ -154,7 +157,7 @@ class Network:
         self._parser = parser  # the network refers to weights that the parser holds
 
     def tensors(self) -> list[EngineTensor]:
-        """Inputs, then outputs."""
+        """The inputs, then the outputs."""
         network = self._definition
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
@@ -164,7 +167,7 @@ class Network:
         return EngineTensor(tensor.name, is_input, DTYPES[tensor.dtype.name], tuple(tensor.shape))
 
     def layers(self) -> list[LayerInfo]:
-        """Every layer, in order."""
+        """All layers, in order."""
         found = []
         for index in range(self._definition.num_layers):
             layer = self._definition.get_layer(index)
@@ -175,7 +178,7 @@ class Network:
         return found
 
     def unused_inputs(self) -> list[str]:
-        """Inputs that no layer reads. The parser drops what it does not understand without an error."""
+        """Inputs that no layer reads; the parser silently drops what it does not understand."""
         read = set()
         for index in range(self._definition.num_layers):
             layer = self._definition.get_layer(index)
@@ -184,13 +187,13 @@ class Network:
 
     @only(classic=(10, 15), rtx=(1, 7))
     def let_attention_decompose(self) -> int:
-        """Allow every Attention without a kernel of its own (FP32, odd sizes) to be cut up; returns how many."""
+        """Allow every Attention without a fused kernel (FP32, odd sizes) to be decomposed; returns their number."""
         trt = self.module
         count = 0
         for index in range(self._definition.num_layers):
             layer = self._definition.get_layer(index)
             if layer.type == trt.LayerType.ATTENTION_OUTPUT:
-                layer.__class__ = trt.IAttentionOutputLayer  # the bindings' own way down from ILayer
+                layer.__class__ = trt.IAttentionOutputLayer  # how the bindings themselves cast from ILayer
                 assert isinstance(layer, trt.IAttentionOutputLayer)
                 layer.attention.decomposable = True
                 count += 1
@@ -203,9 +206,9 @@ class Network:
         workspace_bytes: int | None,
         progress: Callable[[str, int, int], None],
     ) -> None:
-        """Build the engine into a file. progress(phase, done, steps) is called as TensorRT goes on.
+        """Build the engine into a file. TensorRT's phases are reported by progress(phase, done, steps).
 
-        Raises BackendError where TensorRT refuses, lacks memory or cannot write.
+        Raises BackendError if TensorRT refuses, lacks memory or cannot write.
         """
         trt = self.module
         config = self._builder.create_builder_config()
@@ -237,13 +240,13 @@ class Network:
 
     @only(classic=(10, 13), rtx=(1, 7))
     def _stream(self, config: trt.IBuilderConfig, path: Path) -> bool:
-        """Build straight into the file, without a copy of the engine in memory."""
+        """Build directly into the file, without a copy of the engine in memory."""
         trt = self.module
         failed: list[OSError] = []
         with path.open("wb") as file:
 
             class Writer(trt.IStreamWriter):  # type: ignore[name-defined,misc]
-                """Hands each block to the file; a short count tells TensorRT to stop."""
+                """Writes each block to the file; a short count tells TensorRT to stop."""
 
                 def __init__(self) -> None:
                     trt.IStreamWriter.__init__(self)
@@ -265,7 +268,7 @@ class Network:
         steps: dict[str, int] = {}
 
         class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined,misc]
-            """Passes phases on; an exception (Ctrl-C too) cancels the build, and is raised when TensorRT has ended."""
+            """Reports phases. An exception (Ctrl-C, too) cancels the build and is raised when TensorRT has ended."""
 
             def __init__(self) -> None:
                 trt.IProgressMonitor.__init__(self)
@@ -300,7 +303,7 @@ class Engine:
         self.scratch_bytes = engine.device_memory_size_v2
 
     def tensors(self) -> list[EngineTensor]:
-        """Inputs and outputs, in the engine's order."""
+        """The inputs and outputs, in the engine's order."""
         trt = self.module
         engine = self._engine
         found = []
@@ -316,7 +319,7 @@ class Engine:
         return found
 
     def context(self, cache: bytes | None = None) -> Context:
-        """A new execution context. cache: compiled kernels from an earlier run (TensorRT for RTX only)."""
+        """Make an execution context. cache: compiled kernels from an earlier run (TensorRT for RTX only)."""
         self.library.messages.clear()
         kept = None
         if self.library.has(Engine._with_cache):
@@ -332,20 +335,20 @@ class Engine:
         config = self._engine.create_runtime_config()
         cache = config.create_runtime_cache()
         if blob:
-            cache.deserialize(blob)  # refused (False) where driver or GPU changed: then kernels are compiled anew
+            cache.deserialize(blob)  # refused (False) if driver or GPU changed; kernels are compiled again then
         config.set_runtime_cache(cache)
         return self._engine.create_execution_context(config), cache
 
 
 class Context:
-    """What runs: shapes and addresses of every tensor, and the call."""
+    """An execution context: shapes and addresses of every tensor, and the call that runs it."""
 
     def __init__(self, engine: Engine, context: trt.IExecutionContext, cache: Any) -> None:
         self.engine, self.library, self.module = engine, engine.library, engine.module
         self.raw, self._cache = context, cache
 
     def profile(self, index: int, stream: int) -> None:
-        """Choose an optimization profile; shapes are to be set again."""
+        """Choose an optimization profile; shapes must be set again afterwards."""
         self._check(self.raw.set_optimization_profile_async(index, stream), f"take profile {index}")
 
     def shape(self, name: str, shape: Shape) -> None:
@@ -357,7 +360,7 @@ class Context:
         self._check(self.raw.set_tensor_address(name, pointer), f"take an address for {name}")
 
     def run(self, stream: int) -> None:
-        """Enqueue on a stream. Raises BackendError where a shape is missing or TensorRT refuses."""
+        """Enqueue on a stream. Raises BackendError if a shape is missing or TensorRT refuses."""
         self._check(self.raw.execute_async_v3(stream), "run")
 
     def capturable(self, stream: int) -> bool:
@@ -369,7 +372,7 @@ class Context:
         return self.raw.is_stream_capturable(stream)
 
     def compiled(self) -> bytes | None:
-        """Kernels compiled so far, to be kept (TensorRT for RTX only)."""
+        """The kernels compiled so far, to be stored (TensorRT for RTX only)."""
         return self._serialized() if self._cache is not None and self.library.has(Context._serialized) else None
 
     @only(rtx=(1, 7))
@@ -384,7 +387,7 @@ class Context:
 
 
 def load(name: str) -> Library:
-    """Import a TensorRT module. Raises BackendError where it is not there or does not start."""
+    """Import a TensorRT module. Raises BackendError if it is missing or does not start."""
     package = "tensorrt-rtx" if name == RTX else "tensorrt"
     try:
         return Library(importlib.import_module(name))

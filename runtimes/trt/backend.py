@@ -1,13 +1,13 @@
 """TensorRT on a GPU: engines, device buffers, one stream. Not yet run on a GPU.
 
-Buffers are allocated once. The K/V cache is bound as past and as present, so an engine writes it where it lies:
-ScatterND puts the same rows at the same places however often it does so, which is what makes one address for both safe.
-(Two layers may not share a buffer, though: TensorRT knows nothing of it. So both K/V sets are always kept.)
+Buffers are allocated once. The K/V cache is bound as past and as present, so an engine writes it in place. The
+ScatterND update is idempotent, so binding past and present to one address is safe. Two layers may not share a buffer,
+because TensorRT would not know about it, so both K/V sets are always kept.
 Image features stay in device memory, and are copied within it to their places among the embeddings. A step uploads one
-embedding and one position from page-locked memory, runs, and downloads the id of the best token, and the logits only
-where they are asked for; from the second on it is one CUDA graph. Calls from several threads take turns.
-Memory of sessions and features that nothing refers to any more is noted by the garbage collector, which may come at any
-time, and given back at the next allocation.
+embedding and one position from page-locked memory, runs, and downloads the id of the best token; logits are downloaded
+only when asked for. From the second step on it is one CUDA graph. Calls from several threads take turns.
+Finalizers of sessions and features only queue device memory. It is freed at the next allocation, because a garbage
+collection may run during a graph capture.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory
+from trol_edge.reading import read_plain
 from trol_edge.runtimes.cuda import Cuda, Gpu, devices, open_cuda
 from trol_edge.runtimes.trt import weights as trt_weights
 from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
 
 Float32 = NDArray[np.float32]
+MOST_KERNELS = 1 << 30  # bytes of kernels that an earlier run kept
 _Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
 
 
 class _Lease:
-    """Device memory and captured graphs of one object, noted as garbage when the object is gone."""
+    """Device memory and captured graphs of one object, which are queued for freeing when the object is gone."""
 
     def __init__(self, garbage: deque[_Garbage]) -> None:
         self.blocks: list[int] = []
@@ -52,9 +54,9 @@ class _Lease:
 
 
 class DeviceFeatures:
-    """Image features in device memory: float32 [N, T, D], or of one picture [T, D]. `numpy.asarray` downloads them.
+    """Image features in device memory, float32 [N, T, D], or [T, D] for one picture. `numpy.asarray` downloads them.
 
-    The memory is given back when neither this object nor a picture taken out of it is left.
+    The memory is freed when neither this object nor a picture taken out of it is left.
     """
 
     dtype = np.dtype(np.float32)
@@ -71,9 +73,9 @@ class DeviceFeatures:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> DeviceFeatures:
-        """One picture of [N, T, D]."""
+        """Take one picture out of [N, T, D]."""
         part = DeviceFeatures(self.backend, self.shape[1:], self.pointer, self._lease)
-        part.pointer += range(len(self))[index] * part.nbytes  # which raises IndexError, as a sequence must
+        part.pointer += range(len(self))[index] * part.nbytes  # raises IndexError, as a sequence must
         return part
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -85,7 +87,7 @@ class DeviceFeatures:
 
 
 class TrtBackend:
-    """The engines of one bundle, loaded on the first GPU."""
+    """The engines of one bundle, which are loaded on the first GPU."""
 
     prefix_reuse = True
 
@@ -101,16 +103,17 @@ class TrtBackend:
         device: Gpu | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        """threads is for a CPU and has no effect. verify: hash weights that engines share; engines are always hashed.
+        """Load the engines of a bundle.
 
-        library, cuda, device: to use instead of what this machine has. cuda_graphs: capture the step.
-        Raises BackendError (no TensorRT, driver or GPU, not enough memory), BundleError (no engines, engines of
-        another GPU, driver or TensorRT, altered ones) and UsageError (prefix_reuse=False).
+        threads is for a CPU and has no effect. verify: hash weights that engines share; engines are always hashed.
+        library, cuda, device: used instead of what this machine has. cuda_graphs: capture the step.
+        Raises BackendError (no TensorRT, driver or GPU, not enough memory), BundleError (no engines, altered ones, or
+        engines for another GPU, driver or TensorRT) and UsageError (prefix_reuse=False).
         """
         if not prefix_reuse:
             raise UsageError(
-                f"{bundle.folder}: prefix_reuse=False would save nothing with engines: each layer needs buffers of its "
-                "own for the second pass, so both K/V sets are always kept; leave it out"
+                f"{bundle.folder}: prefix_reuse=False would save nothing with engines, because each layer needs its "
+                "own buffers for the second pass; leave it out"
             )
         self.bundle, self.spec, self.context = bundle, bundle.manifest.spec, bundle.manifest.context
         target = target_of(bundle.manifest.target)
@@ -140,7 +143,7 @@ class TrtBackend:
         self.contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
         self._profiles = dict.fromkeys(self.contexts, 0)
         graphs = bundle.manifest.graphs
-        # What no state owns: inputs of a traverse at their largest, and of the vision engine.
+        # Buffers that no state owns: the inputs of a traverse at their largest, and those of the vision engine.
         ports = (p for name in ("vision", "traverse") for p in (*graphs[name].inputs, *graphs[name].outputs))
         self._lease = _Lease(self.garbage)
         own = [p for p in ports if not p.name.startswith(("past_", "present_"))]
@@ -151,7 +154,7 @@ class TrtBackend:
         self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
         self._kept = False
         self._closing = weakref.finalize(self, _close, self.cuda, self.contexts, self._engines)
-        self._closing.atexit = False  # the end of the process does it, and must not pull memory from under a thread
+        self._closing.atexit = False  # the end of the process frees all, and must not take memory from a thread
 
     def _require_fit(self, engines: EngineSet, device: Gpu | None) -> None:
         target = target_of(engines.key.target)
@@ -161,12 +164,12 @@ class TrtBackend:
         )
         if problems := differences(self.bundle, engines, key):
             raise BundleError(
-                f"{self.bundle.folder}: these engines do not serve here: {'; '.join(problems)}; "
-                f"build them again on this machine: `trol-edge build {self.bundle.folder}`"
+                f"{self.bundle.folder}: these engines cannot be used here ({'; '.join(problems)}); "
+                f"build them again on this machine with `trol-edge build {self.bundle.folder}`"
             )
         if target.capabilities and device is not None and device.capability not in target.capabilities:
             raise BackendError(
-                f"{device.name} has compute capability {device.capability}, target {target.name} serves "
+                f"{device.name} has compute capability {device.capability}, but target {target.name} is for "
                 f"{', '.join(target.capabilities)}; export for another target"
             )
 
@@ -176,17 +179,17 @@ class TrtBackend:
         if device is not None and device.integrated:
             free = max(
                 free, available_memory() or 0
-            )  # there CUDA does not count what Linux would give up: files it has read
+            )  # on such a board CUDA does not count memory that Linux could free, such as cached files
         if needed > free:
             raise BackendError(
                 f"{self.bundle.folder}: needs {needed / 1e9:.2f} GB of GPU memory (K/V cache "
-                f"{self.cache_bytes / 1e9:.2f}), {free / 1e9:.2f} of {total / 1e9:.2f} are free; "
+                f"{self.cache_bytes / 1e9:.2f}), but {free / 1e9:.2f} of {total / 1e9:.2f} are free; "
                 "close other programs, or export with a lower precision or a smaller --context"
             )
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the K/V cache of one state, both sets."""
+        """Bytes of one state's K/V cache, both sets."""
         return cache_bytes(self.bundle.manifest.graphs["traverse"].inputs, self.context)
 
     @property
@@ -196,7 +199,7 @@ class TrtBackend:
         return engines + sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
 
     def _checked(self, name: str, engine: Engine) -> dict[str, EngineTensor]:
-        """An engine's tensors by name, which must be those of the graph."""
+        """An engine's tensors by name, checked to be those of the graph."""
         graph = self.bundle.manifest.graphs[name]
         found = {info.name: info for info in engine.tensors()}
         wanted = {port.name: port for port in (*graph.inputs, *graph.outputs)}
@@ -212,14 +215,18 @@ class TrtBackend:
         return found
 
     def new_context(self, name: str) -> Context:
-        """An execution context of an engine, with the kernels that an earlier run compiled, if it left any."""
-        return self._engines[name].context(_unwrapped(self._kernels(name)))
+        """An execution context of an engine, with the kernels that an earlier run compiled, if it left any.
+
+        They are programs that nobody signed: where only signed bundles are opened, they are compiled again.
+        """
+        kept = None if self.bundle.trusted_keys else _unwrapped(self._kernels(name))
+        return self._engines[name].context(kept)
 
     def _kernels(self, name: str) -> Path:
         return folder_of(self.bundle, self.bundle.manifest.target) / f"{name}.{KERNELS}"
 
     def keep_kernels(self, contexts: Mapping[str, Context]) -> None:
-        """Write what TensorRT for RTX compiled beside the engines, so that the next start need not; once."""
+        """Write the kernels that TensorRT for RTX compiled beside the engines, once, to speed up the next start."""
         if self._kept:
             return
         self._kept = True
@@ -232,12 +239,12 @@ class TrtBackend:
                 with new_file(path) as part:
                     part.write_bytes(hashlib.sha256(blob).digest() + blob)
             except OSError:
-                return  # a bundle that cannot be written to serves as well, it only starts slower
+                return  # a read-only bundle works as well, it only starts slower
 
     def allocate(self, ports: Iterable[Port], what: str, lease: _Lease) -> dict[str, int]:
-        """Device memory for tensors at their largest, in one block of the lease's; the lock must be held.
+        """Allocate device memory for tensors at their largest, in one block of the lease. The lock must be held.
 
-        Zeroed, because 0 times a stray NaN would still be NaN. what: it is for, if there is too little.
+        The memory is zeroed, because 0 times a stray NaN would still be NaN. An error names `what` it is for.
         """
         self._sweep()
         offsets, size = dict[str, int](), 0
@@ -250,9 +257,9 @@ class TrtBackend:
         return {name: base + offset for name, offset in offsets.items()}
 
     def _sweep(self) -> None:
-        """Give back what nothing refers to any more."""
+        """Free what nothing refers to any more."""
         if self.garbage:
-            self.cuda.wait()  # until what is enqueued, the zeroing of it perhaps, is done
+            self.cuda.wait()  # enqueued work, such as zeroing, may still use the memory
         while self.garbage:
             blocks, graphs = self.garbage.popleft()
             for graph in graphs:
@@ -261,7 +268,7 @@ class TrtBackend:
                 self.cuda.free(block)
 
     def run(self, name: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
-        """Enqueue vision or traverse with these shapes of its dynamic inputs; the lock must be held."""
+        """Enqueue vision or traverse with these shapes of its dynamic inputs. The lock must be held."""
         context, index = self.contexts[name], self._profile(name, shapes)
         if index != self._profiles[name]:
             context.profile(index, self.cuda.stream)
@@ -273,7 +280,7 @@ class TrtBackend:
         context.run(self.cuda.stream)
 
     def _profile(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The first optimization profile that serves these shapes."""
+        """The first optimization profile that allows these shapes."""
         profiles = [self.infos[name][tensor].profiles for tensor in shapes]
         for index in range(min((len(p) for p in profiles), default=0)):
             if all(_within(shape, p[index]) for p, shape in zip(profiles, shapes.values(), strict=True)):
@@ -284,7 +291,7 @@ class TrtBackend:
         )
 
     def encode_image(self, pixel_values: Float32) -> DeviceFeatures:
-        """pixel_values [N, 3, P, P] -> image features [N, T, D], in device memory."""
+        """Encode pixel_values [N, 3, P, P] into image features [N, T, D] in device memory."""
         count, most = len(pixel_values), self.bundle.manifest.image.most_tiles
         shape = (count, self.spec.vision.tokens_per_image, self.spec.hidden_size)
         lease = _Lease(self.garbage)
@@ -299,7 +306,7 @@ class TrtBackend:
                 self.cuda.upload(self._shared["pixel_values"], part)
                 self.run("vision", {"pixel_values": part.shape}, self._shared)
                 self.cuda.copy(rows.pointer, self._shared["image_features"], len(part) * rows.nbytes)
-                self.cuda.wait()  # until then `part` must stay
+                self.cuda.wait()  # `part` must live until the copy is done
         return features
 
     def traverse(
@@ -311,7 +318,7 @@ class TrtBackend:
         start: int,
         pictures: Sequence[Placed],
     ) -> Float32:
-        """Both passes over embeddings [S, D] behind `start` cached tokens; logits [V] of the last."""
+        """Run both passes over embeddings [S, D] after `start` cached tokens; returns logits [V] of the last."""
         graph = self.bundle.manifest.graphs["traverse"]
         stop = start + len(embeddings)
         mask = np.zeros(len(embeddings), bool) if image_mask is None else image_mask
@@ -336,7 +343,7 @@ class TrtBackend:
             return self._logits[0].astype(np.float32)
 
     def _place(self, placed: Placed) -> Any:
-        """Enqueue the copy of image features among the embeddings; returns what must stay until the stream is idle."""
+        """Enqueue the copy of image features among the embeddings; returns what must live until the stream is idle."""
         features, width = placed.features, self.spec.hidden_size * 4
         target, size = self._shared["inputs_embeds"] + placed.at * width, placed.count * width
         if isinstance(features, DeviceFeatures):
@@ -349,17 +356,17 @@ class TrtBackend:
         return rows
 
     def new_state(self) -> TrtState:
-        """K/V buffers of its own, empty."""
+        """Make empty K/V buffers for one sequence."""
         with native, self.lock:
             return TrtState(self)
 
     def require_open(self) -> None:
-        """Raise BackendError after close: a captured graph would go on with memory that is no longer ours."""
+        """Raise BackendError after close, because a captured graph would use memory that was freed."""
         if not self._closing.alive:
             raise BackendError(f"{self.bundle.folder}: its engines have been closed; open the bundle again")
 
     def close(self) -> None:
-        """Give all device and page-locked memory back; states must not be used any more."""
+        """Free all device and page-locked memory; states must not be used any more."""
         with self.lock:
             self._closing()
 
@@ -379,9 +386,9 @@ class TrtState:
         found = backend.allocate((*past, *own), what, self._lease)
         self._own = {p.name: found[p.name] for p in own}
         self._cache = {p.name: found[p.name] for p in past}
-        # Past and present are one buffer: engines write in place.
+        # Past and present are one buffer, because engines write in place.
         self._cache |= {name.replace("past_", "present_", 1): pointer for name, pointer in self._cache.items()}
-        # Page-locked, so that copies are part of the captured graph: it reads and writes these very addresses.
+        # Page-locked, so that copies are part of the captured graph, which reads and writes these addresses.
         self._host = {p.name: cuda.pinned(tuple(int(d) for d in p.shape), p.dtype) for p in own}
         self._given = [p.name for p in step.inputs if p.name in self._host]
         rope = backend.spec.long_rope
@@ -417,7 +424,7 @@ class TrtState:
             self._start(embedding, position)
             self._finish()
             token = int(self._host["token"][0])
-            return token if token >= 0 else best_token(self._logits())  # below zero: not every logit is a number
+            return token if token >= 0 else best_token(self._logits())  # negative if a logit is not finite
 
     def _start(self, embedding: Float32, position: int) -> None:
         """Enqueue a step."""
@@ -427,7 +434,7 @@ class TrtState:
         self._host["position_ids"][0, 0] = position
         if "rope_offset" in self._host:
             self._host["rope_offset"][0] = self._rope_offset
-        # The first run is plain: TensorRT sets itself up in it. Shapes and addresses are the same ever after.
+        # The first run is not captured, because TensorRT sets itself up in it. Later shapes and addresses never change.
         if self._graph is None and self._runs and backend.cuda_graphs:
             self._capture()
         if self._graph is not None:
@@ -468,7 +475,7 @@ class TrtState:
             self._backend.keep_kernels({"step": self.execution})
 
     def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
-        """See trol_edge.backend.State; within the device, one copy per key or value head."""
+        """See trol_edge.backend.State. It makes one copy within the device per key or value head."""
         backend = self._backend
         with native, backend.lock:
             for name, port in self._ports.items():
@@ -484,7 +491,7 @@ class TrtState:
             self._rope_offset = source._rope_offset
 
     def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
-        """See trol_edge.backend.State; each buffer comes down whole."""
+        """See trol_edge.backend.State. Each buffer is downloaded as a whole."""
         backend, found = self._backend, []
         with native, backend.lock:
             for name, port in self._ports.items():
@@ -498,7 +505,7 @@ class TrtState:
 
 
 def _close(cuda: Cuda, contexts: dict[str, Context], engines: dict[str, Engine]) -> None:
-    """Give all memory back, when the back end is closed or gone, and with it all states and features."""
+    """Free all memory with all states and features, when the back end is closed or gone."""
     contexts.clear()
     engines.clear()
     cuda.close()
@@ -514,13 +521,13 @@ def _within(shape: tuple[int, ...], profile: tuple[tuple[int, ...], tuple[int, .
 
 
 def _unwrapped(path: Path) -> bytes | None:
-    """Kernels that an earlier run kept, if they are as they were written."""
+    """The kernels that an earlier run stored, or None if they were altered."""
     try:
-        data = path.read_bytes()
-    except OSError:
+        data = read_plain(path, most=MOST_KERNELS)
+    except BundleError:
         return None
     digest, blob = data[:32], data[32:]
     return blob if hashlib.sha256(blob).digest() == digest else None
 
 
-_: type[Backend] = TrtBackend  # for type checkers: it is one
+_: type[Backend] = TrtBackend  # lets type checkers confirm that it is one

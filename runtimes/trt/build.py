@@ -1,8 +1,8 @@
-"""Build a bundle's engines: graphs in, `engines/TARGET/` out. The same for TensorRT and TensorRT for RTX.
+"""Builds a bundle's engines from its graphs into `engines/TARGET/`, for TensorRT and TensorRT for RTX.
 
-Checked before anything is parsed: the operators against what this TensorRT takes. Checked before anything is built:
-that every input is read, and that the layers compute in the types that the bundle asks for. Checked after: that the
-engine fits the memory of its target. Engines of classic TensorRT are built on the GPU that runs them.
+Before anything is parsed, the operators are checked against what this TensorRT supports. Before anything is built, it
+is checked that every input is read, and that the layers compute in the types that the bundle asks for. Afterwards it is
+checked that the engine fits the memory of its target. Engines of classic TensorRT are built on the GPU that runs them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from trol_edge.machine.identity import available_memory
 from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import Library, Network, Shape, load
 
-SHORT = 64  # tokens: what a follow-up question has; longer chunks take the second profile
+SHORT = 64  # length of a follow-up question in tokens; longer chunks use the second profile
 COUNTED = ("MATRIX_MULTIPLY", "CONVOLUTION", "DEQUANTIZE", "QUANTIZE", "ATTENTION_INPUT")
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -45,7 +45,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What came of a build. reason: why it was done, or why not ("up to date")."""
+    """The result of a build. reason: why it was done, or why not ("up to date")."""
 
     engines: EngineSet
     folder: Path
@@ -63,17 +63,17 @@ def build(
     library: Library | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Build:
-    """Add engines for a target (default: the bundle's own) to a bundle, unless those that are there still serve.
+    """Add engines for a target (default: the bundle's own) to a bundle, unless its present ones are still valid.
 
-    memory_bytes: of the device, which engines and K/V cache must fit (default: that of the GPU found, if it is to run
-    them). workspace_bytes: scratch memory that one layer may ask for. library: TensorRT to use instead of importing
-    the target's.
-    Raises BackendError (no TensorRT, no GPU where one is needed, refused, too large) and BundleError.
+    memory_bytes: memory of the device, which engines and K/V cache must fit (default: that of the GPU found, if it is
+    to run them). workspace_bytes: most scratch memory of one layer. library: TensorRT to use instead of importing the
+    target's.
+    Raises BackendError (no TensorRT, no GPU although one is needed, refused, too large) and BundleError.
     """
     entry = target_of(target or bundle.manifest.target)
     if not entry.gpu:
         raise BundleError(
-            f"{bundle.folder}: made for target {entry.name}, for which there is nothing to build; "
+            f"{bundle.folder}: made for target {entry.name}, which needs no engines; "
             "export with --target rtx (desktop) or jetson-jp6, jetson-jp7, jetson-trt11, tensorrt"
         )
     if not is_gpu(bundle.manifest.target):
@@ -104,10 +104,10 @@ def build(
 
 
 def key_here(target: Target, library: Library, device: Gpu | None) -> Key:
-    """What engines built now, here, are bound to."""
+    """The key to which engines built here and now are bound."""
     if not target.serves(library.version):
         raise BackendError(
-            f"target {target.name} is for {target.library}, here is {library.title}; "
+            f"target {target.name} is for {target.library}, but {library.title} is installed; "
             "choose another target (`trol-edge targets` lists those that this machine can build)"
         )
     if target.rtx:
@@ -116,14 +116,14 @@ def key_here(target: Target, library: Library, device: Gpu | None) -> Key:
         return Key(target.name, library.title, "", "", "")
     if target.capabilities is not None and device.capability not in target.capabilities:
         raise BackendError(
-            f"target {target.name} is for GPUs of compute capability {' and '.join(target.capabilities)}, here is "
-            f"{device.name} ({device.capability}); choose another target"
+            f"target {target.name} is for GPUs of compute capability {' and '.join(target.capabilities)}, but this "
+            f"machine has {device.name} ({device.capability}); choose another target"
         )
     return Key(target.name, library.title, device.name, device.capability, ".".join(map(str, device.driver)))
 
 
 def why(bundle: Bundle, key: Key) -> str | None:
-    """Why engines are to be built, or None where those in the bundle serve."""
+    """Why engines must be built, or None if those in the bundle are valid."""
     try:
         engines = read(bundle, key.target)
     except BundleError as error:
@@ -147,7 +147,7 @@ def compute_type(bundle: Bundle) -> str:
 
 
 def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
-    """Ranges of a graph's dynamic dimensions, one entry per optimization profile; empty where it has none."""
+    """The ranges of a graph's dynamic dimensions, one entry per optimization profile; empty if it has none."""
     context, tiles = bundle.manifest.context, bundle.manifest.image.most_tiles
     names = {d for port in graph.inputs for d in port.shape if isinstance(d, str)}
     if not names:
@@ -168,7 +168,7 @@ def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
 
 
 def shapes_of(graph: GraphInfo, ranges: Mapping[str, Range]) -> dict[str, tuple[Shape, Shape, Shape]]:
-    """Smallest, best and largest shape of every input with a dynamic dimension."""
+    """The smallest, best and largest shape of every input with a dynamic dimension."""
     found = {}
     for port in graph.inputs:
         if any(isinstance(d, str) for d in port.shape):
@@ -220,23 +220,23 @@ def build_one(
 
 
 def _require_room(bundle: Bundle, graph: GraphInfo) -> None:
-    """Raise BackendError where building would run out of this machine's memory: it is killed then, without a word."""
+    """Raise BackendError if building would exhaust this machine's memory, because it would be killed silently."""
     needed, free = build_bytes(engine_weight_bytes(bundle, graph.constants)), available_memory(swap=True)
     if free is not None and needed > free:
         raise BackendError(
-            f"{graph.file}: building its engine takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
-            "available here; close other programs, add swap, or export with a lower --precision"
+            f"{graph.file}: building its engine takes about {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB "
+            "are available here; close other programs, add swap, or export with a lower --precision"
         )
 
 
 def count_layers(network: Network) -> dict[str, int]:
-    """Layers that multiply or change precision, by kind and type of their first input."""
+    """Count layers that multiply or change precision, by kind and type of their first input."""
     kinds = Counter(f"{x.kind} {x.inputs[0]}" for x in network.layers() if x.kind in COUNTED and x.inputs)
     return dict(sorted(kinds.items()))
 
 
 def require_precision(bundle: Bundle, graph: GraphInfo, layers: Mapping[str, int]) -> None:
-    """Raise BackendError where the network does not compute in the precision asked for.
+    """Raise BackendError if the network does not compute in the precision asked for.
 
     MATRIX_MULTIPLY layers must be of the type that the bundle computes in (others only where its plan keeps some in
     FP32), and every DequantizeLinear of the graph must have become a layer.
@@ -253,7 +253,7 @@ def require_precision(bundle: Bundle, graph: GraphInfo, layers: Mapping[str, int
 
 
 def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineInfo], memory_bytes: int | None) -> None:
-    """Raise BackendError where engines and K/V cache are larger than the device's memory."""
+    """Raise BackendError if engines and K/V cache are larger than the device's memory."""
     if memory_bytes is None:
         return
     engines = sum(info.bytes for info in infos.values())

@@ -1,4 +1,4 @@
-"""One copy of the weights on the device for two engines, in bundles exported with --shared-weights.
+"""Keeps one copy of the weights on the device for two engines, in bundles exported with --shared-weights.
 
 Not yet run on a GPU.
 """
@@ -14,13 +14,14 @@ from trol_edge.bundle.sizes import shared_weights
 from trol_edge.errors import BundleError
 from trol_edge.runtimes.cuda import Cuda
 
-ALIGNMENT = 256  # bytes; TensorRT's rule for addresses, which cudaMalloc keeps
+ALIGNMENT = 256  # bytes; TensorRT requires it of addresses, and cudaMalloc keeps it
 
 
 def upload(bundle: Bundle, cuda: Cuda, verify: bool = True) -> dict[str, int]:
-    """Copy the weights that engines take as inputs into one block of device memory; name -> address, {} without any.
+    """Copy the weights that engines take as inputs into one block of device memory.
 
-    verify: hash the weights file first. Raises BundleError where it was altered, BackendError where memory is short.
+    Returns name -> address, which is empty if engines take none. verify: hash the weights file first. Raises
+    BundleError if it was altered, BackendError if memory is short.
     """
     tensors = shared_weights(bundle)
     if not tensors:
@@ -34,7 +35,7 @@ def upload(bundle: Bundle, cuda: Cuda, verify: bool = True) -> dict[str, int]:
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     base = cuda.allocate(end, "the weights that traverse and step share")
     for name, tensor in tensors.items():
-        stored = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.nbytes,))  # mapped: no second copy of it all
+        stored = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.nbytes,))  # mapped, to avoid a second copy
         cuda.upload(base + offsets[name], stored)
         cuda.wait()
     return {name: base + offset for name, offset in offsets.items()}

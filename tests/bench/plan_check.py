@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -160,10 +161,11 @@ def published(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     out.print(table)
 
 
-def published_rows() -> list[dict[str, Any]]:
-    """Every figure with what is planned for it: milliseconds, and by how many percent that is off."""
+def published_rows(peers: Collection[str] = tuple(PEERS)) -> list[dict[str, Any]]:
+    """Every figure of these with what is planned for it: milliseconds, and by how many percent that is off."""
     rows: list[dict[str, Any]] = []
-    for name, peer in PEERS.items():
+    for name in peers:
+        peer = PEERS[name]
         subject = peer_subject(peer)
         for figure in (f for f in FIGURES if f.peer == name):
             machine = platform_of(*devices.find(figure.device))

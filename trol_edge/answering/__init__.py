@@ -1,1 +1,1 @@
-"""From a question to an answer: reading it, taking turns, choosing tokens, giving pieces out."""
+"""Turns a question into an answer: reads it, takes turns, chooses tokens and yields pieces."""

@@ -1,4 +1,4 @@
-"""From a prompt and pictures to the first logits: reading, encoding, and the prefill, chunk by chunk."""
+"""Gets from a prompt and pictures to the first logits: reads, encodes, and prefills chunk by chunk."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Float32 = NDArray[np.float32]
 Pictures = Picture | Sequence[Picture]
 Color = Literal["rgb", "bgr"]
 
-# Tokens of a prompt that are computed at a time: between two chunks a call can be stopped.
+# Tokens of a prompt that are computed at a time. A call can be stopped between two chunks.
 PREFILL_CHUNK = 256
-DEADLINE_CHUNK = 64  # where it has a deadline
+DEADLINE_CHUNK = 64  # for calls with a deadline
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A picture of a question, read: its features where they are cached, its pixels where not."""
+    """A picture of a question that was read, with its features if they are cached, else with its pixels."""
 
     key: bytes
     tiles: int
@@ -48,7 +48,7 @@ class Question:
 
     @property
     def identities(self) -> list[bytes]:
-        """One key per tile: equal keys, equal features."""
+        """One key per tile; equal keys mean equal features."""
         return [picture.key + bytes([tile]) for picture in self.pictures for tile in range(picture.tiles)]
 
 
@@ -56,14 +56,14 @@ UNREAD = Question([], [])  # of a call that was over before it was read
 
 
 def listed(images: Any) -> list[Any]:
-    """Pictures as a list, of none or one, too."""
+    """Return pictures as a list, for none and for a single one, too."""
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
-def look(desk: Desk, images: Pictures | None, color: Color, call: Call) -> list[Seen]:
-    """Read pictures; make pixels of those whose features are not in the cache.
+def look(desk: Desk, images: Pictures | None, options: Options, call: Call) -> list[Seen]:
+    """Read pictures, and make pixels of those whose features are not in the cache.
 
     An array is copied first: a camera may overwrite its buffer meanwhile, and what was hashed is what is encoded.
     Raises ContextError before anything is read where there are too many, and UnfinishedError.
@@ -77,7 +77,7 @@ def look(desk: Desk, images: Pictures | None, color: Color, call: Call) -> list[
         )
     for image in given:
         call.check()
-        rgb = load_rgb(image, color)
+        rgb = load_rgb(image, options.color, options.bits)
         if isinstance(image, np.ndarray):
             rgb = _copy(rgb)
         key = content_key(rgb, repr(spec))
@@ -93,14 +93,14 @@ def _copy(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def ask(desk: Desk, prompt: Prompt, pictures: list[Seen], call: Call) -> Question:
-    """The question, if the context has room for it and for an answer; ContextError otherwise, or UnfinishedError."""
+    """Make the question. Raises ContextError if the context has no room for it and an answer, and UnfinishedError."""
     call.check()
     check_length(desk, prompt, "the prompt")
     ids = desk.model.tokenize(prompt, [picture.tiles for picture in pictures])
     context = _context(desk)
     if len(ids) >= context:
         raise ContextError(
-            f"prompt and pictures take {len(ids)} tokens, this bundle holds {context} and the answer "
+            f"prompt and pictures take {len(ids)} tokens, but this bundle holds {context} and the answer "
             "needs room too; shorten the prompt, give fewer pictures, or export with a larger --context"
         )
     return Question(ids, pictures)
@@ -126,14 +126,14 @@ def _context(desk: Desk) -> int:
 
 
 def prefill(desk: Desk, session: Session, question: Question, options: Options, call: Call, clock: Clock) -> Float32:
-    """Logits [V] behind the prompt. Raises UnfinishedError at the deadline, or as soon as it cannot be met."""
+    """Compute logits [V] after the prompt. Raises UnfinishedError at the deadline, or once it cannot be met."""
     start = desk.now()
     features = [_features(desk, picture, call) for picture in question.pictures]
     began = desk.now()
     clock.vision_ms += 1e3 * (began - start)
     done, since = 0, began
     chunk = options.prefill_chunk or session.prefill_chunk
-    if chunk is None and session.prefix_reuse:  # without it a prompt has to be computed in one go
+    if chunk is None and session.prefix_reuse:  # without prefix reuse a prompt has to be computed as a whole
         chunk = PREFILL_CHUNK if options.deadline_ms is None else DEADLINE_CHUNK
 
     def on_chunk(first: int, total: int) -> None:
@@ -165,7 +165,7 @@ def prefill(desk: Desk, session: Session, question: Question, options: Options, 
 
 def _features(desk: Desk, picture: Seen, call: Call) -> Features:
     def encode() -> Features:
-        if picture.features is not None:  # dropped from the cache since the question was read
+        if picture.features is not None:  # the cache may have dropped it since the question was read
             return picture.features
         assert picture.pixels is not None
         call.check(desk.vision_pace.least_s(picture.tiles))

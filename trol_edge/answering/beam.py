@@ -1,7 +1,8 @@
-"""Beam search as the authors' benchmark uses it (num_beams=5): transformers 4.41's rules over reordered caches.
+"""Beam search as the authors' benchmark uses it (num_beams=5), by transformers 4.41's rules over reordered caches.
 
-`BeamSearch` is the algorithm alone: logits in, parents and tokens out. `SessionBeams` moves sessions accordingly, and
-`search` runs the two. Nothing is recomputed: a beam that goes on from another one copies the rows of that one's answer.
+`BeamSearch` is the algorithm alone, which turns logits into parents and tokens. `SessionBeams` moves sessions
+accordingly, and `search` runs the two. Nothing is recomputed, because a beam that continues another one copies the rows
+of its answer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.errors import UsageError
+from trol_edge.numeric import shown, whole
 from trol_edge.session import Session
 
 Float32 = NDArray[np.float32]
@@ -26,17 +28,17 @@ class Hypothesis:
     """A finished answer."""
 
     token_ids: tuple[int, ...]  # without the end token
-    score: float  # log-probability (natural) of its tokens, the end token included, over their number ** length_penalty
-    ended: bool  # by an end token; False: at the last step
+    score: float  # natural log-probability of its tokens, end token included, / their number ** length_penalty
+    ended: bool  # True if an end token ended it, False if the last step did
 
 
 class BeamSearch:
-    """The rules. Call `advance` with the logits of all beams until it returns None; then `best`.
+    """The rules of the search. Call `advance` with the logits of all beams until it returns None, then `best`.
 
-    Every step takes the 2 * num_beams likeliest continuations of all beams (more where there are several end tokens).
+    Every step takes the 2 * num_beams likeliest continuations of all beams (more if there are several end tokens).
     Those that end are kept as hypotheses if they are among the first num_beams; the first num_beams of the others are
-    the next beams. It is over after max_new_tokens, or when num_beams hypotheses are all at least as good as the best
-    running beam would be if it ended now (early_stopping: as soon as there are num_beams of them).
+    the next beams. The search is over after max_new_tokens, or when num_beams hypotheses are all at least as good as
+    the best running beam would be if it ended now (with early_stopping, as soon as there are num_beams of them).
     """
 
     def __init__(
@@ -48,8 +50,8 @@ class BeamSearch:
         early_stopping: bool = False,
     ) -> None:
         for name, value in (("num_beams", num_beams), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name} should be a whole number above 0, found {value!r}")
+            if whole(value, 1) is None:
+                raise UsageError(f"{name} should be a whole number above 0, found {shown(value)}")
         self.num_beams, self.max_new_tokens, self.end_ids = num_beams, max_new_tokens, frozenset(end_ids)
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         self._hypotheses: list[Hypothesis] = []
@@ -58,10 +60,10 @@ class BeamSearch:
         self._over = False
 
     def advance(self, logits: Float32 | Sequence[Float32]) -> tuple[list[int], list[int]] | None:
-        """One step. logits [B, V] of the running beams (at first one: the prompt's); where each next beam comes from.
+        """Make one step with logits [B, V] of the running beams. At first there is one, the prompt.
 
-        Returns (parents, tokens), num_beams of each: beam j goes on from beam parents[j] with tokens[j]; or None when
-        the search is over. There are fewer beams only where the vocabulary has fewer continuations than that.
+        Returns (parents, tokens) with num_beams of each, where beam j continues beam parents[j] with tokens[j], or None
+        when the search is over. There are fewer beams only if the vocabulary has fewer continuations than that.
         """
         if self._over:
             return None
@@ -96,7 +98,7 @@ class BeamSearch:
         return parents, tokens
 
     def stop(self) -> None:
-        """End the search here, as max_new_tokens would (a deadline, a full context): running beams count as answers."""
+        """End the search as max_new_tokens would, for a deadline or a full context; running beams count as answers."""
         if not self._over:
             self._over = True
             self._keep_running()
@@ -112,7 +114,7 @@ class BeamSearch:
             self._add(beam, float(score), max(len(beam), 1), ended=False)
 
     def _add(self, tokens: tuple[int, ...], log_probability: float, length: int, ended: bool) -> None:
-        """Keep the num_beams best, best first; among equals the earlier one."""
+        """Keep the num_beams best hypotheses, best first; among equals the earlier one wins."""
         self._hypotheses.append(Hypothesis(tokens, log_probability / length**self.length_penalty, ended))
         self._hypotheses.sort(key=lambda h: -h.score)
         del self._hypotheses[self.num_beams :]
@@ -122,27 +124,27 @@ class Beams(Protocol):
     """Sequences that share a prompt."""
 
     def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> Float32 | Sequence[Float32]:
-        """Let beam j be what beam parents[j] was, with tokens[j] behind it; logits [B, V] of what follows."""
+        """Make beam j continue beam parents[j] with tokens[j]; returns logits [B, V] after these tokens."""
         ...
 
 
 class SessionBeams:
-    """Beams as sessions: the given one (holding the prompt, used in place) and forks of it.
+    """Beams as sessions: the given one, which holds the prompt and is used in place, and forks of it.
 
-    Memory: one first-pass K/V set per beam. A step of B beams costs B steps: the graph has one row.
+    Each beam takes one first-pass K/V set. A step of B beams costs B steps, because the graph has one row.
     """
 
     def __init__(self, session: Session, num_beams: int) -> None:
         self._sessions = [session, *(session.fork() for _ in range(num_beams - 1))]
 
     def advance(self, parents: Sequence[int], tokens: Sequence[int]) -> list[Float32]:
-        """See Beams. The arrays are overwritten by the next call."""
+        """See Beams. The next call overwrites the arrays."""
         spare = [s for i, s in enumerate(self._sessions) if i not in set(parents)]
         placed: list[Session] = []
         taken: set[int] = set()
         for parent in parents:
             session = self._sessions[parent]
-            if parent in taken:  # its session already goes on as another beam
+            if parent in taken:  # another beam already continues its session
                 session = spare.pop()
                 session.become(self._sessions[parent])
             taken.add(parent)
@@ -162,10 +164,10 @@ def search(
     early_stopping: bool = False,
     on_step: Callable[[], bool] | None = None,
 ) -> Hypothesis:
-    """The best answer to the prompt that a session holds, `logits` being those of its last token.
+    """Find the best answer to the prompt that a session holds; `logits` are those of its last token.
 
-    The session holds the prompt alone again afterwards. on_step is called before every step; True ends the search
-    there. A full context ends it too. Raises UsageError for numbers below 1.
+    Afterwards the session holds only the prompt again. on_step is called before every step; if it returns True, the
+    search ends. A full context ends it too. Raises UsageError for numbers below 1.
     """
     rules = BeamSearch(num_beams, max_new_tokens, end_ids, length_penalty, early_stopping)
     prompt = session.length
@@ -192,7 +194,7 @@ def _log_softmax(x: Float64) -> Float64:
 
 
 def _largest(values: Float64, count: int) -> list[tuple[int, float]]:
-    """(index, value) of the `count` largest, in falling order, equal ones in order of index."""
+    """(index, value) of the `count` largest values in falling order, equal ones in order of index."""
     bound = np.partition(values, len(values) - count)[len(values) - count]
     found = np.flatnonzero(values >= bound)
     order = found[np.lexsort((found, -values[found]))][:count]

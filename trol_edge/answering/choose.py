@@ -1,6 +1,6 @@
-"""How likely a model holds given answers to be, from one prefill of the prompt.
+"""Computes how likely given answers are to a model, from one prefill of the prompt.
 
-Options are walked as a tree of tokens, so that a common beginning is computed once; going back to a branch is
+Options are walked as a tree of tokens, so that a common beginning is computed once. Going back to a branch is
 `Session.truncate`, which copies nothing.
 """
 
@@ -29,14 +29,14 @@ Float32 = NDArray[np.float32]
 def score(
     desk: Desk, prompt: Prompt, texts: list[str], images: Pictures | None, options: Options, whole: bool
 ) -> tuple[list[float], list[int], Clock]:
-    """Log-probability and token count of each text as the answer; whole: the end of the answer is a token of it."""
+    """Log-probability and token count of each text as the answer. whole: count the end of the answer as a token."""
     call, start = desk.call(options), desk.now()
-    question = ask(desk, prompt, look(desk, images, options.color, call), call)
+    question = ask(desk, prompt, look(desk, images, options, call), call)
     answers = [_answer_ids(desk, prompt, question, text, call) for text in texts]
     context, longest = desk.model.bundle.manifest.context, max(map(len, answers))
     if len(question.ids) + longest > context:
         raise ContextError(
-            f"prompt and pictures take {len(question.ids)} tokens and the longest option {longest}, this bundle "
+            f"prompt and pictures take {len(question.ids)} tokens and the longest option {longest}, but this bundle "
             f"holds {context}; shorten them, give fewer pictures, or export with a larger --context"
         )
     ends = desk.model.ends if whole else frozenset[int]()
@@ -59,12 +59,12 @@ def _answer_ids(desk: Desk, prompt_text: Prompt, question: Question, text: str, 
     ids = desk.model.tokenize(prompt_text, [picture.tiles for picture in question.pictures], text)
     prompt = len(question.ids)
     if ids[:prompt] != question.ids or len(ids) == prompt:
-        raise UsageError(f"option {text!r} has no tokens of its own behind the prompt; word it differently")
+        raise UsageError(f"option {text!r} has no tokens of its own after the prompt; word it differently")
     return ids[prompt:]
 
 
 def checked_options(options: Sequence[str]) -> list[str]:
-    """The options, if a choice between them has a meaning; UsageError otherwise."""
+    """Return the options. Raises UsageError if a choice between them would have no meaning."""
     if isinstance(options, str) or not isinstance(options, (list, tuple)) or len(options) < 2:
         raise UsageError(f"options should be a list of two or more texts, found {reprlib.repr(options)}")
     seen: dict[str, int] = {}
@@ -85,12 +85,12 @@ def answer_logprobs(
     ends: Collection[int],
     check: Callable[[], None],
 ) -> list[float]:
-    """Natural logarithm of the probability of each answer (token ids), given the prompt that `session` holds.
+    """The natural logarithm of the probability of each answer (token ids), given the prompt that `session` holds.
 
-    logits: float32 [V] behind the prompt. ends: ids that end an answer; their probability after the last token counts,
-    which is what tells "left" from the beginning of "left door". Empty: the answers are beginnings, and how they go on
-    does not matter. check: called before each step; what it raises goes through.
-    The session holds the prompt, and perhaps tokens behind it, afterwards.
+    logits: float32 [V] after the prompt. ends: ids that end an answer. Their probability after the last token counts,
+    which distinguishes "left" from the beginning of "left door". If empty, the answers are beginnings and may continue
+    in any way. check is called before each step, and its exceptions pass through.
+    Afterwards the session holds the prompt, and perhaps tokens after it.
     """
     prompt = session.length
     end_ids = np.fromiter(ends, np.int64)
@@ -100,7 +100,7 @@ def answer_logprobs(
         path, members = branches.pop()
         if path:
             check()
-            session.truncate(prompt + len(path) - 1)  # what is left is this branch's: siblings share it
+            session.truncate(prompt + len(path) - 1)  # the rest is this branch's beginning, which siblings share
             logits = session.step_view(path[-1])
         normaliser = log_sum_exp(logits)
         followers: dict[int, list[int]] = {}
@@ -118,7 +118,7 @@ def answer_logprobs(
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
-    """Probabilities, summing to 1, of scores that are logarithms."""
+    """Turn scores that are logarithms into probabilities that sum to 1."""
     most = max(scores)
     shares = [math.exp(score - most) for score in scores]
     return [share / sum(shares) for share in shares]

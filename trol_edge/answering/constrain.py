@@ -1,6 +1,6 @@
-"""Answers of a given form: which tokens may come next under a JSON schema or a regular expression.
+"""Constrains answers to a form: finds which tokens may come next under a JSON schema or a regular expression.
 
-The grammar work is llguidance's (an optional installation); this file hands it the vocabulary and applies its masks.
+The grammars are llguidance's work (an optional installation). This file gives it the vocabulary and applies its masks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_s
 
 
 class Grammars:
-    """The vocabulary of one model, as the grammar library wants it."""
+    """The vocabulary of one model, in the form that the grammar library needs."""
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Iterable[int], vocab_size: int) -> None:
-        """end_ids: tokens that end an answer. Raises BackendError where llguidance is not installed."""
+        """Prepare the vocabulary. end_ids: tokens that end an answer. Raises BackendError without llguidance."""
         try:
             import llguidance
         except ImportError as error:
@@ -45,11 +45,11 @@ class Grammars:
         self._tokens = llguidance.LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=ends)
 
     def start(self, response_format: ResponseFormat) -> Constraint:
-        """A constraint at the beginning of an answer.
+        """Make a constraint for the beginning of an answer.
 
         response_format: a dict is a JSON schema; a compiled pattern is one that the whole answer matches (syntax of
-        Rust's `regex`, so without lookaround and back references). Raises UsageError where it is neither, is not
-        understood, or nothing can satisfy it.
+        Rust's `regex`, so without lookaround and back references). Raises UsageError if it is neither, is not
+        understood, or cannot be satisfied.
         """
         matchers = self._library.LLMatcher
         if isinstance(response_format, dict):
@@ -59,7 +59,7 @@ class Grammars:
             except UsageError:
                 raise
             except (TypeError, ValueError, RecursionError) as error:
-                raise UsageError(f"response_format is no JSON schema: {error}") from error
+                raise UsageError(f"response_format is not a JSON schema: {error}") from error
         elif isinstance(response_format, re.Pattern) and isinstance(response_format.pattern, str):
             if response_format.flags & ~re.UNICODE:
                 raise UsageError(
@@ -84,13 +84,13 @@ def _bounded(text: str) -> str:
 
 
 class _Vocabulary:
-    """What llguidance.TokenizerWrapper reads."""
+    """The attributes that llguidance.TokenizerWrapper reads."""
 
     def __init__(self, tokenizer: Tokenizer, ends: list[int], vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = ends[0], None
         self.tokens = [tokenizer.token_bytes(i)[0] for i in range(vocab_size)]
-        # No text of their own: the grammar cannot ask for them, so that only the end markers among them may come.
+        # They have no text, so the grammar cannot ask for them, and only the end markers among them may come.
         self.special_token_ids = [i for i, token in enumerate(self.tokens) if not token]
 
     def __call__(self, text: bytes) -> list[int]:
@@ -98,7 +98,7 @@ class _Vocabulary:
 
 
 class Constraint:
-    """How far one answer has come in its grammar."""
+    """The state of one answer in its grammar."""
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
@@ -110,7 +110,7 @@ class Constraint:
             raise UsageError("response_format: no token of this model can begin an answer that satisfies it")
 
     def mask(self, logits: Float32) -> Float32:
-        """A copy of logits [V] with -inf for every token that may not come next."""
+        """Copy logits [V] with -inf for every token that may not come next."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little", count=len(logits)).view(np.bool_)
         self._check()
@@ -119,13 +119,13 @@ class Constraint:
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def accept(self, token: int) -> bool:
-        """Note the token that was chosen; True where the answer is complete and nothing may follow."""
+        """Take the chosen token; returns True if the answer is complete and nothing may follow."""
         self._matcher.consume_token(token)
         self._check()
         return self._matcher.is_stopped()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            # the library appends its state, pages of it
+            # the library appends pages of its state
             message = self._matcher.get_error().split("\n<state>")[0].strip()
             raise UsageError(f"response_format: {message}")

@@ -1,4 +1,4 @@
-"""What the calls of one Runtime share: the model, the order of their turns, its sessions, and features of pictures."""
+"""Holds what the calls of one Runtime share: the model, their turns, its sessions, and features of pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Desk:
-    """One per Runtime. Calls take turns here; each has a session for itself as long as it has one reserved.
+    """The shared state of one Runtime. Calls take turns here, and each reserves a session for itself.
 
     idle: at most one session between answers, because a KV cache is large, and its prefix is of use. reserved: sessions
     under an answer. Both change by single operations, so that Ctrl-C finds them whole (see turns.py).
@@ -43,11 +43,11 @@ class Desk:
 
     @functools.cached_property
     def grammars(self) -> Grammars:
-        """The vocabulary for response_format; made at the first use. BackendError where its library is missing."""
+        """The vocabulary for response_format, made on first use. Raises BackendError if its library is missing."""
         return Grammars(self.model.text, self.model.ends, self.model.bundle.manifest.spec.vocab_size)
 
     def call(self, options: Options) -> Call:
-        """A call that begins now, and that `stop` knows of. Raises UsageError for options that the model lacks."""
+        """Begin a call, which `stop` can end. Raises UsageError for options that the model lacks."""
         self.model.lifetime.check()
         if options.session is not None and options.session.backend is not self.model.backend:
             raise UsageError("the session belongs to another Runtime; make it with session() of this one")

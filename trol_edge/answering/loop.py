@@ -1,4 +1,4 @@
-"""One answer under way: the turn, the prompt, then token after token until something ends it."""
+"""Makes one answer: takes the turn, computes the prompt, then token after token until something ends it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Float32 = NDArray[np.float32]
 
 
 class Answering:
-    """One answer: `stream()` or `answer()`, once. It does not know its generator, so that dropping that ends it."""
+    """One answer. Call `stream()` or `answer()` once. It has no reference to its generator, whose drop must end it."""
 
     def __init__(
         self,
@@ -35,7 +35,10 @@ class Answering:
         clock: Clock,
         session: Session | None = None,
     ) -> None:
-        """session: reserved for this answer by a caller who has the turn; None: the answer sees to both."""
+        """Prepare an answer.
+
+        session: reserved for it by a caller who has the turn; with None the answer takes turn and session itself.
+        """
         self._desk, self._question, self._options, self._call, self._clock = desk, question, options, call, clock
         self._ids = list(question.ids)  # prompt and answer so far
         self._sampler = Sampler(options.sampling)
@@ -44,13 +47,13 @@ class Answering:
         if options.response_format is not None:
             self._constraint = desk.grammars.start(options.response_format)
         self._rope = self._first_rope()
-        self._cached = 0  # tokens of the prompt that were in the session
+        self._cached = 0  # tokens of the prompt that the session had already
         self._given = session
         self._hold = Hold(desk, call, options.session, clock)
         self._keeps_turn = session is not None  # between pieces
 
     def stream(self) -> AnswerStream:
-        """Piece by piece."""
+        """Return the answer as a stream of pieces."""
         return AnswerStream(self._run(), self._call)
 
     def whole(self) -> Answer:
@@ -58,7 +61,7 @@ class Answering:
         return self.search() if self._options.num_beams > 1 else self.answer()
 
     def answer(self) -> Answer:
-        """All of it. Other calls wait meanwhile."""
+        """Return the whole answer. Other calls wait meanwhile."""
         self._keeps_turn = True
         text, ids, logprobs, reason = "", list[int](), list[TokenLogprob](), ""
         with closing(self._run()) as pieces:
@@ -79,7 +82,7 @@ class Answering:
         )
 
     def search(self) -> Answer:
-        """The likeliest of `num_beams` answers that are searched in parallel. Other calls wait meanwhile."""
+        """Return the likeliest of `num_beams` answers that are searched in parallel. Other calls wait meanwhile."""
         desk, options, call, clock = self._desk, self._options, self._call, self._clock
         found, over = beam.Hypothesis((), 0.0, False), list[str]()
 
@@ -155,7 +158,7 @@ class Answering:
                     call.check()
                     if options.answer_mode == "traverse":
                         given = session.extend([token])
-                        self._rope = session.rope  # extend may have gone over to the long factors
+                        self._rope = session.rope  # extend may have changed to the long factors
                     elif self._needs_logits:
                         given = session.step_view(token)
                     else:
@@ -184,7 +187,7 @@ class Answering:
 
     @property
     def _needs_logits(self) -> bool:
-        """Whether the next token depends on more than which logit is the largest, or logits are asked for."""
+        """Whether logits are asked for, or the next token depends on more than which of them is the largest."""
         options = self._options
         return (
             options.temperature != 0
@@ -194,9 +197,9 @@ class Answering:
         )
 
     def _choose(self, session: Session, given: Float32 | int) -> tuple[int, Piece]:
-        """The next token of these logits, or the one given, and the piece that it makes.
+        """Choose the next token from these logits, or take the given one; returns it with the piece that it makes.
 
-        The piece has a finish_reason where it is the last.
+        The last piece has a finish_reason.
         """
         if isinstance(given, int):
             token = given

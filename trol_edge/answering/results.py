@@ -1,8 +1,13 @@
-"""What the Runtime returns: answers, their pieces, choices, and where the time went. Plain data."""
+"""What the Runtime returns: answers, their pieces, choices, and where the time went.
+
+An answer is a text with more to it, and is used as one: compared, searched, joined, written as JSON. So Answer, Piece,
+Option and Choice are strings with fields. Two of them are equal where their texts are, whatever their fields.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,15 +15,15 @@ class Timings:
     """Where the time of one answer went, in milliseconds of wall time."""
 
     preprocess_ms: float  # pictures read, resized and normalised; prompt tokenized
-    wait_ms: float  # for the turn, behind other calls
-    vision_ms: float  # vision tower and projector; next to nothing where the picture was in the vision cache
+    wait_ms: float  # waiting for the turn, after other calls
+    vision_ms: float  # vision tower and projector; close to 0 if the picture was in the vision cache
     prefill_ms: float  # traverse of the prompt, to the first logits
     decode_ms: float  # all steps after that, with sampling and detokenizing
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """One token of an answer, with the natural logarithms of probabilities.
+    """One token of an answer, with natural logarithms of probabilities.
 
     The distribution is the model's own, before temperature, filters, penalty and response_format.
     """
@@ -28,32 +33,37 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]  # (token id, logprob) of the likeliest tokens, likeliest first
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What a stream yields: text that is complete (perhaps empty), and on the last piece why the answer ended."""
+class _Text(str):
+    """A string with fields; the first of them, `text`, is the string."""
+
+    def __new__(cls, text: str, *fields: Any, **named: Any) -> _Text:
+        return super().__new__(cls, text)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece(_Text):
+    """An item of a stream: text that is complete (perhaps empty), and on the last piece why the answer ended."""
 
     text: str
     token_ids: tuple[int, ...]  # ids that arrived with this piece
-    logprobs: tuple[TokenLogprob, ...] = ()  # of these ids, where asked for
+    logprobs: tuple[TokenLogprob, ...] = ()  # of these ids, if asked for
     finish_reason: str | None = None  # on the last piece, see Answer
     timings: Timings | None = None  # on the last piece
     rope: str | None = None  # on the last piece, see Answer
     cached_tokens: int | None = None  # on the last piece, see Answer
 
-    def __str__(self) -> str:
-        return self.text
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer(_Text):
+    """A whole answer: its text, with what is known about it.
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A whole answer. `str(answer)` is its text.
-
-    finish_reason: "stop" (the model ended it, a stop string came, or its response_format is complete), "length"
-    (max_new_tokens reached), "context" (prompt and answer fill the bundle's context, or reach the length where the
-    model's rotary embedding would have to change its factors: long_context=True goes on there), "deadline" or
-    "stopped" (Runtime.stop): then the text is what there was by then, perhaps none.
-    rope: factors of the rotary embedding that the answer was made with, "short" or "long"; "plain" for models that
-    have one set.
+    finish_reason is one of these:
+    "stop": the model ended it, a stop string came, or its response_format is complete;
+    "length": max_new_tokens was reached;
+    "context": prompt and answer fill the bundle's context, or reach the length at which the model's rotary embedding
+    would have to change its factors (long_context=True continues there);
+    "deadline", or "stopped" (Runtime.stop): the text is what had been made by then, perhaps none.
+    rope: the factors of the rotary embedding in use, "short" or "long"; "plain" for models that have one set.
     """
 
     text: str
@@ -61,55 +71,55 @@ class Answer:
     finish_reason: str
     timings: Timings
     prompt_tokens: int
-    cached_tokens: int  # of the prompt: already computed for an earlier question, and exactly the same
+    cached_tokens: int  # tokens of the prompt that were not computed again, because an earlier question had them
     rope: str
-    logprobs: tuple[TokenLogprob, ...] | None  # one per token id where asked for, else None
-    score: float | None = None  # of a beam search: sum of log-probabilities / length ** length_penalty
-
-    def __str__(self) -> str:
-        return self.text
+    logprobs: tuple[TokenLogprob, ...] | None  # one per token id if asked for, else None
+    score: float | None = None  # after a beam search: sum of log-probabilities / length ** length_penalty
 
 
-@dataclasses.dataclass(frozen=True)
-class Option:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Option(_Text):
     """One of the answers that a choice was between."""
 
     text: str
-    probability: float  # among the options, by score; they sum to 1
-    score: float  # logprob / tokens: length-normalised
+    probability: float  # share among the options, by score; they sum to 1
+    score: float  # length-normalised: logprob / tokens
     logprob: float  # natural logarithm of the probability that the model gives exactly this answer
-    tokens: int  # tokens that were scored, the end of the answer included
+    tokens: int  # number of scored tokens, the end of the answer included
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The likeliest option. `str(choice)` is its text."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice(_Text):
+    """The likeliest option: its text, with what is known about it."""
 
     text: str
-    index: int  # in the options as they were given
+    index: int = dataclasses.field()  # type: ignore[assignment]  # in the options as given; field(): not str.index
     probability: float
     options: tuple[Option, ...]  # in the order in which they were given
     timings: Timings
 
-    def __str__(self) -> str:
-        return self.text
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class YesNo:
-    """A yes or no. `bool(answer)` is the answer."""
+    """A yes or no. `bool(answer)` is the answer, and it equals True or False, and another one that says the same."""
 
     yes: bool
-    probability: float  # that the answer begins with yes, among the two, 0..1
+    probability: float  # P(yes) / (P(yes) + P(no)) for the first word
     timings: Timings
 
     def __bool__(self) -> bool:
         return self.yes
 
+    def __eq__(self, other: object) -> bool:
+        return self.yes == bool(other) if isinstance(other, (bool, YesNo)) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.yes)
+
 
 @dataclasses.dataclass
 class Clock:
-    """Milliseconds by stage, as they add up while an answer is made (see Timings)."""
+    """Sums of milliseconds by stage while an answer is made (see Timings)."""
 
     preprocess_ms: float = 0.0
     wait_ms: float = 0.0
@@ -119,5 +129,5 @@ class Clock:
 
     @property
     def timings(self) -> Timings:
-        """So far."""
+        """The timings so far."""
         return Timings(**dataclasses.asdict(self))

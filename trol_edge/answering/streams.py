@@ -1,4 +1,4 @@
-"""Pieces of one answer, to iterate over: at once, or in an asyncio event loop."""
+"""Iterators over the pieces of one answer, directly or in an asyncio event loop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trol_edge.answering.turns import Call
 
 
 class AnswerStream(Iterator[Piece]):
-    """Pieces of one answer; what `Runtime.stream` returns. Iterate over it, once.
+    """The pieces of one answer, which `Runtime.stream` returns. Iterate over it once.
 
-    `stop()`, from any thread, ends it within one step: the last piece then says "stopped". `close()`, leaving a `with`
-    block, or dropping it gives its KV cache back at once. While nobody asks for the next piece, other calls run.
+    `stop()` ends it within one step from any thread, and the last piece then says "stopped". `close()`, leaving a
+    `with` block, or dropping it gives its KV cache back at once. While nobody asks for the next piece, other calls run.
     """
 
     def __init__(self, pieces: Generator[Piece, None, None], call: Call) -> None:
@@ -29,7 +29,7 @@ class AnswerStream(Iterator[Piece]):
         self._call.stop()
 
     def close(self) -> None:
-        """End the answer without a last piece; in the thread that iterates, or after it has ended."""
+        """End the answer without a last piece. Call it in the thread that iterates, or after that has ended."""
         self._pieces.close()
 
     def __enter__(self) -> AnswerStream:
@@ -40,21 +40,21 @@ class AnswerStream(Iterator[Piece]):
 
 
 async def pieces(start: Callable[[], AnswerStream]) -> AsyncGenerator[Piece, None]:
-    """Yield the pieces of `start()`, computed in a thread of their own, so that the event loop never waits.
+    """Yield the pieces of `start()`, which a separate thread computes, so that the event loop never waits.
 
     `start` is called in that thread, too, because it reads pictures.
 
-    Cancelled or closed, the answer is stopped and this returns when the thread has ended, a step later.
+    If this is cancelled or closed, it stops the answer and returns when the thread has ended, a step later.
     """
     loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()  # None: the thread has nothing more
+    arrived: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()  # None says that the thread has ended
     streams: list[AnswerStream] = []
     left = threading.Event()
 
     def deliver(item: Piece | BaseException | None) -> None:
         try:
             loop.call_soon_threadsafe(arrived.put_nowait, item)
-        except RuntimeError:  # the loop was closed without waiting for us: nobody is there any more
+        except RuntimeError:  # the loop was closed without waiting for us, so nobody listens any more
             left.set()
 
     def work() -> None:
@@ -62,10 +62,10 @@ async def pieces(start: Callable[[], AnswerStream]) -> AsyncGenerator[Piece, Non
             with start() as stream:
                 streams.append(stream)
                 for piece in stream:
-                    if left.is_set():  # perhaps before the stream was in the list
+                    if left.is_set():  # it may have been set before the stream was in the list
                         break
                     deliver(piece)
-        except BaseException as error:  # whatever it is, it belongs to the task that waits
+        except BaseException as error:  # every error is passed to the waiting task
             deliver(error)
         finally:
             deliver(None)

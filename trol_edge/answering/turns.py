@@ -19,10 +19,10 @@ LONGEST_S = 1.0  # that a call sleeps before it looks for itself
 
 
 class Call:
-    """One call under way: its deadline, and whether someone stopped it."""
+    """One running call, with its deadline and whether it was stopped."""
 
     def __init__(self, deadline_ms: float | None, clock: Callable[[], float]) -> None:
-        """deadline_ms: from now on, or None. clock: seconds, monotonic (time.perf_counter)."""
+        """Begin a call. deadline_ms: counts from now, or None. clock: monotonic seconds (time.perf_counter)."""
         self._clock = clock
         self._deadline_ms = deadline_ms
         self._deadline = math.inf if deadline_ms is None else clock() + deadline_ms / 1e3
@@ -31,7 +31,7 @@ class Call:
         self._asleep.acquire()
 
     def stop(self) -> None:
-        """End the call within one step; from any thread, at any time, more than once."""
+        """End the call within one step. May be called from any thread, at any time, more than once."""
         self._stopped = True
         self.wake()
 
@@ -48,11 +48,11 @@ class Call:
 
     @property
     def remaining_s(self) -> float:
-        """Seconds to the deadline, infinite without one, negative behind it."""
+        """The seconds to the deadline, infinite without one, negative after it."""
         return self._deadline - self._clock()
 
     def check(self, needs_s: float = 0.0) -> None:
-        """Raise UnfinishedError where the call was stopped, or `needs_s` more seconds would miss its deadline."""
+        """Raise UnfinishedError if the call was stopped, or if `needs_s` more seconds would miss its deadline."""
         if self._stopped:
             raise UnfinishedError("stopped before there was a result", "stopped")
         if self._deadline_ms is not None and self.remaining_s <= needs_s:
@@ -60,7 +60,7 @@ class Call:
 
 
 class Turns:
-    """A lock that is handed on in the order of asking. (A `threading.Lock` may pass over the same thread for long.)"""
+    """A lock that callers get in order of arrival. (A `threading.Lock` may skip the same thread for long.)"""
 
     def __init__(self) -> None:
         self._queue: deque[Call] = deque()  # the first has the turn
@@ -96,15 +96,15 @@ class Turns:
 
 
 class Pace:
-    """The least time per unit that a kind of work has taken so far: what is sure to be too much before a deadline."""
+    """Fastest time per unit seen so far. Work that would miss its deadline even at this pace is not started."""
 
     def __init__(self) -> None:
         self._per_unit_s = math.inf
 
     def saw(self, seconds: float, units: int) -> None:
-        """So many units took so long."""
+        """Record that `units` units took `seconds`."""
         self._per_unit_s = min(self._per_unit_s, seconds / units)
 
     def least_s(self, units: int) -> float:
-        """Seconds that so many units take at least; 0 before any was seen."""
+        """The least seconds that `units` units take; 0 before any was seen."""
         return 0.0 if self._per_unit_s == math.inf else units * self._per_unit_s

@@ -1,1 +1,1 @@
-"""The bundle format: its files, its manifest, and what a bundle says about itself."""
+"""The bundle format, with its files, its manifest, and what a bundle says about itself."""

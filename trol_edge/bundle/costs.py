@@ -1,9 +1,9 @@
-"""What one run of a graph costs: operations and bytes, exact in its dynamic dimensions. Pure data, counted by export.
+"""Costs of one run of a graph: operations and bytes, exact in its dynamic dimensions. Pure data, counted by export.
 
 A polynomial is a dict from monomial to whole coefficient: {"tokens*slots": 4096, "tokens": 12, "1": 7} is
-4096*tokens*slots + 12*tokens + 7. Its variables are the dynamic dimensions of the graph's ports: images (or tiles) of
-vision; tokens, and slots (tokens in the cache behind the run, these included), of traverse. A step of the CPU target
-has slots, too: no port shows it, but its attention reads only as much of the cache as is filled.
+4096*tokens*slots + 12*tokens + 7. Its variables are the dynamic dimensions of the graph's ports. Vision has images (or
+tiles). Traverse has tokens, and slots (tokens in the cache after the run). A step of the CPU target has slots, too; no
+port shows them, but its attention reads only the filled part of the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Polynomial = dict[str, int]
 class Cost:
     """Totals of one run. A multiply-add is two operations, a function of one element (Sigmoid, Tanh) is one.
 
-    weight_bytes: weights read, in the type in which they are loaded, once by each operator that reads them: both
+    weight_bytes: weights in the type in which they are loaded, counted for each operator that reads them, so for both
     passes of a traverse. activation_bytes: tensors between operators, written once and read by each reader.
     cache_bytes: rows of the K/V cache, written and read.
     """
@@ -32,17 +32,17 @@ class Cost:
 
     @property
     def bytes(self) -> int:
-        """All that is read and written."""
+        """All bytes that are read and written."""
         return self.weight_bytes + self.activation_bytes + self.cache_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """`count` operators that cost the same; the numbers are those of one."""
+    """`count` operators that cost the same. The numbers are those of one."""
 
     kind: str  # linear (a product with weights), convolution, attention, norm, pointwise, move (copies and reorders)
-    arithmetic: str  # what is multiplied: "float32", "float16", "int8" or "fp8" (both sides are)
-    stored: str | None  # type of its weights: "float32", "float16", "int8", "int4", "fp8"; None: it has none
+    arithmetic: str  # type of both factors: "float32", "float16", "int8" or "fp8"
+    stored: str | None  # type of its weights: "float32", "float16", "int8", "int4", "fp8"; None without weights
     count: int
     flops: Polynomial
     weight_bytes: int
@@ -50,7 +50,7 @@ class Operation:
     cache_bytes: Polynomial
 
     def at(self, dims: Mapping[str, int]) -> Cost:
-        """What one of these operators costs."""
+        """The cost of one of these operators."""
         return Cost(
             evaluate(self.flops, dims),
             self.weight_bytes,
@@ -61,10 +61,10 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Everything that one graph does.
+    """The costs of one graph.
 
     peak: bytes of tensors that are alive together (without weights, cache, inputs and outputs of the graph) at the
-    places that can be the fullest. defaults: dimensions that need not be given, and what they are then.
+    places that can be the fullest. defaults: values of dimensions that need not be given.
     """
 
     operations: tuple[Operation, ...]
@@ -77,24 +77,24 @@ class Costs:
         needed = {name for polynomial in polynomials for term in polynomial for name in term.split("*")} - {"1"}
         found = self.defaults | dict(given)
         if missing := sorted(needed - found.keys()):
-            raise UsageError(f"costs of a graph: no value for its dimension {', '.join(missing)}")
+            raise UsageError(f"costs of a graph: no value for its dimension {', '.join(missing)}; give one")
         return found
 
     def at(self, **dims: int) -> Cost:
-        """Totals of one run: at(tokens=1300, slots=1300), at(images=1), or at() for a step on a full cache.
+        """Totals of one run, such as at(tokens=1300, slots=1300), at(images=1), or at() for a step on a full cache.
 
         Dimensions that the graph does not have are ignored. Raises UsageError for one that is missing.
         """
         return _total(self.operations, self.dims(dims))
 
     def peak_bytes(self, **dims: int) -> int:
-        """Bytes of the tensors that are alive together where these are most."""
+        """The peak of the bytes of tensors that are alive together."""
         sizes = self.dims(dims)
         return max((evaluate(polynomial, sizes) for polynomial in self.peak), default=0)
 
 
 def evaluate(polynomial: Polynomial, dims: Mapping[str, int]) -> int:
-    """Value of a polynomial; every variable must be in dims."""
+    """The value of a polynomial. dims must have every variable."""
     total = 0
     for term, coefficient in polynomial.items():
         for name in term.split("*"):

@@ -1,6 +1,6 @@
-"""8-bit weights made of 4-bit ones when a bundle is loaded: what a compute-bound graph multiplies with on a CPU.
+"""Derives int8 weights from int4 at load time: prefill is compute-bound, and int8 matmuls are twice as fast on a CPU.
 
-A bundle stores 4-bit weights once, as ONNX Runtime's MatMulNBits reads them; a prompt is twice as fast with 8-bit ones.
+A bundle stores 4-bit weights once, as ONNX Runtime's MatMulNBits reads them.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# What is added to the name of a parameter.
+# Suffixes of a parameter's name.
 NBITS = ".nbits"  # uint8 [N, K/block, block/2]: two values 0..15 per byte, the first in the low half; 8 means zero
 NBITS_SCALE = ".nbits_scale"  # float32 [N*K/block]
 INT8 = ".int8"  # int8 [K, N], derived
 INT8_SCALE = ".int8_scale"  # float32 [N], derived
-ROWS = 512  # output channels converted at a time
-WORKERS = 2  # tensors converted at a time; numpy lets them run side by side
+ROWS = 512  # output channels that are converted at a time
+WORKERS = 2  # tensors that are converted at a time; numpy lets them run in parallel
 
 
 def derived_parameters(names: Iterable[str]) -> list[str]:
-    """The parameters of which 8-bit weights are asked for, sorted."""
+    """The parameters whose 8-bit weights are asked for, sorted."""
     return sorted(name.removesuffix(INT8) for name in names if name.endswith(INT8))
 
 
 def derive_int8(arrays: dict[str, NDArray[Any]], parameters: Iterable[str], keep: Collection[str] = ()) -> None:
-    """Add <parameter>.int8 and .int8_scale to `arrays`, and take the 4-bit forms out as they are used up."""
+    """Add <parameter>.int8 and .int8_scale to `arrays`, and remove the 4-bit forms once they are converted."""
 
     def convert(parameter: str) -> None:
         packed, scales = (arrays[parameter + suffix] for suffix in (NBITS, NBITS_SCALE))
@@ -44,9 +44,9 @@ def derive_int8(arrays: dict[str, NDArray[Any]], parameters: Iterable[str], keep
 def int8_from_nbits(
     packed: NDArray[np.uint8], scales: NDArray[np.float32]
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """4-bit weights [N, K/block, block/2] and scales [N*K/block] -> int8 [K, N] and its scales, float32 [N].
+    """Turn 4-bit weights [N, K/block, block/2] and scales [N*K/block] into int8 [K, N] and scales, float32 [N].
 
-    Each output channel is rounded to 255 steps between its largest values: an error of at most 1/254 of the largest.
+    Each output channel is rounded to 255 steps over its range, with an error of at most 1/254 of its largest value.
     """
     n, blocks, half = packed.shape
     scales = scales.reshape(n, blocks)

@@ -16,7 +16,7 @@ Float32 = NDArray[np.float32]
 
 
 class Embeddings:
-    """The token embedding table, mapped from the weights file; rows become float32 when asked for."""
+    """The token embedding table, mapped from the weights file. Rows are converted to float32 on access."""
 
     def __init__(self, bundle: Bundle) -> None:
         file = bundle.weights()
@@ -29,5 +29,5 @@ class Embeddings:
         return len(self._table)
 
     def __getitem__(self, ids: Any) -> Float32:
-        """ids: int, or int array [S]; float32 [D] or [S, D]."""
+        """Look up ids, an int or int array [S]; returns float32 [D] or [S, D]."""
         return to_float32(self._table[ids], self._dtype)

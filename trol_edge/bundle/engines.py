@@ -1,8 +1,8 @@
-"""Engines in a bundle: `engines/TARGET/engines.json` says what was built of which graphs, by whom and for which GPU.
+"""Engines in a bundle. `engines/TARGET/engines.json` says what was built from which graphs, by whom and for which GPU.
 
-A TensorRT engine is a program: it is loaded only where its sha256 is the one written here, and where library, GPU,
-graphs and weights are those that it was built with; otherwise the difference is named. Several targets' engines may
-stand in one bundle, one set each.
+A TensorRT engine is a program. It is loaded only if its sha256 is the one written here, and if library, GPU, graphs and
+weights are those that it was built with; otherwise the difference is named. A bundle may have the engines of several
+targets, one set each.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.manifest import Bundle, FileInfo
 from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.signature import engines_statement
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError
+from trol_edge.reading import guard, is_plain_name, printable, read_json_value, stays_inside
 
 FORMAT_VERSION = 2
-ENGINES = ("vision", "traverse", "step")  # traverse_text saves time on a CPU; here it would hold the weights once more
+ENGINES = ("vision", "traverse", "step")  # without traverse_text, which would be another copy of the weights
 FOLDER, MANIFEST, KERNELS = "engines", "engines.json", "kernels.cache"
 Range = tuple[int, int, int]  # smallest, best and largest size of a dynamic dimension
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What an engine is bound to. gpu and capability are empty for engines that any GPU of the target takes."""
+    """What an engine is bound to. gpu and capability are empty for engines that run on any GPU of the target."""
 
     target: str
     library: str  # "TensorRT 10.3.0"
@@ -36,13 +39,13 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class EngineInfo:
-    """One engine. profiles: dynamic dimension -> range, one entry per optimization profile (none: all is fixed)."""
+    """One engine. profiles: dynamic dimension -> range, one entry per optimization profile (none if all is fixed)."""
 
     file: str
     bytes: int
     sha256: str
     graph_sha256: str  # of the ONNX file that it was built from
-    weight_bytes: int  # of the weights that the graph reads, each once, in the types it computes with
+    weight_bytes: int  # bytes of the weights that the graph reads, each once, in the types it computes with
     layers: dict[str, int]  # "MATRIX_MULTIPLY float16" -> count, as the parser made them
     profiles: tuple[dict[str, Range], ...]
     seconds: float
@@ -50,66 +53,91 @@ class EngineInfo:
 
 @dataclasses.dataclass(frozen=True)
 class EngineSet:
-    """What `engines.json` says."""
+    """The contents of `engines.json`."""
 
     format_version: int
     created_by: str
     key: Key
     precision: str
     weights_sha256: str  # of the weights file that the engines were built from
-    engines: dict[str, EngineInfo]  # by graph
+    engines: dict[str, EngineInfo]  # graph -> engine
 
 
 def folder_of(bundle: Bundle, target: str) -> Path:
-    """Where a target's engines stand."""
+    """The folder of a target's engines."""
     return bundle.folder / FOLDER / target
 
 
-def read(bundle: Bundle, target: str) -> EngineSet:
-    """The engine set of a target. Raises BundleError where there is none, or it is altered."""
+def _read(bundle: Bundle, target: str) -> tuple[str, dict[str, Any]]:
+    """The hash that engines.json gives for itself, and the rest of it."""
     path = folder_of(bundle, target) / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise BundleError(f"{bundle.folder}: no engines for target {target}; make them with `trol-edge build`")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: not readable as JSON ({error}); `trol-edge build --force`") from error
-    if not isinstance(data, dict) or data.pop("sha256", None) != digest_of(data):
+    data = read_json_value(path, BundleError, "`trol-edge build --force`")
+    said = data.pop("sha256", None) if isinstance(data, dict) else None
+    if said is None or said != digest_of(data):
         raise BundleError(f"{path}: altered since the build (its own hash differs); `trol-edge build --force`")
+    return said, data
+
+
+def digest(bundle: Bundle, target: str) -> str:
+    """The hash of a target's engines.json, which covers its engines."""
+    return _read(bundle, target)[0]
+
+
+def read(bundle: Bundle, target: str) -> EngineSet:
+    """The engine set of a target. Raises BundleError where there is none, or it is altered, or not signed as it must.
+
+    An engine is a program, so one that no trusted key signed is not opened where the bundle was opened with such keys.
+    """
+    path = folder_of(bundle, target) / MANIFEST
+    said, data = _read(bundle, target)
+    bundle.require_signed(engines_statement(bundle.identity, target, said), f"the list of engines for {target}")
     if data.get("format_version") != FORMAT_VERSION:
         raise BundleError(f"{path}: engine format {data.get('format_version')!r}, this reads {FORMAT_VERSION}")
-    found: EngineSet = from_dict(EngineSet, data, str(path))
+    with guard(path, BundleError, "`trol-edge build --force`"):
+        found: EngineSet = from_dict(EngineSet, data, str(path))
+    if lacking := set(ENGINES) - found.engines.keys():
+        raise BundleError(f"{path}: lists no engine {', '.join(sorted(lacking))}; `trol-edge build --force`")
+    for name, engine in found.engines.items():
+        if not is_plain_name(engine.file) or name not in ENGINES or found.key.target != target:
+            raise BundleError(
+                f"{path}: says {printable(engine.file)[:80]!r} of {printable(name)[:80]!r} for target "
+                f"{printable(found.key.target)[:80]!r}, which is no engine of {target}; `trol-edge build --force`"
+            )
     return found
 
 
 def write(folder: Path, engines: EngineSet) -> None:
-    """Write engines.json, last of all, with its own hash in it."""
+    """Write engines.json with its own hash in it. It is written last."""
     data = json.loads(json.dumps(dataclasses.asdict(engines)))
     (folder / MANIFEST).write_text(json.dumps(data | {"sha256": digest_of(data)}, indent=1) + "\n", encoding="utf-8")
 
 
 def differences(bundle: Bundle, engines: EngineSet, key: Key) -> list[str]:
-    """Why engines do not serve here: what they were built with, and what there is, in words; none: they do."""
+    """Reasons why engines cannot be used here: what they were built with, and what is here. Empty if they can."""
     found = []
     for field in ("library", "gpu", "capability", "driver"):
         built, here = getattr(engines.key, field), getattr(key, field)
-        if built != here and built:  # empty: any
-            found.append(f"built with {field} {built!r}, here is {here or 'nothing'!r}")
+        if built != here and built:  # an empty value matches any
+            found.append(f"built with {field} {built!r}, but here is {here or 'nothing'!r}")
     if bundle.manifest.files[WEIGHTS].sha256 != engines.weights_sha256:
-        found.append("built from other weights than the bundle now holds")
+        found.append("built from other weights than the bundle has now")
     for name, engine in engines.engines.items():
         graph = bundle.manifest.graphs.get(name)
         if graph is None or bundle.manifest.files[graph.file].sha256 != engine.graph_sha256:
-            found.append(f"built from another {name} graph than the bundle now holds")
+            found.append(f"built from another {name} graph than the bundle has now")
     return found
 
 
 def verified(bundle: Bundle, engines: EngineSet, name: str) -> Path:
-    """Path of an engine file whose size and sha256 are the recorded ones. Raises BundleError where they are not."""
+    """The path of an engine file, after checking its size and sha256. Raises BundleError if they differ."""
     info: EngineInfo | FileInfo = engines.engines[name]
     path = folder_of(bundle, engines.key.target) / engines.engines[name].file
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; build the engines again with `trol-edge build --force`")
+    if not path.is_file() or not stays_inside(path):
+        raise BundleError(
+            f"{path}: missing, or a link to elsewhere; build the engines again with `trol-edge build --force`"
+        )
     if path.stat().st_size != info.bytes:
         raise BundleError(
             f"{path}: {path.stat().st_size} bytes instead of {info.bytes}, so truncated or altered; it was not loaded; "

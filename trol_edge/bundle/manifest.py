@@ -1,4 +1,4 @@
-"""The bundle: one folder that is all a robot needs. Never pickles; opened without executing anything.
+"""The bundle, one folder with all that a robot needs. It has no pickles, and opening it executes nothing.
 
     bundle.json             this manifest: what the model is, and size and sha256 of every other file
     vision.onnx ...         graphs; their weights are inputs (target cpu) or point into the weights file
@@ -6,37 +6,44 @@
                             or quantized as the manifest's plan says, with their scales beside them
     tokenizer.json          for the `tokenizers` library; absent: token level only
     selftest.safetensors    what the FP32 reference computes, see selftest.py; absent: nothing to verify against
+    signatures.json         who signed it, see signature.py; in no hash
     verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify/
 
-A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is whole.
+A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is complete.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trol_edge.bundle.costs import Costs
-from trol_edge.bundle.folder import digest_of, sha256_of
-from trol_edge.bundle.names import MANIFEST, WEIGHTS
+from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
+from trol_edge.bundle.folder import digest_of, sha256_of, taken_back
+from trol_edge.bundle.graph_file import GraphFile, read_graph
+from trol_edge.bundle.names import EMBEDDING, LISTED_FILES, MANIFEST, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
+from trol_edge.bundle.signature import PublicKey, bundle_statement, public_keys, require
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.strict import from_dict
-from trol_edge.bundle.weights import WeightsFile
+from trol_edge.bundle.weights import TensorInfo, WeightsFile
 from trol_edge.errors import BundleError
 from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
+from trol_edge.reading import guard, is_plain_name, printable, read_json_value, stays_inside
 
 FORMAT = "trol-edge-bundle"
-# 2: traverse goes on from a prefix (slots, and a cache of the second pass); a plan of precisions
+# 2: traverse continues from a prefix (slots, and a cache of the second pass), and there is a plan of precisions
 FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class FileInfo:
-    """Size in bytes and sha256 (hex) of a file of the bundle."""
+    """The size in bytes and the sha256 (hex) of a file of the bundle."""
 
     bytes: int
     sha256: str
@@ -56,7 +63,7 @@ class GraphInfo:
     """One graph: its file, its inputs and outputs, the weights it reads, its operators (type -> count).
 
     `constants` are those of `weights` that the graph file itself points into the weights file; the others are inputs.
-    `costs` are what a run of it does; None in bundles made before they were counted.
+    `costs` are the counts of a run; None in bundles made before there were counts.
     """
 
     file: str
@@ -70,7 +77,7 @@ class GraphInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `bundle.json` says."""
+    """The contents of `bundle.json`."""
 
     format: str
     format_version: int
@@ -79,79 +86,252 @@ class Manifest:
     target: (
         str  # "cpu": floating point weights are float32 graph inputs; "onnx": graphs read the weights file themselves
     )
-    context: int  # tokens, prompt and answer together: the capacity of the KV cache
+    context: int  # capacity of the KV cache: tokens of prompt and answer together
     spec: ModelSpec
     prompt: PromptSpec
     image: ImageSpec
     graphs: dict[str, GraphInfo]
     files: dict[str, FileInfo]
-    checkpoint: dict[str, str]  # where the weights came from: folder, identity
-    tools: dict[str, str]  # versions that made it
+    checkpoint: dict[str, str]  # origin of the weights: folder, identity
+    tools: dict[str, str]  # versions of the tools that made it
     notes: tuple[str, ...]
     parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
     plan: PrecisionPlan  # how each Linear is stored and computed
-    calibration: CalibrationInfo | None  # what the scales were made of; None: nothing was calibrated
+    calibration: CalibrationInfo | None  # origin of the scales; None: nothing was calibrated
 
 
 class Bundle:
-    """An opened bundle folder: the manifest, and the paths of files whose size (and hash) have been checked.
+    """An opened bundle folder, with the manifest and the paths of files whose size (and hash) have been checked.
 
-    Raises BundleError where the folder is missing, incomplete, altered or of another version. The weights file is
-    hashed while it is loaded, all other files here.
+    Every file is checked against the others: graphs against the manifest, and both against what the weights file holds.
+    Raises BundleError where the folder is missing, incomplete, altered, contradicts itself or is of another version.
+    The weights file is hashed while it is loaded, all other files here.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], trusted_keys: Sequence[PublicKey] | None = None) -> None:
+        """trusted_keys: ed25519 public keys; a bundle that none of them signed is not opened. None: any is."""
         self.folder = Path(folder)
+        self.trusted_keys = () if trusted_keys is None else public_keys(trusted_keys)
         path = self.folder / MANIFEST
-        if not path.is_file():
-            raise BundleError(
-                f"{self.folder}: no {MANIFEST} here, so this is not a (complete) bundle; "
-                "make one with `make engine` or `trol-edge export`"
-            )
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{path}: not readable as JSON ({error}); copy the bundle again") from error
+        with guard(self.folder, BundleError, "give the folder of a bundle"):
+            if not path.exists() and not (taken_back(self.folder) and path.exists()):
+                raise BundleError(
+                    f"{self.folder}: no {MANIFEST} here, so this is not a (complete) bundle; "
+                    "make one with `make engine` or `trol-edge export`"
+                )
+        data = read_json_value(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"{path}: not a trol-edge bundle; make one with `trol-edge export`")
         if data.get("format_version") != FORMAT_VERSION:
             raise BundleError(
-                f"{path}: bundle format {data.get('format_version')!r}, this trol-edge reads format {FORMAT_VERSION}; "
-                "export the bundle again with this version"
+                f"{path}: bundle format {data.get('format_version')!r:.80}, this trol-edge reads format "
+                f"{FORMAT_VERSION}; export the bundle again with this version"
             )
-        self.identity = data.pop("manifest_sha256", None)  # of the manifest, and so of every file that it lists
+        self.identity = data.pop("manifest_sha256", None)  # hash of the manifest, and so of every file that it lists
         if self.identity != digest_of(data):
             raise BundleError(f"{path}: altered since export (its own hash differs); copy or export the bundle again")
-        self.manifest: Manifest = from_dict(Manifest, data, str(path))
-        self._check_files()
+        self.require_signed(bundle_statement(str(self.identity)), "it")
+        with guard(path):
+            self.manifest: Manifest = from_dict(Manifest, data, str(path))
+        with guard(self.folder):
+            self._require(_wrong_names(self.manifest), "export the bundle again")
+            self._require(self._wrong_files(), "copy the bundle again")
+            self._require(_wrong_numbers(self.manifest), "export the bundle again")
+            if WEIGHTS in self.manifest.files:
+                self._require(self._contradictions(), "export the bundle again")
 
-    def _check_files(self) -> None:
-        problems = []
+    def _require(self, problems: Iterator[str], advice: str) -> None:
+        found = list(problems)
+        if found:
+            more = f", and {len(found) - 10} more" if len(found) > 10 else ""
+            raise BundleError(f"{self.folder}: {'; '.join(found[:10])}{more}; {advice}")
+
+    def _wrong_files(self) -> Iterator[str]:
         for name, info in self.manifest.files.items():
             path = self.folder / name
-            if not path.is_file():
-                problems.append(f"{name} is missing")
+            if not stays_inside(path):
+                yield f"{name} is a link to a place outside of the bundle"
+            elif not path.is_file():
+                yield f"{name} is no regular file" if path.exists() else f"{name} is missing"
             elif path.stat().st_size != info.bytes:
-                problems.append(f"{name} has {path.stat().st_size} bytes instead of {info.bytes}")
+                yield f"{name} has {path.stat().st_size} bytes instead of {info.bytes}"
             elif name != WEIGHTS and sha256_of(path) != info.sha256:
-                problems.append(f"{name} was altered (sha256 differs)")
-        if problems:
-            raise BundleError(f"{self.folder}: {'; '.join(problems)}; copy the bundle again")
+                yield f"{name} was altered (sha256 differs)"
+
+    def _contradictions(self) -> Iterator[str]:
+        """Where manifest, graphs, weights and self-test do not belong together."""
+        tensors = self.weights().tensors
+        yield from _wrong_weights(self.manifest, tensors)
+        for name, info in self.manifest.graphs.items():
+            yield from _wrong_graph(name, info, read_graph(self.folder / info.file, WEIGHTS), tensors)
+
+    def require_signed(self, statement: bytes, what: str) -> None:
+        """Raise BundleError where there are trusted keys, and none of them signed a statement about `what`."""
+        require(self.folder, self.trusted_keys, statement, what)
 
     def path(self, name: str) -> Path:
-        """Path of a file that the manifest lists; BundleError where it does not."""
+        """The path of a file. Raises BundleError if the manifest does not list it."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.folder}: the manifest lists no {name}; export the bundle again")
         return self.folder / name
 
     def weights(self) -> WeightsFile:
-        """The weights file, its header read and checked."""
+        """Open the weights file; its header is read and checked."""
         return WeightsFile(self.path(WEIGHTS))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write bundle.json, last of all, with its own hash in it."""
+    """Write bundle.json with its own hash in it. It is written last."""
     data = dataclasses.asdict(manifest)
+    if not data["spec"]["more_end_ids"]:
+        del data["spec"]["more_end_ids"]  # so that versions of this format that know of one end only read it, too
     data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader sees them
     data["manifest_sha256"] = digest_of(data)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -- what a manifest says, against itself and against the files it lists -----------------------------------------------
+
+# The most that a manifest may say, far above any model that exists; what is sized by it is refused before it is made.
+MOST = {
+    "context": 1 << 24,
+    "max_position_embeddings": 1 << 24,
+    "vocab_size": 1 << 22,
+    "embedding_rows": 1 << 22,
+    "num_layers": 1 << 10,
+    "num_heads": 1 << 12,
+    "num_kv_heads": 1 << 12,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "head_dim": 1 << 12,
+    "lora_rank": 1 << 14,
+    "image_size": 1 << 13,
+    "patch_size": 1 << 10,
+    "tokens_per_image": 1 << 16,
+    "size": 1 << 13,
+    "max_tiles": 64,
+    "original_max_position_embeddings": 1 << 24,
+}
+_FROM_ZERO = ("lora_rank", "eos_token_id", "image_token_id")
+
+
+def wrong_sizes(part: object, where: str) -> Iterator[str]:
+    """Numbers of a spec that no model has, in words: counts below 1 (or 0), or beyond MOST."""
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        if field.type == "int":
+            least, most = 0 if field.name in _FROM_ZERO else 1, MOST.get(field.name, MOST["embedding_rows"])
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                yield f"{where}{field.name} {value!r:.80} is not {least}..{most}"
+        elif field.type == "float" and not (isinstance(value, float) and 0 < value < float("inf")):
+            yield f"{where}{field.name} {value!r:.80} is no number above 0"
+
+
+def _wrong_names(manifest: Manifest) -> Iterator[str]:
+    for name in manifest.files:
+        if not is_plain_name(name) or not any(fnmatch.fnmatchcase(name, known) for known in LISTED_FILES):
+            yield f"its manifest lists {printable(name)[:80]!r}, which is no name of a bundle's file"
+    for graph, info in manifest.graphs.items():
+        if info.file not in manifest.files or not info.file.endswith(".onnx"):
+            yield f"its manifest does not list {printable(info.file)[:80]!r}, the file of graph {printable(graph)[:80]}"
+
+
+def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
+    spec, most = manifest.spec, MOST["context"]
+    yield from wrong_sizes(spec, "spec.")
+    yield from wrong_sizes(spec.vision, "spec.vision.")
+    yield from wrong_sizes(manifest.image, "image.")
+    if not 2 <= manifest.context <= min(most, max(2, spec.max_position_embeddings)):
+        yield f"context {manifest.context} is not 2..{spec.max_position_embeddings} (max_position_embeddings)"
+    if not 1 <= manifest.prompt.tokens_per_image == spec.vision.tokens_per_image:
+        counts = f"{manifest.prompt.tokens_per_image} in prompt, {spec.vision.tokens_per_image} in spec.vision"
+        yield f"tokens_per_image differ: {counts}"
+    if spec.num_heads % max(1, spec.num_kv_heads):
+        yield f"{spec.num_heads} heads share {spec.num_kv_heads} of keys and values"
+    for token in (spec.eos_token_id, *spec.more_end_ids, spec.image_token_id):
+        if not 0 <= token < spec.embedding_rows:
+            yield f"token {token} (an end, or a picture's) is no row of {spec.embedding_rows} of the embedding table"
+    if spec.long_rope is not None:
+        factors = (spec.long_rope.short_factor, spec.long_rope.long_factor)
+        if any(len(f) != spec.head_dim // 2 or not min(f, default=0) > 0 for f in factors):
+            yield f"long_rope has not {spec.head_dim // 2} factors above 0 in each set"
+
+
+def _ports_of(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
+    """Beginnings of ports' names, and their shapes by the spec; "" stands for any size."""
+    spec, side = manifest.spec, manifest.image.size
+    cache = (1, spec.num_kv_heads, manifest.context, spec.head_dim)
+    return {
+        "pixel_values": ("", 3, side, side),
+        "image_features": ("", spec.vision.tokens_per_image, spec.hidden_size),
+        "inputs_embeds": (1, "", spec.hidden_size),
+        "logits": (1, spec.vocab_size),
+        "past_": cache,
+        "present_": cache,
+    }
+
+
+def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterator[str]:
+    """Where manifest and weights file contradict each other."""
+    spec = manifest.spec
+    if EMBEDDING in tensors and tensors[EMBEDDING].shape != (spec.embedding_rows, spec.hidden_size):
+        found = list(tensors[EMBEDDING].shape)
+        yield f"its {EMBEDDING} is {found} instead of [{spec.embedding_rows}, {spec.hidden_size}]"
+    rows = manifest.context + (spec.long_rope.short_rows(manifest.context) if spec.long_rope else 0)
+    for table in ("rope.cos", "rope.sin"):
+        if table in tensors and tensors[table].shape != (rows, spec.head_dim // 2):
+            yield f"its {table} is {list(tensors[table].shape)} instead of [{rows}, {spec.head_dim // 2}]"
+    wanted = _ports_of(manifest)
+    for name in ("vision", "traverse", "step"):
+        if name not in manifest.graphs:
+            yield f"its manifest lists no graph {name}"
+    for name, info in manifest.graphs.items():
+        for port in (*info.inputs, *info.outputs):
+            shape = next((shape for start, shape in wanted.items() if port.name.startswith(start)), port.shape)
+            if len(shape) != len(port.shape) or any(b not in ("", a) for a, b in zip(port.shape, shape, strict=True)):
+                yield f"{port.name} of graph {name} is {list(port.shape)} instead of {list(shape)}"
+        layers = sum(port.name.startswith("past_key") for port in info.inputs)
+        sets = {"step": 1, "traverse": 2, "traverse_text": 2}.get(name, 0)
+        past = sum(port.name.startswith("past_") for port in info.inputs)
+        if past != 2 * sets * spec.num_layers:
+            yield f"graph {name} has {past} inputs for the cache of {spec.num_layers} layers, {layers} of keys"
+
+
+def _weight(name: str, tensors: dict[str, TensorInfo]) -> tuple[int, ...] | None:
+    """Shape of a weight as a graph reads it, stored or derived; None where the weights file has none of it."""
+    if name in tensors:
+        return tensors[name].shape
+    packed = tensors.get(name.removesuffix(INT8).removesuffix(INT8_SCALE) + NBITS)
+    scale = tensors.get(name.removesuffix(INT8).removesuffix(INT8_SCALE) + NBITS_SCALE)
+    if packed is None or scale is None or len(packed.shape) != 3 or not name.endswith((INT8, INT8_SCALE)):
+        return None
+    channels, blocks, half = packed.shape
+    if scale.shape != (channels * blocks,):
+        return None
+    return (blocks * half * 2, channels) if name.endswith(INT8) else (channels,)
+
+
+def _wrong_graph(name: str, info: GraphInfo, file: GraphFile, tensors: dict[str, TensorInfo]) -> Iterator[str]:
+    """Where a graph file contradicts the manifest or the weights file."""
+    if info.operators != file.operators:
+        yield f"{info.file} has other operators than the manifest says"
+    weights = {w for w in info.weights if w not in info.constants}
+    for what, listed, read in (("inputs", info.inputs, file.inputs), ("outputs", info.outputs, file.outputs)):
+        ports = {port.name: (port.dtype, port.shape) for port in listed}
+        there = {n: port for n, port in read.items() if n not in weights or what == "outputs"}
+        names = ports.keys() | (there.keys() if what == "inputs" else set())  # for more outputs nobody asks
+        if different := sorted(n for n in names if ports.get(n) != there.get(n)):
+            yield f"{info.file} has other {what} than the manifest says ({printable(different[0])[:80]})"
+    if lacking := [w for w in info.weights if _weight(w, tensors) is None]:
+        yield f"{WEIGHTS} lacks {', '.join(printable(w)[:80] for w in lacking[:5])}"
+    for weight in sorted(weights & file.inputs.keys()):
+        shape = _weight(weight, tensors)
+        if shape is not None and shape != file.inputs[weight][1]:
+            found = f"{list(file.inputs[weight][1])} in {info.file} and {list(shape)} in {WEIGHTS}"
+            yield f"{printable(weight)[:80]} is {found}"
+    if absent := sorted(weights - file.inputs.keys()):
+        yield f"{info.file} has no input for the weight {printable(absent[0])[:80]}"
+    for weight, (offset, length) in file.outside.items():
+        tensor = tensors.get(weight)
+        if tensor is None or (tensor.offset, tensor.nbytes) != (offset, length):
+            yield f"{info.file} reads {printable(weight)[:80]} where {WEIGHTS} has it not"

@@ -1,4 +1,4 @@
-"""Names of a bundle's files, and of what every part of the package looks for in them."""
+"""Names of a bundle's files, and of common entries in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
 SELFTEST = "selftest.safetensors"
 VERIFIED = "verified-*.json"
-# Patterns of all that a bundle's folder may hold.
-BUNDLE_FILES = (MANIFEST, WEIGHTS, TOKENIZER, SELFTEST, VERIFIED, "*.onnx", "engines")
+SIGNATURES = "signatures.json"
+# Patterns of what a manifest may list, and of all that a bundle's folder may hold.
+LISTED_FILES = (WEIGHTS, TOKENIZER, SELFTEST, "*.onnx")
+BUNDLE_FILES = (MANIFEST, *LISTED_FILES, VERIFIED, SIGNATURES, "engines")
 EMBEDDING = "embedding"  # looked up by the runtime, in no graph

@@ -1,4 +1,4 @@
-"""What a bundle's weights are stored and computed in: pure data, written by export, read by everyone."""
+"""The types in which a bundle's weights are stored and computed. Pure data, written by export, read by everyone."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class LinearPlan:
     calibration.
     """
 
-    precision: str  # of PRECISIONS
-    block: int | None = None  # inputs that share a scale: int4 only, of BLOCKS
-    activations: bool = False  # int8 and fp8 only
+    precision: str  # one of PRECISIONS
+    block: int | None = None  # inputs that share a scale, one of BLOCKS; for int4 only
+    activations: bool = False  # for int8 and fp8 only
 
     def problems(self) -> list[str]:
-        """What is wrong with it, in words; empty where nothing is."""
+        """What is wrong with the plan, in words; empty if nothing is."""
         found = []
         if self.precision not in PRECISIONS:
             found.append(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.precision == "int4" and self.block not in BLOCKS:
             found.append(f"block {self.block} of int4 is not one of {', '.join(map(str, BLOCKS))}")
         if self.precision != "int4" and self.block is not None:
-            found.append(f"{self.precision} has no blocks, found block {self.block}")
+            found.append(f"{self.precision} has no blocks, but block {self.block} is given")
         if self.activations and self.precision not in ("int8", "fp8"):
             found.append(f"{self.precision} rounds no activations")
         return found
@@ -40,24 +40,24 @@ class LinearPlan:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionPlan:
-    """How every Linear of a bundle is treated, and what everything else is computed in."""
+    """How every Linear of a bundle is treated, and the type in which everything else is computed."""
 
     recipe: str  # "fp32", "fp16", "int8", "int4", "fp8", or "mixed"
-    compute: str  # "fp32" or "fp16": all that is not a quantized Linear (norms, attention, residual stream)
+    compute: str  # "fp32" or "fp16", for all but quantized Linears (norms, attention, residual stream)
     linears: dict[str, LinearPlan]  # parameter -> treatment; "decoder.layers.0.qkv.weight", "....qkv.lora_a", ...
-    observer: str | None = None  # how activation scales were found; None: no activation is rounded
+    observer: str | None = None  # method for activation scales; None: no activation is rounded
     scaling: bool = False  # channels were rescaled between Linears and the norms or Linears before them
     clipping: bool = False  # weight scales minimise the error instead of covering the largest weight
-    kept_fp32: tuple[str, ...] = ()  # with compute "fp16": what overflows and stays in float32
+    kept_fp32: tuple[str, ...] = ()  # with compute "fp16": tensors that overflow and stay in float32
 
     @property
     def quantized(self) -> bool:
-        """Whether any Linear is."""
+        """Whether any Linear is quantized."""
         return any(linear.precision in QUANTIZED for linear in self.linears.values())
 
     @property
     def can_share_weights(self) -> bool:
-        """Whether two engines could read the decoder's matrices from one buffer: TensorRT takes no 4-bit inputs."""
+        """Whether two engines could read the decoder's matrices from one buffer. TensorRT takes no 4-bit inputs."""
         return all(p.precision != "int4" for name, p in self.linears.items() if name.startswith("decoder."))
 
 
@@ -66,19 +66,19 @@ class CalibrationInfo:
     """Where the activation statistics came from."""
 
     samples: int
-    checkpoint: str  # identity of the checkpoint they were made of
+    checkpoint: str  # identity of the checkpoint that they are from
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of a model: its numbers, how many Linears it has by precision, and the bytes that this must take.
+    """One part of a model, with its size, its Linears by precision, and the fewest bytes that it takes.
 
-    `bytes` counts every number once at the bits of its precision, and the scales; a bundle that takes much more stores
+    `bytes` counts every number once at the bits of its precision, and the scales. A bundle that takes much more stores
     something twice.
     """
 
     numbers: int
-    linears: dict[str, int]  # "int8" -> how many
+    linears: dict[str, int]  # "int8" -> number of Linears
     bytes: int
 
 
@@ -94,7 +94,7 @@ def part_of(parameter: str) -> str:
 
 
 def tensor_bytes(shape: tuple[int, ...], linear: LinearPlan | None, item_bytes: int, scale_bytes: int) -> int:
-    """Bytes of a parameter [out, in] with its scales; item_bytes are those of a number that is not quantized."""
+    """Bytes of a parameter [out, in] with its scales. item_bytes: bytes of a number that is not quantized."""
     numbers = math.prod(shape)
     if linear is None or linear.precision not in QUANTIZED:
         return numbers * item_bytes

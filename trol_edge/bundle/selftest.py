@@ -1,9 +1,9 @@
-"""The self-test in a bundle, `selftest.safetensors`: inputs, and samples of what the FP32 reference made of them.
+"""The self-test in a bundle, `selftest.safetensors`: inputs, and samples of the FP32 reference's results.
 
-Export writes it, `verify` replays it. A prompt is traversed, then fixed tokens are stepped behind it: the most probable
-token is noted at each place, but never fed back, so one difference does not hide all that follow. Only some of a
-picture's feature rows stand in the prompt, because a prompt of 1300 tokens would make a first start wait for minutes
-and prove no more.
+Export writes it, `verify` replays it. A prompt is traversed, then fixed tokens are stepped after it. The most probable
+token is recorded at each place but never fed back, so one difference does not hide later ones. Only some of a picture's
+feature rows are in the prompt, because a prompt of 1300 tokens would make a first start wait for minutes and prove no
+more.
 
 Axes: M image tokens of the prompt, S tokens of the prompt, n stepped tokens, R sampled rows, L layers, G key/value
 heads, E head size, D hidden, V vocabulary, N squares of the picture.
@@ -12,6 +12,7 @@ heads, E head size, D hidden, V vocabulary, N squares of the picture.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import SELFTEST
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BundleError
+from trol_edge.prompt.images import MAX_PIXELS, count_tiles
+from trol_edge.reading import guard
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -28,55 +31,119 @@ Int32 = NDArray[np.int32]
 
 @dataclasses.dataclass(frozen=True)
 class SelfTestCase:
-    """One prompt and the tokens stepped behind it. "long" has no picture and takes the long rope factors."""
+    """One prompt and the tokens stepped after it. "long" has no picture and uses the long rope factors."""
 
     ids: Int32  # [S]
-    forced: Int32  # [n] what is stepped
-    positions: Int32  # [R] rows of the cache that are noted, of the prompt
+    forced: Int32  # [n] tokens that are stepped
+    positions: Int32  # [R] rows of the prompt in the cache that are recorded
     cache: Float32  # [2, L, 2, R, G*E]: first and second pass; keys and values
     step_cache: Float32  # [L, 2, G*E]: keys and values of the last stepped token
-    logits: Float32  # [2, V]: behind the prompt, and behind the last stepped token
-    best: Int32  # [n+1] the most probable token behind the prompt and behind each stepped one
-    margin: Float32  # [n+1] by how much its logit is above the second one's
+    logits: Float32  # [2, V]: after the prompt, and after the last stepped token
+    best: Int32  # [n+1] the most probable token after the prompt and after each stepped one
+    margin: Float32  # [n+1] difference between its logit and the second largest
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfTest:
-    """What `selftest.safetensors` holds."""
+    """The contents of `selftest.safetensors`."""
 
     picture: NDArray[np.uint8]  # [H, W, 3] RGB
-    pixel_rows: Int32  # rows, and columns, of pixel_values that are noted
+    pixel_rows: Int32  # rows, and columns, of pixel_values that are recorded
     pixels: Float32  # [N, 3, rows, columns]
-    feature_rows: Int32  # [M] of the image features [N*T, D] that stand in the prompt
+    feature_rows: Int32  # [M] rows of the image features [N*T, D] that are in the prompt
     features: Float32  # [M, D]
-    rope_rows: Int32  # of the rope tables, all sets
+    rope_rows: Int32  # rows of the rope tables, all sets
     rope: Float32  # [2, rows, E/2] cos and sin
-    embeddings: Float32  # [n, D] of the stepped tokens
-    cases: dict[str, SelfTestCase]  # "picture", and "long" where the rotary embedding has two factor sets
+    embeddings: Float32  # [n, D] embeddings of the stepped tokens
+    cases: dict[str, SelfTestCase]  # "picture", and "long" if the rotary embedding has two factor sets
 
 
 def read(bundle: Bundle) -> SelfTest:
-    """The self-test of a bundle. Raises BundleError where it has none, or one that cannot be read."""
+    """Read the self-test of a bundle. Raises BundleError if it has none, or one that cannot be read."""
     if SELFTEST not in bundle.manifest.files:
         raise BundleError(
-            f"{bundle.folder}: holds no self-test (made by an older version, or with --no-selftest), so nothing says "
-            "what its numbers should be; export it again"
+            f"{bundle.folder}: has no self-test to check its numbers with (made by an older version, or with "
+            "--no-selftest); export it again"
         )
     file = WeightsFile(bundle.path(SELFTEST))
-    arrays = file.load(file.tensors)
-    try:
+    with guard(file.path, BundleError, "export the bundle again", "not a self-test of this version"):
+        arrays = file.load(file.tensors)
         cases = {}
         for name in sorted({name.split(".")[0] for name in arrays if "." in name}, reverse=True):  # the picture first
             cases[name] = SelfTestCase(
                 **{f.name: arrays.pop(f"{name}.{f.name}") for f in dataclasses.fields(SelfTestCase)}
             )
-        return SelfTest(**arrays, cases=cases)
-    except (KeyError, TypeError) as error:
-        raise BundleError(f"{file.path}: not a self-test of this version ({error}); export the bundle again") from error
+        test = SelfTest(**arrays, cases=cases)
+        if wrong := list(_contradictions(test, bundle)):
+            raise ValueError("; ".join(wrong))
+        return test
+
+
+def _contradictions(test: SelfTest, bundle: Bundle) -> Iterator[str]:
+    """Where a self-test is not one of its bundle's model: shapes, and numbers of rows that do not exist."""
+    manifest = bundle.manifest
+    spec, image = manifest.spec, manifest.image
+    if "picture" not in test.cases or test.cases.keys() - {"picture", "long"}:
+        yield f"its cases are {', '.join(test.cases)}"
+    if ("long" in test.cases) > (spec.long_rope is not None):
+        yield "it has a case with long rope factors, and the model has none"
+    if test.picture.ndim != 3 or test.picture.shape[2:] != (3,) or not 1 <= test.picture.size <= 3 * MAX_PIXELS:
+        yield f"its picture is {list(test.picture.shape)}"
+        return
+    squares = sum(count_tiles([test.picture], image))
+    wanted: dict[str, tuple[int, ...]] = {
+        "pixels": (squares, 3, len(test.pixel_rows), len(test.pixel_rows)),
+        "features": (len(test.feature_rows), spec.hidden_size),
+        "rope": (2, len(test.rope_rows), spec.head_dim // 2),
+    }
+    below = {
+        "pixel_rows": image.size,
+        "feature_rows": squares * spec.vision.tokens_per_image,
+        "rope_rows": bundle.weights().tensors["rope.cos"].shape[0],
+    }
+    forced = {len(case.forced) for case in test.cases.values()}
+    wanted["embeddings"] = (max(forced), spec.hidden_size)
+    yield from _differences(test, "", wanted, below)
+    for name, case in test.cases.items():
+        steps, positions = len(case.forced), len(case.positions)
+        width = spec.num_kv_heads * spec.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "cache": (2, spec.num_layers, 2, positions, width),
+            "step_cache": (spec.num_layers, 2, width),
+            "logits": (2, spec.vocab_size),
+            "best": (steps + 1,),
+            "margin": (steps + 1,),
+        }
+        limits = {
+            "ids": spec.embedding_rows,
+            "forced": spec.embedding_rows,
+            "positions": len(case.ids),
+            "best": spec.vocab_size,
+        }
+        yield from _differences(case, f"{name}.", shapes, limits)
+        pictured = int((case.ids == spec.image_token_id).sum())
+        if not 1 <= len(case.ids) <= manifest.context - steps or steps < 1:
+            yield f"{name} has {len(case.ids)} tokens and {steps} steps for a context of {manifest.context}"
+        if pictured not in (0, len(test.feature_rows)) or (pictured and name == "long"):
+            yield f"{name} has {pictured} image tokens, of {len(test.feature_rows)} rows of features"
+
+
+def _differences(
+    part: object, name: str, shapes: Mapping[str, tuple[int, ...]], limits: Mapping[str, int]
+) -> Iterator[str]:
+    """Arrays of another shape than `shapes` says, and whole numbers that are not 0..limit-1 in one dimension."""
+    for field, shape in shapes.items():
+        array = getattr(part, field)
+        if array.shape != shape:
+            yield f"{name}{field} is {list(array.shape)} instead of {list(shape)}"
+    for field, limit in limits.items():
+        array = getattr(part, field)
+        if array.ndim != 1 or array.dtype != np.int32 or not array.size or not 0 <= array.min() <= array.max() < limit:
+            yield f"{name}{field} is no list of numbers 0..{limit - 1}"
 
 
 def tensors(test: SelfTest) -> dict[str, NDArray[Any]]:
-    """The arrays of a self-test by the names that the file has."""
+    """The arrays of a self-test by their names in the file."""
     flat = {f.name: getattr(test, f.name) for f in dataclasses.fields(test) if f.name != "cases"}
     for name, case in test.cases.items():
         flat |= {f"{name}.{f.name}": getattr(case, f.name) for f in dataclasses.fields(case)}

@@ -1,4 +1,4 @@
-"""How many bytes weights and K/V caches take: loaded on a CPU, and on a device."""
+"""Computes how many bytes weights and K/V caches take, loaded on a CPU and on a device."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def engine_weight_bytes(bundle: Bundle, names: Iterable[str]) -> int:
 
 
 def shared_weights(bundle: Bundle) -> dict[str, TensorInfo]:
-    """Weights that traverse and step take as inputs, from one buffer on the device; none where engines hold them."""
+    """Weights that traverse and step take as inputs from one buffer on the device; none if engines contain them."""
     step, tensors = bundle.manifest.graphs["step"], bundle.weights().tensors
     return {name: tensors[name] for name in step.weights if name not in step.constants}
 
 
 def device_bytes(bundle: Bundle) -> tuple[int, int]:
-    """Bytes of the weights on a device: where each engine holds its own, and with `export --shared-weights`."""
+    """Bytes of the weights on a device, first if each engine has its own, then with `export --shared-weights`."""
     graphs, tensors = bundle.manifest.graphs, bundle.weights().tensors
     apart = sum(engine_weight_bytes(bundle, graphs[name].weights) for name in ENGINES)
     both = set(graphs["traverse"].weights) & set(graphs["step"].weights)
@@ -41,16 +41,16 @@ def is_shareable(name: str, shape: Sequence[object]) -> bool:
 
 
 def build_bytes(weights: int) -> int:
-    """Peak memory of building an engine that holds so many bytes of weights.
+    """Peak memory of building an engine that contains this many bytes of weights.
 
     A line through five builds by TensorRT for RTX 1.7 (`make engines-full`; docs/results.md), 1.3 to 3.9 GB of weights,
-    and at most 8 % off; trol-nano, which takes 0.57 GB, is on it, too. Other versions: not measured.
+    and at most 8 % off; trol-nano, which takes 0.57 GB, is on it, too. Other versions were not measured.
     """
     return round(0.6e9 + 2.75 * weights)
 
 
 def loaded_bytes(name: str, tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes of a weight in the CPU's memory: floating point as float32, quantized as stored, derived as made."""
+    """Bytes of a weight in the CPU's memory: floating point as float32, quantized and derived ones as they are."""
     if name in tensors:
         tensor = tensors[name]
         return 4 * math.prod(tensor.shape) if tensor.dtype in FLOATS else tensor.nbytes
@@ -65,10 +65,10 @@ def cpu_bytes(bundle: Bundle, names: Iterable[str]) -> int:
 
 
 def cache_bytes(ports: Iterable[Port], context: int) -> int:
-    """Bytes of the K/V cache at full context among the inputs of a graph: of a step one set, of a traverse both."""
+    """Bytes of the K/V cache at full context among the inputs of a graph; a step has one set, a traverse both."""
     return sum(largest_bytes(port, {"slots": context}) for port in ports if port.name.startswith("past_"))
 
 
 def largest_bytes(port: Port, most: Mapping[str, int]) -> int:
-    """Bytes of a tensor at its largest; most: the largest size of each dynamic dimension."""
+    """Bytes of a tensor at its largest. most: the largest size of each dynamic dimension."""
     return math.prod(d if isinstance(d, int) else most[d] for d in port.shape) * np.dtype(port.dtype).itemsize

@@ -1,4 +1,4 @@
-"""The numbers that describe one model, written by export and only read afterwards."""
+"""The numbers that describe one model. Export writes them, everything else only reads them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class VisionSpec:
-    """Shape of a vision tower and of what it hands to the decoder."""
+    """The shape of a vision tower and of its output to the decoder."""
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
-    patch_size: int  # pixels
-    image_size: int  # pixels per side of the square input
+    patch_size: int  # side of a patch, in pixels
+    image_size: int  # side of the square input, in pixels
     layer_norm_eps: float
     tokens_per_image: int  # image tokens in the prompt per picture (or per tile)
     rms_norm: bool = False  # RMSNorm before attention and MLP, LayerNorm otherwise (phi3)
@@ -24,24 +24,24 @@ class VisionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LongRope:
-    """ "su" rotary embedding: each frequency is divided by a factor of one of two sets, chosen by length.
+    """The "su" rotary embedding, which divides each frequency by a factor of one of two sets, chosen by length.
 
-    Keys that are cached keep the set with which they were made, so one answer uses one set throughout.
+    Cached keys keep the set with which they were made, so one answer uses one set throughout.
     """
 
     short_factor: tuple[float, ...]  # [E/2]
     long_factor: tuple[float, ...]  # [E/2]
-    original_max_position_embeddings: int  # tokens: the short set serves at most so many
-    amplitude: float  # of cos and sin, in both sets
+    original_max_position_embeddings: int  # most tokens with the short set
+    amplitude: float  # factor on cos and sin, in both sets
 
     def short_rows(self, capacity: int) -> int:
-        """Rows of the short set in the rope tables of a cache of `capacity` tokens; the long set's begin behind."""
+        """Rows of the short set in the rope tables of a cache of `capacity` tokens; the long set follows them."""
         return min(capacity, self.original_max_position_embeddings)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Shape of one TroL model. Names follow the published `config.json` where it has them."""
+    """The shape of one TroL model. Names follow the published `config.json` if it has them."""
 
     family: str  # "internlm2" (TroL-1.8B, 7B) or "phi3" (TroL-3.8B)
     hidden_size: int
@@ -55,13 +55,14 @@ class ModelSpec:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
-    lora_rank: int  # 0: no partial LoRA
+    lora_rank: int  # 0 without partial LoRA
     eos_token_id: int
     image_token_id: int
     vision: VisionSpec
     long_rope: LongRope | None = None  # None: plain rotary embedding, one set of frequencies
+    more_end_ids: tuple[int, ...] = ()  # that end an answer beside eos_token_id
 
     @property
     def kv_values_per_token(self) -> int:
-        """Numbers that one token takes in a K/V set: K and V of all layers. (Bytes: see sizes.py.)"""
+        """Numbers that one token takes in a K/V set: K and V of all layers. (For bytes see sizes.py.)"""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -1,4 +1,4 @@
-"""JSON read strictly: every unknown, missing or mistyped field is a problem, and all are told at once."""
+"""Reads JSON strictly: every unknown, missing or mistyped field is a problem, and all are reported at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from trol_edge.errors import BundleError, TrolEdgeError
 
 T = TypeVar("T")
+MOST_NUMBER = 1 << 63
 
 
 def from_dict(
@@ -21,8 +22,8 @@ def from_dict(
 ) -> T:
     """Build the dataclass `cls` (nested ones included) from parsed JSON.
 
-    Unknown, missing and wrongly typed keys raise `error` in one message that lists them all and ends in `advice`: a
-    field that is silently dropped is a silently wrong answer later.
+    Unknown, missing and wrongly typed keys raise `error` in one message that lists them all and ends in `advice`. A
+    field that is silently dropped would be a silently wrong answer later.
     """
     problems: list[str] = []
     value = _convert(cls, data, where, problems)
@@ -58,6 +59,9 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         if len(kinds) == len(value):
             items = zip(kinds, value, strict=True)
             return tuple(_convert(k, v, f"{where}[{i}]", problems) for i, (k, v) in enumerate(items))
+    if isinstance(value, int | float) and not abs(value) < MOST_NUMBER:
+        problems.append(f"{where}: {value!r:.80} is beyond every size")
+        return None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is types.NoneType and value is None:

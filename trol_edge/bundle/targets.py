@@ -1,7 +1,7 @@
-"""The machines that a bundle can be made for: one small table, pure data.
+"""A small table of the targets that a bundle can be made for.
 
-A target says which library runs a bundle's graphs, which operators that library knows (whatever it lacks is lowered to
-plain ones on export), which precisions make sense on its hardware, and what is missing there.
+A target says which library runs a bundle's graphs, which operators that library knows (others are lowered to plain ones
+on export), which precisions make sense on its hardware, and what is missing there.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import dataclasses
 from trol_edge.bundle.trt_operators import Operator, Version, refusal, supported
 from trol_edge.errors import UsageError
 
-NOT_YET = "not yet run on a GPU"  # said wherever running on a GPU is spoken of, until somebody has
+NOT_YET = "engines not yet run on a GPU"  # said wherever that is spoken of, until somebody has run one
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
     """One target.
 
-    versions: of `module`, first and first not served. operators: the TensorRT version whose parser the graphs are
-    made for (the oldest served); None where the target is no TensorRT. opset: of graphs without INT4 (`int4_opset`
-    with). capabilities: CUDA compute capabilities of its GPUs; None: any from 7.5.
+    versions: of `module`, the first supported and the first unsupported. operators: the TensorRT version whose parser
+    the graphs are made for (the oldest supported); None if the target is not TensorRT. opset: for graphs without INT4
+    (`int4_opset` for those with it). capabilities: CUDA compute capabilities of its GPUs; None: any from 7.5.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Target:
         return self.module == "tensorrt_rtx"
 
     def takes(self) -> dict[str, Operator]:
-        """Operators that its parser takes; none where the target is no TensorRT."""
+        """The operators that its parser supports; none if the target is not TensorRT."""
         return supported(self.operators, self.rtx) if self.operators else {}
 
     def serves(self, version: Version) -> bool:
-        """Whether a version of its library is one that we make graphs for."""
+        """Whether graphs are made for this version of its library."""
         return self.versions[0] <= version < self.versions[1]
 
 
@@ -73,7 +73,7 @@ TARGETS = {
             operators=None,
             precisions=("fp32", "int8", "int4"),
             capabilities=(),
-            builds="nothing to build: graphs are loaded as they are",
+            builds="nothing to build, because graphs are loaded as they are",
             missing=("fp16, fp8: a CPU has no units for them",),
         ),
         Target(
@@ -106,7 +106,7 @@ TARGETS = {
             precisions=("fp32", "fp16", "int8", "int4", "fp8"),
             capabilities=None,
             builds="on the GPU that will run the engine",
-            missing=(f"made for the oldest version served, 10.3: {_NO_ATTENTION}", "fp8 needs 8.9 or later"),
+            missing=(f"made for the oldest supported version, 10.3: {_NO_ATTENTION}", "fp8 needs 8.9 or later"),
         ),
         Target(
             name="jetson-jp6",
@@ -155,17 +155,17 @@ TARGETS = {
 
 
 def is_gpu(name: str) -> bool:
-    """Whether engines are built for a target. Not for "cpu", nor "onnx" (files for other tools), nor unknown names."""
+    """Whether engines are built for a target. False for "cpu", "onnx" (files for other tools) and unknown names."""
     return name in TARGETS and TARGETS[name].gpu
 
 
 def target(name: str) -> Target:
-    """The target of that name; UsageError where there is none."""
+    """Find a target by name. Raises UsageError if there is none."""
     if name not in TARGETS:
         raise UsageError(f"target {name!r} is not one of {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
 def refusals(operators: dict[str, int], version: Version, rtx: bool) -> list[str]:
-    """Operators (type -> count) that the parser of a TensorRT version would refuse, as clauses of a message."""
+    """Reasons why a TensorRT version's parser would refuse some of these operators (type -> count), as clauses."""
     return [why for op in sorted(operators) if (why := refusal(op, version, rtx))]

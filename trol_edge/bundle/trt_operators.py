@@ -1,8 +1,8 @@
-"""Operators that TensorRT's ONNX parsers take, with their types, version by version: data, no logic but look-up.
+"""A table of the operators that TensorRT's ONNX parsers support, with their types, by version.
 
-Source: the support table of each parser release (onnx-tensorrt's operators.md) for 10.1 and for what 10.14, 10.15 and
-11.0 added; for TensorRT for RTX 1.7.1 the parser itself was asked (`OnnxParser.supports_operator`), which tells names
-only. Between 10.1 and 10.13 nothing that this project uses changed.
+The source for 10.1 and for the additions of 10.14, 10.15 and 11.0 is the support table of each parser release
+(onnx-tensorrt's operators.md). For TensorRT for RTX 1.7.1 the parser itself was asked (`OnnxParser.supports_operator`),
+which gives names only. Between 10.1 and 10.13 nothing that this project uses changed.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _ADDED: dict[Version, dict[str, str]] = {
     },
     (11, 0): {"Swish": "FP32 FP16 BF16"},
 }
-# TensorRT for RTX 1.7.1 takes all of the above less these, and these besides.
+# TensorRT for RTX 1.7.1 supports all of the above without the first, and with the second.
 _NOT_IN_RTX = "DeformConv"
 _ONLY_IN_RTX = "CausalConvWithState LinearAttention"
 
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """An operator of a parser: the first version that takes it, the types of its first operand (empty: not told)."""
+    """An operator of a parser: the first version that supports it, and types of its first operand (empty: unknown)."""
 
     since: Version
     types: tuple[str, ...]
@@ -79,19 +79,19 @@ RTX = {op: entry for op, entry in CLASSIC.items() if op not in _NOT_IN_RTX.split
 
 
 def supported(version: Version, rtx: bool) -> dict[str, Operator]:
-    """Operators that the parser of a TensorRT version takes; rtx: TensorRT for RTX, whose versions count apart."""
+    """The operators that a TensorRT version's parser supports. rtx: TensorRT for RTX, which has its own versions."""
     if rtx:
         return dict(RTX)
     return {op: entry for op, entry in CLASSIC.items() if entry.since <= version}
 
 
 def refusal(op: str, version: Version, rtx: bool) -> str | None:
-    """Why a parser would refuse an operator, in one clause, or None: "Attention needs TensorRT 10.14, this is 10.3"."""
+    """Why a parser would refuse an operator, such as "Attention needs TensorRT 10.14, this is 10.3", or None."""
     if op in supported(version, rtx):
         return None
     have = ".".join(map(str, version))
     if rtx:
-        return f"{op} is no operator of TensorRT for RTX {have}"
+        return f"{op} is not an operator of TensorRT for RTX {have}"
     if op in CLASSIC:
         return f"{op} needs TensorRT {'.'.join(map(str, CLASSIC[op].since))}, this is {have}"
-    return f"{op} is no operator of any TensorRT up to 11.4"
+    return f"{op} is not an operator of any TensorRT up to 11.4"

@@ -1,4 +1,4 @@
-"""Verbs that look for wrong numbers and leaks: verify, soak."""
+"""The verbs verify and soak, which look for wrong numbers and leaks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from trol_edge.cli.show import Json, OfOrt, err, out, print_json
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     every: Annotated[bool, typer.Option("--all", help="One line per stage instead of one per layer.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
+    ] = None,
     provider: OfOrt = None,
     as_json: Json = False,
 ) -> None:
-    """Replay the self-test that export recorded; exit code 1 where a stage drifts more than its precision may."""
+    """Replay the self-test that export recorded. The exit code is 1 if a stage drifts more than its precision may."""
     from trol_edge.verify.replay import verify as replay
 
     report = replay(bundle, threads, cast(Any, provider))
@@ -40,14 +42,14 @@ def verify(
 
 def soak(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, with a tokenizer.")],
-    minutes: Annotated[float, typer.Option(help="How long.", min=0.01)] = 10.0,
+    minutes: Annotated[float, typer.Option(help="Duration in minutes.", min=0.01)] = 10.0,
     provider: OfOrt = None,
     as_json: Json = False,
 ) -> None:
-    """Ask, stop, fork, miss deadlines and feed bad frames from four threads; exit 1 for wrong answers or leaks."""
+    """Ask, stop, fork, miss deadlines and feed bad frames from four threads. Wrong answers or leaks exit with 1."""
     from trol_edge.measure.soak import soak as run_soak
 
-    shown = [-10.0]  # seconds at which a line was last printed
+    shown = [-10.0]  # time of the last printed line, in seconds
 
     def progress(seconds: float, resident: int) -> None:
         if seconds - shown[0] >= 10:
@@ -62,7 +64,7 @@ def soak(
         out.print(f"{sum(report.calls.values())} calls in {report.seconds:.0f} s: {calls}")
         out.print(f"vision cache: {report.vision_hits} hits, {report.vision_misses} misses")
         if report.slope is None:
-            out.print("memory: not judged, the run was shorter than a minute")
+            out.print("memory: not judged, because the run was shorter than a minute")
         else:
             slope = report.slope
             out.print(

@@ -1,4 +1,4 @@
-"""Checkpoints and statistics, as the verbs are given them."""
+"""Finds the checkpoints and statistics that the verbs get as arguments."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 
 from trol_edge.cli.show import extra
 
-CHECKPOINTS = Path("build/checkpoints")  # where downloads are kept
-SENSITIVITY_SAMPLES = 8  # on which it is measured what each Linear costs: a run of the model each
+CHECKPOINTS = Path("build/checkpoints")  # folder of downloads
+SENSITIVITY_SAMPLES = 8  # samples on which each Linear's cost is measured; each takes a run of the model
 
 
 def checkpoint_of(given: str, downloads: Path = CHECKPOINTS, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a checkpoint that was given as a folder or as a model's name (then fetched), and that name."""
+    """The folder of a checkpoint given as a folder or as a model's name, and that name. A named model is fetched."""
     with extra("export"):
         from trol_edge.export.reference import hub
     if Path(given).is_dir():
@@ -25,7 +25,7 @@ def checkpoint_of(given: str, downloads: Path = CHECKPOINTS, revision: str | Non
 
 
 def statistics_of(given: Path | None, checkpoint: Path, data: Path | None, cache: Path, progress: Any) -> Any:
-    """A function that loads the statistics of a Checkpoint from the folder given, or gathers them into `cache`."""
+    """Make a function that loads a Checkpoint's statistics from the given folder, or gathers them into `cache`."""
 
     def statistics(source: Any) -> Any:
         from trol_edge.calibration.run import calibrate
@@ -39,5 +39,5 @@ def statistics_of(given: Path | None, checkpoint: Path, data: Path | None, cache
 
 
 def calibration_of(checkpoint: Path, output: Path) -> Path:
-    """Where statistics of a checkpoint are kept that no folder was named for: beside what is made with them."""
+    """The default folder for statistics of a checkpoint, which is beside the output that is made with them."""
     return output.parent / f"calibration-{checkpoint.resolve().name}"

@@ -1,4 +1,4 @@
-"""Verbs about this machine and its engines: targets, build, doctor."""
+"""The verbs targets, build and doctor, about this machine and its engines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trol_edge.cli.show import Json, err, out, peak_bytes, phases, print_json
 
 
 def targets(
-    best: Annotated[bool, typer.Option("--best", help="Print the target to take on this machine, and why.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Print the best target on this machine, and why.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the targets, and which of them this machine can build and run now, and why not."""
+    """List the targets, which of them this machine can build and run now, and why not the others."""
     from trol_edge.bundle.targets import NOT_YET, TARGETS, is_gpu
     from trol_edge.runtimes import doctor as room
 
@@ -59,15 +59,17 @@ def targets(
 
 def build(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, exported with a GPU target.")],
-    target: Annotated[str | None, typer.Option(help="See trol-edge targets.  [default: the bundle's own]")] = None,
-    memory: Annotated[
-        float | None, typer.Option(help="GB of the device's memory, which engines and K/V cache must fit.")
+    target: Annotated[
+        str | None, typer.Option(help="Target to build for (see trol-edge targets).  [default: the bundle's own]")
     ] = None,
-    workspace: Annotated[float | None, typer.Option(help="GB of scratch memory that one layer may ask for.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Build although the engines that are there serve.")] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="Memory of the device in GB, which engines and K/V cache must fit.")
+    ] = None,
+    workspace: Annotated[float | None, typer.Option(help="Most scratch memory of one layer, in GB.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build even if the present engines are valid.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build a bundle's TensorRT engines: on the GPU that runs them, or anywhere with TensorRT for RTX."""
+    """Build a bundle's TensorRT engines, on the GPU that runs them, or on any machine with TensorRT for RTX."""
     from trol_edge.bundle.manifest import Bundle
     from trol_edge.runtimes.trt import build as trt_build
 
@@ -91,7 +93,7 @@ def build(
         return
     out.print(f"built, because: {done.reason}", markup=False, soft_wrap=True)
     for name, engine in done.engines.engines.items():
-        ratio = engine.bytes / engine.weight_bytes  # of what stands in it; shared weights do not
+        ratio = engine.bytes / engine.weight_bytes  # the engine's own weights, without shared ones
         out.print(
             f"{name:8} {engine.bytes / 1e6:9.1f} MB ({ratio:.3f} x its weights), {engine.seconds:5.1f} s, "
             f"{len(engine.profiles)} profile(s); {', '.join(f'{n} {kind}' for kind, n in engine.layers.items())}",
@@ -105,10 +107,10 @@ def build(
 
 
 def doctor(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder to look at, too.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder to check, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine is, what runs here and what is wrong; exit code 1 where something needed does not work."""
+    """Say what this machine is, what runs here and what is wrong. If something needed does not work, exit with 1."""
     from trol_edge.runtimes import doctor as room
 
     checks = room.examine(bundle)

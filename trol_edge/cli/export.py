@@ -1,4 +1,4 @@
-"""Verbs that write bundles and checkpoints: export, synth, outliers."""
+"""The verbs export, synth and outliers, which write bundles and checkpoints."""
 
 from __future__ import annotations
 
@@ -22,27 +22,31 @@ def export(
     target: Annotated[
         str,
         typer.Option(
-            help="cpu: for ONNX Runtime. rtx, tensorrt, jetson-jp6 ..: for TensorRT (trol-edge targets, then trol-edge "
-            "build). onnx: self-contained files for other tools."
+            help="What runs the bundle. cpu is ONNX Runtime; rtx, tensorrt, jetson-jp6 and others are TensorRT (see "
+            "trol-edge targets, then trol-edge build); onnx gives self-contained files for other tools."
         ),
     ] = "cpu",
     context: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of prompt and answer together: KV cache capacity.  [default: 2048, 2560 for trol-3.8b]"
+            help="Capacity of the K/V cache: tokens of prompt and answer.  [default: 2048, 2560 for trol-3.8b]"
         ),
     ] = None,
     precision: Annotated[
         str,
-        typer.Option(help="fp32, fp16, int8, int4, fp8, or a JSON file that says it per layer (docs/quantization.md)."),
+        typer.Option(
+            help="Recipe (fp32, fp16, int8, int4 or fp8), or a JSON file with a plan per layer (docs/quantization.md)."
+        ),
     ] = "fp32",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Folder of `trol-edge calibrate`.  [default: calibration-<checkpoint> beside the bundle]"),
+        typer.Option(
+            help="Folder with statistics of `trol-edge calibrate`.  [default: calibration-<name> beside the bundle]"
+        ),
     ] = None,
-    block: Annotated[int | None, typer.Option(help="int4: inputs that share a scale, 32, 64 or 128.")] = None,
+    block: Annotated[int | None, typer.Option(help="Inputs that share a scale in int4: 32, 64 or 128.")] = None,
     observer: Annotated[
-        str | None, typer.Option(help="How activation scales are found: minmax, percentile, entropy or mse.")
+        str | None, typer.Option(help="Method for activation scales: minmax, percentile, entropy or mse.")
     ] = None,
     lm_head: Annotated[str | None, typer.Option(help="Precision of the output layer.")] = None,
     vision: Annotated[str | None, typer.Option(help="Precision of vision tower and projector.")] = None,
@@ -51,20 +55,23 @@ def export(
     ] = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(help="Raise as few Linears as keep the logits' KL divergence within this, nats (trol-edge mix)."),
+        typer.Option(
+            help="Raise just enough Linears to keep the KL divergence below this, in nats (see trol-edge mix)."
+        ),
     ] = None,
     selftest: Annotated[
-        bool, typer.Option("--selftest/--no-selftest", help="Record what the FP32 reference computes, for verify.")
+        bool,
+        typer.Option("--selftest/--no-selftest", help="Record results of the FP32 reference for trol-edge verify."),
     ] = True,
     shared_weights: Annotated[
         bool,
         typer.Option(
             "--shared-weights",
-            help="TensorRT, 8 GB boards: traverse and step read one copy of their matrices (fp16, int8).",
+            help="Let traverse and step share one copy of their weights, for TensorRT on 8 GB boards (fp16, int8).",
         ),
     ] = False,
-    checkpoints: Annotated[Path, typer.Option(help="Where downloads are kept.")] = CHECKPOINTS,
-    revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
+    checkpoints: Annotated[Path, typer.Option(help="Folder for downloads.")] = CHECKPOINTS,
+    revision: Annotated[str | None, typer.Option(help="Commit of the hub repository to fetch.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -111,9 +118,9 @@ def export(
 
 
 def synth(
-    model: Annotated[str, typer.Option(help="Whose published shapes: trol-1.8b, trol-3.8b or trol-7b.")],
+    model: Annotated[str, typer.Option(help="Model whose shapes to use: trol-1.8b, trol-3.8b or trol-7b.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -136,13 +143,13 @@ def synth(
 def outliers(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
-    factor: Annotated[float, typer.Option(help="Scale by this; the nearest power of two is taken.")] = 50.0,
-    channels: Annotated[int, typer.Option(help="How many of each norm.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the choice of channels.")] = 0,
+    factor: Annotated[float, typer.Option(help="Factor of the channels; rounded to the nearest power of two.")] = 50.0,
+    channels: Annotated[int, typer.Option(help="Channels per norm.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of channels.")] = 0,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make outlier channels that change no answer in float32, to see what quantization makes of them."""
+    """Make outlier channels that change no answer in float32, to test quantization with them."""
     with extra("export"):
         from trol_edge.calibration.outliers import make_outliers
     with progress_bars(quiet=as_json) as progress:

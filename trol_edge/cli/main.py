@@ -1,4 +1,4 @@
-"""The command line: one command, a verb per task. Only this folder prints, and only it decides exit codes."""
+"""The command trol-edge with a verb per task. Only this folder prints and decides exit codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from trol_edge._version import __version__
-from trol_edge.cli import check, device, export, measure, plan, quantize, run
+from trol_edge.cli import check, device, export, measure, plan, quantize, run, sign
 from trol_edge.cli.show import err
 from trol_edge.errors import TrolEdgeError
 
@@ -25,7 +25,7 @@ def version() -> None:
     print(__version__)
 
 
-# Every verb, in the order of --help, and an example of it.
+# Every verb with an example, in the order of --help.
 VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (export.export, "trol-edge export trol-1.8b -o build/trol-1.8b   (fetches it first; or give a folder)"),
     (run.run, 'trol-edge run build/trol-nano --image scene.png --prompt "What is left of the red star?"'),
@@ -37,6 +37,7 @@ VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (quantize.evaluate, "trol-edge evaluate build/trol-nano -n 500"),
     (quantize.compare, "trol-edge compare build/trol-nano build/trol-nano-int8 --scenes 2000 -o build/compare"),
     (run.demo, "trol-edge demo build/trol-nano"),
+    (sign.sign, "trol-edge sign build/trol-nano --key key.pem"),
     (check.verify, "trol-edge verify build/trol-nano --json"),
     (check.soak, "trol-edge soak build/trol-nano --minutes 10"),
     (measure.profile, "trol-edge profile build/trol-nano --size 640x480 --size none -o build/profile"),
@@ -51,7 +52,7 @@ for verb, example in VERBS:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code: 0, 1 for an error of ours, 2 for bad usage, 130 after Ctrl-C."""
+    """Run one command line. Returns 0, 1 for an error of this package, 2 for bad usage, 130 after Ctrl-C."""
     try:
         result = app(args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False)
     except TrolEdgeError as error:
@@ -69,5 +70,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(error.exit_code)
         raise
     if result == 130:
-        err.print("interrupted; nothing half-written was left behind")
+        err.print("interrupted; no unfinished files are left")
     return result if isinstance(result, int) else 0

@@ -1,4 +1,4 @@
-"""The verb profile."""
+"""The verb profile, which measures bundles."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ from trol_edge.cli.show import Json, OfOrt, out, phases, print_json
 
 
 def profile(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders: precisions, models, as many as you like.")],
+    bundles: Annotated[list[Path], typer.Argument(help="One or more bundle folders.")],
     size: Annotated[
-        list[str] | None, typer.Option(help="Picture size, or none; repeat for a sweep.  [default: 640x480]")
+        list[str] | None, typer.Option(help="Picture size, or none for no picture; repeatable.  [default: 640x480]")
     ] = None,
     prompt_tokens: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Length of the whole prompt; repeat for a sweep.  [default: a short question]"),
+        typer.Option(min=1, help="Tokens of the whole prompt; repeatable.  [default: a short question]"),
     ] = None,
-    image: Annotated[Path | None, typer.Option("-i", "--image", help="Picture file, instead of --size.")] = None,
+    image: Annotated[Path | None, typer.Option("-i", "--image", help="Picture file to use instead of --size.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
-    warmup: Annotated[int, typer.Option(min=0, help="Answers before those that count.")] = 2,
-    runs: Annotated[int, typer.Option(min=1, help="Answers that count, of each case.")] = 10,
-    starts: Annotated[int, typer.Option(min=0, help="Fresh processes, page cache cold and warm each.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
-    interval_ms: Annotated[float, typer.Option(min=5, help="Between two samples of the machine.")] = 100.0,
+    warmup: Annotated[int, typer.Option(min=0, help="Answers that are not counted, before the others.")] = 2,
+    runs: Annotated[int, typer.Option(min=1, help="Answers that are counted, per case.")] = 10,
+    starts: Annotated[
+        int, typer.Option(min=0, help="Fresh processes to time with a cold page cache, and again with a warm one.")
+    ] = 3,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
+    ] = None,
+    interval_ms: Annotated[float, typer.Option(min=5, help="Sampling interval.")] = 100.0,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for profile.json and the page, profile.html.")
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="An older profile.json: exit code 1 where something became slower.")
+        Path | None, typer.Option(help="Older profile.json; the exit code is 1 if something became slower.")
     ] = None,
-    root: Annotated[Path, typer.Option(help="Where proc and sys lie, to read a recorded tree.")] = Path("/"),
+    root: Annotated[Path, typer.Option(help="Folder of proc and sys, to read a recorded tree.")] = Path("/"),
     provider: OfOrt = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, memory and energy of bundles on this machine, stage by stage; writes a page to look at."""
+    """Measure latency, memory and energy of bundles on this machine, stage by stage, and write a page about them."""
     from trol_edge.bundle.folder import write_text
     from trol_edge.measure import compare, record, run
     from trol_edge.measure.page import page
@@ -62,7 +66,7 @@ def profile(
             provider=cast(Any, provider),
             progress=lambda line: progress(line, 0, 0),
         )
-    if output is not None:  # before the comparison, which may refuse: minutes of measuring are not thrown away
+    if output is not None:  # write before the comparison, which may raise, so that minutes of measuring are not lost
         found.save(output / record.FILE)
         write_text(output / "profile.html", page(found))
     comparison = None if old is None else compare.compare(old, found)
@@ -83,7 +87,7 @@ def profile(
 
 
 def _size(text: str) -> tuple[int, int] | None:
-    """ "640x480" as numbers; "none": no picture."""
+    """Parse "640x480" into numbers, or "none" (no picture) into None."""
     width, x, height = text.lower().partition("x")
     if text.lower() == "none":
         return None
@@ -93,7 +97,7 @@ def _size(text: str) -> tuple[int, int] | None:
 
 
 def _show_profile(profile: Any, rows: list[dict[str, Any]]) -> None:
-    """Tables of a profile: the stages of every run, and what to know about them."""
+    """Print the stages of every run as a table, and notes about them."""
     from trol_edge.measure.record import STAGES, STARTS, case_name
     from trol_edge.svg import number
 
@@ -128,7 +132,7 @@ def _show_profile(profile: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _show_comparison(comparison: Any) -> None:
-    """What became slower against a baseline, and what could not be judged."""
+    """Print what became slower against a baseline, and what could not be judged."""
     for text in comparison.remarks:
         out.print(f"remark: {text}", markup=False, soft_wrap=True, style="dim")
     for text in comparison.unjudged:

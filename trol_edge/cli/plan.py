@@ -1,4 +1,4 @@
-"""The verb plan."""
+"""The verb plan, which predicts time and memory on a device."""
 
 from __future__ import annotations
 
@@ -15,36 +15,39 @@ from trol_edge.cli.show import Json, extra, out, phases, print_json
 
 
 def plan(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder; or --model, before there is one.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder, if there is one; else give --model.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="trol-nano, trol-nano-phi3, trol-1.8b, trol-3.8b or trol-7b.")
+        str | None, typer.Option(help="Model: trol-nano, trol-nano-phi3, trol-1.8b, trol-3.8b or trol-7b.")
     ] = None,
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name, name:mode or a JSON file; several are compared. host: this machine, measured. "
+            help="Device as name, name:mode or JSON file, or host to measure this machine; repeatable.  "
             "[default: every Jetson; host for a bundle made for the CPU]"
         ),
     ] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="As for export; several are compared.  [default: all the device has]")
+        list[str] | None,
+        typer.Option(help="Precision as for export; repeatable.  [default: all that the device supports]"),
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     tiles: Annotated[
-        int | None, typer.Option(min=0, help="Pictures or tiles in the prompt.  [default: as many as one picture has]")
+        int | None, typer.Option(min=0, help="Pictures or tiles in the prompt.  [default: the most of one picture]")
     ] = None,
     text: Annotated[int, typer.Option(min=1, help="Tokens of text in the prompt.")] = 84,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of the answer.")] = 64,
-    goal_ms: Annotated[float | None, typer.Option(help="Time to the first token that is wanted, milliseconds.")] = None,
-    goal_tokens_per_second: Annotated[float | None, typer.Option(help="Speed of the answer that is wanted.")] = None,
-    desktop: Annotated[bool, typer.Option("--desktop", help="The device shows a desktop, too.")] = False,
-    reserve: Annotated[float, typer.Option(min=0, help="GB that must remain for the rest of the robot.")] = 0.5,
+    goal_ms: Annotated[float | None, typer.Option(help="Wanted time to the first token, in milliseconds.")] = None,
+    goal_tokens_per_second: Annotated[float | None, typer.Option(help="Wanted speed of the answer.")] = None,
+    desktop: Annotated[bool, typer.Option("--desktop", help="Count the memory of a desktop on the device.")] = False,
+    reserve: Annotated[
+        float, typer.Option(min=0, help="Memory that must remain for the rest of the robot, in GB.")
+    ] = 0.5,
     show_device: Annotated[
-        str | None, typer.Option(help="Print a device as JSON, to change and pass as --device.")
+        str | None, typer.Option(help="Print this device as JSON, to be edited and given as --device.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell before owning the board: does it fit, how long would it take, and which precision is best."""
+    """Predict whether a model fits a device, how fast it would be, and which precision is best."""
     from trol_edge.bundle.manifest import Bundle
     from trol_edge.machine import devices
     from trol_edge.plan import compare as planning
@@ -58,7 +61,7 @@ def plan(
     if (bundle is None) == (model is None):
         raise typer.BadParameter("give either a bundle folder or --model")
     if bundle is not None and (precision or context):
-        raise typer.BadParameter("a bundle has its precision and context already; use --model to choose")
+        raise typer.BadParameter("a bundle's precision and context are fixed; use --model to choose them")
     fixed = None if bundle is None else subject_of(Bundle(bundle))
     machines = []
     for name in device or planning.device_names(fixed):
@@ -114,7 +117,7 @@ def plan(
 
 
 def _print_plans(plans: Any) -> None:
-    """A table with a row for each plan; where there is one plan only, all of it."""
+    """Print a table with a row for each plan, or everything about a single plan."""
     first = plans[0].subject
     out.print(f"{first.name}, context {first.context}; times expected (floor); GB = 1e9 bytes", markup=False)
     table = Table(box=None, padding=(0, 1))

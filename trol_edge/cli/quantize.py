@@ -1,4 +1,4 @@
-"""Verbs around precision: calibrate, mix, compare, evaluate."""
+"""The verbs calibrate, mix, compare and evaluate, about precision."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def calibrate(
         Path | None,
         typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Use at most so many.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Most samples to use.")] = 32,
     compute: Annotated[
-        str, typer.Option(help="float32, or bfloat16: up to 3 times faster on a CPU with AVX512-BF16.")
+        str, typer.Option(help="Type to compute in: float32, or bfloat16, up to 3 times faster with AVX512-BF16.")
     ] = "float32",
-    force: Annotated[bool, typer.Option("--force", help="Replace statistics of something else.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace statistics of another checkpoint or other samples.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a checkpoint's activations on pictures and prompts, one layer in memory at a time."""
@@ -54,20 +56,20 @@ def mix(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a model name as for export.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write, for export --precision.")],
     max_loss: Annotated[
-        float, typer.Option(help="KL divergence of the logits that may be lost, nats (see `trol-edge compare`).")
+        float, typer.Option(help="Highest KL divergence of the logits, in nats (see trol-edge compare).")
     ],
     precision: Annotated[str, typer.Option(help="Recipe, or JSON file, to start from.")] = "int4",
     calibration: Annotated[
-        Path | None, typer.Option(help="Folder of `trol-edge calibrate`.  [default: beside the output]")
+        Path | None, typer.Option(help="Folder with statistics of `trol-edge calibrate`.  [default: beside the output]")
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="To measure on: at most so many.")] = SENSITIVITY_SAMPLES,
+    samples: Annotated[int, typer.Option(min=1, help="Most samples to measure on.")] = SENSITIVITY_SAMPLES,
     as_json: Json = False,
 ) -> None:
-    """Find which Linears need more bits: measure what each costs, raise as few as keep the loss within --max-loss."""
+    """Find which Linears need more bits, by measuring each; raise just enough to keep the loss within --max-loss."""
     with extra("export"):
         from trol_edge.calibration import samples as sampling
         from trol_edge.calibration.sensitivity import find_plan
@@ -87,7 +89,7 @@ def mix(
         raised = f" -> {found.linears[name].precision}" if name in found.linears else ""
         out.print(f"{nats:.2e} nats  {name}{raised}", markup=False)
     out.print(
-        f"{options.recipe} as it is: {found.recipe_nats:.2e} nats; with {len(found.linears)} of "
+        f"plain {options.recipe}: {found.recipe_nats:.2e} nats; with {len(found.linears)} of "
         f"{len(found.sensitivity)} Linears raised: {found.nats:.2e}, {'within' if found.reached else 'NOT within'} "
         f"{max_loss:g}\nNext: trol-edge export {checkpoint} --precision {output} --calibration {cache} -o ..."
     )
@@ -95,12 +97,12 @@ def mix(
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder of a model trained on the rendered scenes.")],
-    number: Annotated[int, typer.Option("-n", "--number", min=1, help="Held-out questions to ask.")] = 2000,
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of held-out questions to ask.")] = 2000,
     scale: Annotated[
-        int, typer.Option(min=1, max=8, help="Size of the pictures, in 112 pixels a side; 2: several tiles.")
+        int, typer.Option(min=1, max=8, help="Side of the pictures in units of 112 pixels; 2 gives several tiles.")
     ] = 1,
     report: Annotated[
-        Path | None, typer.Option(help="Markdown file whose section about the bundle to rewrite.")
+        Path | None, typer.Option(help="Markdown file in which to rewrite the section about the bundle.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -120,21 +122,23 @@ def evaluate(
 
 
 def compare(
-    reference: Annotated[Path, typer.Argument(help="Bundle folder to compare with.")],
-    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders of the same checkpoint.")],
+    reference: Annotated[Path, typer.Argument(help="Bundle folder of the reference.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders of the same checkpoint to compare with it.")],
     data: Annotated[
         Path | None,
         typer.Option(help='Folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="For layers and logits: at most so many.")] = 16,
-    scenes: Annotated[int, typer.Option(min=0, help="Held-out rendered scenes to ask for the accuracy.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Most samples for layers and logits.")] = 16,
+    scenes: Annotated[int, typer.Option(min=0, help="Number of held-out rendered scenes for the accuracy.")] = 0,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for compare.json and the plot, compare.svg.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what bundles lost against a reference: per layer, in logits, in answers; and where it begins."""
+    """Show what bundles lost against a reference, per layer, in logits and in answers, and where the loss begins."""
     with extra("export"):
         from trol_edge.calibration import compare as comparing
         from trol_edge.calibration import samples as sampling

@@ -1,4 +1,4 @@
-"""Verbs that ask a bundle, or look into it: run, demo, inspect."""
+"""The verbs run, demo and inspect, which ask a bundle or show its contents."""
 
 from __future__ import annotations
 
@@ -19,23 +19,33 @@ from trol_edge.cli.show import Json, OfOrt, err, extra, out, print_json
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="The question.")],
-    image: Annotated[list[Path] | None, typer.Option("-i", "--image", help="Picture file; repeat for several.")] = None,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Question to ask.")],
+    image: Annotated[list[Path] | None, typer.Option("-i", "--image", help="Picture file; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1: all.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0: all.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1: none.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    temperature: Annotated[float, typer.Option(help="Temperature of the sampling; 0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most probable tokens; 0 allows all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the fewest tokens with this total probability; 1 allows all.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this share of the highest probability; 0 allows all.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Penalty for repeated tokens; 1 is none.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Sampling seed.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Of pictures with more than 8 bits a channel: how many their numbers have, 8..16."),
+    ] = None,
     long_context: Annotated[
-        bool, typer.Option("--long-context", help="Take the long rope factors from the first token on (trol-3.8b).")
+        bool, typer.Option("--long-context", help="Use the long rope factors from the first token on (trol-3.8b).")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="Of the inference library.  [default: physical cores]")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
+    ] = None,
     provider: OfOrt = None,
     fallback: Annotated[
-        str | None, typer.Option(help="A provider to go over to, with a warning, where engines cannot be loaded.")
+        str | None, typer.Option(help="Provider to use, with a warning, if engines cannot be loaded.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -56,6 +66,7 @@ def run(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop or (),
+            bits=bits,
             long_context=long_context,
         ):
             ids += piece.token_ids
@@ -103,7 +114,7 @@ def inspect(
         if is_gpu(manifest.target):
             apart, shared = device_bytes(opened)
             data["device_bytes"] = {"apart": apart, "shared": shared, "is_shared": bool(shared_weights(opened))}
-        data["kv_bytes_per_token"] = kv  # of one set; prefix reuse keeps two
+        data["kv_bytes_per_token"] = kv  # bytes of one set; prefix reuse keeps two
         print_json(data)
         return
     spec = manifest.spec
@@ -125,7 +136,7 @@ def inspect(
     out.print(parts)
     least, size = sum(part.bytes for part in manifest.parts.values()), sum(f.bytes for f in manifest.files.values())
     out.print(
-        f"Bundle {size / 1e6:.2f} MB; these parts take {least / 1e6:.2f} MB at least: "
+        f"Bundle {size / 1e6:.2f} MB; these parts take at least {least / 1e6:.2f} MB: "
         f"{100 * (size / least - 1):+.1f} % (graphs, rotary tables, tokenizer)"
     )
     for name, graph in manifest.graphs.items():
@@ -144,7 +155,7 @@ def inspect(
     form = "as computed" if manifest.plan.quantized else "float32"
     sets = "with prefix reuse (the default), one without"
     if is_gpu(manifest.target):
-        sets = "always: engines keep both"
+        sets = "always, because engines keep both"
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     if is_gpu(manifest.target):
         apart, shared = device_bytes(opened)
@@ -189,7 +200,7 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
 
 
 def _precision(manifest: Any) -> str:
-    """The recipe of a bundle in a line."""
+    """Describe the recipe of a bundle in one line."""
     plan = manifest.plan
     text = f"precision {plan.recipe}, the rest computes in {plan.compute}"
     if plan.observer:
@@ -200,7 +211,7 @@ def _precision(manifest: Any) -> str:
 
 
 def _ports(ports: Any) -> str:
-    """Ports in a line; the cache, two tensors a layer, as one entry."""
+    """Describe ports in one line, with the cache (two tensors per layer) as one entry."""
     shown = [p for p in ports if not p.name.startswith(("past_", "present_"))]
     cache = [p for p in ports if p not in shown]
     text = [f"{p.name} {p.dtype} [{', '.join(map(str, p.shape))}]" for p in shown]

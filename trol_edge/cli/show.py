@@ -1,4 +1,4 @@
-"""What the verbs print with: consoles, JSON, bars, options that several of them have."""
+"""Consoles, JSON, progress bars and common options of the verbs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trol_edge.errors import BackendError
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 OfOrt = Annotated[
     str | None,
-    typer.Option("--provider", help="Run a GPU bundle by ONNX Runtime instead of engines: cuda, tensorrt, cpu."),
+    typer.Option("--provider", help="ONNX Runtime provider to use instead of engines: cuda, tensorrt or cpu."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
@@ -52,7 +52,7 @@ def extra(name: str) -> Iterator[None]:
 
 @contextmanager
 def phases(quiet: bool) -> Iterator[Any]:
-    """A callback (phase, done, steps) that shows the phase at work and the time since the start, on one line."""
+    """Yield a callback (phase, done, steps) that shows the current phase and the time since the start, on one line."""
     if quiet:
         yield lambda what, done, total: None
         return
@@ -67,7 +67,7 @@ def phases(quiet: bool) -> Iterator[Any]:
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Any]:
-    """A callback (what, done, total) that draws one bar per stage, with the time left."""
+    """Yield a callback (what, done, total) that draws one bar per stage, with the remaining time."""
     if quiet:
         yield lambda what, done, total: None
         return

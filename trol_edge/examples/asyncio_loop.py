@@ -1,4 +1,4 @@
-"""Answers inside an asyncio program: streamed while other tasks run, ended by a time limit, cancelled.
+"""Shows answers inside an asyncio program: streamed while other tasks run, ended by a time limit, cancelled.
 
 python -m trol_edge.examples.asyncio_loop build/trol-nano scene.png --question "Describe the scene."
 """
@@ -14,14 +14,14 @@ import trol_edge
 
 
 async def heartbeat(period_s: float, beats: list[int]) -> None:
-    """Stands for everything else that a robot's loop does; it must not miss a beat while the model computes."""
+    """Play everything else that a robot's loop does. It must not miss a beat while the model computes."""
     while True:
         beats[0] += 1
         await asyncio.sleep(period_s)
 
 
 async def ask(runtime: trol_edge.Runtime, question: str, image: str, limit_s: float) -> str:
-    """Stream an answer to the terminal. Beyond the limit it is cancelled, and what there was is returned."""
+    """Stream an answer to the terminal. At the limit it is cancelled, and the text so far is returned."""
     text = ""
 
     async def stream() -> None:
@@ -39,7 +39,7 @@ async def ask(runtime: trol_edge.Runtime, question: str, image: str, limit_s: fl
 
 
 async def run(runtime: trol_edge.Runtime, question: str, image: str, limit_s: float) -> tuple[str, int]:
-    """Answer beside a heartbeat of 100 Hz; the answer, and the beats meanwhile."""
+    """Answer beside a heartbeat of 100 Hz; returns the answer, and the number of beats meanwhile."""
     beats = [0]
     other = asyncio.create_task(heartbeat(0.01, beats))
     try:
@@ -49,12 +49,12 @@ async def run(runtime: trol_edge.Runtime, question: str, image: str, limit_s: fl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("image")
     parser.add_argument("--question", default="Describe the scene.")
-    parser.add_argument("--limit-s", type=float, default=60.0, help="cancel the answer after so many seconds")
+    parser.add_argument("--limit-s", type=float, default=60.0, help="Seconds after which to cancel the answer.")
     given = parser.parse_args(arguments)
     with trol_edge.Runtime(given.bundle) as runtime:
         _, beats = asyncio.run(run(runtime, given.question, given.image, given.limit_s))

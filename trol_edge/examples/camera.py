@@ -1,8 +1,8 @@
-"""A camera (or a video file) and a question, asked again and again about the newest frame: OpenCV in, answers out.
+"""Asks a question again and again about the newest frame of a camera or a video file, with OpenCV.
 
     python -m trol_edge.examples.camera build/trol-nano --source 0 --question "Describe the scene."
 
-Needs OpenCV: pip install 'trol-edge[cpu,camera]'. The camera never waits for the model: a thread reads frames into a
+It needs OpenCV: pip install 'trol-edge[cpu,camera]'. The camera never waits for the model. A thread reads frames into a
 queue of length one, and a frame that is older than --max-age-ms when the model is free is dropped.
 """
 
@@ -24,9 +24,9 @@ Frame = NDArray[np.uint8]
 
 
 def frames_of(source: str) -> Iterator[Frame]:
-    """Frames, uint8 [H, W, 3] in BGR, of a webcam ("0", "1", ...) or of a video file, at the file's own speed.
+    """Yield frames, uint8 [H, W, 3] in BGR, of a webcam ("0", "1", ...) or of a video file, at the file's own speed.
 
-    Exits with a message where there is no such camera or file.
+    Exits with a message if there is no such camera or file.
     """
     import cv2
 
@@ -88,14 +88,14 @@ def answer_frames(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("--source", default="0", help="number of a webcam, or a video file")
+    parser.add_argument("--source", default="0", help="Number of a webcam, or a video file.")
     parser.add_argument("--question", default="Describe the scene.")
-    parser.add_argument("--deadline-ms", type=float, help="cut an answer off after so many milliseconds")
-    parser.add_argument("--max-age-ms", type=float, default=500.0, help="skip frames that waited longer")
-    parser.add_argument("--answers", type=int, help="stop after so many")
+    parser.add_argument("--deadline-ms", type=float, help="Milliseconds after which an answer is cut off.")
+    parser.add_argument("--max-age-ms", type=float, default=500.0, help="Skip frames that waited longer than this.")
+    parser.add_argument("--answers", type=int, help="Number of answers after which to stop.")
     given = parser.parse_args(arguments)
 
     def show(answer: Any) -> None:

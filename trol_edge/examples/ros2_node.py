@@ -1,11 +1,11 @@
-"""A ROS 2 node: sensor_msgs/Image in, std_msgs/String out, diagnostics once a second.
+"""A ROS 2 node that turns sensor_msgs/Image into std_msgs/String, with diagnostics once a second.
 
     python -m trol_edge.examples.ros2_node --ros-args -p bundle:=build/trol-nano -p question:="Describe the scene."
 
 Topics: image (in), answer (out), /diagnostics (out); remap them as usual. Parameters: bundle, question (may be changed
 while it runs), deadline_ms (0: none), max_age_ms (frames that waited longer are dropped; 0: no limit), max_new_tokens.
-rclpy and the messages come with ROS 2 (sourced in the shell), not from pip. All logic is in `FrameAnswerer`, which
-knows nothing of ROS.
+rclpy and the messages come with ROS 2 (sourced in the shell), not from pip. All logic is in `FrameAnswerer`, which does
+not depend on ROS.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trol_edge.errors import ImageError
 
 Frame = NDArray[np.uint8]
 Color = Literal["rgb", "bgr"]
-ENCODINGS: dict[str, tuple[int, Color]] = {  # bytes per pixel, order of the first three
+ENCODINGS: dict[str, tuple[int, Color]] = {  # name -> (bytes per pixel, order of the first three)
     "rgb8": (3, "rgb"),
     "bgr8": (3, "bgr"),
     "8UC3": (3, "bgr"),
@@ -37,7 +37,7 @@ ENCODINGS: dict[str, tuple[int, Color]] = {  # bytes per pixel, order of the fir
 
 
 def array_from_image(height: int, width: int, step: int, encoding: str, data: Any) -> tuple[Frame, Color]:
-    """The fields of a sensor_msgs/Image as an array [H, W, 3], a view of `data`, and the order of its channels.
+    """Turn the fields of a sensor_msgs/Image into an array [H, W, 3], a view of `data`, and its channel order.
 
     step: bytes from one row to the next. Raises ImageError for an encoding without 8-bit colours, or too little data.
     """
@@ -46,13 +46,16 @@ def array_from_image(height: int, width: int, step: int, encoding: str, data: An
     channels, color = ENCODINGS[encoding]
     flat = np.frombuffer(data, np.uint8)
     if step < width * channels or flat.size < height * step:
-        raise ImageError(f"{flat.size} bytes with a step of {step} are no {width}x{height} image of {encoding}")
+        raise ImageError(
+            f"found {flat.size} bytes with a step of {step}, too few for a {width}x{height} image of {encoding}; "
+            "check the publisher"
+        )
     pixels = np.lib.stride_tricks.as_strided(flat, (height, width, channels), (step, channels, 1), writeable=False)
     return (np.broadcast_to(pixels, (height, width, 3)) if channels == 1 else pixels[:, :, :3]), color
 
 
 class FrameAnswerer:
-    """Asks one question about the newest frame, over and over, in a thread of its own."""
+    """Asks one question about the newest frame, over and over, in a separate thread."""
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class FrameAnswerer:
         max_age_ms: float | None = None,
         max_new_tokens: int = 64,
     ) -> None:
-        """publish: called with every answer that is not empty, in the thread."""
+        """Start the thread. It calls publish with every answer that is not empty."""
         self.question = question
         self._runtime, self._publish = runtime, publish
         self._deadline_ms, self._max_new_tokens = deadline_ms, max_new_tokens
@@ -75,7 +78,7 @@ class FrameAnswerer:
         self._thread.start()
 
     def offer(self, frame: Frame, color: Color) -> None:
-        """Hand a frame over; never waits. A frame that was not looked at yet is dropped for it."""
+        """Hand over a frame without waiting. It replaces a frame that is still waiting."""
         self._newest.put((frame, color))
 
     def reject(self, error: Exception) -> None:
@@ -98,11 +101,11 @@ class FrameAnswerer:
 
     @property
     def healthy(self) -> bool:
-        """No frame has failed so far."""
+        """Whether no frame has failed so far."""
         return self._errors == 0
 
     def close(self) -> None:
-        """Finish the answer under way at once, and end the thread."""
+        """Stop the current answer at once, and end the thread."""
         self._newest.close()
         self._runtime.stop()
         self._thread.join()

@@ -1,1 +1,1 @@
-"""What machine this is, what it can do by the table, and what its sensors say."""
+"""Tells what machine this is, what the table says that it can do, and what its sensors read."""

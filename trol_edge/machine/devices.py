@@ -1,7 +1,7 @@
-"""The machines that a robot may carry: what is published about them, and where. Pure data; nothing here was measured.
+"""A table of machines that a robot may carry: what is published about them, and where. Nothing here was measured.
 
-Peaks follow one rule, checked against NVIDIA's sparse TOPS: FP16 = 2 x multiply-adds per clock and SM x SMs x clock;
-INT8 and FP8, where there are units for it, twice that. "unverified" names fields that no source states outright.
+Peaks follow one rule, checked against NVIDIA's sparse TOPS: FP16 = 2 x multiply-adds per clock and SM x SMs x clock.
+INT8, and FP8 where there are units for it, reach twice that. "unverified" names fields that no source states outright.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from pathlib import Path
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import UsageError
+from trol_edge.reading import guard, read_json_value
 
 MIB = 1 << 20
-FP32_FMA = 128  # per clock and SM, on all of these
+FP32_FMA = 128  # multiply-adds per clock and SM, on all of these
 
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """A power mode: clock of the GPU, and read bandwidth of the memory at its clock."""
+    """A power mode: the GPU's clock, and the memory's read bandwidth at its clock."""
 
     name: str
     gpu_mhz: float
-    gb_per_s: float  # 1e9 bytes
+    gb_per_s: float  # a GB is 1e9 bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One machine. A JSON file with these fields describes another one (`trol-edge plan --show-device NAME`)."""
+    """One machine. A JSON file with these fields can describe another (`trol-edge plan --show-device NAME`)."""
 
     name: str
     title: str
-    target: str  # of `trol-edge targets`
-    memory_bytes: int  # that Linux sees; of a desktop GPU: its own memory
-    os_bytes: int  # taken after boot without a desktop; of a desktop GPU: by the driver
-    desktop_bytes: int  # taken more by a desktop
+    target: str  # a name from `trol-edge targets`
+    memory_bytes: int  # memory that Linux sees; for a desktop GPU, its own memory
+    os_bytes: int  # taken after boot without a desktop; for a desktop GPU, taken by the driver
+    desktop_bytes: int  # taken in addition by a desktop
     sms: int
     fp16_fma: int  # multiply-adds per clock and SM, in FP16 with FP32 sums
-    fp8: bool  # whether it has units for it
-    modes: tuple[Mode, ...]  # the first one is meant where none is named
+    fp8: bool  # whether it has FP8 units
+    modes: tuple[Mode, ...]  # the first one is the default
     sources: tuple[str, ...]
     unverified: tuple[str, ...] = ()
 
@@ -82,7 +83,7 @@ def _orin(name: str, title: str, mib: int, sms: int, modes: tuple[Mode, ...], *u
 def _desktop(
     name: str, gib: int, sms: int, mhz: float, gb_per_s: float, fp8: bool, title: str = "", fma: int = 256
 ) -> Device:
-    unsure = ("os_bytes: what a driver takes differs",)
+    unsure = ("os_bytes: drivers differ in what they take",)
     modes = (Mode("default", mhz, gb_per_s),)
     memory, full = gib * 1024 * MIB, title or f"GeForce {name.upper().replace('-', ' ')}"
     return Device(
@@ -184,9 +185,9 @@ DEVICES = {
 
 
 def find(text: str) -> tuple[Device, Mode]:
-    """A device by "name", "name:mode" or the path of a JSON file ("file.json:mode"); case does not matter in modes.
+    """Find a device by "name", "name:mode" or the path of a JSON file ("file.json:mode"). Modes ignore case.
 
-    Raises UsageError where there is none, and says how to describe one.
+    Raises UsageError if there is none, and says how to describe one.
     """
     name, _, mode = text.partition(":")
     if name in DEVICES:
@@ -206,17 +207,15 @@ def find(text: str) -> tuple[Device, Mode]:
 
 
 def to_json(device: Device) -> str:
-    """What `find` reads back from a file."""
+    """Write a device as JSON that `find` reads back from a file."""
     return json.dumps(dataclasses.asdict(device), indent=1)
 
 
 def _read(path: Path) -> Device:
     advice = "Compare with the output of trol-edge plan --show-device orin-nano-8gb"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error}). {advice}") from error
-    device = from_dict(Device, data, str(path), UsageError, advice)
+    data = read_json_value(path, UsageError, advice)
+    with guard(path, UsageError, advice):
+        device = from_dict(Device, data, str(path), UsageError, advice)
     numbers = {
         f"mode {m.name}: {k}": v for m in device.modes for k, v in (("gpu_mhz", m.gpu_mhz), ("gb_per_s", m.gb_per_s))
     }

@@ -1,6 +1,6 @@
-"""What this machine is, read from procfs and a few files: for doctor, profile and the record of a passed self-test.
+"""Reads what this machine is from procfs and a few files, for doctor, profile and the record of a passed self-test.
 
-All paths lie under a root, so that a recorded tree of another machine can be read. What a file does not say stays empty
+All paths are under a root, so that a recorded tree of another machine can be read. What a file does not say stays empty
 or 0; nothing here raises. Module and release numbers are those that NVIDIA's jetson tools and jetson-stats know.
 """
 
@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-_M_ARENA_MAX = -8  # of mallopt, in glibc's malloc.h
+_M_ARENA_MAX = -8  # option of mallopt, from glibc's malloc.h
 
-# Part number of a Jetson module, from its device tree -> its name.
+# Part number of a Jetson module, as in its device tree -> its name.
 MODULES = {
     "p3767-0000": "Orin NX 16GB",
     "p3767-0001": "Orin NX 8GB",
@@ -28,7 +28,7 @@ MODULES = {
     "p3701-0005": "AGX Orin 64GB",
     "p3834-0008": "AGX Thor (T5000)",
 }
-# Jetson Linux (L4T) release, its longest beginning that is listed -> JetPack, and the TensorRT that comes with it.
+# Jetson Linux (L4T) release -> JetPack and the TensorRT that comes with it. The longest listed prefix counts.
 JETPACKS: dict[str, tuple[str, tuple[int, int]]] = {
     "36.3": ("6.0", (8, 6)),
     "36.4.0": ("6.1", (10, 3)),
@@ -38,7 +38,7 @@ JETPACKS: dict[str, tuple[str, tuple[int, int]]] = {
     "38.4": ("7.1", (10, 13)),
     "39.2": ("7.2", (10, 16)),
 }
-# (implementer, part) of an ARM core, as /proc/cpuinfo has them: it gives no name.
+# (implementer, part) of an ARM core -> its name, which /proc/cpuinfo does not give.
 CORES = {("0x41", "0xd42"): "Cortex-A78AE", ("0x41", "0xd83"): "Neoverse-V3AE", ("0x41", "0xd0b"): "Cortex-A76"}
 
 
@@ -46,30 +46,30 @@ CORES = {("0x41", "0xd42"): "Cortex-A78AE", ("0x41", "0xd83"): "Neoverse-V3AE", 
 class Jetson:
     """The Jetson module of this machine."""
 
-    module: str  # "Orin Nano 8GB", or the part number where it is not in MODULES
+    module: str  # "Orin Nano 8GB", or the part number if it is not in MODULES
     part: str  # "p3767-0003"
     l4t: str  # "36.4.3"
     jetpack: str  # "6.2"; "" for a release that is not in JETPACKS
-    tensorrt: tuple[int, int] | None  # what that JetPack ships
+    tensorrt: tuple[int, int] | None  # the version that this JetPack ships
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What this machine is."""
+    """The identity of a machine."""
 
-    model: str  # of the board or the computer: "NVIDIA Jetson Orin Nano Developer Kit"
+    model: str  # the board or the computer: "NVIDIA Jetson Orin Nano Developer Kit"
     system: str  # "Ubuntu 22.04.5 LTS"
     kernel: str  # release: "5.15.148-tegra"
     cpu: str  # "6 x Cortex-A78AE"
-    cores: int  # online
+    cores: int  # number of cores that are online
     memory_bytes: int
     available_bytes: int
     jetson: Jetson | None
-    fingerprint: str  # sha256 (hex) of serial number or machine id, and CPU: this very machine, but not which
+    fingerprint: str  # sha256 (hex) of serial number or machine id and CPU: stable, but does not reveal the number
 
 
 def read(root: str | os.PathLike[str] = "/") -> Machine:
-    """This machine, or the one whose files lie under `root`."""
+    """Identify this machine, or the one whose files are under `root`."""
     at = Path(root)
 
     def text(path: str) -> str:
@@ -97,7 +97,7 @@ def read(root: str | os.PathLike[str] = "/") -> Machine:
 
 
 def available_memory(swap: bool = False) -> int | None:
-    """Bytes of memory (and swap) that programs could get now; None where the system does not say (no Linux)."""
+    """Bytes of memory (and swap) that programs could get now; None if the system does not say (not Linux)."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
@@ -109,22 +109,22 @@ def available_memory(swap: bool = False) -> int | None:
 
 
 def _meminfo(text: str) -> dict[str, int]:
-    """What /proc/meminfo says, in bytes."""
+    """The entries of /proc/meminfo, in bytes."""
     return {name: 1024 * int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
 
 
 def free_pages() -> None:
-    """Give memory that is freed, but kept by the C library between what is in use, back to the machine."""
+    """Give memory that is freed but kept by the C library back to the machine."""
     if (trim := from_libc("malloc_trim")) is not None:
         trim(0)
 
 
 def share_arenas() -> None:
-    """Let all threads take memory from two arenas of the C library (glibc), instead of from one each.
+    """Let all threads allocate from two arenas of the C library (glibc) instead of one arena each.
 
-    The scratch of a prompt is cut out of the arena of the thread that asks. What each arena keeps between blocks in use
-    wanders, with four threads, by tens of MB. Holds for the whole process; what the user set in the environment
-    (MALLOC_ARENA_MAX, GLIBC_TUNABLES) is left as it is.
+    The scratch of a prompt comes from the arena of the thread that asks. With four threads, the free memory that arenas
+    keep between blocks in use varies by tens of MB. The change is for the whole process; a setting of the user's
+    environment (MALLOC_ARENA_MAX, GLIBC_TUNABLES) is not touched.
     """
     if "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in os.environ.get("GLIBC_TUNABLES", ""):
         return
@@ -133,7 +133,7 @@ def share_arenas() -> None:
 
 
 def from_libc(name: str) -> Callable[..., int] | None:
-    """A function that glibc has and others may not."""
+    """A function of glibc, or None if this C library lacks it."""
     try:
         found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
         return found
@@ -142,7 +142,7 @@ def from_libc(name: str) -> Callable[..., int] | None:
 
 
 def _cpu(cpuinfo: str) -> tuple[str, int]:
-    """Name of the cores, and how many are online: a Jetson's power mode may turn some off."""
+    """The name of the cores and how many are online; a Jetson's power mode may turn some off."""
     cores = len(re.findall(r"^processor\s*:", cpuinfo, re.MULTILINE))
     named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     arm = re.findall(r"^CPU (?:implementer|part)\s*:\s*(\w+)$", cpuinfo, re.MULTILINE)
@@ -153,12 +153,12 @@ def _cpu(cpuinfo: str) -> tuple[str, int]:
 
 
 def _jetson(text: Callable[[str], str]) -> Jetson | None:
-    """A Jetson, by its device tree (a container sees it, too) or its release file."""
+    """Recognise a Jetson by its device tree (which a container sees, too) or its release file."""
     compatible, release = text("proc/device-tree/compatible"), text("etc/nv_tegra_release")
     if "nvidia,tegra" not in compatible and not release:
         return None
     parts = re.findall(r"p\d{4}-\d{4}", compatible)  # carrier board and module, the module listed again by itself
-    # Some releases name carrier boards only; the flashing tool's note then has the module.
+    # Some releases name carrier boards only; the flashing tool's note has the module then.
     parts += [f"p{part}" for part in re.findall(r"^TNSPEC\s+(\d{4}-\d{4})", text("etc/nv_boot_control.conf"), re.M)]
     part = next((p for p in parts if p in MODULES), parts[-1] if parts else "")
     found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release)

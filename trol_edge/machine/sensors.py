@@ -1,11 +1,11 @@
-"""What /proc and /sys say about a machine, without root: power rails, clocks, temperatures, memory, throttle counters.
+"""Reads /proc and /sys without root: power rails, clocks, temperatures, memory, throttle counters.
 
-What is special about it:
-- All paths lie under a root ("/", or a tree that a test made). The measured process itself is always the real one.
-- A sensor that cannot be read now (EAGAIN: gated), or reads below zero (gated too, on older releases), gives None.
-  Never 0: a mean over zeros that were no readings is a wrong mean.
-- Run as a file (`python -I -S sensors.py ROOT PID SECONDS`) it is the sampler: one JSON line per sample on standard
-  output, until its standard input closes. Hence the standard library only: 10 MB, and no lock of the measured process.
+- All paths are under a root ("/", or a tree that a test made). The measured process itself is always the real one.
+- A sensor that cannot be read now (EAGAIN: gated), or reads below zero (gated too, on older releases), gives None
+  and not 0, because zeros that were not read would make a wrong mean.
+- Run as a file (`python -I -S sensors.py ROOT PID SECONDS`) it is the sampler: it prints one JSON line per sample until
+  its standard input closes. It uses the standard library only, so that it takes 10 MB and no lock of the measured
+  process.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# Board family, by its number in /proc/device-tree/compatible -> (rails it has, rails whose sum is all it draws).
+# Board family, by its number in /proc/device-tree/compatible -> (its rails, rails whose sum is its total power).
 BOARDS = {
     "p3767": (("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"), ("VDD_IN",)),  # Orin NX, Orin Nano
     "p3701": (("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")),  # AGX Orin
     "p3834": (("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0", "VIN"), ("VIN",)),  # Thor
 }
-GPU_NAMES = ("gv11b", "gp10b", "ga10b", "gb10b", "gpu")  # device/of_node/name of a GPU's devfreq
+GPU_NAMES = ("gv11b", "gp10b", "ga10b", "gb10b", "gpu")  # values of device/of_node/name in a GPU's devfreq folder
 OVER_CURRENT = {"oc1": "under-voltage", "oc2": "average over-current", "oc3": "instantaneous over-current"}
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Sensors:
-    """The sensors of one machine, found once. `identity` says what it is, `sample` what it does now."""
+    """The sensors of one machine, found once. `identity` says what the machine is, `sample` what it does now."""
 
     def __init__(self, root: str | os.PathLike[str] = "/") -> None:
         self.root = Path(root)
-        self.unreadable: list[str] = []  # sensors that are there and cannot be read at all, and why
+        self.unreadable: list[str] = []  # sensors that exist but can never be read, and why
         self._rails = dict(self._find_rails())
         self._zones = dict(self._find_zones())
         self._counters = dict(self._find_counters())
@@ -51,12 +51,12 @@ class Sensors:
 
     @property
     def board(self) -> str | None:
-        """The module's number, "p3767", or None where this is no Jetson that is known here."""
+        """The module's number, "p3767", or None if this is not a Jetson of BOARDS."""
         found = re.search("|".join(BOARDS), _text(self.root / "proc/device-tree/compatible") or "")
         return found[0] if found else None
 
     def identity(self) -> dict[str, str | int | float | None]:
-        """What the machine is; None for what it does not say. Clocks are Hz, memory is bytes."""
+        """What the machine is, with None for what it does not say. Clocks are in Hz, memory is in bytes."""
         cpu = _text(self.root / "proc/cpuinfo") or ""
         name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpu, re.M)
         mode, mode_name = self._power_mode()
@@ -76,7 +76,7 @@ class Sensors:
         }
 
     def missing(self) -> list[str]:
-        """What a machine of this kind has and this one does not show: why a profile of it is partial."""
+        """Sensors that a machine of this kind has and that could not be found; they make a profile partial."""
         rails, total = BOARDS[self.board] if self.board else ((), ())
         found = [f"rail {name} is missing" for name in rails if name not in self._rails]
         if self.board:
@@ -91,16 +91,17 @@ class Sensors:
         return found + self.unreadable
 
     def total_power(self) -> tuple[str, ...]:
-        """Names under `power_w/` or `energy_uj/` in a sample whose sum is all that the machine (or its CPU) draws."""
+        """Names in a sample (`power_w/...`, `energy_uj/...`) whose sum is the total of the machine, or of its CPU."""
         if self.board:
             total = BOARDS[self.board][1]
             return tuple(f"power_w/{n}" for n in total) if all(n in self._rails for n in total) else ()
         return tuple(f"energy_uj/{name}" for name in self._energy if name.startswith("package"))
 
     def sample(self, pid: int) -> dict[str, float | None]:
-        """One reading. t_s: time.monotonic(); the rest by the unit in its name, None for what cannot be read now.
+        """Read all sensors once. Names end in their unit; None stands for what cannot be read now.
 
-        cpu, cpu_own: processors kept busy since the last sample, by everything and by process `pid`.
+        t_s is time.monotonic(). cpu and cpu_own are the processors kept busy since the last sample, by everything and
+        by process `pid`.
         """
         memory = self._meminfo()
         row: dict[str, float | None] = {
@@ -139,14 +140,14 @@ class Sensors:
             row["cpu_hz"] = 1e3 * max(clocks) if clocks else None
         return row
 
-    # -- what there is ------------------------------------------------------------------------------------------------
+    # -- finding sensors ----------------------------------------------------------------------------------------------
 
     def _find_rails(self) -> Iterator[tuple[str, tuple[Path, Path, Path | None]]]:
-        """Name -> paths of millivolts, milliamperes, or of microwatts where the chip multiplies itself."""
+        """Name -> paths of millivolts and milliamperes, or of microwatts where the chip reports power directly."""
         drivers = self.root / "sys/bus/i2c/drivers"
         for label in sorted(drivers.glob("ina3221/*/hwmon/hwmon*/in*_label")):
             number, name = label.name[2:-6], _text(label)
-            # 7 is the sum of the shunts; NC: not connected
+            # 7 is the sum of the shunts; NC means not connected
             if name and number != "7" and "NC" not in name:
                 folder = label.parent
                 yield name, (folder / f"in{number}_input", folder / f"curr{number}_input", None)
@@ -158,7 +159,7 @@ class Sensors:
             yield (_text(path) or path.parent.name).removesuffix("-thermal"), path.parent / "temp"
 
     def _find_counters(self) -> Iterator[tuple[str, Path]]:
-        """Events since boot that slowed the machine down."""
+        """Counters of events since boot that slowed the machine down."""
         for name in sorted((self.root / "sys/class/hwmon").glob("hwmon*/name")):
             if _text(name) == "soctherm_oc":
                 for oc in OVER_CURRENT:
@@ -197,14 +198,14 @@ class Sensors:
                 return number, found[2].rstrip(">")
         return number, None
 
-    # -- what it does ------------------------------------------------------------------------------------------------
+    # -- reading them ------------------------------------------------------------------------------------------------
 
     def _meminfo(self) -> dict[str, int]:
         found = re.findall(r"^(\w+):\s+(\d+) kB", _text(self.root / "proc/meminfo") or "", re.M)
         return {name: 1024 * int(value) for name, value in found}
 
     def _largest_free_block(self) -> float | None:
-        """Bytes of the largest run of free pages, tegrastats' lfb: what a contiguous allocation can get at once."""
+        """Bytes of the largest run of free pages (tegrastats' lfb), which is the largest contiguous allocation."""
         orders = [
             order
             for line in (_text(self.root / "proc/buddyinfo") or "").splitlines()
@@ -214,7 +215,7 @@ class Sensors:
         return float(PAGE << max(orders)) if orders else None
 
     def process(self, pid: int) -> dict[str, float | None]:
-        """Memory and processor time of a process: of the real machine, whatever the root."""
+        """Memory and processor time of a process on the real machine, whatever the root."""
         status = _text(Path(f"/proc/{pid}/status")) or ""
         found = {name: 1024.0 * int(kb) for name, kb in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", status, re.M)}
         row: dict[str, float | None] = {"rss_bytes": found.get("VmRSS"), "peak_rss_bytes": found.get("VmHWM")}
@@ -223,7 +224,7 @@ class Sensors:
             own = [int(n) for n in (_text(Path(f"/proc/{pid}/stat")) or "").rsplit(")", 1)[1].split()[11:13]]
         except (IndexError, ValueError):
             return row
-        # the machine's counters run over all of it: user, nice, system, (idle, iowait), irq, softirq, steal
+        # the machine's counters: user, nice, system, (idle, iowait), irq, softirq, steal
         now = time.monotonic(), (sum(every) - every[3] - every[4]) / TICKS, sum(own) / TICKS
         if self._before is not None and now[0] > self._before[0]:
             seconds = now[0] - self._before[0]
@@ -233,7 +234,7 @@ class Sensors:
 
 
 def _text(path: Path) -> str | None:
-    """A file's text without the NUL and white space at its end, or None. Never waits, whatever kind of file it is."""
+    """A file's text without NUL and white space at its end, or None. Never blocks, whatever kind of file it is."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
@@ -243,7 +244,7 @@ def _text(path: Path) -> str | None:
         while block := os.read(file, 1 << 16):
             data += block
         return data.decode("utf-8", "replace").replace("\0", " ").strip()
-    except OSError:  # EAGAIN of a gated sensor above all
+    except OSError:  # most often EAGAIN from a gated sensor
         return None
     finally:
         os.close(file)
@@ -257,7 +258,7 @@ def _number(path: Path) -> float | None:
 
 
 def main() -> None:
-    """Sample until standard input closes: so the sampler never outlives whoever started it."""
+    """Sample until standard input closes, so that the sampler never outlives the process that started it."""
     root, pid, interval = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     machine, due = Sensors(root), time.monotonic()
     while True:

@@ -1,4 +1,4 @@
-"""Measuring one bundle in this process: answers with a clock between their stages."""
+"""Measures one bundle in this process: it makes answers and reads a clock between their stages."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ from trol_edge.session import Session
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 QUESTIONS = ("Describe the scene.", "How many objects are there?")
-IDLE_S = 1.0  # of rest before a bundle is loaded: what the machine draws without us
-SMALLEST_TEXT = 16  # tokens of a question that is made of random ids
+IDLE_S = 1.0  # rest before a bundle is loaded, to see what the idle machine draws
+SMALLEST_TEXT = 16  # shortest question of random ids, in tokens
 
 
 def measure_job(began: float) -> None:
-    """As a process: the job on standard input, progress and a BundleProfile on standard output."""
+    """Entry point of a process: read the job from standard input, print progress and then a BundleProfile."""
     with errors_as_json():
         job = told_job()
         print_json(dataclasses.asdict(measure(job, lambda line: print_json({"progress": line}))))
 
 
 def opened(job: Job) -> Runtime:
-    """The Runtime of a job."""
+    """Open the Runtime that a job describes."""
     return Runtime(job.bundle, threads=job.threads, provider=cast(Any, job.provider))
 
 
 def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
-    """Measure one bundle in this process, without its starts. Errors as for `profile`."""
+    """Measure one bundle in this process, without its starts. Raises the errors that `profile` raises."""
     with sampled(job.root, job.interval_s) as rows:
         zero = time.monotonic()
         time.sleep(IDLE_S)
@@ -98,7 +98,7 @@ def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:
 
 
 def bundle_id(bundle: Bundle) -> BundleId:
-    """Which bundle it is."""
+    """What identifies a bundle in a profile."""
     manifest = bundle.manifest
     return BundleId(
         folder=os.fspath(bundle.folder),
@@ -123,7 +123,7 @@ def _library(target: str) -> str:
 
 
 def made_up(width: int, height: int) -> Picture:
-    """A picture of smooth colours, always the same; uint8 [H, W, 3]."""
+    """A picture of smooth colours that depends on the size only; uint8 [H, W, 3]."""
     if not (1 <= width <= 10000 and 1 <= height <= 8900):
         raise UsageError(f"a picture of {width}x{height} is not measured; give sizes from 1x1 to 10000x8900")
     x, y = np.arange(width)[None, :] * 255 // width, np.arange(height)[:, None] * 255 // height
@@ -131,7 +131,7 @@ def made_up(width: int, height: int) -> Picture:
 
 
 class Bench:
-    """Answers on one Runtime, with a clock between the stages."""
+    """Makes answers on one Runtime and times their stages."""
 
     def __init__(self, runtime: Runtime, tokens: int, zero: float) -> None:
         self._runtime, self._tokens, self._zero = runtime, tokens, zero
@@ -142,7 +142,7 @@ class Bench:
     def run(
         self, size: tuple[int, int] | None, picture: Picture | None, length: int | None, warmup: int, runs: int
     ) -> Run:
-        """One case: warm-up, then so many pairs of a first and a second question."""
+        """Measure one case: `warmup` unmeasured pairs of a first and a second question, then `runs` measured ones."""
         prompts = self.prompts(picture, length)
         with self._session:
             _reset_peak()
@@ -171,7 +171,7 @@ class Bench:
         return self.answer(prompts[0], picture), self.answer(prompts[1], picture)
 
     def answer(self, prompt: Any, picture: Picture | None) -> TimedAnswer:
-        """One answer, its stages timed."""
+        """Make one answer and time its stages."""
         now, runtime, session = time.monotonic, self._runtime, self._session
         options, clock = Options(max_new_tokens=self._tokens), Clock()
         sampler = Sampler(options.sampling)
@@ -219,16 +219,16 @@ class Bench:
                 f"{session.limit}: give fewer --tokens or --prompt-tokens, or export with a larger --context"
             )
 
-    # -- prompts: text, or where the bundle has no tokenizer the ids that stand for it ---------------------------------
+    # -- prompts: text, or random ids where the bundle has no tokenizer ------------------------------------------------
 
     def _question(self, prompt: Any, picture: Picture | None, call: Call) -> Question:
-        seen = look(self._runtime.desk, picture, "rgb", call)
+        seen = look(self._runtime.desk, picture, Options(), call)
         if isinstance(prompt, str):
             return ask(self._runtime.desk, prompt, seen, call)
         return Question(prompt, seen)
 
     def prompts(self, picture: Picture | None, length: int | None) -> tuple[Any, Any]:
-        """Two questions about a frame, equal at the beginning: of so many tokens, or as near below as words come."""
+        """Two questions with a common prefix, padded with words to at most `length` tokens."""
         manifest = self._runtime.bundle.manifest
         tiles = self._runtime.count_tiles(picture)
         if length is not None and length > manifest.context - self._tokens:
@@ -268,12 +268,12 @@ class Bench:
 
 def _reset_peak() -> None:
     """Let the kernel count this process's peak memory from here on, where it can."""
-    with suppress(OSError):  # then the peak is that of all cases so far
+    with suppress(OSError):  # without it the peak covers all cases so far
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def work(bundle: Bundle, ids: Sequence[int], tokens: int) -> dict[str, Work] | None:
-    """Operations and bytes of a prompt's stages and of a step, by the counts of the bundle's graphs; None without."""
+    """Operations and bytes of a prompt's stages and of a step, from the bundle's counts; None if it has no counts."""
     manifest = bundle.manifest
     costs: dict[str, Any] = {name: getattr(graph, "costs", None) for name, graph in manifest.graphs.items()}
     if any(c is None for c in costs.values()):
@@ -292,6 +292,6 @@ def work(bundle: Bundle, ids: Sequence[int], tokens: int) -> dict[str, Work] | N
         chunk = ids[first : first + PREFILL_CHUNK]
         graph = "traverse" if image_id in chunk or "traverse_text" not in costs else "traverse_text"
         add("prefill", costs[graph].at(tokens=len(chunk), slots=first + len(chunk)))
-    # in the middle of the answer; a GPU's step reads the whole cache, and its costs know no slots
+    # A step in the middle of the answer. A GPU's step reads the whole cache, so there its costs do not use `slots`.
     add("step", costs["step"].at(slots=len(ids) + tokens // 2))
     return found

@@ -1,11 +1,11 @@
-"""What became slower since an older profile, beyond noise.
+"""Finds what became slower since an older profile by more than noise.
 
-How noise is judged: every answer gives one value per stage (steps of one answer are not independent, so their median).
-A stage is slower where the ratio of the medians, new / old, exceeds one by more than a threshold, with 99 % confidence:
-the lower end of the interval that 2000 bootstrap resamplings of both sides' answers give. The threshold is the drift
-of the two runs themselves, the largest ratio between the medians of their thirds, and 5 % at least. With fewer than
-five values on a side nothing can be resampled: then every new value must be above every old one, by 10 %. Peak memory
-is one value per run, and has 5 % to spare.
+How noise is judged: every answer gives one value per stage. The steps of one answer are not independent, so their
+median is that value. A stage is slower if the ratio of the medians, new / old, exceeds one by more than a threshold
+with 99 % confidence. The confidence interval comes from 2000 bootstrap resamplings of both sides' answers, and its
+lower end is what counts. The threshold is the larger of 5 % and the drift of the two runs themselves, which is the
+largest ratio between the medians of their thirds. With fewer than five values on a side resampling says nothing; then
+every new value must be at least 10 % above every old one. Peak memory is one value per run and may grow by 5 %.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from trol_edge.errors import UsageError
 from trol_edge.measure.record import STAGES, STARTS, BundleProfile, Profile, Run, Values, case_name, per_answer, starts
 from trol_edge.measure.samples import energy, verdict
 
-LEAST = 0.05  # slower by less is not called slower
+LEAST = 0.05  # smallest slowdown that is reported
 FEW, LEAST_OF_FEW = 5, 0.10
 CONFIDENCE, RESAMPLINGS = 0.99, 2000
-# Too short for a robot to notice, and for a clock to tell apart.
+# Stages below this are too short for a robot to notice and for the clock to resolve.
 TOO_SHORT_MS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One stage of one case, then and now."""
+    """One stage of one case, in the older profile and in the new one."""
 
-    where: str  # bundle and case
+    where: str  # names the bundle and the case
     what: str
     unit: str
     old: float  # median
     new: float
-    threshold: float  # share by which it may differ
+    threshold: float  # relative difference that is still noise
     slower: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class BaselineComparison:
-    """Everything that both profiles measured; `unjudged` says why some of it means nothing."""
+    """Everything that both profiles measured; `unjudged` says why parts of it could not be compared."""
 
     changes: tuple[Change, ...]
     unjudged: tuple[str, ...]
@@ -48,12 +48,12 @@ class BaselineComparison:
 
     @property
     def slower(self) -> list[Change]:
-        """What became slower, or takes more, beyond noise."""
+        """The changes that are slower, or take more, by more than noise."""
         return [change for change in self.changes if change.slower]
 
 
 def compare(old: Profile, new: Profile) -> BaselineComparison:
-    """Compare what both measured. Raises UsageError where they are of other machines, bundles or cases."""
+    """Compare what both profiles measured. Raises UsageError if their machines, bundles or cases differ."""
     _same_machine(old, new)
     changes: list[Change] = []
     unjudged, remarks = [], []
@@ -61,7 +61,7 @@ def compare(old: Profile, new: Profile) -> BaselineComparison:
     if not pairs:
         raise UsageError(
             f"the baseline has other bundles ({_listed(old)}) than this profile ({_listed(new)}); "
-            "a bundle is the same where model, target, precision and context are"
+            "measure bundles of the same model, target, precision and context"
         )
     for before, after in pairs:
         name = after.bundle.folder
@@ -92,7 +92,7 @@ def compare(old: Profile, new: Profile) -> BaselineComparison:
 
 
 def judge(where: str, what: str, unit: str, old: Values, new: Values) -> Change:
-    """One stage, from the values of the answers on both sides."""
+    """Judge one stage by the values of the answers on both sides."""
     was, now = float(np.median(old)), float(np.median(new))
     if min(len(old), len(new)) < FEW:
         threshold = LEAST_OF_FEW
@@ -109,7 +109,7 @@ def judge(where: str, what: str, unit: str, old: Values, new: Values) -> Change:
 
 
 def drift(values: Values) -> float:
-    """By what share the medians of a run's thirds differ: what changes while nothing is changed."""
+    """Relative difference between the medians of a run's thirds: how much it varies on its own."""
     medians = [float(np.median(third)) for third in np.array_split(values, 3)]
     return max(medians) / min(medians) - 1 if min(medians) > 0 else 0.0
 
@@ -146,11 +146,13 @@ def _same_machine(old: Profile, new: Profile) -> None:
     ]
     if differs:
         raise UsageError(
-            f"the baseline is of another machine: {'; '.join(differs)}; take a baseline on this one, in this power mode"
+            f"the baseline is from another machine ({'; '.join(differs)}); "
+            "take a baseline on this one, in this power mode"
         )
     if old.settings.threads != new.settings.threads:
         raise UsageError(
-            f"the baseline ran with --threads {old.settings.threads}, this with {new.settings.threads}; use the same"
+            f"the baseline ran with --threads {old.settings.threads}, this profile with {new.settings.threads}; "
+            "use the same number"
         )
 
 

@@ -1,7 +1,7 @@
-"""The figures of a profile's page: drawn as SVG, twice, once per width (text would shrink with a scaled picture).
+"""The figures of a profile's page, as SVG.
 
-CSS shows the drawing that fits. Colours are CSS variables (page.py): a bundle keeps its colour, and so does a
-stage.
+Each is drawn twice, for a wide and for a narrow screen, because text would shrink with a scaled picture; CSS shows the
+drawing that fits. Colours are CSS variables (page.py), so a bundle and a stage have the same colour in every figure.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from trol_edge.svg import (
     x_axis,
 )
 
-POINTS = 400  # of a line over time, at most
+POINTS = 400  # most points of a line over time
 BINS = 56
-HUES = 6  # colours of bundles, --h0 ..
+HUES = 6  # number of bundle colours, from --h0
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A run with all that the page says about it."""
+    """A run with everything that the page says about it."""
 
     profile: Profile
     measured: BundleProfile
     run: Run
-    hue: str  # of its bundle
+    hue: str  # its bundle's colour
     name: str
     old: bool
     verdict: Verdict
@@ -73,12 +73,12 @@ def median(values: Values | None) -> float | None:
 
 
 def _typical(answers: Sequence[TimedAnswer]) -> TimedAnswer:
-    """The answer in the middle, by its whole time: one that happened, not a mixture of medians."""
+    """The answer with the median total time: one that happened, not a mixture of medians."""
     return sorted(answers, key=lambda a: a.total_ms)[len(answers) // 2]
 
 
 def _segments(answer: TimedAnswer) -> list[tuple[str, float, str]]:
-    """(what, milliseconds, colour), in order; the steps one by one."""
+    """(what, milliseconds, colour) of each part of an answer, in order, with every step on its own."""
     found = [
         ("preprocess", answer.preprocess_ms, "var(--pre)"),
         ("vision + projector", answer.vision_ms, "var(--vis)"),
@@ -123,8 +123,8 @@ def timeline(rows: Sequence[Row]) -> str:
                 ("var(--dec)", "decode, token by token")])  # fmt: skip
     said = "; ".join(f"{label}: {' '.join(milliseconds(a.total_ms))}" for label, a in lanes)
     caption = (
-        "The answer in the middle of each run, from the question to the last token. Below it a second question about "
-        "the same frame: its picture is not encoded again and the common beginning of the prompt not computed again. "
+        "The answer with the median time of each run, from the question to the last token. Below it is a second "
+        "question about the same frame: neither its picture nor the common beginning of the prompt is computed again. "
         "The projector is a part of the vision graph and has no time of its own."
     )
     return figure("timeline", "Where the time goes", caption, key + svg(draw, said))
@@ -189,7 +189,7 @@ def _series(row: Row, names: Sequence[tuple[str, str]], scale: float) -> list[Se
 
 
 def _thin(times: Values, values: Values) -> Iterable[tuple[float, float]]:
-    """At most POINTS of a series: the largest of each stretch, so that peaks stay."""
+    """Reduce a series to at most POINTS, keeping the largest of each stretch so that peaks stay."""
     if len(times) <= POINTS:
         return zip(times.tolist(), values.tolist(), strict=True)
     parts = np.array_split(np.arange(len(times)), POINTS)
@@ -198,7 +198,7 @@ def _thin(times: Values, values: Values) -> Iterable[tuple[float, float]]:
 
 
 def _panel(row: Row, series: Sequence[Series], zero: bool) -> Draw:
-    """Lines over the time of a bundle's process; zero: from nought on, else from the least value."""
+    """Draw lines over the time of a bundle's process. zero: the axis begins at zero, else at the least value."""
     end = float(np.nanmax(column(row.measured, "t_s"))) or 1.0
     values = np.concatenate([v for _, _, v, _ in series])
     least = 0.0 if zero else math.floor(float(values.min()) / 5) * 5.0
@@ -234,7 +234,7 @@ def _panel(row: Row, series: Sequence[Series], zero: bool) -> Draw:
 
 
 def over_time(row: Row) -> str:
-    """Memory, processors, power and, where there are any, clocks and temperatures while one bundle was measured."""
+    """Memory, processors, power and, if they were read, clocks and temperatures while one bundle was measured."""
     memory = [("available_bytes", "available"), ("cma_free_bytes", "CMA")]
     clocks = [("gpu_hz", "GPU"), ("gpu_max_hz", "GPU, most allowed"), ("emc_hz", "memory")]
     clocks += [("emc_cap_hz", "memory, most allowed"), ("cpu_hz", "CPU")]
@@ -247,7 +247,7 @@ def over_time(row: Row) -> str:
         ("Clocks", "MHz", _series(row, clocks, 1e-6), True),
         ("Temperature", "°C", _series(row, zones, 1), False),
     ]
-    if row.profile.machine.get("board"):  # where graphics memory is made of these
+    if row.profile.machine.get("board"):  # a Jetson allocates its graphics memory from these blocks
         block = _series(row, [("largest_free_block_bytes", "largest free block")], 1e-6)
         panels.insert(4, ("Largest free block", "MB", block, True))
     inside = ""
@@ -260,22 +260,22 @@ def over_time(row: Row) -> str:
             why = "; ".join(row.profile.missing) or "no power sensor could be read"
             inside += f"<h3>{title}</h3>" + empty(f"Not drawn: {why}.")
     caption = (
-        "From the start of the process: rest, then load (darker), then warm-up and run (shaded) of each case. Energy "
-        "is the area under the power while answers were made."
+        "Time runs from the start of the process: rest, then load (darker), then warm-up and run (shaded) of each "
+        "case. Energy is the area under the power curve while answers were made."
     )
     place = row.profile.bundles.index(row.measured)
     return figure(f"time-{place}", f"{row.name}: memory and power over time", caption, inside)
 
 
 def _watts(row: Row) -> list[Series]:
-    """Power of every rail, and of all that is drawn where that is the sum of several."""
+    """The power of every rail, and the total if that is the sum of several."""
     measured, found = row.measured, []
     names = [name for name in measured.samples if name.startswith(("power_w/", "energy_uj/"))]
     if len(measured.total_power) > 1 and (total := power(measured)) is not None:
         found.append(("together", *total, "var(--ink)"))
     for i, name in enumerate(names):
         if (one := power(measured, (name,))) is not None:
-            short = name.partition("/")[2] + (" (all that is drawn)" if (name,) == measured.total_power else "")
+            short = name.partition("/")[2] + (" (total)" if (name,) == measured.total_power else "")
             found.append((short, *one, f"var(--h{i % HUES})"))
     return found
 
@@ -293,9 +293,9 @@ def roofline(profile: Profile, rows: Sequence[Row]) -> str:
                 points.append((row, stage, did.flops / did.bytes, did.flops / ms * 1e3))
     title, peaks = "Roofline", profile.peaks
     caption = (
-        "Operations per byte that the graphs move, and operations per second that came out. Under the slope memory is "
-        "the limit, under the flat roof arithmetic; the distance to the roof is what is left to win. What fits the "
-        "processor's caches may lie above the slope."
+        "Operations per byte that the graphs move, against operations per second that were reached. Under the slope "
+        "memory is the limit, under the flat roof arithmetic. The distance to the roof is what could still be won. "
+        "Work that fits the processor's caches may be above the slope."
     )
     if peaks is None or not points:
         why = (
@@ -371,8 +371,8 @@ def start_figure(rows: Sequence[Row]) -> str:
             if chosen:
                 lanes.append((row, cold, chosen[len(chosen) // 2], len(chosen)))
     caption = (
-        "A fresh process, from its beginning to the first token's text; the one in the middle. Cold: the bundle's "
-        "files were dropped from the page cache before; Python and its libraries were not."
+        "A fresh process, from its start to the first token's text; the median one is shown. Cold means that the "
+        "bundle's files were dropped from the page cache before; Python and its libraries were not."
     )
     if not lanes:
         return figure("starts", "Start to first token", caption, empty("Not measured (--starts 0)."))

@@ -1,6 +1,6 @@
 """A profile as one HTML page: no network, no script, light and dark, laptop and phone.
 
-What a figure shows stands in words in its description, and every number in a table.
+Each figure's description says in words what it shows, and every number is also in a table.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ text-align:left;white-space:normal}.stack td[data-is]::before{content:attr(data-
 
 
 def page(profile: Profile, baseline: Profile | None = None, comparison: BaselineComparison | None = None) -> str:
-    """The page of a profile; a baseline's runs stand beside the new ones, and what changed in a table of its own."""
+    """Render a profile as a page. A baseline adds its runs beside the new ones and a table of what changed."""
     rows = _rows(profile, 0, False)
     if baseline is not None:
         rows += _rows(baseline, len(profile.bundles), True)
@@ -149,7 +149,7 @@ def _rows(profile: Profile, first: int, old: bool) -> list[Row]:
 
 
 def _figures(row: Row) -> dict[str, tuple[float, str, str] | None]:
-    """What one looks at first: title -> (value to compare by, as text, unit), None where it was not measured."""
+    """The main figures: title -> (value to compare by, its text, unit), or None if it was not measured."""
     every = pooled(row.run)
 
     def of(
@@ -175,7 +175,7 @@ MORE_IS_BETTER = "Tokens per second"
 
 
 def _tiles(rows: Sequence[Row]) -> str:
-    """The best of all runs, figure by figure."""
+    """One tile per figure, with the best of all runs."""
     every = [(row, _figures(row)) for row in rows]
     tiles = ""
     for title in every[0][1]:
@@ -230,12 +230,12 @@ def _glance(rows: Sequence[Row]) -> str:
 
 
 def _changes(found: BaselineComparison) -> str:
-    """What became slower, and behind a fold what did not."""
+    """What became slower, and folded away what did not."""
     worst_first = sorted(found.changes, key=lambda c: -(c.new / c.old if c.old else 1))
     said = "".join(f"<li>{escape(text)}</li>" for text in (*found.unjudged, *found.remarks))
     caption = (
-        "Slower: the medians differ by more than the noise with 99 % confidence (bootstrap over answers). Noise is the "
-        "drift between the thirds of either run, 5 % at least."
+        "Slower means that the medians differ by more than the noise, with 99 % confidence (bootstrap over answers). "
+        "Noise is the drift between the thirds of either run, and at least 5 %."
     )
     others = [change for change in worst_first if not change.slower]
     slower = _change_table(found.slower) if found.slower else "<p class=good>Nothing became slower beyond noise.</p>"
@@ -277,13 +277,13 @@ def _tables(rows: Sequence[Row]) -> str:
             f"<p class=soft>{escape(' '.join(_sentences(row)))}</p></details>"
         )
     return (
-        "<section class=card id=tables><h2>Every figure</h2><p class=soft>Of few values p99 is next to the largest.</p>"
-        f"{inside}</section>"
+        "<section class=card id=tables><h2>Every figure</h2>"
+        f"<p class=soft>With few values, p99 is close to the largest.</p>{inside}</section>"
     )
 
 
 def _sentences(row: Row) -> list[str]:
-    """Energy and memory of a run, in words."""
+    """Sentences about the energy and memory of a run."""
     found, used = [], row.energy
     if used is not None:
         found.append(f"Energy: {number(1e3 * used.token_j)} mJ per token, {number(used.answer_j)} J per answer.")
@@ -300,7 +300,7 @@ def _sentences(row: Row) -> list[str]:
 
 
 def _notes(profile: Profile, rows: Sequence[Row]) -> str:
-    grouped: dict[str, list[str]] = {}  # what is to be said -> of which runs
+    grouped: dict[str, list[str]] = {}  # note -> titles of the runs that it is about
     for row in rows:
         found = row.verdict
         for kind, word, texts in (
@@ -322,7 +322,7 @@ def _notes(profile: Profile, rows: Sequence[Row]) -> str:
     )
     return (
         "<section class=card id=notes><h2>What to know about these numbers</h2>"
-        f"<ul class=notes>{said or '<li>Nothing was amiss.</li>'}</ul><h3>How it was measured</h3>"
+        f"<ul class=notes>{said or '<li>Nothing to report.</li>'}</ul><h3>How it was measured</h3>"
         f"<ul class=notes>{how}</ul><h3>Bundles</h3><ul class=notes>{bundles}</ul></section>"
     )
 
@@ -331,10 +331,10 @@ def _how(profile: Profile) -> list[str]:
     settings, machine, peaks = profile.settings, profile.machine, profile.peaks
     tokens = profile.bundles[0].runs[0].case.tokens
     found = [
-        f"{settings.runs} answers per run after {settings.warmup} for warmth, each of {tokens} tokens, greedy; "
-        "the model's own end is passed over.",
-        f"Threads: {settings.threads or 'as the library chooses'}. The machine was sampled every "
-        f"{1e3 * settings.interval_s:g} ms by a process of its own.",
+        f"{settings.runs} answers per run after {settings.warmup} for warm-up, each of {tokens} tokens, greedy; "
+        "the model's own end of an answer is ignored.",
+        f"Threads: {settings.threads or 'as the library chooses'}. A separate process sampled the machine every "
+        f"{1e3 * settings.interval_s:g} ms.",
         f"Python {profile.python}." + (f" L4T {machine['l4t']}." if machine.get("l4t") else ""),
     ]
     clocks = {"gpu_max_hz": "GPU", "emc_cap_hz": "memory"}

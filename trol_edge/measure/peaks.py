@@ -1,4 +1,4 @@
-"""The roofs of the roofline: what this machine's memory and processors can do at most."""
+"""The roofs of the roofline: the highest rates of this machine's memory and processors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trol_edge.measure.record import (
 
 
 def machine_peaks(machine: sensors.Sensors, bundles: Sequence[Bundle]) -> Peaks | None:
-    """What the machine can do at most: measured on a CPU, from the table of devices on a Jetson's GPU; else None."""
+    """The machine's highest rates: measured for a CPU, from the table of devices for a Jetson's GPU, else None."""
     if any(is_gpu(bundle.manifest.target) for bundle in bundles):
         return table_peaks(machine)
     threads = len(os.sched_getaffinity(0))
@@ -30,7 +30,7 @@ def machine_peaks(machine: sensors.Sensors, bundles: Sequence[Bundle]) -> Peaks 
 
 
 def table_peaks(machine: sensors.Sensors) -> Peaks | None:
-    """FP16 and memory of this Jetson in its power mode; None where `trol_edge.machine.devices` has not both."""
+    """FP16 and memory rates of this Jetson in its power mode; None if `trol_edge.machine.devices` lacks either."""
     here = identify(machine.root).jetson
     if here is None:
         return None
@@ -45,7 +45,7 @@ def table_peaks(machine: sensors.Sensors) -> Peaks | None:
 
 
 def read_rate(threads: int, size: int = 256 << 20, repeats: int = 5) -> float:
-    """Best of several reads of `size` bytes of memory by all threads, in bytes per second."""
+    """The best of `repeats` reads of `size` bytes of memory by all threads, in bytes per second."""
     parts = np.array_split(np.ones(size // 8), threads)
     rates = []
     with ThreadPoolExecutor(threads) as pool:
@@ -57,7 +57,7 @@ def read_rate(threads: int, size: int = 256 << 20, repeats: int = 5) -> float:
 
 
 def matmul_rate(size: int = 1024, repeats: int = 5) -> float:
-    """Best of several float32 products of square matrices, in floating point operations per second."""
+    """The best of `repeats` float32 products of square matrices, in floating point operations per second."""
     a = np.ones((size, size), np.float32)
     rates = []
     for _ in range(repeats + 1):

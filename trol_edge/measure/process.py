@@ -1,4 +1,4 @@
-"""Processes of their own: one for each measurement, and one that samples the machine meanwhile."""
+"""Runs each measurement in a separate process, and another one that samples the machine meanwhile."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BackendError, TrolEdgeError, UsageError
 from trol_edge.machine import sensors
 
-Progress = Callable[[str], None]  # one line about what is being done
-SAMPLER_START_S = 30.0  # to wait for the sampler's first line at most
+Progress = Callable[[str], None]  # takes one line about what is being done
+SAMPLER_START_S = 30.0  # longest wait for the sampler's first line
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a process that measures one bundle is told."""
+    """The arguments of a process that measures one bundle."""
 
     bundle: str
     sizes: tuple[tuple[int, int] | None, ...]  # width, height; None: no picture
@@ -37,20 +37,19 @@ class Job:
     threads: int | None
     interval_s: float
     root: str
-    provider: str | None = None  # of ONNX Runtime, instead of engines
+    provider: str | None = None  # ONNX Runtime's, used instead of engines
 
 
 def in_process(function: str, job: Job, progress: Progress = lambda line: None) -> Any:
-    """Run a function ("module.name", of this folder) in a new interpreter; returns what it printed last.
+    """Run a function of this folder ("module.name") in a new interpreter and return what it printed last.
 
-    The job goes to its standard input as JSON.
-    Lines before are progress. Raises the error of this package that it raised, or BackendError with the end of its
-    standard error.
+    The job goes to its standard input as JSON. Lines that it prints before the last are progress.
+    Raises the error of this package that it raised, or BackendError with the end of its standard error.
     """
     root = str(Path(trol_edge.__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     module, name = function.split(".")
-    # The clock first: what importing takes is a part of a start.
+    # The clock is read first, because importing is a part of a start.
     code = f"import time; began = time.monotonic(); from trol_edge.measure.{module} import {name}; {name}(began)"
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen(
@@ -114,9 +113,9 @@ def print_json(data: dict[str, Any]) -> None:
 
 @contextmanager
 def sampled(root: str, interval_s: float) -> Iterator[list[dict[str, float | None]]]:
-    """Samples of the machine and this process, complete when the block is left. Taken by a process of its own.
+    """Sample the machine and this process from another process; the list is complete when the block is left.
 
-    Raises BackendError where that process failed.
+    Raises BackendError if that process failed.
     """
     samples: list[dict[str, float | None]] = []
     command = [sys.executable, "-I", "-S", sensors.__file__, root, str(os.getpid()), str(interval_s)]

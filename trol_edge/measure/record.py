@@ -1,11 +1,12 @@
-"""A profile: what `trol-edge profile` measured, as data. Written as JSON with a versioned schema, read back, summed up.
+"""A profile is what `trol-edge profile` measured, as data. This module saves, loads and sums it up.
 
     Profile               one run of the command on one machine
-    └── BundleProfile     one bundle, measured in a process of its own: how it starts, every sample of the machine
+    └── BundleProfile     one bundle, measured in a separate process, with its starts and every sample of the machine
         └── Run           one picture size and prompt length
             └── Answer    one answer: where each millisecond of it went
 
-Times end in _ms (wall time) or _s (seconds since the bundle's process began); memory is bytes, energy joules.
+The file is JSON with a versioned schema. Times end in _ms (wall time) or _s (seconds since the bundle's process
+began); memory is in bytes, energy in joules.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from trol_edge.bundle.folder import write_text
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
+from trol_edge.reading import guard, read_json_value
 
 SCHEMA = "trol-edge-profile"
-SCHEMA_VERSION = 1  # another one where a field gets another meaning, or goes
+SCHEMA_VERSION = 1  # raised when a field is removed or changes its meaning
 FILE = "profile.json"
 
 Values = NDArray[np.float64]
@@ -30,47 +32,47 @@ Values = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True)
 class BundleId:
-    """Which bundle it was."""
+    """Identifies the bundle that was measured."""
 
-    folder: str  # as it was given
+    folder: str  # as the user gave it
     model: str
     target: str
     precision: str  # the recipe
     context: int  # tokens
     bytes: int
-    manifest_sha256: str  # of bundle.json, and so of everything in the bundle
+    manifest_sha256: str  # of bundle.json, whose hashes cover everything in the bundle
     created_by: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What was asked."""
+    """Describes the prompts of one run."""
 
     size: tuple[int, int] | None  # width and height of the picture, pixels; None: no picture
     prompt_tokens: int  # picture included
     image_tokens: int
-    tokens: int  # of the answer; it is not cut short where the model would end it
+    tokens: int  # length of every answer; it goes on where the model would end it
 
 
 @dataclasses.dataclass(frozen=True)
 class TimedAnswer:
-    """One answer. The projector has no time of its own: it is a part of the vision graph."""
+    """The times of one answer. The projector has no time of its own; it is a part of the vision graph."""
 
     start_s: float
     preprocess_ms: float  # picture hashed, resized, normalised; prompt tokenized
     vision_ms: float  # vision tower and projector, one graph; next to nothing in a second question
     prefill_ms: float  # prompt to the first logits
     first_token_ms: float  # from the question to the text of the first token
-    total_ms: float  # to the text of the last
-    step_ms: tuple[float, ...]  # the step graph, once per token behind the first
-    sample_ms: tuple[float, ...]  # a token chosen of the logits, once per token
-    detokenise_ms: tuple[float, ...]  # its text; empty where the bundle has no tokenizer
-    reused_tokens: int  # of the prompt, found in the cache
+    total_ms: float  # from the question to the text of the last token
+    step_ms: tuple[float, ...]  # the step graph, once per token after the first
+    sample_ms: tuple[float, ...]  # choosing a token from the logits, once per token
+    detokenise_ms: tuple[float, ...]  # making its text; empty if the bundle has no tokenizer
+    reused_tokens: int  # tokens of the prompt that were found in the cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a stage does, counted in its graphs."""
+    """The work of a stage, counted in its graphs."""
 
     flops: float
     bytes: float  # read and written: weights, activations, cache
@@ -78,66 +80,69 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One case on one bundle."""
+    """The answers to one case on one bundle."""
 
     case: Case
     start_s: float  # warm-up over
     end_s: float
     warmup: tuple[TimedAnswer, ...]
-    answers: tuple[TimedAnswer, ...]  # to the first question about a frame that was not seen before
-    second: tuple[TimedAnswer, ...]  # to a second question about the same frame
-    peak_rss_bytes: float | None  # of the process while this case ran
+    answers: tuple[TimedAnswer, ...]  # each to the first question about a new frame
+    second: tuple[TimedAnswer, ...]  # each to a second question about the same frame
+    peak_rss_bytes: float | None  # highest resident memory of the process while this case ran
     work: dict[str, Work] | None  # stage -> counts: "vision", "prefill", "step"; None: the bundle has no counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A fresh process, from its start to the text of the first token."""
+    """The times of a fresh process, from its start to the text of the first token."""
 
     cold: bool  # the bundle's files were dropped from the page cache before (Python and its libraries were not)
-    cached_share: float | None  # of the bundle's bytes that the page cache held at the start; None: not known
-    import_ms: float  # the process begins, Python, trol_edge imported
-    load_ms: float  # the Runtime opened, its hashes checked
-    answer_ms: float  # question to first token
+    cached_share: float | None  # share of the bundle's bytes in the page cache at the start; None: not known
+    import_ms: float  # from the start of the process until Python and trol_edge are imported
+    load_ms: float  # opening the Runtime, with its hashes checked
+    answer_ms: float  # from the question to the first token
     total_ms: float
 
 
 @dataclasses.dataclass(frozen=True)
 class BundleProfile:
-    """One bundle. samples: columns of equal length, one entry per sample of the machine, None: not readable then."""
+    """The measurements of one bundle.
+
+    samples: columns of equal length, with one entry per sample of the machine and None for what could not be read.
+    """
 
     bundle: BundleId
-    library: str  # what computed: "onnxruntime 1.32.0"
-    load_s: tuple[float, float]  # from when to when the Runtime was opened
-    idle_s: tuple[float, float]  # the rest before that: what the machine draws without us
+    library: str  # the library that computed, such as "onnxruntime 1.32.0"
+    load_s: tuple[float, float]  # begin and end of opening the Runtime
+    idle_s: tuple[float, float]  # begin and end of the rest before that, to see what the idle machine draws
     starts: tuple[Start, ...]
     runs: tuple[Run, ...]
     samples: dict[str, tuple[float | None, ...]]
-    total_power: tuple[str, ...]  # columns whose sum is all that is drawn; none: no energy
+    total_power: tuple[str, ...]  # columns whose sum is the total power; empty: no energy
 
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """What the machine can do at most, for the roofline."""
+    """The machine's highest rates, for the roofline."""
 
     flops_per_s: float
     bytes_per_s: float
-    source: str  # "measured: ...", or the table that says so
+    source: str  # "measured: ...", or the table that they are from
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How it was measured."""
+    """The settings of a measurement."""
 
     warmup: int
     runs: int
-    threads: int | None  # of one inference call; None: the library's choice
-    interval_s: float  # between two samples of the machine
+    threads: int | None  # threads of one inference call; None: the library's choice
+    interval_s: float  # time between two samples of the machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Everything that one `trol-edge profile` found out. `save` and `load` keep it."""
+    """Everything that one `trol-edge profile` measured. `save` writes it, `load` reads it back."""
 
     schema: str
     schema_version: int
@@ -146,18 +151,18 @@ class Profile:
     python: str
     system: str
     machine: dict[str, str | int | float | None]  # see sensors.Sensors.identity
-    missing: tuple[str, ...]  # sensors that such a machine has and this one did not show: what is partial
+    missing: tuple[str, ...]  # sensors that such a machine should have and that could not be read
     settings: Settings
     peaks: Peaks | None
     bundles: tuple[BundleProfile, ...]
 
     def save(self, path: Path) -> None:
-        """Write the JSON. Raises UsageError where that is not possible."""
+        """Write the JSON file. Raises UsageError if it cannot be written."""
         write_text(path, json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n")
 
     @property
     def machine_name(self) -> str:
-        """In a few words: "NVIDIA Jetson Orin Nano ..., MAXN_SUPER", "AMD EPYC, 2 cores"."""
+        """The machine in a few words, such as "NVIDIA Jetson Orin Nano ..., MAXN_SUPER" or "AMD EPYC, 2 cores"."""
         m = self.machine
         mode = m["power_mode_name"] or (None if m["power_mode"] is None else f"power mode {m['power_mode']}")
         cores = f"{m['cores']} core{'' if m['cores'] == 1 else 's'}" if m["cores"] else None
@@ -166,10 +171,7 @@ class Profile:
 
 def load(path: Path) -> Profile:
     """Read a profile. Raises UsageError for a file that is none, or has another schema."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({error}); give a {FILE} of `trol-edge profile -o`") from error
+    data = read_json_value(path, UsageError, f"give a {FILE} of `trol-edge profile -o`")
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise UsageError(f"{path}: not a profile; give a {FILE} of `trol-edge profile -o`")
     if data.get("schema_version") != SCHEMA_VERSION:
@@ -178,7 +180,8 @@ def load(path: Path) -> Profile:
             "measure again with this version"
         )
     advice = "measure again with this version of trol-edge"
-    profile: Profile = from_dict(Profile, data, str(path), UsageError, advice)
+    with guard(path, UsageError, advice):
+        profile: Profile = from_dict(Profile, data, str(path), UsageError, advice)
     for measured in profile.bundles:
         if len({len(column) for column in measured.samples.values()}) > 1 or "t_s" not in measured.samples:
             raise UsageError(f"{path}: samples of {measured.bundle.folder} are damaged; {advice}")
@@ -187,7 +190,7 @@ def load(path: Path) -> Profile:
 
 # -- summed up ---------------------------------------------------------------------------------------------------------
 
-# Key -> what it is called. In milliseconds, less is better; in this order everywhere.
+# Key -> name, in the order in which they are shown everywhere. All are in milliseconds, and less is better.
 STAGES = {
     "preprocess_ms": "preprocess",
     "vision_ms": "vision + projector",
@@ -203,7 +206,7 @@ STARTS = {"cold_ms": "start, page cache cold", "warm_ms": "start, page cache war
 
 
 def pooled(run: Run) -> dict[str, Values]:
-    """Every value measured, by key of STAGES, where there is any."""
+    """Every measured value, by key of STAGES; a key without values is absent."""
     found: dict[str, list[float]] = {}
     for key in STAGES:
         if key == "vision_ms" and run.case.size is None:
@@ -218,7 +221,7 @@ def pooled(run: Run) -> dict[str, Values]:
 
 
 def per_answer(run: Run) -> dict[str, Values]:
-    """One value per answer: the median where an answer has many (steps of one answer are not independent)."""
+    """One value per answer. Steps of one answer are not independent, so their median counts."""
     found = pooled(run)
     for key in ("step_ms", "sample_ms", "detokenise_ms"):
         if key in found:
@@ -227,20 +230,20 @@ def per_answer(run: Run) -> dict[str, Values]:
 
 
 def starts(measured: BundleProfile) -> dict[str, Values]:
-    """Milliseconds of every start, by key of STARTS."""
+    """The milliseconds of every start, by key of STARTS."""
     found = {"cold_ms": [s.total_ms for s in measured.starts if s.cold]}
     found["warm_ms"] = [s.total_ms for s in measured.starts if not s.cold]
     return {key: np.array(values) for key, values in found.items() if values}
 
 
 def percentiles(values: Values) -> tuple[float, float, float]:
-    """p50, p90, p99, interpolated. Of few values p99 is next to the largest."""
+    """Return p50, p90 and p99, interpolated. With few values, p99 is close to the largest."""
     p50, p90, p99 = np.percentile(values, (50, 90, 99))
     return float(p50), float(p90), float(p99)
 
 
 def tokens_per_s(run: Run) -> float | None:
-    """Median over answers: tokens behind the first, by the time they took, choosing and detokenising included."""
+    """Tokens after the first per second, choosing and detokenising included; the median over the answers."""
     rates = []
     for answer in run.answers:
         milliseconds = answer.total_ms - answer.first_token_ms
@@ -250,6 +253,6 @@ def tokens_per_s(run: Run) -> float | None:
 
 
 def case_name(case: Case) -> str:
-    """ "640x480, 135 tokens"."""
+    """The case in a few words, such as "640x480, 135 tokens"."""
     picture = f"{case.size[0]}x{case.size[1]}" if case.size else "no picture"
     return f"{picture}, {case.prompt_tokens} tokens"

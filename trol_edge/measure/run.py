@@ -1,11 +1,10 @@
-"""Measuring for `trol-edge profile`: each bundle in a process of its own, the sampler in another, starts in fresh ones.
+"""Measures for `trol-edge profile`: each bundle in a separate process, the sampler in another, each start in a new one.
 
-What is special about it:
 - An answer goes through the calls that `Runtime.generate` makes (`look`, `ask`, `prefill`, `step_view`, the Sampler,
   the TextStream), with a clock between them; only the queue for the turn is left out.
-- Every first question meets an empty vision cache and an empty session, every second one what the first left there.
-- An answer has as many tokens as asked for: the model's own end is passed over, so that runs are comparable.
-- All clocks are CLOCK_MONOTONIC, which processes share: so samples, stages and starts lie on one time axis.
+- Every first question finds an empty vision cache and an empty session; the second one finds what the first left there.
+- An answer has as many tokens as asked for. The model's own end is ignored, so that runs are comparable.
+- All clocks are CLOCK_MONOTONIC, which processes share, so samples, stages and starts are on one time axis.
 """
 
 from __future__ import annotations
@@ -53,10 +52,11 @@ def profile(
 ) -> Profile:
     """Measure every bundle in every case (sizes x prompt lengths).
 
-    sizes: of made-up pictures, (width, height) in pixels, None for none; image: a picture file instead. prompt_tokens:
-    of the whole prompt, None for a short question. tokens: of each answer. starts: fresh processes, for each of page
-    cache cold and warm. interval_s: between two samples of the machine. root: where its proc and sys folders lie.
-    provider: of ONNX Runtime, as Runtime takes it, for bundles of a GPU target.
+    sizes: (width, height) of made-up pictures in pixels, None for no picture. image: a picture file to use instead.
+    prompt_tokens: length of the whole prompt, None for a short question. tokens: length of each answer. starts: number
+    of fresh processes with a cold page cache, and again with a warm one. interval_s: time between two samples of the
+    machine. root: the folder that contains proc and sys. provider: ONNX Runtime's provider, as Runtime takes it, for
+    bundles of a GPU target.
     Raises UsageError, ImageError, ContextError for bad arguments, BundleError and BackendError as Runtime does.
     """
     if not bundles:
@@ -69,7 +69,7 @@ def profile(
     if image is not None:
         load_rgb(os.fspath(image))
     machine = sensors.Sensors(root)
-    progress("what memory and processors can do at most")
+    progress("measuring the highest rates of memory and processors")
     peaks = machine_peaks(machine, opened)
     found = []
     for bundle in opened:

@@ -1,7 +1,7 @@
-"""What the samples of a profile say about a run: whether it counts, what it lacks, and the energy it took.
+"""Judges a run by the samples of its profile: whether it counts, what it lacks, and the energy that it took.
 
-A run is invalid where its numbers are not those of the machine at work: its clocks sagged, a throttle counter moved, or
-the sampler itself did not get to run. It is partial where something that such a machine can say was not read.
+A run is invalid if the machine did not work as usual: its clocks sagged, a throttle counter rose, or the sampler itself
+did not get to run. A run is partial if something that such a machine can report was not read.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from trol_edge.bundle.targets import is_gpu
 from trol_edge.machine.sensors import OVER_CURRENT
 from trol_edge.measure.record import BundleProfile, Profile, Run, Values, percentiles, pooled, starts, tokens_per_s
 
-GAP = 5.0  # intervals without a sample: too many
-COVERED, COVERAGE = 2.5, 0.9  # share of a run that has a sample at most so many intervals away from the next
-SAG, CPU_SAG = 0.95, 0.8  # of what the clock should be
-SAGGING = 3  # samples in a row below that
-BUSY = 0.5  # load from which a clock has no excuse to be low; processors kept busy by others that are worth a remark
-FEWEST = 3  # power samples while tokens were decoded, below which there is no energy per token
+GAP = 5.0  # a longer time without a sample, in sampling intervals, makes a run invalid
+COVERED, COVERAGE = 2.5, 0.9  # samples at most COVERED intervals apart must cover this share of the run
+SAG, CPU_SAG = 0.95, 0.8  # a clock sags below this share of what it should be
+SAGGING = 3  # samples in a row below that make a run invalid
+BUSY = 0.5  # load above which a clock should be high; also the processors that others may keep busy without a remark
+FEWEST = 3  # power samples while decoding that an energy per token needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a run counts. Each entry is a reason in words."""
+    """Says whether a run counts. Each entry is a reason in words."""
 
     invalid: list[str]
     partial: list[str]
@@ -35,9 +35,9 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Energy:
-    """Joules, integrated over the samples' monotonic clock. net: above what the machine drew idle, before."""
+    """Joules, integrated over the samples' monotonic clock. "net" values are above what the machine drew idle."""
 
-    token_j: float  # decoding, per token
+    token_j: float  # per token, while decoding
     token_net_j: float | None
     answer_j: float  # from question to the last token
     answer_net_j: float | None
@@ -46,7 +46,7 @@ class Energy:
 
 
 def column(measured: BundleProfile, name: str) -> Values:
-    """A column of samples, NaN where nothing could be read, all NaN where there is no such column."""
+    """A column of samples, with NaN for what could not be read; a missing column is all NaN."""
     values = measured.samples.get(name)
     if values is None:
         return np.full(len(measured.samples["t_s"]), np.nan)
@@ -54,13 +54,13 @@ def column(measured: BundleProfile, name: str) -> Values:
 
 
 def within(measured: BundleProfile, start_s: float, end_s: float) -> NDArray[np.bool_]:
-    """Which samples were taken from one time to another."""
+    """Mask of the samples between two times."""
     times = column(measured, "t_s")
     return (times >= start_s) & (times <= end_s)
 
 
 def verdict(profile: Profile, measured: BundleProfile, run: Run) -> Verdict:
-    """Whether a run counts, and why not; what it lacks; what else to know."""
+    """Say whether a run counts and why not, what it lacks, and what else to know about it."""
     invalid = [*_gaps(profile, measured, run), *_sagged(measured, run), *_moved(measured, run)]
     partial = [*profile.missing, *_unread(measured, run)]
     if run.work is None:
@@ -68,7 +68,7 @@ def verdict(profile: Profile, measured: BundleProfile, run: Run) -> Verdict:
     if not run.answers[0].detokenise_ms:
         partial.append("no tokenizer in this bundle: nothing was detokenised")
     if measured.total_power and energy(measured, run) is None:
-        partial.append(f"fewer than {FEWEST} power samples while decoding: no energy; more tokens (--tokens) give more")
+        partial.append(f"fewer than {FEWEST} power samples while decoding: no energy; give more --tokens")
     during = within(measured, run.start_s, run.end_s)
     others = (column(measured, "cpu") - column(measured, "cpu_own"))[during]
     remarks = []
@@ -85,12 +85,12 @@ def _gaps(profile: Profile, measured: BundleProfile, run: Run) -> list[str]:
         return [f"{steps.max():.2f} s without a sample (one is due every {interval:g} s): the machine was starved"]
     covered = steps[steps <= COVERED * interval].sum() / steps.sum()
     if covered < COVERAGE:
-        return [f"samples cover {100 * covered:.0f} % of the run, {100 * COVERAGE:.0f} % are wanted"]
+        return [f"samples cover {100 * covered:.0f} % of the run, {100 * COVERAGE:.0f} % are needed"]
     return []
 
 
 def _longest(low: NDArray[np.bool_]) -> int:
-    """Length of the longest run of True."""
+    """The length of the longest run of True."""
     longest = now = 0
     for value in low:
         now = now + 1 if value else 0
@@ -102,11 +102,11 @@ def _sagged(measured: BundleProfile, run: Run) -> list[str]:
     during, found = within(measured, run.start_s, run.end_s), []
     if is_gpu(measured.bundle.target):
         load = column(measured, "gpu_load")[during]
-        busy = ~(load < BUSY)  # unknown counts as busy
+        busy = ~(load < BUSY)  # an unknown load (NaN) counts as busy
         for name, what, most in (("gpu_hz", "GPU", "gpu_max_hz"), ("emc_hz", "memory", "emc_cap_hz")):
             clock, ceiling = column(measured, name)[during], column(measured, most)
             if np.isfinite(ceiling).any():
-                wanted = float(np.nanmax(ceiling))  # a ceiling that comes down is throttling, too
+                wanted = float(np.nanmax(ceiling))  # the highest, because a ceiling that drops is throttling, too
                 low = (np.minimum(clock, ceiling[during]) if np.isfinite(clock).any() else ceiling[during]) < (
                     SAG * wanted
                 )
@@ -162,14 +162,14 @@ def _unread(measured: BundleProfile, run: Run) -> list[str]:
 
 
 def power(measured: BundleProfile, names: tuple[str, ...] | None = None) -> tuple[Values, Values] | None:
-    """Times in seconds and watts of some columns together (all that is drawn by default), where all could be read."""
+    """Times in seconds and summed watts of some columns (by default the total), where all of them could be read."""
     names = measured.total_power if names is None else names
     if not names:
         return None
     times, watts = column(measured, "t_s"), np.zeros(len(measured.samples["t_s"]))
     for name in names:
         values = column(measured, name)
-        if name.startswith("energy_uj/"):  # a counter; where it wraps or stops, there is no reading
+        if name.startswith("energy_uj/"):  # a counter; a sample where it wraps or stops is dropped
             steps = np.diff(values) / np.diff(times) / 1e6
             steps[steps < 0] = np.nan
             values = np.concatenate(([np.nan], steps))
@@ -179,7 +179,7 @@ def power(measured: BundleProfile, names: tuple[str, ...] | None = None) -> tupl
 
 
 def integral(times: Values, watts: Values, start_s: float, end_s: float) -> float:
-    """Joules between two times: trapezoids between the samples, the ends interpolated."""
+    """Joules between two times, by trapezoids between the samples and interpolation at both ends."""
     inside = (times > start_s) & (times < end_s)
     at = np.concatenate(([start_s], times[inside], [end_s]))
     values = np.interp(at, times, watts)
@@ -187,7 +187,7 @@ def integral(times: Values, watts: Values, start_s: float, end_s: float) -> floa
 
 
 def energy(measured: BundleProfile, run: Run) -> Energy | None:
-    """What a run's answers took; None without a reading of all that is drawn, or with too few samples of it."""
+    """The energy of a run's answers; None if the total power was not read or has too few samples."""
     found = power(measured)
     if found is None:
         return None
@@ -213,13 +213,13 @@ def energy(measured: BundleProfile, run: Run) -> Energy | None:
 
 
 def lowest(measured: BundleProfile, run: Run, name: str) -> float | None:
-    """The least value of a column during a run, where there is one."""
+    """The least value of a column during a run, or None if there is none."""
     values = column(measured, name)[within(measured, run.start_s, run.end_s)]
     return float(np.nanmin(values)) if np.isfinite(values).any() else None
 
 
 def summary(profile: Profile) -> list[dict[str, Any]]:
-    """One flat row per run, as `--json` prints it: what was asked, percentiles, rates, memory, energy, the verdict."""
+    """One flat row per run, as `--json` prints it, with case, percentiles, rates, memory, energy and verdict."""
     rows = []
     for measured in profile.bundles:
         for run in measured.runs:

@@ -1,6 +1,7 @@
-"""Hours in minutes: one Runtime under four threads that ask, stop, fork, miss deadlines and feed bad frames.
+"""A soak test, hours in minutes: four threads ask, stop, fork, miss deadlines and feed bad frames to one Runtime.
 
-Every answer is compared with one that was made before, alone: equal, or its beginning where the call was cut short.
+Every answer is compared with one that was made alone before. It must be equal, or its beginning if the call was cut
+short.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.results import Piece
+from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import ImageError, UnfinishedError, UsageError
 from trol_edge.machine import identity
 from trol_edge.model import Provider
@@ -33,49 +35,52 @@ from trol_edge.session import Session
 THREADS = 4
 QUESTIONS = ("What is left of the red circle?", "Describe the scene.", "How many objects are there?")
 OPTIONS = ("one", "two", "two of them", "none")
-SIZES = ((240, 320), (120, 90), (64, 64), (333, 200))  # frames change size from question to question
+SIZES = ((240, 320), (120, 90), (64, 64), (333, 200))  # sizes of the frames, which change from question to question
 MAX_NEW_TOKENS = 24
 SHORTEST_S = 60.0  # a shorter run says nothing about memory
 FLAT_SHARE, FLAT_BYTES = 0.01, 4 << 20
-SAMPLE_S = 2.0  # between two looks at the memory
-HANGS_S = 120.0  # a thread that has not ended by then never will
+SAMPLE_S = 2.0  # time between two readings of the memory
+# Allowed difference between two probabilities of one option. A prompt is summed in other chunks when a part of it is
+# cached already, and GPUs round to ten bits even in FP32 (TF32).
+EXACT, HALF = 1e-4, 2e-2
+HANGS_S = 120.0  # a thread that has not ended after this time hangs
 
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
-    """Resident memory over the second two thirds of a run; the first third is warm-up (caches, buffers)."""
+    """Resident memory over the last two thirds of a run; the first third is warm-up (caches, buffers)."""
 
-    mb_per_minute: float  # least squares
-    growth_bytes: float  # slope times the time judged
-    error_bytes: float  # of the growth: twice its standard error
+    mb_per_minute: float  # by least squares
+    growth_bytes: float  # slope times the judged time
+    error_bytes: float  # twice the standard error of the growth
     allowed_bytes: float  # 1 % of the resident memory, at least 4 MiB
     resident_bytes: float  # mean
 
     @property
     def flat(self) -> bool:
-        """Whether the growth, less what may be chance, is within what is allowed."""
+        """Whether the growth, less its error, is within what is allowed."""
         return self.growth_bytes - self.error_bytes <= self.allowed_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class SoakReport:
-    """What happened; `passed` is the verdict."""
+    """What a soak test saw; `passed` is the verdict."""
 
     seconds: float
     calls: dict[str, int]  # by kind
-    wrong: tuple[str, ...]  # answers that differ, errors that should not be, things left behind; the first few
+    wrong: tuple[str, ...]  # the first few answers that differ, unexpected errors and leftovers
     slope: Slope | None  # None: the run was too short to judge
     vision_hits: int
     vision_misses: int
 
     @property
     def passed(self) -> bool:
-        """No wrong answer, nothing left behind, memory flat."""
+        """Whether no answer was wrong, nothing was left over and memory stayed flat."""
         return not self.wrong and (self.slope is None or self.slope.flat)
 
 
 def judge(samples: Sequence[tuple[float, int]]) -> Slope:
-    """The slope of resident memory from samples (seconds, bytes) of a whole run."""
+    """Compute the slope of resident memory from samples (seconds, bytes) of a whole run."""
     end = samples[-1][0]
     times, sizes = np.array([s for s in samples if s[0] >= samples[0][0] + (end - samples[0][0]) / 3], float).T
     centred, resident = times - times.mean(), float(sizes.mean())
@@ -98,11 +103,11 @@ def soak(
     progress: Callable[[float, int], None],
     provider: Provider | None = None,
 ) -> SoakReport:
-    """Run for so long. progress: called every few seconds with the seconds so far and the resident bytes.
+    """Run for `seconds`. progress is called every few seconds with the seconds so far and the resident bytes.
 
     Memory is read while all threads rest between two calls, so that caches in use do not count as growth.
 
-    The bundle needs a tokenizer. provider: as Runtime takes it. Raises what Runtime raises for an unusable bundle.
+    The bundle needs a tokenizer. provider is what Runtime takes. Raises what Runtime raises for an unusable bundle.
     """
     threads_before = threading.active_count()
     runtime = Runtime(bundle, provider=provider)
@@ -138,10 +143,10 @@ def soak(
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process (its peak so far, where the system does not tell the present).
+    """Resident memory of this process, or its peak so far on a system that does not report the present value.
 
-    Free pages that the C allocator keeps for itself are given back first (glibc): with threads they come and go by
-    whole arenas, tens of MB that nobody holds, and would hide a leak or look like one.
+    Free pages that the C allocator keeps are given back first (glibc). With threads they come and go by whole arenas,
+    tens of MB that nobody holds, which would hide a leak or look like one.
     """
     identity.free_pages()
     try:
@@ -151,7 +156,7 @@ def resident_bytes() -> int:
 
 
 def left_behind(runtime: Runtime) -> list[str]:
-    """What should be gone once no call is under way."""
+    """Names what should be gone once no call is running."""
     gc.collect()
     found = []
     sessions = [o for o in gc.get_objects() if type(o) is Session and o.backend is runtime.model.backend]
@@ -163,17 +168,20 @@ def left_behind(runtime: Runtime) -> list[str]:
 
 
 class _Crew:
-    """The threads' work, and what they found."""
+    """Holds the threads' work and what they found."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime, self.over = runtime, threading.Event()
+        manifest = runtime.bundle.manifest
+        exact = manifest.plan.compute == "fp32" and not is_gpu(manifest.target)
+        self._tolerance = EXACT if exact else HALF
         self.wrong: list[str] = []
         self.calls: Counter[str] = Counter()
         self._lock, self._all_here = threading.Lock(), threading.Barrier(THREADS)
-        self._changed, self._pause, self._rest = threading.Condition(), False, 0  # rest: threads that do
+        self._changed, self._pause, self._rest = threading.Condition(), False, 0  # _rest counts resting threads
         shades = np.random.default_rng(0)
         self._frames = [shades.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
-        # The serial run: every answer that will be compared, made alone.
+        # Every answer that later ones are compared with is made here, with no other call running.
         self._alone = {
             (question, at): runtime.generate(question, frame, max_new_tokens=MAX_NEW_TOKENS)
             for question in QUESTIONS
@@ -182,7 +190,7 @@ class _Crew:
         self._chosen = {at: runtime.choose(QUESTIONS[2], OPTIONS, f) for at, f in enumerate(self._frames)}
 
     def _peak(self, dice: random.Random) -> None:
-        """The most memory that the calls can take together, at the start: allocators keep what they once had."""
+        """Use the most memory that the calls can take together once, because allocators keep what they once had."""
         question, _, frame = self._case(dice)
         with self.runtime.session() as session, self.runtime.stream(question, frame) as stream:
             next(stream)
@@ -193,7 +201,7 @@ class _Crew:
                 self._all_here.wait(HANGS_S)
 
     def work(self, seed: int) -> None:
-        """Until it is over: one random kind of call after another."""
+        """Make one random kind of call after another until time is over."""
         dice = random.Random(seed)
         try:
             for _ in range(3):
@@ -217,7 +225,7 @@ class _Crew:
             name = kind.__name__.strip("_")
             try:
                 kind(dice)
-            except UnfinishedError as error:  # choose, when another thread called stop()
+            except UnfinishedError as error:  # raised by choose when another thread calls stop()
                 if error.reason != "stopped":
                     self._note(f"{name}: {error}")
             except Exception as error:
@@ -229,7 +237,7 @@ class _Crew:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """No call is under way inside; all threads wait."""
+        """Make all threads wait, so that no call is running inside the block."""
         with self._changed:
             self._pause = True
             if not self._changed.wait_for(lambda: self._rest == THREADS, HANGS_S):
@@ -258,7 +266,7 @@ class _Crew:
         return dice.choice(QUESTIONS), at, self._frames[at]
 
     def _compare(self, name: str, question: str, at: int, ids: Sequence[int], reason: str | None) -> None:
-        """Whole answers are equal, those that were cut short are a beginning."""
+        """Check that a whole answer is equal to the one made alone, and that a shortened one is its beginning."""
         wanted = self._alone[question, at]
         whole = reason in ("stop", "length")
         if tuple(ids) != (wanted.token_ids if whole else wanted.token_ids[: len(ids)]):
@@ -325,17 +333,24 @@ class _Crew:
         else:
             self._note(f"bad: a frame {type(bad).__name__} was accepted")
         try:
-            self.runtime.generate(question, frame, deadline_ms=0)
+            self.runtime.generate(question, frame, deadline_ms="0")  # type: ignore[arg-type]
         except UsageError:
             pass
         else:
-            self._note("bad: deadline_ms=0 was accepted")
+            self._note("bad: deadline_ms='0' was accepted")
+        answer = self.runtime.generate(question, frame, deadline_ms=0)  # no time left, or stop() came first
+        if answer.token_ids or answer.finish_reason not in ("deadline", "stopped"):
+            self._note(f"bad: deadline_ms=0 gave {answer.token_ids} ({answer.finish_reason})")
 
     def _choose(self, dice: random.Random) -> None:
         _, at, frame = self._case(dice)
         choice, wanted = self.runtime.choose(QUESTIONS[2], OPTIONS, frame), self._chosen[at]
-        if choice.index != wanted.index or abs(choice.probability - wanted.probability) > 1e-4:
-            self._note(f"choose: frame {at} gave {choice}, alone {wanted}")
+        off = abs(choice.probability - wanted.probability)
+        if choice.index != wanted.index or off > self._tolerance:
+            self._note(
+                f"choose: frame {at} gave {choice.text!r} ({choice.probability:.4f}), "
+                f"alone {wanted.text!r} ({wanted.probability:.4f}); {self._tolerance:g} may be between them"
+            )
 
     def _many(self, dice: random.Random) -> None:
         _, at, frame = self._case(dice)

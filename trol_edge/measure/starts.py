@@ -1,4 +1,4 @@
-"""How long a fresh process takes to its first token, with the page cache cold or warm."""
+"""Measures how long a fresh process takes to its first token, with a cold or a warm page cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trol_edge.prompt.images import load_rgb
 
 
 def start(job: Job, cold: bool) -> Start:
-    """A fresh process to its first token. cold: the bundle's files leave the page cache before."""
+    """Run a fresh process to its first token. cold: drop the bundle's files from the page cache before."""
     files = sorted(path for path in Path(job.bundle).rglob("*") if path.is_file())
     if cold:
         for path in files:
@@ -42,7 +42,7 @@ def start(job: Job, cold: bool) -> Start:
 
 
 def first_token(began: float) -> None:
-    """As a process: load a bundle, answer with one token, say when each was done."""
+    """Entry point of a process: load a bundle, answer with one token, print when each was done."""
     imported = time.monotonic()
     with errors_as_json():
         job = told_job()
@@ -57,7 +57,7 @@ def first_token(began: float) -> None:
 
 
 def cached_share(files: Sequence[Path]) -> float | None:
-    """Which share of some files' bytes the page cache holds, by mincore(2); None where that cannot be asked."""
+    """The share of the files' bytes that the page cache holds, by mincore(2); None if that cannot be found out."""
     try:
         mincore = ctypes.CDLL(None, use_errno=True).mincore
     except (OSError, AttributeError):

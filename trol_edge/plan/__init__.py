@@ -1,1 +1,1 @@
-"""What a bundle would take on a device: time and memory, from counts and rates."""
+"""Predicts the time and memory that a bundle would take on a device, from counts and rates."""

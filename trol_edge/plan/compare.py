@@ -1,4 +1,4 @@
-"""Plans for several machines and precisions: which of them are compared, and which is best."""
+"""Compares plans for several machines and precisions and finds the best."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 
 from trol_edge.machine.devices import DEVICES
-from trol_edge.plan.estimate import QUALITY, Planned, plan
+from trol_edge.plan.estimate import Planned, plan
 from trol_edge.plan.rates import Platform
 from trol_edge.plan.subject import Subject, Workload
 
+QUALITY = ("fp32", "fp16", "fp8", "int8", "int4")  # best first
+
 
 def device_names(bundle: Subject | None) -> list[str]:
-    """Devices to plan for where none is named: every Jetson, or this machine ("host") for a CPU's bundle."""
+    """Devices to plan for if the user names none: this machine ("host") for a CPU's bundle, else every Jetson."""
     if bundle is not None and bundle.target == "cpu":
         return ["host"]
     return [name for name, device in DEVICES.items() if device.target.startswith("jetson")]
@@ -28,10 +30,10 @@ def compare(
     reserve: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Planned]:
-    """A plan for each precision on each machine; None: all the machine has.
+    """Plan each precision on each machine. precisions: None plans all that the machine supports.
 
-    subject(target, precision) makes what is planned. Where one precision is asked for and does not fit, the ones below
-    it are tried, too.
+    subject(target, precision) makes what is planned. If a single precision is asked for and does not fit, the smaller
+    ones are tried, too.
     """
     found = []
     for machine in machines:

@@ -1,4 +1,4 @@
-"""How long one run of a graph takes: its floor, and what is expected."""
+"""Computes how long one run of a graph takes: a floor and an expected time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from trol_edge.plan.rates import Platform, Points, Rates
 
 @dataclasses.dataclass(frozen=True)
 class GraphTime:
-    """One graph run once: what it does, and in which time."""
+    """The work and the times of one run of one graph."""
 
     graph: str
     dims: dict[str, int]
     flops: int
-    bytes: int  # weights and cache
+    bytes: int  # of weights and cache
     floor: float  # seconds
     expected: float  # seconds
-    bound: str  # what takes most of the expected time: "arithmetic", "memory" or "starting operators"
+    bound: str  # takes most of the expected time: "arithmetic", "memory" or "starting operators"
 
 
 def graph_time(graph: str, costs: Costs, weight_bytes: int, machine: Platform, **dims: int) -> GraphTime:
-    """One run of a graph whose weights take weight_bytes."""
+    """Compute the times of one run of a graph whose weights take weight_bytes."""
     sizes, total = costs.dims(dims), costs.at(**dims)
     parts = [_seconds(o, sizes, weight_bytes, machine.reached) for o in costs.operations]
     sums = {
@@ -46,7 +46,7 @@ def graph_time(graph: str, costs: Costs, weight_bytes: int, machine: Platform, *
 
 
 def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Rates) -> tuple[float, float, float]:
-    """Arithmetic, memory and start-up of all operators of one kind."""
+    """Seconds of arithmetic, memory and start-up of all operators of one kind."""
     if rates.fused and o.kind in ("pointwise", "move"):
         return 0.0, 0.0, 0.0
     cost = o.at(dims)
@@ -58,7 +58,7 @@ def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Ra
     memory = (cost.weight_bytes + cost.cache_bytes) / read + touched
     points = rates.arithmetic.get("attention") if o.kind == "attention" else None
     arithmetic = cost.flops / rate_at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
-    if product and o.kind != "attention":  # whose rate was measured with its scores
+    if product and o.kind != "attention":  # the measured rate of attention includes the time for its scores
         arithmetic += touched
     starts = {"attention": rates.attention, "linear": rates.product, "convolution": rates.product}
     return o.count * arithmetic, o.count * memory, o.count * starts.get(o.kind, rates.operator)
@@ -66,7 +66,7 @@ def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Ra
 
 def _points(rates: Rates, arithmetic: str) -> Points:
     if arithmetic not in rates.arithmetic:
-        raise UsageError(f"nothing is known about {arithmetic} on this machine; choose another precision")
+        raise UsageError(f"the speed of {arithmetic} on this machine is not known; choose another precision")
     return rates.arithmetic[arithmetic]
 
 
@@ -75,7 +75,7 @@ def _most(rates: Rates, arithmetic: str) -> float:
 
 
 def rate_at(points: Points, amount: int) -> float:
-    """The rate between two points, linear in logarithms; outside of them that of the nearest."""
+    """The rate at an amount, interpolated log-linearly; beyond the ends it is that of the nearest point."""
     for (low, slow), (high, fast) in itertools.pairwise(points):
         if low <= amount < high:
             return slow * (fast / slow) ** (math.log(amount / low) / math.log(high / low))

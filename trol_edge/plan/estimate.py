@@ -1,9 +1,9 @@
-"""What a model would need and reach on a machine: memory, floor and expected times, verdict. `trol-edge plan`.
+"""Estimates what a model would need and reach on a machine, for `trol-edge plan`: memory, times and a verdict.
 
-Everything comes from the counts that export walked off the graphs (`trol_edge.bundle.costs`), the device table, and the
-few numbers below. A floor is what no implementation can beat: all operations at the peak rate, or weights and cache at
-the peak bandwidth. The expected time goes operator by operator: the slower of its operations at the rate that is
-usually reached and its bytes at the bandwidth that is, plus a fixed time to start it.
+Everything comes from the counts that export took from the graphs (`trol_edge.bundle.costs`), the device table, and the
+few numbers below. A floor is a time that no implementation can beat: all operations at the peak rate, or weights and
+cache at the peak bandwidth. The expected time is a sum over operators. Each takes the longer of its operations at the
+rate that is usually reached and its bytes at the bandwidth that is usually reached, plus a fixed time to start.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from trol_edge.plan.memory import Memory, memory_of
 from trol_edge.plan.rates import Platform
 from trol_edge.plan.subject import Subject, Workload
 
-RESERVE_BYTES = 500_000_000  # that must remain for the rest of the robot
+RESERVE_BYTES = 500_000_000  # must remain free for the rest of the robot
 NEXT_QUESTION = 30  # tokens that a second question about the same picture adds
-QUALITY = ("fp32", "fp16", "fp8", "int8", "int4")  # best first
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """The answer for one machine and one precision. first_token and the like are seconds."""
+    """The plan for one machine and one precision. Times are in seconds."""
 
     machine: Platform
     subject: Subject
     memory: Memory
     stages: tuple[GraphTime, ...]
-    first_token: tuple[float, float]  # floor, expected: vision and prompt
-    next_question: float | None  # expected, about the same picture; None: needs both K/V sets
-    tokens_per_second: tuple[float, float]  # floor (the most), expected
+    first_token: tuple[float, float]  # floor and expected time of vision and prompt
+    next_question: float | None  # expected time for the same picture; None: it needs both K/V sets
+    tokens_per_second: tuple[float, float]  # highest possible, expected
     verdict: str  # "fits", "fits with these changes" or "does not fit"
     changes: tuple[str, ...]
 
@@ -52,27 +51,27 @@ def plan(
     reserve: int = RESERVE_BYTES,
     smaller: Callable[[], Iterator[Subject]] = lambda: iter(()),
 ) -> Planned:
-    """Times, memory and verdict: does it fit, and leave `reserve` bytes to the rest of the robot?
+    """Compute times, memory and the verdict: whether it fits and leaves `reserve` bytes to the rest of the robot.
 
-    smaller: the same model in smaller precisions, asked for only where it does not.
+    smaller gives the same model in smaller precisions; it is called only if the subject itself does not fit.
 
-    Raises UsageError where the question does not fit the context, or the machine cannot run such a bundle.
+    Raises UsageError if the question does not fit the context, or the machine cannot run such a bundle.
     """
     work = work or Workload()
     if is_gpu(machine.target) != is_gpu(subject.target):
         raise UsageError(
-            f"{subject.name} was made for target {subject.target}, {machine.name} runs {machine.target}: what one of "
-            "them does says nothing about the other; plan with --model, or export the bundle for that target"
+            f"{subject.name} was made for target {subject.target}, but {machine.name} runs {machine.target}; "
+            "plan with --model, or export the bundle for that target"
         )
     tiles = subject.most_tiles if work.tiles is None else work.tiles
     prompt = tiles * subject.tokens_per_tile + work.text
     if prompt + work.answer > subject.context:
         raise UsageError(
-            f"{tiles} tile(s) of {subject.tokens_per_tile} tokens, {work.text} of text and {work.answer} of answer do "
-            f"not fit a context of {subject.context}; choose a larger --context, or fewer --tiles"
+            f"{tiles} tile(s) of {subject.tokens_per_tile} tokens, {work.text} tokens of text and {work.answer} of "
+            f"answer do not fit a context of {subject.context}; choose a larger --context, or fewer --tiles"
         )
     dims = {"images": tiles, "tokens": prompt, "slots": prompt}
-    text_only = "traverse_text" in subject.graphs and not is_gpu(machine.target)  # no engine of its own there
+    text_only = "traverse_text" in subject.graphs and not is_gpu(machine.target)  # a GPU has no engine for it
     text_graph = "traverse_text" if text_only else "traverse"
 
     def run(name: str, **given: int) -> GraphTime:
@@ -106,13 +105,13 @@ def _fit(
     reserve: int,
     smaller: Callable[[], Iterator[Subject]],
 ) -> tuple[Memory, str, tuple[str, ...]]:
-    """Memory as asked for, the verdict, and the fewest changes that make it fit, those first that hurt least."""
+    """Memory as asked for, the verdict, and the fewest changes that make it fit, the least harmful tried first."""
     gpu = is_gpu(machine.target)
     switches: list[tuple[str, dict[str, Any]]] = [("boot without a desktop", {"desktop": False})] if desktop else []
     if gpu and subject.shareable_bytes and not subject.shared:
         switches.append(("one copy of the decoder's weights for both engines (--shared-weights)", {"shared": True}))
-    if not gpu:  # TensorRT's back end always keeps both
-        switches.append(("one K/V set (prefix_reuse=False: no second question for free)", {"reuse": False}))
+    if not gpu:  # TensorRT's back end always keeps both sets
+        switches.append(("one K/V set (prefix_reuse=False; each question is computed anew)", {"reuse": False}))
     subsets = [chosen for n in range(len(switches) + 1) for chosen in itertools.combinations(switches, n)]
     contexts: dict[int, str] = {subject.context: ""}
     for tiles in range(dims["images"], -1, -1):
@@ -142,7 +141,7 @@ def _fit(
 
 
 def to_dict(planned: Planned) -> dict[str, Any]:
-    """What --json prints of a plan: seconds and bytes; the counts themselves stand in the bundle's manifest."""
+    """What --json prints of a plan, in seconds and bytes. The counts themselves are in the bundle's manifest."""
     machine, subject, memory = planned.machine, planned.subject, planned.memory
     return {
         "device": machine.name,

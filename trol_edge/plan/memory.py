@@ -1,4 +1,4 @@
-"""What a model needs of a machine's memory."""
+"""Computes how much of a machine's memory a model needs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.plan.rates import Platform
 from trol_edge.plan.subject import Subject
 
-# CUDA context, TensorRT and Python: from one run of another runtime on Orin Nano (Cosmos-Reason2-2B W4A16: 3.72 GB, of
-# which 2.9 are weights and cache); ONNX Runtime and Python on a CPU: this library's trol-nano, rounded up.
+# GPU: CUDA context, TensorRT and Python, taken from one run of another runtime on Orin Nano (Cosmos-Reason2-2B W4A16,
+# 3.72 GB, of which 2.9 are weights and cache). CPU: ONNX Runtime and Python, from this library's trol-nano, rounded up.
 RUNTIME_BYTES = {"gpu": 600_000_000, "cpu": 150_000_000}
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on the device while it answers, and while an engine is built (0: nothing is built there)."""
+    """Bytes on the device while it answers, and while an engine is built (0 if none is built there)."""
 
     weights: int
     cache: int
@@ -30,24 +30,24 @@ class Memory:
 
     @property
     def needed(self) -> int:
-        """All that is ours."""
+        """Everything that this library takes."""
         return self.weights + self.cache + self.activations + self.runtime
 
     @property
     def remains(self) -> int:
-        """Left for the rest of the robot; below zero: there is not enough."""
+        """Bytes left for the rest of the robot; negative if there is not enough."""
         return self.usable - self.system - self.needed
 
     @property
     def build_remains(self) -> int:
-        """Left while an engine is built, with nothing of ours running."""
+        """Bytes left while an engine is built, with no Runtime open."""
         return self.usable - self.system - self.build
 
 
 def memory_of(
     subject: Subject, machine: Platform, dims: Mapping[str, int], context: int, reuse: bool, desktop: bool, shared: bool
 ) -> Memory:
-    """Bytes by use. Engines hold their weights each, but those that they share; on a CPU all graphs share them.
+    """Compute bytes by use. Each engine has its own weights except those that are shared; on a CPU all graphs share.
 
     TensorRT reserves scratch memory for the longest prompt, once per engine; ONNX Runtime takes what a run needs.
     """
@@ -56,13 +56,13 @@ def memory_of(
     one_set = subject.cache_bytes * context // subject.context
     longest = {"images": dims["images"], "tokens": context, "slots": context}
     if gpu:
-        outside = subject.shareable_bytes if shared else 0  # of the engines of traverse and step, once for both
+        outside = subject.shareable_bytes if shared else 0  # stored once for the engines of traverse and step
         weights = sum(subject.weights[name] for name in graphs) - outside
         activations = sum(subject.graphs[name].peak_bytes(**longest) for name in graphs)
         largest = max(subject.weights["vision"], subject.weights["traverse"] - outside)
     else:
         weights = subject.weights["vision"] + subject.decoder_bytes
-        one = dict(dims) | {"images": min(1, dims["images"])}  # one tile after the other
+        one = dict(dims) | {"images": min(1, dims["images"])}  # tiles are encoded one at a time
         activations = max(subject.graphs[name].peak_bytes(**one) for name in graphs)
         largest = 0
     return Memory(

@@ -1,4 +1,4 @@
-"""What machines do per second: by the device table, or measured here."""
+"""Rates of machines: derived from the device table, or measured here."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import dataclasses
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.machine.devices import Device, Mode
 
-# What GPUs reach of their peaks; `python -m tests.bench.plan_check` compares with others' measurements.
-# Bandwidth and start-up were set by the decode rates of Phi-3.5 3.8B and Llama-3.2 3B on Orin Nano in two power modes
-# (NVIDIA, MLC INT4), FP16 by vision and prefill of Cosmos-Reason2-2B there, INT8 by YOLOv8n being 1.27 times as fast in
-# INT8 as in FP16 there. FP8 is taken to be like INT8.
+# Shares of their peaks that GPUs reach; `python -m tests.bench.plan_check` compares with others' measurements.
+# All come from Orin Nano. Bandwidth and start-up are fitted to the decode rates of Phi-3.5 3.8B and Llama-3.2 3B in two
+# power modes (NVIDIA, MLC INT4), FP16 to vision and prefill of Cosmos-Reason2-2B, and INT8 to YOLOv8n, which is 1.27
+# times as fast in INT8 as in FP16. FP8 is assumed to be like INT8.
 BANDWIDTH = 0.85
 ARITHMETIC = {"float32": 0.45, "float16": 0.45, "int8": 0.29, "fp8": 0.29}
-OPERATOR_CYCLES = 12_000  # of the GPU's clock, to start a kernel and let it drain: 12 us at 1 GHz
+OPERATOR_CYCLES = 12_000  # GPU clock cycles to start a kernel and let it drain: 12 us at 1 GHz
 Points = tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a machine does per second, by how much it does: points (amount, per second), between which is interpolated.
+    """Throughput curves: each is a series of (size, rate) points, interpolated log-linearly.
 
-    arithmetic: operations, by type and by the size of one product; "attention" has an entry of its own where its rate
-    is another. reads: bytes of weights or cache, by the weights of the graph (what fits the processor's caches is read
-    faster). touches: bytes of tensors between operators, by those of one operator; what products read and write waits
-    for no arithmetic on a CPU. stored: bytes of weights of a type whose unpacking is slower than memory. operator,
-    product, attention, run: seconds to start an element-wise operator, a product, an attention, a graph. fused:
-    element-wise operators and copies are part of what stands beside them, and take no time.
+    arithmetic: operations per second, by data type and by the operations of one matmul; "attention" has its own curve
+    where its rate differs. reads: bandwidth for weights and cache, by the bytes of a graph's weights (what fits the
+    processor's caches is read faster). touches: bandwidth for activations, by the bytes of one operator. On a CPU this
+    time adds to a matmul's; it is not hidden by it. stored: bytes per second of weights of a type whose unpacking is
+    slower than memory. operator, product, attention, run: seconds to start an element-wise operator, a matmul, an
+    attention, a graph. fused: element-wise operators and copies are fused into their neighbours and take no time.
     """
 
     arithmetic: dict[str, Points]
@@ -42,7 +42,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """A device in one of its modes, or the machine at hand."""
+    """A device in one of its power modes, or this machine."""
 
     name: str
     title: str
@@ -50,14 +50,14 @@ class Platform:
     memory_bytes: int
     os_bytes: int
     desktop_bytes: int
-    precisions: tuple[str, ...]  # that are compared where none is chosen
+    precisions: tuple[str, ...]  # compared if the user chooses none
     peak: Rates
     reached: Rates
     notes: tuple[str, ...]
 
 
 def platform_of(device: Device, mode: Mode) -> Platform:
-    """A device of the table with the efficiencies above."""
+    """Make a platform from a device of the table and the efficiencies above."""
     kinds = [kind for kind in ARITHMETIC if kind != "fp8" or device.fp8]
     peak = Rates(
         arithmetic={kind: ((1, device.flops(mode, kind)),) for kind in kinds},
@@ -97,7 +97,10 @@ def platform_of(device: Device, mode: Mode) -> Platform:
 
 
 def platform_of_host(rates: Rates, memory_bytes: int, available_bytes: int) -> Platform:
-    """This machine, its rates measured (`runtimes/rates.py`): floor and expectation then differ by overheads only."""
+    """Make a platform from this machine's measured rates (`runtimes/rates.py`).
+
+    Peak and reached rates are the same then, so floor and expected time differ by overheads only.
+    """
     precisions = TARGETS["cpu"].precisions
     system = memory_bytes - available_bytes
     return Platform(

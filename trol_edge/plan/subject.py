@@ -1,4 +1,4 @@
-"""What is planned: a bundle, or a model as it would be exported, and the question to it."""
+"""Describes what is planned: a bundle, or a model as it would be exported, and the question to it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from trol_edge.bundle.sizes import cache_bytes, device_bytes, loaded_bytes, shar
 from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import BundleError
 
-TEXT_TOKENS = 84  # template and a short question
+TEXT_TOKENS = 84  # of the template and a short question
 ANSWER_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is planned: a bundle, or a model as it would be exported. Bytes are those in the device's memory."""
+    """A bundle, or a model as it would be exported. Bytes are those in the device's memory."""
 
     name: str
     target: str
@@ -26,17 +26,17 @@ class Subject:
     tokens_per_tile: int
     most_tiles: int
     graphs: dict[str, Costs]
-    weights: dict[str, int]  # by graph
-    decoder_bytes: int  # weights of all graphs but vision, each once
-    shareable_bytes: int  # of them, what the engines of traverse and step could share (`export --shared-weights`)
-    shared: bool  # they do
-    embedding_bytes: int  # of a table that is mapped from the file, and read a row at a time
-    cache_bytes: int  # one K/V set at full context
+    weights: dict[str, int]  # bytes by graph
+    decoder_bytes: int  # weights of all graphs but vision, each counted once
+    shareable_bytes: int  # the part of them that traverse and step could share (`export --shared-weights`)
+    shared: bool  # whether they share it
+    embedding_bytes: int  # size of the table, which is mapped from the file and read a row at a time
+    cache_bytes: int  # size of one K/V set at full context
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One question: a picture in so many tiles (None: as many as the model cuts at most), text, and the answer."""
+    """One question and its answer. tiles: number of tiles of the picture; None: the most that the model makes."""
 
     tiles: int | None = None
     text: int = TEXT_TOKENS  # tokens
@@ -44,7 +44,7 @@ class Workload:
 
 
 def subject_of(bundle: Bundle) -> Subject:
-    """A bundle, by its manifest and the header of its weights file. Raises BundleError where it was never counted."""
+    """Describe a bundle by its manifest and the header of its weights file. Raises BundleError if it has no counts."""
     manifest, tensors = bundle.manifest, bundle.weights().tensors
     graphs = {name: info.costs for name, info in manifest.graphs.items() if info.costs is not None}
     if len(graphs) != len(manifest.graphs):

@@ -1,1 +1,1 @@
-"""From text and pictures to what the graphs take: token ids and pixels."""
+"""Turns text and pictures into the token ids and pixels that the graphs take."""

@@ -1,4 +1,4 @@
-"""sentencepiece's character map, applied as sentencepiece does."""
+"""Applies sentencepiece's character map as sentencepiece does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tokenizers
 
 
 def split_normalizer(normalizer: Any) -> tuple[Charsmap | None, Any]:
-    """Take the character map off: the library applies it per grapheme and so loses combining marks."""
+    """Take the character map out of a normalizer. The library applies it per grapheme and so loses combining marks."""
     steps = json.loads(normalizer.__getstate__())["normalizers"]
     if not steps or steps[0]["type"] != "Precompiled":
         return None, normalizer
@@ -21,7 +21,7 @@ def split_normalizer(normalizer: Any) -> tuple[Charsmap | None, Any]:
 
 
 class Charsmap:
-    """sentencepiece's character map: the longest key at each place of a text is replaced.
+    """sentencepiece's character map, which replaces the longest key at each place of a text.
 
     The map is a double-array trie of UTF-8 keys (u32 units, darts-clone layout) and NUL-ended replacements.
     """

@@ -1,4 +1,4 @@
-"""Pictures to pixel values: load any picture as RGB bytes, resize and normalise it as the authors' code does.
+"""Turns pictures into pixel values: loads them as RGB bytes, resizes and normalises like the authors' code.
 
 Axes: N squares (one per picture, or its tiles), H height, W width, P side of the square model input, all in pixels.
 """
@@ -11,14 +11,16 @@ import io
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from trol_edge.errors import BundleError, ImageError
+from trol_edge.numeric import shown, whole
 from trol_edge.prompt import tiles
 
 __all__ = ["MAX_PIXELS", "ImageSpec", "Picture", "count_tiles", "load_rgb", "preprocess"]
@@ -29,10 +31,60 @@ F32 = npt.NDArray[np.float32]
 
 Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]
 
+# The formats that are read, all of them by code in this process: Pillow's names, and how names of their files end.
+# Pillow knows more, but starts a program for one (EPS: Ghostscript), and others are parsers that nobody needs here.
+FORMATS = {
+    "AVIF": (".avif",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
+    "MPO": (".mpo",),
+    "PNG": (".png", ".apng"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# How files of other formats begin, so that they can be refused by name.
+_OTHERS = (
+    (b"%!PS", "EPS or PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "EPS"),
+    (b"%PDF", "PDF"),
+    (b"<svg", "SVG"),
+    (b"<?xml", "XML (SVG?)"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (b"\x76\x2f\x31\x01", "OpenEXR"),
+    (b"8BPS", "PSD"),
+    (b"\xd7\xcd\xc6\x9a", "WMF"),
+    (b"\x01\x00\x00\x00", "EMF"),
+    (b"icns", "ICNS"),
+    (b"\x00\x00\x01\x00", "ICO"),
+    (b"\x00\x00\x02\x00", "CUR"),
+    (b"DDS ", "DDS"),
+    (b"qoif", "QOI"),
+    (b"SIMPLE", "FITS"),
+    (b"GRIB", "GRIB"),
+    (b"BUFR", "BUFR"),
+    (b"\x89HDF", "HDF5"),
+    (b"\x01\xda", "SGI"),
+    (b"\x59\xa6\x6a\x95", "Sun raster"),
+    (b"/* XPM", "XPM"),
+    (b"\x00\x00\x01\xba", "MPEG"),
+    (b"\x1a\x45\xdf\xa3", "Matroska (a video)"),
+    (b"RIFF", "RIFF (a video?)"),
+)
+
+DARK = 1 << 14  # numbers that all lie below it may be a sensor's 10 to 14 bits
+SCALED = -16  # see _stored
+SAY_BITS = "nothing says its range: pass bits=, 8 to 16 (the brightest number is 2 ** bits - 1)"
 MAX_PIXELS = 89_000_000  # just below the size at which Pillow itself warns of a decompression bomb
 
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright; 1 is upright already
+_UPRIGHT = {  # EXIF orientation -> operation that turns the stored picture upright; 1 already is
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -45,16 +97,16 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright; 1 is 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """How a model wants its pictures; stored in the bundle manifest.
+    """The form of pictures that a model needs; stored in the bundle manifest.
 
     Raises BundleError for an unknown kind, a size below 1, or a mean or std that is not three usable numbers.
     """
 
-    kind: str  # "stretch": resized straight to a square, the aspect ratio is not kept; "tiles": see tiles.py
-    size: int  # pixels, P
+    kind: str  # "stretch": resized to a square without keeping the aspect ratio; "tiles": see tiles.py
+    size: int  # P, in pixels
     mean: tuple[float, ...]  # R, G, B of pictures scaled to 0..1
     std: tuple[float, ...]  # R, G, B, same scale
-    max_tiles: int = 1  # into which a picture is cut at most; the thumbnail comes on top
+    max_tiles: int = 1  # most tiles of a picture, without the thumbnail
 
     def __post_init__(self) -> None:
         problems = []
@@ -63,7 +115,7 @@ class ImageSpec:
         if self.size < 1:
             problems.append(f"size {self.size} is not a number of pixels")
         if self.max_tiles < 1 or (self.kind == "stretch" and self.max_tiles != 1):
-            problems.append(f"max_tiles {self.max_tiles} is no count of tiles for kind {self.kind!r}")
+            problems.append(f"max_tiles {self.max_tiles} is not a count of tiles for kind {self.kind!r}")
         if len(self.mean) != 3 or not all(map(math.isfinite, self.mean)):
             problems.append(f"mean {self.mean} is not three numbers")
         if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
@@ -73,67 +125,91 @@ class ImageSpec:
 
     @property
     def most_tiles(self) -> int:
-        """Squares that one picture becomes at most, the thumbnail included."""
+        """The most squares that one picture becomes, the thumbnail included."""
         return 1 if self.max_tiles == 1 else self.max_tiles + 1
 
 
-def load_rgb(image: Picture, color: str = "rgb") -> U8:
+def load_rgb(image: Picture, color: str = "rgb", bits: int | None = None) -> U8:
     """Return the picture as RGB bytes, uint8 [H, W, 3].
 
-    `image` is a file that Pillow can read (a path, or the bytes of one), a Pillow picture, or a uint8 array [H, W, 3]
+    `image` is a file of one of FORMATS (a path, or the bytes of one), a Pillow picture, or a uint8 array [H, W, 3]
     whose channels are in the order that `color` says, "rgb" or "bgr" (OpenCV's); the other kinds know their own order.
-    An array is not copied, whatever its strides: what returns is a view of it, reversed for "bgr".
+    A uint8 array is not copied, whatever its strides: what returns is a view of it, reversed for "bgr".
     Files and Pillow pictures, with the choices that matter:
     - alpha is dropped, not composited, as in the authors' code;
-    - the EXIF orientation is applied; the authors' code does not, but a sideways phone picture is a wrong answer;
-    - 16-bit grey keeps its high byte (`>> 8`), where Pillow's own conversion would clip at 255;
+    - the EXIF orientation of a file is applied, also where Pillow has opened it; the authors' code does not, but a
+      sideways phone picture is a wrong answer. A picture that was made from an opened one (converted, cut, turned) is
+      taken as it stands, with a RuntimeWarning where it still carries the orientation of its file;
     - an animation gives its first frame, or the current frame of a Pillow picture.
 
-    Raises ImageError for a file that is missing, damaged, not a picture or larger than `MAX_PIXELS`, for a pixel
-    format without a defined range (32-bit float), for an array of another shape or dtype, and for another `color`.
+    `bits`, 8..16, says how many bits the numbers of a picture with more than 8 a channel have: the brightest is
+    2 ** bits - 1. Pictures of 8 bits do not heed it, nor do PGM files that state another maximum than 65535. Where it
+    is None, 16-bit grey has 16 and keeps its high byte, with a RuntimeWarning where all its numbers are below 2 ** 14:
+    it may be a sensor's 10 to 14 bits. 32-bit grey (mode "I") does not say its range: without `bits` it is refused, or
+    taken as 16 bits with a RuntimeWarning where its largest number is 16384..65535. Nor do uint16 arrays [H, W, 3],
+    which are refused without `bits`. 16-bit colour in a file keeps its high byte whatever `bits` says: Pillow does so.
+
+    Raises ImageError for a file that is missing, damaged, not a picture or larger than `MAX_PIXELS`, for a range that
+    nothing states (above; 32-bit float), for numbers beyond `bits`, for an array of another shape or dtype, and for
+    another `color` or `bits`.
     """
     if color not in ("rgb", "bgr"):
         raise ImageError(f"color {color!r} should be 'rgb' or 'bgr', the order of the channels in an array")
+    depth = whole(bits, 8, 16)
+    if bits is not None and depth is None:
+        raise ImageError(f"bits {shown(bits)} should be None or a whole number from 8 to 16")
     if isinstance(image, np.ndarray):
-        array = _checked_array(image)
+        array = _checked_array(image, depth)
         return array if color == "rgb" else array[:, :, ::-1]
     if isinstance(image, Image.Image):
-        return _rgb_from_pillow(image, "Pillow picture")
+        return _rgb_from_pillow(image, "Pillow picture", depth)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return _rgb_from_bytes(image)
+        return _rgb_from_bytes(image, depth)
     if isinstance(image, (str, os.PathLike)):
-        return _rgb_from_file(image)
+        return _rgb_from_file(image, depth)
     raise ImageError(
         f"found a picture of type {type(image).__name__}; pass a file path, the bytes of a picture file, "
         "a PIL.Image or a uint8 array [H, W, 3]"
     )
 
 
-def _checked_array(array: npt.NDArray[Any]) -> U8:
+def _checked_array(array: npt.NDArray[Any], bits: int | None) -> U8:
     expected = "expected a uint8 array [height, width, 3]"
     if array.ndim != 3 or array.shape[2] != 3:
         hint = ""
         if array.ndim == 3 and array.shape[2] == 4:
             hint = "; drop alpha with array[:, :, :3]"
         elif array.ndim == 3 and array.shape[0] == 3:
-            hint = "; channels come first here, turn it with array.transpose(1, 2, 0)"
+            hint = "; its channels come first, so pass array.transpose(1, 2, 0)"
         elif array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1):
-            hint = "; a grey picture becomes RGB by repeating its one channel three times"
+            hint = "; make a grey picture RGB by repeating its channel three times"
         raise ImageError(f"found a picture array of shape {array.shape}, {expected}{hint}")
+    _check_size(array.shape[1], array.shape[0], "picture array")
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
+        if bits is None:
+            raise ImageError(f"found a picture array of dtype uint16; {SAY_BITS}")
+        return _high_bytes(array, bits, "picture array")
     if array.dtype != np.uint8:
         raise ImageError(f"found a picture array of dtype {array.dtype}, {expected} with values 0..255")
-    _check_size(array.shape[1], array.shape[0], "picture array")
     return array
 
 
-def _rgb_from_bytes(data: bytes | bytearray | memoryview) -> U8:
+def _high_bytes(values: npt.NDArray[Any], bits: int, name: str) -> U8:
+    """Numbers of so many bits as bytes. Raises ImageError where they have more."""
+    low, top = int(values.min()), int(values.max())
+    if low < 0 or top >= 1 << bits:
+        raise ImageError(f"{name} holds {low if low < 0 else top}, which is not in 0..{(1 << bits) - 1} (bits={bits})")
+    return (values >> (bits - 8)).astype(np.uint8)
+
+
+def _rgb_from_bytes(data: bytes | bytearray | memoryview, bits: int | None) -> U8:
     name = f"picture of {len(data)} bytes"
     if not len(data):
         raise ImageError(f"{name} is empty; take it again")
-    return _rgb_from_stream(io.BytesIO(data), name)
+    return _rgb_from_stream(io.BytesIO(data), name, bits)
 
 
-def _rgb_from_file(path: str | os.PathLike[str]) -> U8:
+def _rgb_from_file(path: str | os.PathLike[str], bits: int | None) -> U8:
     name = f"picture {os.fspath(path)!r}"
     try:
         is_file = pathlib.Path(path).is_file()
@@ -146,49 +222,114 @@ def _rgb_from_file(path: str | os.PathLike[str]) -> U8:
         raise ImageError(f"{name} {found}")
     if empty:
         raise ImageError(f"{name} is empty (0 bytes); copy or take it again")
-    return _rgb_from_stream(path, name)
+    return _rgb_from_stream(path, name, bits)
 
 
-def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str) -> U8:
+def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str, bits: int | None) -> U8:
     try:
-        with Image.open(stream) as picture:
-            return _rgb_from_pillow(picture, name)
+        with Image.open(stream, formats=tuple(FORMATS)) as picture:
+            return _rgb_from_pillow(picture, name, bits)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name} is not a picture, or of a format that Pillow cannot read here; save it as PNG or JPEG"
-        ) from error
+        found = _format_of(stream)
+        kind = f"of the format {found}, which is not read" if found else "of a format that Pillow cannot read"
+        raise ImageError(f"{name} is not a picture, or {kind} here; save it as PNG or JPEG") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} has more than the {MAX_PIXELS} pixels allowed; make it smaller first") from error
-    except Exception as error:  # a damaged header raises whatever Pillow's parser trips on
+    except Exception as error:  # Pillow's parser raises many types of error on a damaged header
         raise ImageError(f"{name} cannot be read ({_reason(error)}); copy or save it again") from error
 
 
-def _rgb_from_pillow(picture: Image.Image, name: str) -> U8:
+def _format_of(stream: str | os.PathLike[str] | io.BytesIO) -> str:
+    """The format that a file seems to have, by its first bytes, where it is none of FORMATS; "" if that is unknown."""
+    try:
+        start = stream.getvalue()[:32] if isinstance(stream, io.BytesIO) else _first_bytes(stream)
+    except OSError:
+        return ""
+    if start[4:8] == b"ftyp":
+        return f"HEIF or MP4 ({start[8:12].decode('ascii', 'replace')})"
+    return next((name for prefix, name in _OTHERS if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(prefix)), "")
+
+
+def _first_bytes(path: str | os.PathLike[str]) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(32)
+
+
+def _rgb_from_pillow(picture: Image.Image, name: str, bits: int | None) -> U8:
     """Decode, turn upright and convert; the caller's picture is loaded but not changed."""
+    if picture.format and picture.format not in FORMATS and getattr(picture, "tile", None):
+        # Not decoded yet, and a Pillow picture may be of any format.
+        raise ImageError(f"{name} is {picture.format}, which is not decoded here; save it as PNG or JPEG")
     _check_size(*picture.size, name)
     if picture.mode == "F":
         raise ImageError(f"{name} holds 32-bit floats, whose range is not defined; convert it to 8-bit RGB first")
+    stored = _stored(picture)
     try:
         picture.load()
         upright = _turn_upright(picture)
-        if upright.mode.startswith("I"):  # "I" and the "I;16" modes: 16-bit grey
-            grey = np.clip(np.asarray(upright).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if upright.mode == "P" and "transparency" in upright.info:
-            upright = upright.convert("RGBA")  # the same colours; Pillow warns about the direct way
-        return np.array(upright.convert("RGB"), dtype=np.uint8)
+        if upright.mode.startswith("I"):  # "I" and the "I;16" modes: grey of more than 8 bits
+            grey = np.asarray(upright).astype(np.int64)
+        else:
+            if upright.mode == "P" and "transparency" in upright.info:
+                upright = upright.convert("RGBA")  # the same colours; Pillow warns about the direct way
+            rgb = np.array(upright.convert("RGB"), dtype=np.uint8)
     except Exception as error:  # a damaged body raises whatever Pillow's decoder trips on
         raise ImageError(f"{name} cannot be decoded ({_reason(error)}); copy or save it again") from error
+    if not upright.mode.startswith("I"):
+        if stored == 16 and 0 < int(rgb.max()) < DARK >> 8:
+            _warn("16-bit colour in a file, all of it below 16384", "pass it as a uint16 array with bits=")
+        return rgb
+    top = int(grey.max())
+    if bits is None and stored is None:
+        if not DARK <= top < 1 << 16:
+            raise ImageError(f"{name} holds whole numbers of 32 bits (mode I) up to {top}; {SAY_BITS}")
+        _warn("32-bit grey (mode I)", "pass bits=")
+    elif bits is None and stored == 16 and 0 < top < DARK:
+        _warn("16-bit grey, all of it below 16384", "pass bits= (and bits=16 where it is a dark picture)")
+    depth = 16 if stored == SCALED else bits or 16
+    return np.repeat(_high_bytes(grey, depth, name)[:, :, None], 3, axis=2)
+
+
+def _warn(what: str, otherwise: str) -> None:
+    """Say that a range is a guess. The text is the same for every frame, so that it is shown once."""
+    warnings.warn(
+        f"a picture of {what}, is taken as 16 bits; where that is wrong, {otherwise}", RuntimeWarning, stacklevel=3
+    )
+
+
+def _stored(picture: Image.Image) -> int | None:
+    """Bits a channel that a picture which was not decoded yet says it has: 8, 16, or SCALED to 16; None: nothing does.
+
+    Of colour with 16 bits Pillow keeps the high byte, which can be told before it is decoded only.
+    """
+    decoders = [(tile[0], tile[3]) for tile in getattr(picture, "tile", ())]
+    if any(decoder == "ppm" and args[-1] not in (255, 65535) for decoder, args in decoders):
+        return SCALED  # a PGM or PPM that states its maximum; Pillow makes it that of 8 or 16 bits
+    if picture.mode.startswith("I;16") or any(";16" in str(args) or "65535" in str(args) for _, args in decoders):
+        return 16
+    if picture.mode == "I" and isinstance(picture, ImageFile.ImageFile) and picture.format in ("PNG", "PPM"):
+        return 16  # Pillow's older name for the same, and its own for PGM
+    return None if picture.mode == "I" else 8
 
 
 def _turn_upright(picture: Image.Image) -> Image.Image:
     try:
         orientation = picture.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # damaged EXIF around a good picture: Pillow raises SyntaxError, struct.error and others
+    except Exception:  # for damaged EXIF in a good picture Pillow raises SyntaxError, struct.error and others
         return picture
-    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+    if orientation not in _UPRIGHT:
+        return picture
+    if isinstance(picture, ImageFile.ImageFile):
+        return picture.transpose(_UPRIGHT[orientation])
+    warnings.warn(
+        "a Pillow picture carries the EXIF orientation of the file that it was made from. It is taken as it stands; "
+        "where that is not upright, call ImageOps.exif_transpose on what Image.open returns first, or pass the file",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return picture
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -220,14 +361,14 @@ def preprocess(images: Sequence[U8], spec: ImageSpec) -> F32:
 
 
 def count_tiles(images: Sequence[U8], spec: ImageSpec) -> list[int]:
-    """How many squares of pixel values each picture becomes; the prompt holds `tokens_per_image` tokens for each."""
+    """The number of squares that each picture becomes; the prompt has `tokens_per_image` tokens for each square."""
     return [_KINDS[spec.kind].count(image.shape[1], image.shape[0], spec) for image in images]
 
 
 def resize(image: U8, size: int) -> U8:
-    """Bicubic, a = -0.75, no antialias, in fixed point: rounded to bytes after each of the two passes. [P, P, 3]
+    """Resize to [P, P, 3], bicubic with a = -0.75, no antialias, in fixed point, rounded to bytes after each pass.
 
-    PyTorch's arithmetic for bytes, restated: float bicubic then rounding differs in 18 % of the values.
+    This is PyTorch's arithmetic for bytes. Float bicubic with rounding afterwards differs in 18 % of the values.
     """
     columns, column_weights, column_bits = taps(image.shape[1], size)
     rows, row_weights, row_bits = taps(image.shape[0], size)
@@ -253,7 +394,7 @@ def _bytes_from_sums(sums: I32, bits: int) -> U8:
 def taps(n_in: int, n_out: int) -> tuple[npt.NDArray[np.intp], I32, int]:
     """Source indices [n_out, 4], their integer weights [n_out, 4] and the fraction bits of the weights.
 
-    A tap beyond the border adds its weight to the border pixel before rounding to an integer, so both have to
+    A tap outside the border adds its weight to the border pixel before rounding to an integer, so both have to
     be summed in the authors' order and in double precision.
     """
     source = (n_in / n_out) * (np.arange(n_out) + 0.5) - 0.5
@@ -283,7 +424,7 @@ def _cubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @functools.lru_cache(maxsize=8)
 def normalise_table(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
-    """Normalised value of each byte per channel, float32 [3, 256]; every step in FP32, as in the authors' code."""
+    """The normalised value of each byte per channel, float32 [3, 256]; every step is FP32, as in the authors' code."""
     scale = np.float32(255)
     shift = scale * np.array(mean, np.float32)
     spread = scale * np.array(std, np.float32)
@@ -294,7 +435,7 @@ def normalise_table(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
 
 @functools.lru_cache(maxsize=8)
 def _normalise_table_of_fractions(mean: tuple[float, ...], std: tuple[float, ...]) -> F32:
-    """As _normalise_table, in the order of torchvision, which scales to 0..1 first: other roundings."""
+    """Like normalise_table, but in the order of torchvision, which scales to 0..1 first and so rounds differently."""
     fractions = np.arange(256, dtype=np.float32)[None, :] / np.float32(255)
     table: F32 = (fractions - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
     table.flags.writeable = False
@@ -303,15 +444,18 @@ def _normalise_table_of_fractions(mean: tuple[float, ...], std: tuple[float, ...
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """One way to prepare pictures. count: squares of a picture, from its width and height in pixels; squares: their
-    bytes, [P, P, 3] each; table: normalised value of each byte from mean and std, float32 [3, 256]."""
+    """One way to prepare pictures.
+
+    count: number of squares of a picture, from its width and height in pixels. squares: their bytes, [P, P, 3] each.
+    table: normalised value of each byte, from mean and std, float32 [3, 256].
+    """
 
     count: Callable[[int, int, ImageSpec], int]
     squares: Callable[[U8, ImageSpec], Iterable[U8]]
     table: Callable[[tuple[float, ...], tuple[float, ...]], F32]
 
 
-# The one place of the robot side that knows how families differ in their pictures.
+# The only place on the robot's side that knows how families differ in their pictures.
 _KINDS = {
     "stretch": _Kind(
         count=lambda width, height, spec: 1,

@@ -1,4 +1,4 @@
-"""The prompt template: from a question and its pictures to token ids."""
+"""The prompt template, which turns a question and its pictures into token ids."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import enum
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 from trol_edge.errors import BundleError, UsageError
+from trol_edge.numeric import shown, whole
 from trol_edge.prompt.tokenizer import Tokenizer
 
 
 class ImageMark(enum.Enum):
-    """Type of `IMAGE`, the place of a picture in a prompt; an object, because any text could also be user text."""
+    """The type of `IMAGE`, the place of a picture in a prompt. Not a text, because any text could be user text."""
 
     IMAGE = "image"
 
 
+MOST_TILES = 1 << 16  # more than any context holds
 IMAGE: Final = ImageMark.IMAGE
-Prompt = str | Sequence[str | ImageMark]  # a question, or one that says where its pictures stand
+Prompt = str | Sequence[str | ImageMark]  # a question, or one with the places of its pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +38,11 @@ class PromptSpec:
     system: str
     before_question: str
     after_question: str
-    image: str  # the token that stands for one image feature
+    image: str  # the token for one image feature
     image_prefix: str
     image_suffix: str
     after_image: str  # follows each picture that the caller did not place
-    tokens_per_image: int  # per tile, where pictures are cut into tiles
+    tokens_per_image: int  # per tile, if pictures are cut into tiles
     special_tokens: tuple[str, ...]  # the strings in the template that are tokens, not text
     end_markers: tuple[str, ...]  # special tokens that end an answer
 
@@ -60,15 +64,15 @@ def build_prompt(
     tiles: int | Sequence[int] = (),
     answer: str = "",
 ) -> list[int]:
-    """Return the ids of a whole prompt, and of an answer to it (or its beginning) where one is given.
+    """Return the ids of a whole prompt, followed by those of an answer (or its beginning) if one is given.
 
-    `prompt` is the question, with the pictures before it, or a sequence of texts and `IMAGE`, once per picture,
-    that is followed to the letter. `tiles` says how many tiles each picture has (`images.count_tiles`); an int is a
-    number of pictures of one tile each. Raises UsageError for a prompt without text, of another type, with lone
+    `prompt` is the question, and the pictures come before it. Or it is a sequence of texts and `IMAGE`, once per
+    picture, which sets their places. `tiles` has the number of tiles of each picture (`images.count_tiles`); an int is
+    a number of pictures of one tile each. Raises UsageError for a prompt without text, of another type, with lone
     surrogates, or whose `IMAGE` count is not the number of pictures; BundleError for a tokenizer that does not fit
     `spec`.
     """
-    counts = [1] * tiles if isinstance(tiles, int) else list(tiles)
+    counts = _counts(tiles)
     user: list[str | ImageMark]
     if isinstance(prompt, str):
         user = [part for _ in counts for part in (IMAGE, spec.after_image)] + [prompt]
@@ -91,6 +95,20 @@ def build_prompt(
     return tokenizer.encode([*parts, *template(spec.after_question), *([answer] if answer else [])])
 
 
+def _counts(tiles: int | Sequence[int]) -> list[int]:
+    """Tiles of each picture."""
+    pictures = whole(tiles, 0, MOST_TILES)
+    listed = [1] * pictures if pictures is not None else tiles
+    counts = [whole(count, 1) for count in listed] if isinstance(listed, (list, tuple, np.ndarray)) else [None]
+    found = [count for count in counts if count is not None]
+    if len(found) < len(counts) or sum(found) > MOST_TILES:
+        raise UsageError(
+            f"tiles should be a number of pictures, or a list of the tiles of each (at least 1 each, at most "
+            f"{MOST_TILES} in all), found {shown(tiles)}"
+        )
+    return found
+
+
 def _checked_parts(prompt: Sequence[str | ImageMark], pictures: int) -> list[str | ImageMark]:
     if not isinstance(prompt, (list, tuple)):
         raise UsageError(f"the prompt is a {type(prompt).__name__}; pass a str, or a list of str and IMAGE")
@@ -101,11 +119,11 @@ def _checked_parts(prompt: Sequence[str | ImageMark], pictures: int) -> list[str
     if placed != pictures:
         raise UsageError(
             f"the prompt places {placed} pictures but {pictures} were passed; put IMAGE once per picture, "
-            "or pass the prompt as one str to have the pictures stand before it"
+            "or pass the prompt as one str to put the pictures before it"
         )
     return list(prompt)
 
 
 def end_ids(tokenizer: Tokenizer, spec: PromptSpec) -> frozenset[int]:
-    """Ids that end an answer. Raises BundleError if the tokenizer lacks one of the end markers."""
+    """The ids that end an answer. Raises BundleError if the tokenizer lacks one of the end markers."""
     return frozenset(tokenizer.special_id(marker) for marker in spec.end_markers)

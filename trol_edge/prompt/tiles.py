@@ -1,6 +1,6 @@
-"""Dynamic tiling: a picture becomes 1 to 6 square tiles and, where there is more than one, a thumbnail of the whole.
+"""Cuts a picture into 1 to 6 square tiles and, if there is more than one, adds a thumbnail of the whole.
 
-The grid is the one whose aspect ratio is closest to the picture's. Pictures are stretched to it, so that pixels at the
+The grid is the one whose aspect ratio is closest to the picture's. Pictures are stretched to it, so pixels at the
 border of a panorama are squeezed but never lost. Axes: P side of a tile in pixels.
 """
 
@@ -16,10 +16,10 @@ U8 = npt.NDArray[np.uint8]
 
 
 def grid(width: int, height: int, size: int, max_tiles: int) -> tuple[int, int]:
-    """Columns and rows of tiles for a picture of width x height pixels.
+    """The columns and rows of tiles for a picture of width x height pixels.
 
-    Among grids of the same distance in aspect ratio the largest one wins whose area the picture fills by more than
-    half, so that a small picture is not blown up.
+    Among grids of the same distance in aspect ratio, the largest one wins of whose area the picture fills more than
+    half, so that a small picture is not enlarged much.
     """
     ratio = width / height
     best, closest = (1, 1), float("inf")
@@ -33,16 +33,16 @@ def grid(width: int, height: int, size: int, max_tiles: int) -> tuple[int, int]:
 
 
 def count(width: int, height: int, size: int, max_tiles: int) -> int:
-    """Tiles of a picture, its thumbnail included."""
+    """The number of tiles of a picture, its thumbnail included."""
     columns, rows = grid(width, height, size, max_tiles)
     return columns * rows + (columns * rows > 1)
 
 
 def cut(image: U8, size: int, max_tiles: int) -> Iterator[U8]:
-    """The tiles of a picture [H, W, 3] row by row, then the thumbnail; uint8 [P, P, 3] each."""
+    """Yield the tiles of a picture [H, W, 3] row by row, then the thumbnail; uint8 [P, P, 3] each."""
     columns, rows = grid(image.shape[1], image.shape[0], size, max_tiles)
     picture = Image.fromarray(image)
-    # Pillow's default filter for RGB, which is what the authors use: bicubic, antialiased.
+    # The authors use Pillow's default filter for RGB, which is bicubic and antialiased.
     whole = np.asarray(picture.resize((size * columns, size * rows), Image.Resampling.BICUBIC))
     for row in range(rows):
         for column in range(columns):

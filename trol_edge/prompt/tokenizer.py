@@ -1,11 +1,10 @@
-"""Text to token ids and back: the tokenizer, and streamed decoding.
+"""Turns text into token ids and back, and streams the text of an answer.
 
-What is special here:
-- User text is literal. A special token typed by a user is encoded as plain characters: it cannot end the turn or
-  fake a picture. Only the template's own special tokens become ids, directly.
-- A segment is what sentencepiece would be given in one go. Its normalisation (dummy prefix, whitespace) sees the
-  whole segment, with a stand-in character for each id inside it; the BPE model sees the text between those ids.
-- Decoding works on bytes: a character spread over several byte tokens appears when its last byte does.
+- User text is literal. A special token typed by a user is encoded as plain characters, so it cannot end the turn or
+  fake a picture. Only the template's own special tokens become ids.
+- A segment is a text that sentencepiece would get in one call. Its normalisation (dummy prefix, whitespace) sees the
+  whole segment, with a stand-in character for each id inside it. The BPE model sees the text between those ids.
+- Decoding works on bytes. A character that is spread over several byte tokens appears with its last byte.
 """
 
 from __future__ import annotations
@@ -21,35 +20,39 @@ from typing import Final, Literal
 
 import tokenizers
 
-from trol_edge.errors import BundleError, UsageError
+from trol_edge.errors import BundleError, TrolEdgeError, UsageError
 from trol_edge.prompt.charsmap import split_normalizer
+from trol_edge.reading import guard, read_text
 
-# sentencepiece merges characters that are no pieces themselves. The tokenizers library cannot, so export lists
-# such characters from this id on; any that is left after merging becomes its bytes, or <unk>.
+# sentencepiece merges characters that are not pieces themselves. The tokenizers library cannot, so export lists
+# such characters from this id on. Any that is left after merging becomes its bytes, or <unk>.
 UNLISTED: Final = 1 << 24
 MOST_STOPS, LONGEST_STOP = 256, 1024  # stop strings of an answer, and characters of one
+MOST_UNLISTED: Final = 1 << 21  # more characters than Unicode has
 
-# White space that a token with the flag lstrip or rstrip takes with it: Unicode's, which is not quite Python's.
+# White space that a token with the flag lstrip or rstrip takes with it. It is Unicode's, which differs from Python's.
 _SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-_STAND_INS = range(0xF0000, 0xFFFFE)  # private use: no normalisation touches these characters
+_STAND_INS = range(0xF0000, 0xFFFFE)  # characters for private use, which no normalisation changes
 
 
 class Tokenizer:
-    """Ids of a text and text of ids, for a `tokenizer.json` made by `trol_edge.export.reference.tokenizer`.
+    """Encodes and decodes with a `tokenizer.json` made by `trol_edge.export.reference.tokenizer`.
 
-    Made of a sentencepiece model: equal to sentencepiece on the same segments. Made of a published tokenizer.json
-    (it has a decoder): equal to the tokenizers library on that file, but for bytes that are no UTF-8. Holds no state
-    between calls, so threads may share it.
+    If that was made from a sentencepiece model, it equals sentencepiece on the same segments. If it was made from a
+    published tokenizer.json (it has a decoder then), it equals the tokenizers library on that file, except for bytes
+    that are not UTF-8. It keeps no state between calls, so threads may share it.
     """
 
     def __init__(self, json_text: str, where: str = "tokenizer.json") -> None:
         """Read the text of a tokenizer.json; `where` names it in errors. Raises BundleError if it is unusable."""
         self._where = where
-        try:
-            loaded = tokenizers.Tokenizer.from_str(json_text)
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"{where} cannot be read ({error}); copy or export the bundle again") from error
+        with guard(where, BundleError, "copy or export the bundle again"):
+            self._read(tokenizers.Tokenizer.from_str(json_text))
+            self.decode(self.encode("a 1.\n"))  # what panics, does so here
+
+    def _read(self, loaded: tokenizers.Tokenizer) -> None:
+        where = self._where
         made_here = (
             isinstance(loaded.model, tokenizers.models.BPE)
             and isinstance(loaded.normalizer, tokenizers.normalizers.Sequence)
@@ -68,16 +71,16 @@ class Tokenizer:
         self._charsmap, self._normalizer = split_normalizer(loaded.normalizer)
         self._prefix = loaded.pre_tokenizer.prepend_scheme if loaded.pre_tokenizer is not None else "never"
         self._like_library = loaded.decoder is not None
-        # Export's use of the `normalized` flag: set for pieces that sentencepiece itself finds inside a segment,
-        # clear for tokens at which a text is cut into segments.
+        # Export sets the `normalized` flag for pieces that sentencepiece itself finds inside a segment, and clears it
+        # for tokens at which a text is cut into segments.
         self._cuts = frozenset(i for i, token in added.items() if not token.normalized)
-        self._silent = frozenset(i for i in self._cuts if added[i].special)  # no text of their own
+        self._silent = frozenset(i for i in self._cuts if added[i].special)  # decode to no text
         self._special = {token.content: i for i, token in added.items() if token.special or i in self._cuts}
         self._lstrip = frozenset(i for i, token in added.items() if token.lstrip)
         self._rstrip = frozenset(i for i, token in added.items() if token.rstrip)
         plain = {token.content: i for i, token in added.items() if token.content not in self._special}
         if self._like_library:
-            # sentencepiece finds such a piece before normalisation, the library (and shows) its normalised form
+            # sentencepiece finds such a piece before normalisation; the library finds, and shows, its normalised form
             plain = {self._normalizer.normalize_str(t): i for t, i in plain.items()}
             self._added |= {i: t for t, i in plain.items()}
         self._plain = plain
@@ -89,11 +92,18 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Read a tokenizer.json file. Raises BundleError if it is missing or damaged."""
-        try:
-            text = pathlib.Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{os.fspath(path)} cannot be read ({error}); copy or export the bundle again") from error
-        return cls(text, os.fspath(path))
+        return cls(read_text(pathlib.Path(path), BundleError, "copy or export the bundle again"), os.fspath(path))
+
+    def require_ids_below(self, rows: int, error: type[TrolEdgeError] = BundleError) -> None:
+        """Raise `error` where a token has an id that is no row of the embedding table, nor a character's."""
+        ids = self._loaded.get_vocab(with_added_tokens=True).values()
+        tokens = [i for i in ids if not UNLISTED <= i < UNLISTED + MOST_UNLISTED]
+        if (largest := max(tokens, default=0)) >= rows:
+            refusal = error(
+                f"{self._where} has a token {largest}, and the embedding table {rows} rows: it is another model's; "
+                "take the tokenizer files of the same checkpoint, and export again"
+            )
+            raise refusal
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
@@ -112,7 +122,7 @@ class Tokenizer:
         return int(found)
 
     def special_id(self, content: str) -> int:
-        """Id of a special token. Raises BundleError if the tokenizer has no such token."""
+        """The id of a special token. Raises BundleError if the tokenizer has no such token."""
         if content not in self._special:
             raise BundleError(
                 f"{self._where} has no special token {content!r}, which the prompt template needs; "
@@ -121,7 +131,7 @@ class Tokenizer:
         return self._special[content]
 
     def parse(self, text: str, special_tokens: Iterable[str] | None = None) -> list[str | int]:
-        """Cut trusted text at `special_tokens` (all of them by default), which become ids. Never for user text."""
+        """Cut trusted text at `special_tokens` (by default all), which become ids. Never use it for user text."""
         pattern = _any_of(self._special if special_tokens is None else special_tokens)
         pieces = pattern.split(text) if pattern else [text]
         return [self.special_id(p) if i % 2 else p for i, p in enumerate(pieces) if p]
@@ -133,7 +143,7 @@ class Tokenizer:
         """
         ids: list[int] = []
         segment: list[str | int] = []
-        before: int | None = None  # the cut behind which the segment begins
+        before: int | None = None  # the cut after which the segment begins
         for part in [parts] if isinstance(parts, str) else parts:
             if isinstance(part, int) and part in self._cuts:
                 ids += self._encode_segment(segment, before, part)
@@ -146,15 +156,18 @@ class Tokenizer:
         return ids + self._encode_segment(segment, before, None)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, as sentencepiece does. Tokens without text of their own (<s>, <unk>, <image>) and
-        ids of no token (padded rows of an output layer) give nothing; bytes that are no UTF-8 give U+FFFD each, and
-        valid characters beside them stay (the tokenizers library loses those)."""
+        """Return the text of ids, as sentencepiece does.
+
+        Tokens that have no text (<s>, <unk>, <image>) and ids without a token (padded rows of an output layer) give
+        nothing. Each byte that is not UTF-8 gives U+FFFD, and valid characters beside it stay (the tokenizers library
+        loses those).
+        """
         stream = TextStream(self)
         return "".join([stream.push(i) for i in ids]) + stream.flush()
 
     def token_bytes(self, token_id: int) -> tuple[bytes, bool]:
-        """UTF-8 bytes of one token, perhaps a part of a character, and whether they begin with its own space."""
-        # the library's own answer for an added token is its normalised form, with the dummy prefix
+        """The UTF-8 bytes of one token, perhaps part of a character, and whether they begin with its own space."""
+        # for an added token the library itself gives the normalised form, with the dummy prefix
         token = self._added.get(token_id) or (self._loaded.id_to_token(token_id) if 0 <= token_id < UNLISTED else None)
         if token is None or token_id in self._silent:
             return b"", False
@@ -164,11 +177,11 @@ class Tokenizer:
         return token.replace("▁", " ").encode(), token.startswith("▁")
 
     def dropped_spaces(self) -> Literal["none", "one", "all"]:
-        """How many leading spaces of an answer belong to the tokenizer and not to the text."""
+        """The leading spaces of an answer that belong to the tokenizer and not to the text."""
         return "all" if self._drops_every_space else "one" if self._drops_a_space else "none"
 
     def _encode_segment(self, segment: list[str | int], before: int | None, after: int | None) -> list[int]:
-        """Ids of what stands between two cuts (None: the begin or end of the text)."""
+        """Encode a segment between two cuts (None: the begin or end of the text)."""
         if before in self._rstrip:
             _strip(segment, 0)
         if after in self._lstrip:
@@ -179,7 +192,7 @@ class Tokenizer:
         whole = "".join(part if isinstance(part, str) else stand_in for part in segment)
         ids: list[int] = []
         for i, between in enumerate(self._normalise(whole, first=before is None).split(stand_in)):
-            ids += inner[i - 1 : i]  # none before the first
+            ids += inner[i - 1 : i]  # there is none before the first
             for part in self._split_plain(between):
                 ids += [part] if isinstance(part, int) else self._encode_piece(part)
         return ids
@@ -197,15 +210,15 @@ class Tokenizer:
                 ids.append(token.id)
             elif token.id >= UNLISTED and self.byte_ids:
                 ids += [self.byte_ids[byte] for byte in token.value.encode()]
-            elif not ids or ids[-1] != self._unknown_id:  # sentencepiece fuses neighbours
+            elif not ids or ids[-1] != self._unknown_id:  # sentencepiece fuses neighbouring unknowns
                 ids.append(self._unknown_id)
         return ids
 
     def _normalise(self, text: str, first: bool = True) -> str:
-        """Text of a segment as the BPE model reads it; first: it begins the whole text."""
+        """Normalise a segment for the BPE model. first: whether it begins the whole text."""
         if self._like_library:
             text = self._normalizer.normalize_str(text)
-            text = text.replace(" ", "▁")  # where a pre-tokenizer does it, not the normalizer
+            text = text.replace(" ", "▁")  # for files in which a pre-tokenizer does it, not the normalizer
             prefixed = self._prefix == "always" or (self._prefix == "first" and first)
             return "▁" + text if prefixed and text and not text.startswith("▁") else text
         exempt: list[str] = []
@@ -220,13 +233,13 @@ class Tokenizer:
 
 
 def _any_of(contents: Iterable[str]) -> re.Pattern[str] | None:
-    """Pattern whose `split` puts the longest match of any of `contents` at the odd indices."""
+    """A pattern whose `split` puts the longest match of any of `contents` at the odd indices."""
     longest_first = sorted(contents, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
 def _strip(segment: list[str | int], end: Literal[0, -1]) -> None:
-    """Take white space off the begin (0) or end (-1) of a segment, up to an id."""
+    """Remove white space from the begin (0) or end (-1) of a segment, up to an id."""
     while segment and isinstance(text := segment[end], str):
         text = text.rstrip(_SPACES) if end else text.lstrip(_SPACES)
         if text:
@@ -244,17 +257,17 @@ def _checked(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"the text holds a lone surrogate, {text[error.start]!r} at character {error.start}, which is no valid "
+            f"the text has a lone surrogate, {text[error.start]!r} at character {error.start}, which is not valid "
             "Unicode; decode the input with errors='replace'"
         ) from error
     return text
 
 
 class TextStream:
-    """Text of an answer as its tokens arrive; all that it returns, joined, equals `Tokenizer.decode` of the ids.
+    """Text of an answer as its tokens arrive. All returned texts joined equal `Tokenizer.decode` of the ids.
 
-    With stop strings the text ends before the first of them to be completed, and only text that may be the
-    beginning of one is held back. Work per token does not grow with the answer.
+    With stop strings, the text ends before the first of them that is completed, and only text that may begin one is
+    held back. Work per token does not grow with the answer.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
@@ -272,11 +285,11 @@ class TextStream:
         self._stops = tuple(stops)
         self.held = ""
         self._dropping = tokenizer.dropped_spaces()
-        # each byte that is no UTF-8 becomes one lone surrogate here, and U+FFFD below
+        # each byte that is not UTF-8 becomes one lone surrogate here, and U+FFFD below
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
     def push(self, token_id: int) -> str:
-        """Return the text that this token completes, perhaps none; none at all after a stop string."""
+        """Return the text that this token completes, which may be empty; after a stop string it always is."""
         data, spaced = self._tokenizer.token_bytes(token_id)
         if data and self._dropping != "none":
             data = data[spaced:]
@@ -301,7 +314,7 @@ class TextStream:
         return text
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """The length of the longest end of the held text that begins a stop string."""
         longest = max(map(len, self._stops), default=0)
         for length in range(min(len(self.held), longest - 1), 0, -1):
             if any(s.startswith(self.held[-length:]) for s in self._stops):

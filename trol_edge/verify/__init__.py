@@ -1,1 +1,1 @@
-"""Whether the numbers of a bundle are the reference's, on this machine."""
+"""Checks whether a bundle computes the reference's numbers on this machine."""

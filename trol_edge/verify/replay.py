@@ -1,9 +1,9 @@
-"""Replay a bundle's self-test here, on its own target and precision, and compare every stage with the FP32 reference.
+"""Replays a bundle's self-test here, on its own target and precision, and compares every stage with the FP32 reference.
 
-Stages run in the order of computation, each on what the one before gave: the first one out of its budget is where the
-fault is, and what is wrong behind it follows from it. Drift is |here - reference| / |reference|, Euclidean norms over
-all values of a stage (of logits less their mean). Not token by token: a token that attention uses as a sink has values
-near zero, and of these any rounding is a large part.
+Stages run in the order of computation, each on the output of the one before. So the first one above its budget is where
+the fault is, and later ones are wrong because of it. Drift is |here - reference| / |reference|, with Euclidean norms
+over all values of a stage (for logits after subtracting their mean). It is not computed token by token, because a token
+that attention uses as a sink has values near zero, of which any rounding is a large part.
 
     preprocess                         pixels of the picture
     rope                               the tables in the weights file, at 32 positions up to the end of the context
@@ -11,11 +11,12 @@ near zero, and of these any rounding is a large part.
     embedding                          rows of the table
     traverse.layers.<i>.pass<1|2>.keys, .values, then traverse.logits
     step.layers.<i>.keys, .values, then step.logits, of the last of several steps
-    tokens                             the most probable token behind the prompt and behind each stepped token
-    long.traverse...                   all of it with the long rope factors, where there are two sets
+    tokens                             the most probable token after the prompt and after each stepped token
+    long.traverse...                   all of it with the long rope factors, if there are two sets
 
 A Runtime does this once per machine (`first_load`) and leaves a file `verified-<key>.json` in the bundle's folder, or
-in the user's cache folder where that cannot be written. The key is a hash over bundle, machine and what runs it there.
+in the user's cache folder if that cannot be written. The key is a hash over the bundle, the machine and the library
+that runs it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from trol_edge.machine import identity
 from trol_edge.model import Model, Provider
 from trol_edge.prompt.images import preprocess
 from trol_edge.verify.passed import SWITCH, Record
-from trol_edge.verify.report import ALWAYS, Budget, Report, Stage, behind, budget_of
+from trol_edge.verify.report import ALWAYS, Budget, Report, Stage, at_depth, budget_of
 
 Float32 = NDArray[np.float32]
 log = logging.getLogger(__name__)
@@ -50,10 +51,10 @@ ROPE = ("rope.cos", "rope.sin")
 
 
 def verify(folder: str | os.PathLike[str], threads: int | None = None, provider: Provider | None = None) -> Report:
-    """Load a bundle and replay its self-test; what passes is noted for later loads, see `first_load`.
+    """Load a bundle and replay its self-test; a pass is recorded for later loads, see `first_load`.
 
-    threads, provider: as Runtime takes them. Raises BundleError for a bundle that is damaged or has no self-test, and
-    BackendError where its target does not run here. Engines that do not serve here (stale ones) are a stage that fails.
+    threads and provider are what Runtime takes. Raises BundleError for a bundle that is damaged or has no self-test,
+    and BackendError if its target does not run here. Engines that cannot be used here (stale ones) make a stage fail.
     """
     bundle = Bundle(folder)
     test = read(bundle)
@@ -71,10 +72,10 @@ def verify(folder: str | os.PathLike[str], threads: int | None = None, provider:
 
 
 def first_load(model: Model) -> None:
-    """Replay the self-test if this bundle has not passed it on this machine before; later loads look for a file.
+    """Replay the self-test if this bundle has not passed it on this machine before; later loads find its record.
 
-    Where nothing can be noted it is left out, because it would slow every load. Raises VerifyError where a stage is out
-    of its budget; but where weights are rounded and that may be all, it is a warning at every load.
+    It is skipped if no record can be written, because it would slow every load. Raises VerifyError if a stage is above
+    its budget. If the weights are rounded and rounding may explain the drift, every load logs a warning instead.
     """
     bundle = model.bundle
     if SELFTEST not in bundle.manifest.files:
@@ -84,8 +85,8 @@ def first_load(model: Model) -> None:
         return
     if record.writable is None:
         log.warning(
-            "%s: the self-test was left out, because its result could not be kept: neither the bundle's folder nor %s "
-            "can be written; run `trol-edge verify` once",
+            "%s: the self-test was skipped, because its result could not be recorded; neither the bundle's folder nor "
+            "%s can be written; run `trol-edge verify` once",
             *record.places,
         )
         return
@@ -96,8 +97,8 @@ def first_load(model: Model) -> None:
     text = f"{bundle.folder}: {report.verdict}. `trol-edge verify` shows all stages; "
     turn_off = f"Runtime(..., selftest=False), or {SWITCH}=0 in the environment"
     if not (bundle.manifest.plan.quantized and report.could_be_rounding):
-        raise VerifyError(f"{text}to load it nevertheless: {turn_off}")
-    log.warning("%sif `trol-edge compare` finds the answers good enough: %s", text, turn_off)
+        raise VerifyError(f"{text}to load it anyway, use {turn_off}")
+    log.warning("%sif `trol-edge compare` finds the answers good enough, use %s", text, turn_off)
 
 
 # -- the replay --------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: floa
 
 
 def replay(model: Model, test: SelfTest) -> Report:
-    """Replay a self-test on a model, and compare."""
+    """Replay a self-test on a model and compare its stages."""
     start = time.perf_counter()
     stages = list(_stages(model, test))
     return _report(model.bundle, model.backend.identity, stages, time.perf_counter() - start)
@@ -133,7 +134,7 @@ def _stages(model: Model, test: SelfTest) -> Iterator[Stage]:
     tables = np.stack([to_float32(file.rows(name)[test.rope_rows], file.tensors[name].dtype) for name in ROPE])
     yield _stage("rope", tables, test.rope, ALWAYS["rope"])
     features = np.asarray(backend.encode_image(pixels)).reshape(-1, manifest.spec.hidden_size)[test.feature_rows]
-    allowed = behind(manifest.spec.vision.num_layers, budget_of(manifest, "vision.").vision)
+    allowed = at_depth(manifest.spec.vision.num_layers, budget_of(manifest, "vision.").vision)
     yield _stage("vision", features, test.features, allowed)
     budget = budget_of(manifest, "")
     forced = test.cases["picture"].forced
@@ -150,7 +151,7 @@ def _case_stages(
     spec, state, length = model.bundle.manifest.spec, backend.new_state(), len(case.ids)
     rows, mask = embeddings[case.ids], case.ids == spec.image_token_id
     rows[mask] = features[: int(mask.sum())]
-    # In two parts where a prefix can be kept: the second one attends to the rows of both sets, and has no image tokens.
+    # If a prefix can be kept, prefill in two parts; the second has no image tokens and attends to rows of both sets.
     split = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else length // 2
     for part in (slice(0, split), slice(split, length)) if backend.prefix_reuse else (slice(0, length),):
         pictured = mask[part] if mask[part].any() else None
@@ -159,11 +160,11 @@ def _case_stages(
     for layer in range(spec.num_layers):
         for which, cached in enumerate(sets):
             for kind, name in enumerate(("keys", "values")):
-                if cached:  # the second set is not kept everywhere
+                if cached:  # not every back end keeps the second set
                     here, reference = cached[2 * layer + kind], case.cache[which, layer, kind]
-                    allowed = behind(layer + 1, (budget.keys, budget.values)[kind])
+                    allowed = at_depth(layer + 1, (budget.keys, budget.values)[kind])
                     yield _stage(f"traverse.layers.{layer}.pass{which + 1}.{name}", here, reference, allowed)
-    allowed_logits = behind(spec.num_layers, budget.logits)
+    allowed_logits = at_depth(spec.num_layers, budget.logits)
     yield _stage("traverse.logits", _centred(logits[0]), _centred(case.logits[0]), allowed_logits)
     for i, token in enumerate(case.forced):
         logits.append(state.step(embeddings[int(token)], length + i).copy())
@@ -171,14 +172,14 @@ def _case_stages(
     for layer in range(spec.num_layers):
         for kind, name in enumerate(("keys", "values")):
             here, reference = cached[2 * layer + kind], case.step_cache[layer, kind][None]
-            allowed = behind(layer + 1, (budget.keys, budget.values)[kind])
+            allowed = at_depth(layer + 1, (budget.keys, budget.values)[kind])
             yield _stage(f"step.layers.{layer}.{name}", here, reference, allowed)
     yield _stage("step.logits", _centred(logits[-1]), _centred(case.logits[1]), allowed_logits)
     yield _tokens(logits, case, allowed_logits)
 
 
 def _tokens(logits: Sequence[Float32], case: SelfTestCase, allowed: float) -> Stage:
-    """Most probable tokens: those that differ although the reference was sure beyond what logits may move."""
+    """Compare most probable tokens. One that differs counts only if the reference led by more than logits may move."""
     noise = 4 * allowed * float(np.sqrt(np.mean(np.square(_centred(case.logits)))))
     best = np.array([int(np.nan_to_num(x, nan=-math.inf).argmax()) for x in logits])
     different = best != case.best
@@ -208,5 +209,5 @@ def drift(here: NDArray[Any], reference: NDArray[Any]) -> float:
 
 
 def _centred(logits: Float32) -> Float32:
-    """Logits less their mean, which no probability depends on."""
+    """Subtract the mean of logits, on which no probability depends."""
     return logits - logits.mean(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What a replay found: stages, how far each may drift, and a verdict."""
+"""The report of a replay: stages, how far each may drift, and a verdict."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from trol_edge.bundle.manifest import Manifest
 
-SMALL = 5  # layers of the small models' decoders, on which budgets were measured
-UNRELATED = 1.0  # drift of zeros; values that have nothing to do with each other drift by 1.4
+SMALL = 5  # layers in the decoders of the small models on which budgets were measured
+UNRELATED = 1.0  # drift of an all-zero output; unrelated values drift by 1.4
 ALWAYS = {"preprocess": 5e-3, "rope": 1e-6, "tokens": 0.0}  # budgets that no precision changes
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """The most drift that one precision may cause."""
+    """The highest drift that one precision may cause."""
 
     embedding: float
     vision: float
@@ -25,9 +25,9 @@ class Budget:
     logits: float
 
 
-# From the loosest to the tightest. Measured on both small models, lowered for a CPU and for a GPU (there on a stand-in
-# that computes on a CPU): docs/verify.md has the figures and the margins. fp16 also serves fp32 on a GPU, where
-# TensorRT multiplies in TF32, of as many bits. Behind more layers than theirs a budget grows, see `behind`.
+# Ordered from the loosest to the tightest. Measured on both small models, for a CPU and for a GPU (the latter on a
+# stand-in that computes on a CPU); docs/verify.md has the figures and the margins. fp16 also serves fp32 on a GPU,
+# where TensorRT multiplies in TF32, which has as many bits. In deeper models budgets grow, see `at_depth`.
 BUDGETS = {
     "int4": Budget(embedding=1e-3, vision=0.1, keys=0.4, values=0.8, logits=0.3),
     "int8": Budget(embedding=1e-3, vision=0.05, keys=0.25, values=0.8, logits=0.3),
@@ -38,21 +38,21 @@ BUDGETS = {
 
 
 HINTS = {
-    "preprocess": "the picture settings in bundle.json, or the Pillow that resizes here, are not those of the export",
+    "preprocess": "the picture settings in bundle.json, or the Pillow that resizes here, differ from the export's",
     "rope": "the rotary tables in the weights file are not this model's",
     "vision": "weights or engine of the vision tower",
     "embedding": "the embedding table in the weights file",
-    "traverse": "in a first pass this layer's qkv weights, or what stands between them and the stage before; in a "
+    "traverse": "in a first pass this layer's qkv weights, or what is between them and the stage before; in a "
     "second pass this layer's other weights; or the engine or library that runs the prompt",
     "step": "the graph, engine or library that computes one token; the prompt was right",
-    "tokens": "the logits are within their budget, but the most probable tokens are others",
+    "tokens": "the logits are within their budget, but the most probable tokens differ",
     "engines": "build the engines again on this machine",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage. drift is infinite where there is nothing to measure, and `text` then says why."""
+    """One stage. drift is infinite if it cannot be measured, and `text` then says why."""
 
     name: str
     drift: float
@@ -61,13 +61,13 @@ class Stage:
 
     @property
     def good(self) -> bool:
-        """Whether it is within its budget."""
+        """Whether the drift is within its budget."""
         return self.drift <= self.budget
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a replay found."""
+    """The stages of a replay, with where and how they ran."""
 
     bundle: str
     target: str
@@ -79,12 +79,12 @@ class Report:
 
     @property
     def first_wrong(self) -> Stage | None:
-        """The first stage out of its budget: where the fault is."""
+        """The first stage above its budget, which is where the fault is."""
         return next((stage for stage in self.stages if not stage.good), None)
 
     @property
     def could_be_rounding(self) -> bool:
-        """Whether a model that rounds worse than the small ones, on which budgets were measured, may explain it all."""
+        """Whether rounding may explain everything, in a model that rounds worse than those that budgets are from."""
         wrong = [stage for stage in self.stages if not stage.good]
         rounded = [
             stage
@@ -95,7 +95,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """In a sentence or two, what to do included."""
+        """The result in a sentence or two, with what to do."""
         wrong = self.first_wrong
         if wrong is None:
             return f"the {len(self.stages)} stages of the self-test are within the budget of {self.precision}"
@@ -104,7 +104,7 @@ class Report:
         return f"the self-test goes wrong at {wrong.name}: {found}. Look at: {HINTS[parts[0]]}"
 
     def lines(self, every: bool = False) -> list[tuple[str, Stage]]:
-        """What to print: (title, stage), and of each layer that stage alone which used most of its budget."""
+        """What to print, as (title, stage). A layer shows only the stage that used most of its budget."""
         groups: dict[str, list[Stage]] = {}
         for stage in self.stages:
             in_layer = re.match(r".*\.layers\.\d+", stage.name)
@@ -113,7 +113,7 @@ class Report:
         return [(name, stage if stage.name == name else _placed(stage, name)) for name, stage in worst.items()]
 
     def json(self) -> dict[str, Any]:
-        """As plain data; a drift that is no number is null."""
+        """The report as plain data; an infinite drift is null."""
         wrong = self.first_wrong
         stages = [dataclasses.asdict(stage) | {"good": stage.good} for stage in self.stages]
         for stage in stages:
@@ -123,21 +123,21 @@ class Report:
 
 
 def _placed(stage: Stage, layer: str) -> Stage:
-    """A stage of a layer, told by where in it."""
+    """The stage, labelled by its place within the layer."""
     place = stage.name.removeprefix(f"{layer}.")
     return dataclasses.replace(stage, text=f"{place}: {stage.text}" if stage.text else place)
 
 
-def behind(layers: int, budget: float) -> float:
-    """A budget behind so many layers: the errors of layers are independent, so their sum grows as a square root.
+def at_depth(layers: int, budget: float) -> float:
+    """The budget after `layers` layers. Errors of layers are independent, so their sum grows as a square root.
 
-    Never as much as values drift that have nothing to do with the reference's.
+    Capped below 1.0, the drift of an all-zero output, so that a stage unrelated to the reference always fails.
     """
     return min(budget * math.sqrt(max(1.0, layers / SMALL)), max(budget, 0.9 * UNRELATED))
 
 
 def budget_of(manifest: Manifest, prefix: str) -> Budget:
-    """Of the loosest precision among the Linears whose names begin so, or of what the rest computes in."""
+    """The budget of the loosest precision among the Linears under `prefix` and the type in which the rest computes."""
     plan = manifest.plan
     used = {linear.precision for name, linear in plan.linears.items() if name.startswith(prefix)} | {plan.compute}
     used |= {"fp16"} if manifest.target != "cpu" else set()

@@ -1,0 +1,1 @@
+"""Faults that the suite must see: a catalogue, and the command that plants each (`make faults`)."""

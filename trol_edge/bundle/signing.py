@@ -1,0 +1,32 @@
+"""Sign a bundle: the whole of it is read and checked first, because a signature says that it is as it should be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from trol_edge.bundle import engines, signature
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.targets import TARGETS
+from trol_edge.errors import BundleError
+
+
+def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> str:
+    """Sign a bundle and the engines in it with the ed25519 private key of a PEM file; returns the public key, hex.
+
+    Raises BundleError for a bundle that is damaged, UsageError for another key, or where nothing can be written.
+    """
+    private = signature.private_key(Path(key))
+    bundle = Bundle(folder)
+    if sha256_of(bundle.path(WEIGHTS)) != bundle.manifest.files[WEIGHTS].sha256:
+        raise BundleError(f"{bundle.path(WEIGHTS)}: altered since export (sha256 differs); copy the bundle again")
+    statements = [signature.bundle_statement(bundle.identity)]
+    for target in TARGETS:
+        if engines.folder_of(bundle, target).exists():
+            found = engines.read(bundle, target)
+            for name in found.engines:
+                engines.verified(bundle, found, name)
+            statements.append(signature.engines_statement(bundle.identity, target, engines.digest(bundle, target)))
+    return signature.add(bundle.folder, private, statements)

@@ -1,0 +1,168 @@
+"""Files that come from somewhere else: only plain files are opened, and every reader has one guard around it.
+
+Whatever such a file holds, its reader ends in an error of ours that names the file and says what to do. So readers list
+no expected exceptions: `guard` turns anything that a parser trips on into that error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from trol_edge.errors import BundleError, TrolEdgeError
+
+MOST_JSON_BYTES = 64 << 20  # the largest tokenizer.json of a published model has 20 MB
+MOST_NAME_BYTES = 200  # of a file: file systems take 255, and temporary names are longer
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a named pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+# How things begin that stand in a model file's place when a download went wrong, and what to do about them.
+_OTHER_THINGS = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull` in its folder"),
+    (b"<!doctype html", "a web page (HTML), not the file itself; download it again, signed in where that is needed"),
+    (b"<html", "a web page (HTML), not the file itself; download it again, signed in where that is needed"),
+)
+
+
+@contextmanager
+def guard(
+    what: object,
+    error: type[TrolEdgeError] = BundleError,
+    advice: str = "copy the bundle again",
+    found: str = "not readable",
+) -> Iterator[None]:
+    """Turn whatever a reader of `what` (a file) trips on into `error`; errors of ours and Ctrl-C go through.
+
+    found: what it then is. A tokenizer library written in Rust panics with a BaseException.
+    """
+    try:
+        yield
+    except TrolEdgeError:
+        raise
+    except BaseException as cause:
+        if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":
+            raise
+        refusal = error(f"{printable(what)}: {found} ({reason(cause)}); {advice}")
+        raise refusal from cause
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, short enough for a message and printable anywhere."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    named = text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
+    return printable(named[:300])
+
+
+def printable(value: object) -> str:
+    """A value as text that every terminal takes: names of files and keys may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether data may name a file of its folder so: no path, no link to elsewhere, nothing hidden or unprintable."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and not name.startswith((".", "-", "~"))
+        and not re.search(r'[/\\:*?"<>|]', name)
+        and 0 < len(name.encode("utf-8", "replace")) <= MOST_NAME_BYTES
+    )
+
+
+def stays_inside(path: Path) -> bool:
+    """Whether a file of a folder is there itself, or is a link within the folder or to a blob of a model hub's cache.
+
+    (A hub's client keeps each file once, in a folder `blobs`, and fills folders of models with links to them.)
+    """
+    if not path.is_symlink():
+        return True
+    found, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    return folder in found.parents or found.parent.name == "blobs"
+
+
+@contextmanager
+def open_plain(
+    path: Path, error: type[TrolEdgeError] = BundleError, advice: str = "copy the bundle again"
+) -> Iterator[BinaryIO]:
+    """Open a regular file for reading, never a pipe or a device, which may wait for ever; `error` says what it is."""
+    with guard(path, error, advice):
+        mode = os.stat(path).st_mode
+        for test, kind in _KINDS.items():
+            if test(mode):
+                refusal = error(f"{printable(path)}: is {kind}, not a file; {advice}")
+                raise refusal
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            refusal = error(f"{printable(path)}: is no regular file; {advice}")
+            raise refusal
+        yield file
+
+
+def read_plain(
+    path: Path,
+    error: type[TrolEdgeError] = BundleError,
+    advice: str = "copy the bundle again",
+    most: int = MOST_JSON_BYTES,
+) -> bytes:
+    """The bytes of a regular file of at most `most` bytes, which is what it says that it is."""
+    with open_plain(path, error, advice) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            refusal = error(f"{printable(path)}: has {size} bytes, more than the {most} that are read of it; {advice}")
+            raise refusal
+        with guard(path, error, advice):
+            data = file.read(size)  # as many as there are: files of /proc say 0, and some of them never end
+    require_itself(path, data, error)
+    return data
+
+
+def require_itself(path: Path, beginning: bytes, error: type[TrolEdgeError]) -> None:
+    """Raise `error` where a file begins like something that stands for it: a git-lfs pointer, a web page."""
+    start = beginning[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for prefix, what in _OTHER_THINGS:
+        if start.startswith(prefix):
+            refusal = error(f"{printable(path)}: is {what}")
+            raise refusal
+
+
+def read_text(path: Path, error: type[TrolEdgeError] = BundleError, advice: str = "copy the bundle again") -> str:
+    """The text of a regular file in UTF-8; a byte-order mark, as editors on Windows write it, is no part of it."""
+    with guard(path, error, advice, "not readable as text"):
+        return read_plain(path, error, advice).decode("utf-8-sig")
+
+
+def read_json_value(path: Path, error: type[TrolEdgeError] = BundleError, advice: str = "copy the bundle again") -> Any:
+    """What a JSON file says. Raises `error` where it is none, with `advice`."""
+    with guard(path, error, advice, "not readable as JSON"):
+        return parse_json(read_text(path, error, advice))
+
+
+def read_json(
+    path: Path, error: type[TrolEdgeError] = BundleError, advice: str = "copy the bundle again"
+) -> dict[str, Any]:
+    """The object in a JSON file. Raises `error` for any other file, with `advice`."""
+    data = read_json_value(path, error, advice)
+    if not isinstance(data, dict):
+        refusal = error(f"{printable(path)}: expected a JSON object, found {type(data).__name__}; {advice}")
+        raise refusal
+    return data
+
+
+def parse_json(text: str) -> Any:
+    """Parsed JSON, without halves of characters. Call it in a `guard`."""
+    data = json.loads(text)
+    if _SURROGATE.search(text):
+        json.dumps(data, ensure_ascii=False).encode()  # raises for a lone surrogate, which no other file can hold
+    return data
