@@ -47,6 +47,7 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
+_OPENED = tuple(name for name in FORMATS if name != "MPO")  # as which Pillow opens what begins as a JPEG
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 # How files of other formats begin, so that they can be refused by name.
 _OTHERS = (
@@ -227,7 +228,7 @@ def _rgb_from_file(path: str | os.PathLike[str], bits: int | None) -> U8:
 
 def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str, bits: int | None) -> U8:
     try:
-        with Image.open(stream, formats=tuple(FORMATS)) as picture:
+        with Image.open(stream, formats=_OPENED) as picture:
             return _rgb_from_pillow(picture, name, bits)
     except ImageError:
         raise
