@@ -47,6 +47,7 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
+_OPENED = tuple(name for name in FORMATS if name != "MPO")  # as which Pillow opens what begins as a JPEG
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 # How files of other formats begin, so that they can be refused by name.
 _OTHERS = (
