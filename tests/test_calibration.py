@@ -170,7 +170,7 @@ calibrate({str(NANO)!r}, None, {str(folder)!r}, count={COUNT}, progress=progress
         if part != "nothing":
             with pytest.raises(CalibrationError, match="unfinished"):
                 Statistics.load(folder, None)
-    assert reports[1][0] == f"vision {2 * COUNT + 1}"  # embedding and layer 0 were done, layer 1 begins anew
+    assert reports[1][0] == f"vision {2 * COUNT + 1}"  # embedding and layer 0 were done, layer 1 begins again
     assert reports[2][0] == f"decoder {3 * COUNT + 1}"
     again, whole = Statistics.load(folder, None), Statistics.load(cache, None)
     assert list(again.points) == list(whole.points) and again.peaks == whole.peaks
@@ -248,7 +248,7 @@ def test_nan_activations_name_the_place(tmp_path: Path) -> None:
 
 
 def test_constant_activations_get_a_guarded_threshold(tmp_path: Path) -> None:
-    """A norm of zeros makes everything behind it zero; no threshold is."""
+    """A norm of zeros makes everything after it zero, but no threshold."""
     dead = changed(tmp_path / "dead", ("model.layers.2.ffn_norm.weight",), 0.0)
     found = calibrate(dead, None, tmp_path / "cache", count=1)
     point = found.points["decoder.layers.2.mlp.gate"]

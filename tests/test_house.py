@@ -227,7 +227,7 @@ def module_of(file: str) -> str:
 
 
 def folder_of(module: str) -> str:
-    """A module's folder within its room; a module that lies in the room itself stands for itself."""
+    """A module's folder within its room; a module directly in the room counts as its own folder."""
     parts = module.split(".")
     depth = 3 if len(parts) > 1 and parts[1] in ROOMS else 2
     return ".".join(parts[:depth])
@@ -338,7 +338,7 @@ def test_no_module_uses_anothers_private_members() -> None:
 
 
 def test_planted_private_uses_are_seen() -> None:
-    """Of an object, of a module, and by name; a class may know its like."""
+    """Uses through an object, a module and a name are seen; a class may use members of its own kind."""
     assert len(privates("def f(runtime):\n    return runtime._backend")) == 1
     assert len(privates("import a\n\n\ndef _b(): ...\n\n\na._b()")) == 1
     assert len(privates("from a import _b")) == 1

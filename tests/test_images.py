@@ -248,7 +248,7 @@ def test_black_is_no_guess(tmp_path):
 @pytest.mark.parametrize("top", [255, 16383, 65536, 1 << 30])
 def test_32_bit_grey_of_another_range_is_refused(top):
     grey = Image.fromarray(np.array([[0, top]], np.int32))
-    with pytest.raises(ImageError, match=rf"mode I\) up to {top}; nothing says its range: pass bits="):
+    with pytest.raises(ImageError, match=rf"mode I\) up to {top}; its range is not known; pass bits="):
         load_rgb(grey)
 
 
@@ -304,7 +304,7 @@ def test_dark_colour_with_16_bits():
             assert load_rgb(form).max() < 16
     np.testing.assert_array_equal(load_rgb(bright >> 4, bits=12), picture())
     np.testing.assert_array_equal(load_rgb((bright >> 4).astype(">u2"), "bgr", bits=12), picture()[:, :, ::-1])
-    with pytest.raises(ImageError, match="uint16; nothing says its range: pass bits="):
+    with pytest.raises(ImageError, match="uint16; its range is not known; pass bits="):
         load_rgb(bright)
 
 
@@ -352,7 +352,7 @@ def test_a_picture_that_its_user_turned_is_not_turned_again(tmp_path, turned):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         np.testing.assert_array_equal(load_rgb(mine), upright)
-    assert [("carries the EXIF orientation" in str(w.message)) for w in said] == (
+    assert [("has the EXIF orientation" in str(w.message)) for w in said] == (
         [True] if turned in ("transpose", "rotate") else []  # it may as well have been cut, and lie on its side
     )
 

@@ -38,7 +38,7 @@ def graph(weights: int, peak: int = 0) -> Costs:
 
 
 def subject(weights: float = 1.0, precision: str = "fp16", **changes: Any) -> subject_module.Subject:
-    """A model whose decoder takes so many GB, and 0.5 GB of cache."""
+    """A model whose decoder takes `weights` GB, with 0.5 GB of cache."""
     size = round(weights * GB)
     given = subject_module.Subject(
         name="made-up",

@@ -1,4 +1,4 @@
-"""Plans: recipes and files that become one, what is refused, and what a bundle made of one holds and answers."""
+"""Plans: recipes and files that become one, what is refused, and what a bundle made from one holds and answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def statistics() -> Statistics:
-    """Of random inputs."""
+    """Make statistics of random inputs."""
     return statistics_of(Checkpoint(NANO))
 
 

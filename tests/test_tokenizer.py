@@ -247,7 +247,7 @@ def test_verify_finds_a_special_token_that_literal_text_can_give(tmp_path):
 
 
 def test_a_nul_piece_is_one_id(tmp_path):
-    """As in the authors' sentencepiece; later releases (0.2.3) give the byte instead, so `verify` leaves NUL out."""
+    """It equals the authors' sentencepiece. Later releases (0.2.3) give the byte, so `verify` leaves NUL out."""
     folder = write(tmp_path, edited(plain(), lambda m: add_piece(m, "\x00", "NORMAL", -900)))
     tokenizer = Tokenizer(convert(folder))
     assert tokenizer.encode("\x00\x00") == [600, 600]
