@@ -26,9 +26,9 @@ WANTED = ("config.json", "model.safetensors", "trol_gating.pt")
 FETCH = """
 import sys
 from trol_edge.errors import TrolEdgeError
-from trol_edge.export import models
+from trol_edge.export.reference import hub
 try:
-    print(models.fetch("trol-1.8b", sys.argv[1], *sys.argv[2:]))
+    print(hub.fetch("trol-1.8b", sys.argv[1], *sys.argv[2:]))
 except TrolEdgeError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """

@@ -172,7 +172,7 @@ def test_planted_mistakes_are_seen(ours: str, wrong: str, folder: Path) -> None:
 
 def test_only_this_file_knows_tensorrt() -> None:
     """Nobody else imports it, so that nothing escapes this check; the stand-in and this test's fixtures apart."""
-    for path in (p for room in ("trol_edge", "export", "runtimes", "calibration") for p in (ROOT / room).glob("*.py")):
+    for path in (p for room in ("trol_edge", "export", "runtimes", "calibration") for p in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -184,7 +184,7 @@ import sys
 from pathlib import Path
 import tensorrt_bindings
 from trol_edge.errors import BackendError
-from trol_edge.runtimes.trt_api import Library, Network
+from trol_edge.runtimes.trt.api import Library, Network
 tensorrt_bindings.__name__ = "tensorrt"
 library = Library(tensorrt_bindings)
 print(library.title, library.has(Network._stream), library.has(Network.let_attention_decompose))
