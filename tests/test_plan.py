@@ -260,9 +260,12 @@ def test_bundle_without_counts(nano_bundle: Path, tmp_path: Path) -> None:
         subject_module.subject_of(Bundle(tmp_path))
 
 
-def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "model", [("trol-nano",), pytest.param(("trol-nano-phi3", "--tiles", "1"), marks=pytest.mark.slow)], ids=str
+)
+def test_command(model: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """A model, two devices, two precisions, one goal; the table and the JSON say the same."""
-    given = ["plan", "--model", "trol-nano-phi3", "--device", NANO, "--device", "agx-thor", "--tiles", "1"]
+    given = ["plan", "--model", *model, "--device", NANO, "--device", "agx-thor"]
     given += ["--precision", "fp16", "--precision", "int4", "--goal-tokens-per-second", "10"]
     assert main([*given, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -51,7 +51,8 @@ def slow(rt: Runtime) -> SlowBackend:
 def nothing_left(rt: Runtime) -> Any:
     """After every test no session is reserved and no call queued."""
     yield
-    gc.collect()
+    if rt.desk.busy or len(rt.desk.turns):
+        gc.collect()  # a dropped stream gives back what it holds
     assert rt.desk.busy == []
     assert len(rt.desk.turns) == 0
 

@@ -401,9 +401,13 @@ def test_an_overflow_in_fp16(
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
-def rounded(request: pytest.FixtureRequest, exported: Callable[..., Path]) -> Path:
-    """trol-nano in a precision with rounded weights."""
-    return exported(NANO, recipe=request.param)
+def rounded(
+    request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """trol-nano in a precision with rounded weights; a copy, because what passes is noted in the folder."""
+    folder = tmp_path_factory.mktemp("rounded") / "bundle"
+    shutil.copytree(exported(NANO, recipe=request.param), folder)
+    return folder
 
 
 def test_rounded_weights(rounded: Path, tmp_path: Path) -> None:
