@@ -16,6 +16,7 @@ import pytest
 from tests import cases, prompts
 from tests.cases import Array
 from tests.prompts import STEPS, Prompt, Prompts
+from tests.test_phi3 import CONTEXT, ORIGINAL
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.session import Session
@@ -28,7 +29,11 @@ TEXT, IMAGE = "internlm2-text/main/0", "internlm2-gqa-image/main/0"
 NANO = "trol-nano/scene/0"
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
-every_prompt = pytest.mark.parametrize("name", NAMES)
+# Long, and by all that a prefix is made of like the rows of other cases: a picture, a text before it, one after it.
+ALIKE = {"internlm2-leftpad-batch/images/0", "internlm2-leftpad-batch/images/1", "internlm2-leftpad-batch/mixed/1"}
+every_prompt = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in NAMES]
+)
 
 
 def off(ours: Array, fresh: Array) -> float:
@@ -261,16 +266,16 @@ def test_rope_change_with_pictures(
 ) -> None:
     """The features of earlier pictures are at hand when everything is traversed again."""
     prompt = load("phi3-su-rope/image/0")
-    limit = prompt.length + 2
-    folder = phi3_checkpoint("phi3-su-rope", original_max_position_embeddings=limit)
-    runtime = Runtime(exported(folder, "cpu", 512))
+    folder = phi3_checkpoint("phi3-su-rope", original_max_position_embeddings=ORIGINAL)
+    runtime = Runtime(exported(folder, "cpu", CONTEXT))
     session, fresh = runtime.session(), runtime.session()
     session.prefill(prompt.ids, prompt.pixels)
-    session.extend([5, 6])
-    assert (session.reused, session.rope) == (prompt.length, "short")
+    more = np.arange(5, 5 + ORIGINAL - prompt.length)
+    session.extend(more)
+    assert (session.reused, session.rope, session.length) == (prompt.length, "short", ORIGINAL)
     got = session.extend([7])
     assert (session.reused, session.rope) == (0, "long")
-    assert off(got, fresh.prefill(np.append(prompt.ids, [5, 6, 7]), prompt.pixels)) <= EXACT
+    assert off(got, fresh.prefill(np.concatenate((prompt.ids, more, [7])), prompt.pixels)) <= EXACT
 
 
 # --- one set only ----------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_unexpected_graphs_are_refused() -> None:
 def traced(traces: dict[Any, Any]) -> dict[str, ir.Model]:
     """trol-nano's graphs with Linear weights as MatMul reads them."""
     source = Checkpoint(NANO)
-    models = {name: graphs.trace(name, source.family, source.spec, 256) for name in graphs.TRACED}
+    models = {name: graphs.trace(name, source.family, source.spec, 2048) for name in graphs.TRACED}
     for model in models.values():
         graphs.fold_transposes(model)
     return models

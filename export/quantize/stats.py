@@ -41,7 +41,7 @@ ROWS = 64  # size of the reservoir
 # these models sees, and its scale, 1e-6 / 127, is still a normal float32.
 SMALLEST = 1e-6
 
-ROOM = "then calibrate again with the same arguments to continue where it stopped"  # advice for a failed write
+ROOM = "calibrate into another folder (the same command continues where it stopped)"  # advice for a failed write
 _ARRAYS = ("absmax", "mean_abs", "mean_square", "rows", "histogram")
 _NUMBERS = ("count", "histogram_max", "output_absmax")
 

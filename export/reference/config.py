@@ -134,7 +134,7 @@ def rope_settings(config: Mapping[str, Any]) -> tuple[float, str, dict[str, Any]
         raise CheckpointError(f"config.json: rope_theta is {given!r:.80}, and {base!r:.80} in rope_parameters")
     base = given if base is None else base
     if base is None:
-        raise KeyError("rope_theta")
+        raise CheckpointError("config.json lacks rope_theta; copy it again")
     if not _same(found.pop("partial_rotary_factor", 1), 1):
         raise CheckpointError(f"config.json: partial_rotary_factor is not 1, which is not supported; {ADVICE}")
     return float(base), str(found.pop("type", "default")), found

@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trol_edge.bundle.costs import Costs
+from trol_edge.bundle.costs import ARITHMETIC, KINDS, Costs
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
 from trol_edge.bundle.folder import digest_of, sha256_of, taken_back
 from trol_edge.bundle.graph_file import GraphFile, read_graph
@@ -119,6 +119,8 @@ class Bundle:
                     f"{self.folder}: no {MANIFEST} here, so this is not a (complete) bundle; "
                     "make one with `make engine` or `trol-edge export`"
                 )
+            if not stays_inside(path):
+                raise BundleError(f"{path}: is a link to a place outside of the bundle; copy the bundle again")
         data = read_json_value(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"{path}: not a trol-edge bundle; make one with `trol-edge export`")
@@ -241,6 +243,15 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
     yield from wrong_sizes(spec, "spec.")
     yield from wrong_sizes(spec.vision, "spec.vision.")
     yield from wrong_sizes(manifest.image, "image.")
+    if manifest.plan.compute not in ("fp32", "fp16"):
+        yield f"plan.compute {manifest.plan.compute!r:.80} is neither fp32 nor fp16"
+    for name, linear in manifest.plan.linears.items():
+        yield from (f"plan of {printable(name)[:80]}: {problem:.200}" for problem in linear.problems())
+    if spec.long_rope is not None:
+        yield from wrong_sizes(spec.long_rope, "spec.long_rope.")
+    operations = [o for info in manifest.graphs.values() if info.costs for o in info.costs.operations]
+    if any(o.kind not in KINDS or o.arithmetic not in ARITHMETIC or o.count < 1 for o in operations):
+        yield "the costs of a graph name work that is not known here"
     if not 2 <= manifest.context <= min(most, max(2, spec.max_position_embeddings)):
         yield f"context {manifest.context} is not 2..{spec.max_position_embeddings} (max_position_embeddings)"
     if not 1 <= manifest.prompt.tokens_per_image == spec.vision.tokens_per_image:

@@ -56,6 +56,12 @@ class SelfTest:
     rope: Float32  # [2, rows, E/2] cos and sin
     embeddings: Float32  # [n, D] embeddings of the stepped tokens
     cases: dict[str, SelfTestCase]  # "picture", and "long" if the rotary embedding has two factor sets
+    # What tokenizer and prompt template make of fixed texts, see trol_edge.prompt.probe. None: there is no tokenizer,
+    # or the bundle is of a version that did not record it.
+    token_digests: NDArray[np.uint8] | None = None  # [B, 32]
+    prompt_ids: Int32 | None = None  # of all prompts, one after another
+    prompt_lengths: Int32 | None = None  # ids of each
+    end_ids: Int32 | None = None  # that end an answer, in rising order
 
 
 def read(bundle: Bundle) -> SelfTest:
@@ -145,6 +151,7 @@ def _differences(
 def tensors(test: SelfTest) -> dict[str, NDArray[Any]]:
     """The arrays of a self-test by their names in the file."""
     flat = {f.name: getattr(test, f.name) for f in dataclasses.fields(test) if f.name != "cases"}
+    flat = {name: array for name, array in flat.items() if array is not None}
     for name, case in test.cases.items():
         flat |= {f"{name}.{f.name}": getattr(case, f.name) for f in dataclasses.fields(case)}
     return flat

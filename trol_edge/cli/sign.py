@@ -22,4 +22,4 @@ def sign(
     if as_json:
         print_json({"bundle": str(bundle), "public_key": public})
     else:
-        out.print(f"{bundle}: signed by the key {public}", markup=False, soft_wrap=True)
+        out.print(f"{bundle}: signed by the key {public}", soft_wrap=True)
