@@ -367,7 +367,7 @@ def test_a_disk_that_fails_in_the_middle(
             patch.setattr(os, "fsync", failing(os.fsync))
         else:
             patch.setattr(np, "fromfile", failing(np.fromfile))
-        with pytest.raises(CalibrationError, match=r"(disk is full; make room|cannot be written).*continue where it"):
+        with pytest.raises(CalibrationError, match=r"(disk is full; make room|cannot be written).*continues where it"):
             calibrate(NANO, None, tmp_path / "cache", count=1)
     assert not list((tmp_path / "cache").rglob("*.part"))
     calibrate(NANO, None, tmp_path / "cache", count=1)
