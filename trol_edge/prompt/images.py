@@ -227,7 +227,7 @@ def _rgb_from_file(path: str | os.PathLike[str], bits: int | None) -> U8:
 
 def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str, bits: int | None) -> U8:
     try:
-        with Image.open(stream, formats=tuple(FORMATS)) as picture:
+        with Image.open(stream, formats=_formats()) as picture:
             return _rgb_from_pillow(picture, name, bits)
     except ImageError:
         raise
@@ -239,6 +239,12 @@ def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str, bit
         raise ImageError(f"{name} has more than the {MAX_PIXELS} pixels allowed; make it smaller first") from error
     except Exception as error:  # Pillow's parser raises many types of error on a damaged header
         raise ImageError(f"{name} cannot be read ({_reason(error)}); copy or save it again") from error
+
+
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow opens (MPO by way of JPEG, AVIF in newer ones)."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _format_of(stream: str | os.PathLike[str] | io.BytesIO) -> str:
