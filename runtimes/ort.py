@@ -27,7 +27,8 @@ from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
-from trol_edge.errors import BackendError, BundleError, UsageError
+from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
+from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory, share_arenas
 
 try:
@@ -35,6 +36,7 @@ try:
 except ImportError as error:
     raise BackendError(f"onnxruntime is not usable here ({error}); pip install 'trol-edge[cpu]'") from error
 
+end_calls_at_exit()
 Float32 = NDArray[np.float32]
 OLDEST = (1, 23)  # first version with RMSNormalization, RotaryEmbedding and Attention of opset 23
 # The user's name of a provider -> ONNX Runtime's name, and its name of the memory that the provider computes in.
@@ -103,6 +105,7 @@ class OrtBackend:
             self._options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._lock = threading.Lock()
         self.sessions: dict[str, Any] = {}
+        keep_in_forks(self)
         # For measurements: further outputs of a graph that the manifest does not list, and who gets their values.
         self.watched: dict[str, tuple[str, ...]] = {}
         self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
@@ -400,7 +403,10 @@ def open_session(path: Path, options: Any, providers: list[Any]) -> Any:
 
 def _call(what: str, function: Any, *args: Any) -> Any:
     try:
-        return function(*args)
+        with native:
+            return function(*args)
+    except UnfinishedError:
+        raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise BackendError(f"onnxruntime {ort.__version__} could not {what}: {error}") from error
 

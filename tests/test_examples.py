@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import trol_edge
 from tests.conftest import NANO
 from trol_edge import LatestCounts, Runtime
 from trol_edge.errors import ImageError
 from trol_edge.examples import asyncio_loop, camera, ros2_node
+from trol_edge.testing import ScriptedRuntime
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENE = NANO / "scene.png"
@@ -74,7 +76,7 @@ def test_the_camera_loop_answers_the_newest_frame(nano: Runtime) -> None:
 
 
 def test_the_camera_loop_stops_when_asked(nano: Runtime) -> None:
-    """After so many answers, although frames go on; and a camera that breaks ends it with what was seen."""
+    """It ends after the given number of answers, although frames continue, and when the camera breaks."""
 
     def endless() -> Any:
         while True:
@@ -104,6 +106,76 @@ def test_camera_program_on_a_video(nano_bundle: Path, tmp_path: Path) -> None:
     gone = program("camera", nano_bundle, "--source", tmp_path / "gone.avi")
     assert gone.returncode == 1
     assert "cannot open" in gone.stderr
+
+
+class Capture:
+    """Stands for cv2.VideoCapture: reads that succeed or fail as they are listed, the last for ever."""
+
+    rate = 5.0
+
+    def __init__(self, reads: list[bool]) -> None:
+        self.reads, self.released = reads, False
+
+    def isOpened(self) -> bool:
+        """It is there."""
+        return True
+
+    def get(self, what: int) -> float:
+        """A frame rate that is slower than the frames are."""
+        return self.rate
+
+    def set(self, what: int, value: float) -> bool:
+        """Not supported, as by most drivers."""
+        return False
+
+    def read(self) -> tuple[bool, Any]:
+        """The next one."""
+        good = self.reads.pop(0) if len(self.reads) > 1 else self.reads[0]
+        return good, scene() if good else None
+
+    def release(self) -> None:
+        """Noted."""
+        self.released = True
+
+
+def stand_in_for_cv2(monkeypatch: pytest.MonkeyPatch, reads: list[bool]) -> Capture:
+    """The few names of cv2 that the example uses; time that is waited is noted only."""
+    capture, module = Capture(reads), types.ModuleType("cv2")
+    vars(module).update(VideoCapture=lambda source: capture, CAP_PROP_FPS=5, CAP_PROP_BUFFERSIZE=38)
+    monkeypatch.setitem(sys.modules, "cv2", module)
+    return capture
+
+
+@pytest.mark.parametrize("source", ["0", "/dev/video0", "rtsp://robot/front"])
+def test_a_live_source_is_not_paced(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever rate it reports; single reads that fail are passed over, and one that has ended is an error."""
+    waited: list[float] = []
+    monkeypatch.setattr(camera.time, "sleep", waited.append)
+    capture = stand_in_for_cv2(monkeypatch, [True, True, False, True, False])
+    frames = camera.frames_of(source)
+    assert len([next(frames) for _ in range(3)]) == 3
+    assert waited == [camera.RETRY_S]
+    with pytest.raises(ImageError, match="gave no frame"):
+        next(frames)
+    assert capture.released
+
+
+def test_a_camera_that_ends_is_an_error_of_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 and a message; Ctrl-C is 130 without a traceback."""
+    monkeypatch.setattr(camera, "RETRY_S", 0.0)
+    monkeypatch.setattr(trol_edge, "Runtime", lambda bundle: ScriptedRuntime("yes"))
+    stand_in_for_cv2(monkeypatch, [True, False])
+    assert camera.main(["bundle", "--source", "/dev/video0"]) == 1
+    assert "gave no frame" in capsys.readouterr().err
+
+    def interrupted(*given: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ScriptedRuntime, "generate", interrupted)
+    stand_in_for_cv2(monkeypatch, [True])
+    assert camera.main(["bundle", "--source", "/dev/video0"]) == 130
 
 
 # -- asyncio -----------------------------------------------------------------------------------------------------------
@@ -189,6 +261,96 @@ def test_the_nodes_logic_without_ros(nano: Runtime) -> None:
     status = answerer.diagnostics()
     assert (status["answers"], status["errors"], status["frames offered"]) == ("2", "1", "3")
     assert "4x0 pixels" in status["last error"]
+
+
+def wait_until(true: Any) -> None:
+    """Until something that another thread does is done."""
+    for _ in range(60_000):
+        if true():
+            return
+        threading.Event().wait(0.001)
+    raise AssertionError("it does not come")
+
+
+def test_a_publisher_that_fails_and_a_bad_frame_end_nothing() -> None:
+    """Health is that of the newest frame; the thread goes on, and is noticed where it is gone."""
+    fail, said = [True], list[str]()
+
+    def publish(text: str) -> None:
+        if fail[0]:
+            raise RuntimeError("the publisher's context is invalid")
+        said.append(text)
+
+    answerer = ros2_node.FrameAnswerer(ScriptedRuntime("yes"), "?", publish)
+    try:
+        answerer.offer(scene(), "rgb")
+        wait_until(lambda: answerer.diagnostics()["errors"] == "1")
+        assert not answerer.healthy and "context is invalid" in answerer.diagnostics()["last error"]
+        fail[0] = False
+        answerer.offer(scene(), "rgb")
+        wait_until(lambda: said)
+        wait_until(lambda: answerer.healthy)
+        answerer.offer(np.zeros((0, 4, 3), np.uint8), "rgb")
+        wait_until(lambda: not answerer.healthy)
+        answerer.offer(scene(), "rgb")
+        wait_until(lambda: answerer.healthy)
+    finally:
+        answerer.close()
+    assert not answerer.healthy  # nobody is there for the next frame
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("question", 5),
+        ("question", " "),
+        ("bundle", ["a"]),
+        ("deadline_ms", "200"),
+        ("deadline_ms", -1.0),
+        ("deadline_ms", float("nan")),
+        ("max_age_ms", True),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", 0),
+    ],
+)
+def test_parameters_of_a_wrong_type(
+    name: str, value: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the start they are a message and exit code 1, later they are refused."""
+    assert name in ros2_node.problem_with(name, value)
+    modules = stand_in_for_ros(lambda node: None)
+    for module_name, module in modules.items():
+        monkeypatch.setitem(sys.modules, module_name, module)
+    vars(modules["rclpy"])["node"].parameters[name] = value
+    assert ros2_node.main([]) == 1
+    assert name in capsys.readouterr().err
+    assert vars(modules["rclpy"])["node"].destroyed
+
+
+class ExternalShutdownException(Exception):
+    """As rclpy.executors names it: what `spin` raises after SIGTERM."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ExternalShutdownException])
+def test_the_node_ends_quietly(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ctrl-C, and by SIGTERM; a question of a wrong type was refused meanwhile, and one of two changes nothing."""
+    results: list[Any] = []
+
+    def spin(node: Any) -> None:
+        change = [types.SimpleNamespace(name="question", value=v) for v in ("new?", 5)]
+        results.append(node.callbacks["parameters"](change))
+        node.callbacks["timer"]()
+        raise error
+
+    modules = stand_in_for_ros(spin)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(trol_edge, "Runtime", lambda bundle: ScriptedRuntime("yes"))
+    assert ros2_node.main([]) == 0
+    (refused,) = results
+    assert not refused.successful and "found 5" in refused.reason
+    node = vars(modules["rclpy"])["node"]
+    assert node.destroyed and node.published["/diagnostics"][0].status[0].message == "Describe the scene."
 
 
 def stand_in_for_ros(spin: Any) -> dict[str, types.ModuleType]:

@@ -1,4 +1,4 @@
-"""The GPU kit's own script: its clock, its pieces, its stages apart from each other, and the page made of a record.
+"""The GPU kit's own script: its clock, its pieces, its stages apart from each other, and the page made from a record.
 
 What its stages find on a GPU only a GPU can tell; `make gpu-kit-check` runs them here with the CPU in its place.
 """

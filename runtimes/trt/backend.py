@@ -32,6 +32,7 @@ from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
 from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
+from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory
 from trol_edge.reading import read_plain
 from trol_edge.runtimes.cuda import Cuda, Gpu, devices, open_cuda
@@ -39,8 +40,8 @@ from trol_edge.runtimes.trt import weights as trt_weights
 from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
 
 Float32 = NDArray[np.float32]
-MOST_KERNELS = 1 << 30  # bytes of kernels that an earlier run kept
-_Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
+MOST_KERNELS = 1 << 30  # most bytes of kernels from an earlier run
+_Garbage = tuple[list[int], list[Any]]  # blocks of device memory and captured graphs to be freed
 
 
 class _Lease:
@@ -79,7 +80,7 @@ class DeviceFeatures:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         array = np.empty(self.shape, self.dtype)
-        with self.backend.lock:
+        with native, self.backend.lock:
             self.backend.cuda.download(array, self.pointer)
             self.backend.cuda.wait()
         return array.astype(dtype or self.dtype, copy=False)
@@ -135,6 +136,8 @@ class TrtBackend:
         self._require_memory(device)
         self.lock = threading.RLock()
         self.garbage: deque[_Garbage] = deque()
+        keep_in_forks(self)  # CUDA, too, is of no use in a child, and its destructors fail there
+        end_calls_at_exit()  # after the libraries, which are loaded by now
         self._engines = {name: self.library.open(path) for name, path in paths.items()}
         self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
         self.contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
@@ -212,9 +215,9 @@ class TrtBackend:
         return found
 
     def new_context(self, name: str) -> Context:
-        """An execution context of an engine, with the kernels that an earlier run compiled, if it left any.
+        """Make an execution context of an engine, with the kernels that an earlier run compiled, if there are any.
 
-        They are programs that nobody signed: where only signed bundles are opened, they are compiled again.
+        Such kernels are programs that nobody signed, so with trusted keys they are compiled again instead.
         """
         kept = None if self.bundle.trusted_keys else _unwrapped(self._kernels(name))
         return self._engines[name].context(kept)
@@ -293,13 +296,13 @@ class TrtBackend:
         shape = (count, self.spec.vision.tokens_per_image, self.spec.hidden_size)
         lease = _Lease(self.garbage)
         port = Port("features", "float32", shape)
-        with self.lock:
+        with native, self.lock:
             pointer = self.allocate([port], f"the features of {count} picture(s) or tile(s)", lease)["features"]
         features = DeviceFeatures(self, shape, pointer, lease)
         for start in range(0, count, most):
             part = np.ascontiguousarray(pixel_values[start : start + most], np.float32)
             rows = features[start]
-            with self.lock:
+            with native, self.lock:
                 self.cuda.upload(self._shared["pixel_values"], part)
                 self.run("vision", {"pixel_values": part.shape}, self._shared)
                 self.cuda.copy(rows.pointer, self._shared["image_features"], len(part) * rows.nbytes)
@@ -328,7 +331,7 @@ class TrtBackend:
         }
         feeds = {p.name: np.ascontiguousarray(given[p.name], p.dtype) for p in graph.inputs if p.name in given}
         dynamic = {p.name for p in graph.inputs if any(isinstance(d, str) for d in p.shape)}
-        with self.lock:
+        with native, self.lock:
             for name, array in feeds.items():
                 self.cuda.upload(self._shared[name], array)
             kept = [self._place(placed) for placed in pictures]
@@ -354,7 +357,7 @@ class TrtBackend:
 
     def new_state(self) -> TrtState:
         """Make empty K/V buffers for one sequence."""
-        with self.lock:
+        with native, self.lock:
             return TrtState(self)
 
     def require_open(self) -> None:
@@ -411,13 +414,13 @@ class TrtState:
 
     def step(self, embedding: Float32, position: int) -> Float32:
         """See trol_edge.backend.State; the returned array is overwritten by the next call."""
-        with self._backend.lock:
+        with native, self._backend.lock:
             self._start(embedding, position)
             return self._logits()
 
     def step_token(self, embedding: Float32, position: int) -> int:
         """See trol_edge.backend.State; eight bytes are downloaded."""
-        with self._backend.lock:
+        with native, self._backend.lock:
             self._start(embedding, position)
             self._finish()
             token = int(self._host["token"][0])
@@ -474,7 +477,7 @@ class TrtState:
     def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
         """See trol_edge.backend.State. It makes one copy within the device per key or value head."""
         backend = self._backend
-        with backend.lock:
+        with native, backend.lock:
             for name, port in self._ports.items():
                 if name.startswith("past_second_") != bool(which):
                     continue
@@ -490,7 +493,7 @@ class TrtState:
     def rows(self, positions: NDArray[np.int32], which: int) -> list[Float32]:
         """See trol_edge.backend.State. Each buffer is downloaded as a whole."""
         backend, found = self._backend, []
-        with backend.lock:
+        with native, backend.lock:
             for name, port in self._ports.items():
                 if name.startswith("past_second_") == bool(which):
                     host = np.empty([int(d) for d in port.shape], port.dtype)

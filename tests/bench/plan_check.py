@@ -162,7 +162,7 @@ def published(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
 
 
 def published_rows(peers: Collection[str] = tuple(PEERS)) -> list[dict[str, Any]]:
-    """Every figure of these with its planned milliseconds, and their difference in percent."""
+    """Every figure of these peers with its planned milliseconds, and their difference in percent."""
     rows: list[dict[str, Any]] = []
     for name in peers:
         peer = PEERS[name]

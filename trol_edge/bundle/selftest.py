@@ -86,13 +86,13 @@ def read(bundle: Bundle) -> SelfTest:
 
 
 def _contradictions(test: SelfTest, bundle: Bundle) -> Iterator[str]:
-    """Where a self-test is not one of its bundle's model: shapes, and numbers of rows that do not exist."""
+    """Yield where a self-test contradicts its bundle's model: wrong shapes, and rows that do not exist."""
     manifest = bundle.manifest
     spec, image = manifest.spec, manifest.image
     if "picture" not in test.cases or test.cases.keys() - {"picture", "long"}:
         yield f"its cases are {', '.join(test.cases)}"
     if ("long" in test.cases) > (spec.long_rope is not None):
-        yield "it has a case with long rope factors, and the model has none"
+        yield "it has a case with long rope factors, but the model has none"
     if test.picture.ndim != 3 or test.picture.shape[2:] != (3,) or not 1 <= test.picture.size <= 3 * MAX_PIXELS:
         yield f"its picture is {list(test.picture.shape)}"
         return
@@ -137,7 +137,7 @@ def _contradictions(test: SelfTest, bundle: Bundle) -> Iterator[str]:
 def _differences(
     part: object, name: str, shapes: Mapping[str, tuple[int, ...]], limits: Mapping[str, int]
 ) -> Iterator[str]:
-    """Arrays of another shape than `shapes` says, and whole numbers that are not 0..limit-1 in one dimension."""
+    """Describe arrays of another shape than in `shapes`, and whole numbers that are not 0..limit-1 in one dimension."""
     for field, shape in shapes.items():
         array = getattr(part, field)
         if array.shape != shape:
@@ -145,7 +145,7 @@ def _differences(
     for field, limit in limits.items():
         array = getattr(part, field)
         if array.ndim != 1 or array.dtype != np.int32 or not array.size or not 0 <= array.min() <= array.max() < limit:
-            yield f"{name}{field} is no list of numbers 0..{limit - 1}"
+            yield f"{name}{field} is not a list of numbers 0..{limit - 1}"
 
 
 def tensors(test: SelfTest) -> dict[str, NDArray[Any]]:

@@ -42,7 +42,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
     bits: Annotated[
         int | None,
-        typer.Option(help="Of pictures with more than 8 bits a channel: how many their numbers have, 8..16."),
+        typer.Option(help="Bits of the numbers in pictures with more than 8 bits per channel: 8 to 16."),
     ] = None,
     long_context: Annotated[
         bool, typer.Option("--long-context", help="Use the long rope factors from the first token on (trol-3.8b).")

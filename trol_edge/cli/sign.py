@@ -1,4 +1,4 @@
-"""The verb that signs: sign."""
+"""The verb sign, which signs bundles."""
 
 from __future__ import annotations
 

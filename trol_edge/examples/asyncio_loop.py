@@ -56,8 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--question", default="Describe the scene.")
     parser.add_argument("--limit-s", type=float, default=60.0, help="Seconds after which to cancel the answer.")
     given = parser.parse_args(arguments)
-    with trol_edge.Runtime(given.bundle) as runtime:
-        _, beats = asyncio.run(run(runtime, given.question, given.image, given.limit_s))
+    try:
+        with trol_edge.Runtime(given.bundle) as runtime:
+            _, beats = asyncio.run(run(runtime, given.question, given.image, given.limit_s))
+    except trol_edge.TrolEdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     print(f"the loop went on: {beats} beats meanwhile")
     return 0
 

@@ -13,42 +13,72 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import trol_edge
+from trol_edge.errors import ImageError
 
 Frame = NDArray[np.uint8]
+FAILED_READS = 10  # in a row, that end a camera
+RETRY_S = 0.1  # between them
+JOIN_S = 5.0  # that a camera may take for its last frame
 
 
 def frames_of(source: str) -> Iterator[Frame]:
-    """Yield frames, uint8 [H, W, 3] in BGR, of a webcam ("0", "1", ...) or of a video file, at the file's own speed.
+    """Yield frames, uint8 [H, W, 3] in BGR, of a camera or of a video file, the latter at the file's own speed.
 
-    Exits with a message if there is no such camera or file.
+    A camera is a number ("0", "1", ...), a device (/dev/video0) or the address of a stream (rtsp://...). Its frames are
+    read as they come, whatever rate it reports: with waits they would pile up, and answers lag behind more and more.
+    Exits with a message if there is no such camera or file. Raises ImageError if a camera gives no frames any more, or
+    a file none at all.
     """
     import cv2
 
-    webcam = source.isdigit()
-    capture: Any = cv2.VideoCapture(int(source) if webcam else source)
+    live = not Path(source).is_file()
+    capture: Any = cv2.VideoCapture(int(source) if source.isdigit() else source)
     if not capture.isOpened():
-        sys.exit(f"cannot open {'camera ' if webcam else ''}{source}")
-    return _read(capture, 0.0 if webcam else 1 / (capture.get(cv2.CAP_PROP_FPS) or 30.0))
+        sys.exit(f"cannot open {'camera ' if source.isdigit() else ''}{source}")
+    if live:
+        capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # where the driver lets us: no frame waits there, either
+        return _live(capture, source)
+    return _file(capture, source, 1 / (capture.get(cv2.CAP_PROP_FPS) or 30.0))
 
 
-def _read(capture: Any, period_s: float) -> Iterator[Frame]:
-    due = time.monotonic()
+def _live(capture: Any, source: str) -> Iterator[Frame]:
+    failed = 0
+    try:
+        while failed < FAILED_READS:
+            read, frame = capture.read()
+            if read:
+                failed = 0
+                yield frame
+            else:  # cameras lose a frame now and then
+                failed += 1
+                time.sleep(RETRY_S)
+    finally:
+        capture.release()
+    raise ImageError(f"camera {source}: {failed} reads in a row gave no frame; is it still connected?")
+
+
+def _file(capture: Any, source: str, period_s: float) -> Iterator[Frame]:
+    due, count = time.monotonic(), 0
     try:
         while True:
             read, frame = capture.read()
             if not read:
-                return
+                break
+            count += 1
             yield frame
             due += period_s
             time.sleep(max(0.0, due - time.monotonic()))
     finally:
         capture.release()
+    if not count:
+        raise ImageError(f"{source}: no frame could be read; is it a video of a kind that OpenCV reads here?")
 
 
 def answer_frames(
@@ -63,7 +93,7 @@ def answer_frames(
 ) -> trol_edge.LatestCounts:
     """Ask about the newest frame until there are no more, or `most` answers; returns what became of the frames."""
     newest = trol_edge.LatestOnly[Frame](max_age_ms)
-    over = threading.Event()
+    over, ended = threading.Event(), list[Exception]()
 
     def read() -> None:
         try:
@@ -71,6 +101,8 @@ def answer_frames(
                 if over.is_set():
                     return
                 newest.put(frame)
+        except Exception as error:  # belongs to the thread that waits for frames
+            ended.append(error)
         finally:
             newest.close()
 
@@ -83,7 +115,9 @@ def answer_frames(
                 break
     finally:
         over.set()
-        reader.join()
+        reader.join(JOIN_S)  # a camera that hangs does not keep the program
+    if ended:
+        raise ended[0]
     return newest.counts
 
 
@@ -102,16 +136,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spent = sum(vars(answer.timings).values())
         print(f"{answer}   [{spent:.0f} ms, {answer.finish_reason}]", flush=True)
 
-    with trol_edge.Runtime(given.bundle) as runtime:
-        counts = answer_frames(
-            runtime,
-            frames_of(given.source),
-            given.question,
-            show,
-            deadline_ms=given.deadline_ms,
-            max_age_ms=given.max_age_ms,
-            most=given.answers,
-        )
+    try:
+        with trol_edge.Runtime(given.bundle) as runtime:
+            counts = answer_frames(
+                runtime,
+                frames_of(given.source),
+                given.question,
+                show,
+                deadline_ms=given.deadline_ms,
+                max_age_ms=given.max_age_ms,
+                most=given.answers,
+            )
+    except trol_edge.TrolEdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     print(f"{counts.offered} frames: {counts.taken} answered, {counts.dropped} dropped")
     return 0
 
