@@ -27,7 +27,7 @@ SCENE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
 VERBS = (
     *("export", "run", "inspect", "synth", "calibrate", "mix", "outliers", "evaluate", "compare", "demo", "verify"),
-    *("soak", "profile", "plan", "targets", "build", "doctor", "version"),
+    *("soak", "sign", "profile", "plan", "targets", "build", "doctor", "version"),
 )
 
 
@@ -350,7 +350,7 @@ def test_synth(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.M
     result = cli("synth", "--model", "tiny", "-o", out, "--force", "--seed", 3)
     assert result.code == 0
     assert re.search(r"tiny, random weights: [\d,]+ parameters, 0\.\d\d GB in ", result.out)
-    cli("synth", "--model", "trol-13b", "-o", tmp_path / "no").failed(1, "no model 'trol-13b'; there are")
+    cli("synth", "--model", "trol-13b", "-o", tmp_path / "no").failed(1, "no model 'trol-13b'; choose one of")
 
 
 def test_evaluate(cli: Callable[..., Result], each_bundle: Path, tmp_path: Path) -> None:
