@@ -74,7 +74,7 @@ def checked_options(options: Sequence[str]) -> list[str]:
         if option != option.strip():
             raise UsageError(f"option {i} is {reprlib.repr(option)}; leave out the white space around it")
         if (first := seen.setdefault(option, i)) != i:
-            raise UsageError(f"option {reprlib.repr(option)} is there twice (items {first} and {i})")
+            raise UsageError(f"option {reprlib.repr(option)} occurs twice (items {first} and {i})")
     return list(options)
 
 
