@@ -57,8 +57,13 @@ test-slow: $(VENV)/test.stamp  ## only what `make test` leaves out: more variant
 
 test-all: test test-slow  ## the whole suite
 
+faults: $(VENV)/test.stamp  ## plant faults in a copy, one after the other, and show that the tests see each (ARGS=word)
+	$(BIN)/python -m tests.faults $(ARGS)
+
+GOLDEN_TESTS := $(addprefix tests/test_,$(addsuffix .py,reference phi3 graphs prefix beam lower_trt images text tiles checkpoint))
+
 test-golden: $(VENV)/test.stamp  ## the comparisons with the authors' code on the full golden data (TROL_EDGE_GOLDEN=folder)
-	@test -d "$(TROL_EDGE_GOLDEN)" || { echo "name the folder of the full golden data: make test-golden TROL_EDGE_GOLDEN=folder"; exit 1; }
+	@test -d "$(TROL_EDGE_GOLDEN)" || { echo "no folder: name that of the full data, TROL_EDGE_GOLDEN=folder"; exit 1; }
 	$(BIN)/python -m tests.pack_golden $(TROL_EDGE_GOLDEN) --check
 	TROL_EDGE_GOLDEN=$(abspath $(TROL_EDGE_GOLDEN)) $(PYTEST) $(GOLDEN_TESTS) $(ARGS)
 
@@ -151,7 +156,7 @@ test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime
 	rm -rf build/test-oldest-lowered
 	TROL_EDGE_LOWERED_OUT=build/test-oldest-lowered $(BIN)/python -m pytest -q tests/test_lower_ort.py
 	build/venv-oldest/bin/python tests/replay_lowered.py build/test-oldest-lowered
-	TROL_EDGE_NANO_BUNDLES=build/test-oldest-bundles build/venv-oldest/bin/python -m pytest -q \
+	TROL_EDGE_GOLDEN=$$($(BIN)/python -m tests.golden) TROL_EDGE_NANO_BUNDLES=build/test-oldest-bundles build/venv-oldest/bin/python -m pytest -q \
 		tests/test_runtime.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
 		tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
 

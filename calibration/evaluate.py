@@ -90,7 +90,7 @@ def markdown(score: Score, bundle: str) -> str:
 
 
 def update_report(path: Path, section: str) -> None:
-    """Write the section into a report file, in the place of an earlier one with the same heading, else at its end."""
+    """Write the section into a report file. It replaces one with the same heading, or else is added at the end."""
     text = read_text(path, UsageError, "choose another file for the report") if path.exists() else ""
     title = section.splitlines()[0]
     parts = re.split(r"(?m)^(?=## )", text)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 DEFAULT_COUNT = 32
-# For pictures that come without a question: short and long answers, parts and the whole.
+# Questions for pictures without one. They want short and long answers, about parts and about the whole.
 PROMPTS = (
     "Describe the scene.",
     "What is in this picture?",
@@ -39,7 +39,7 @@ PROMPTS = (
     "What is on the left, and what is on the right?",
     "Is the way ahead free?",
 )
-ROW_KEYS = ("image", "prompt", "answer")  # of a line of a JSONL file
+ROW_KEYS = ("image", "prompt", "answer")  # keys of a line of a JSONL file
 CALIBRATION_SEED = 2 * scenes.HELD_OUT_SEED  # far from the scenes that models are trained and measured on
 
 
@@ -64,7 +64,7 @@ class SampleSet:
     samples: tuple[Sample, ...]
     skipped: tuple[str, ...]
     sha256: str
-    left_out: tuple[str, ...] = ()  # files of a folder that are no pictures of a format that is read, in words
+    left_out: tuple[str, ...] = ()  # files of a folder in formats that are not read, in words
 
 
 def load(
@@ -117,7 +117,7 @@ def load(
 
 
 def _candidates(source: Any, count: int | None, side: int) -> tuple[list[Sample], list[str]]:
-    """Samples to choose from, and what of the source is none, in words."""
+    """The samples to choose from, and in words what else the source has."""
     if source is None:
         return list(_scenes(DEFAULT_COUNT if count is None else count, -(-side // scenes.PIXELS))), []
     if isinstance(source, (str, os.PathLike)):
@@ -141,7 +141,7 @@ def _scenes(count: int, scale: int) -> Iterator[Sample]:
 
 
 def _folder(folder: Path) -> tuple[list[Sample], list[str]]:
-    """The pictures of a folder and of those below it; what else is there, counted by the end of its name."""
+    """The pictures of a folder and of those below it, and the number of other files by suffix."""
     paths: list[Path] = []
     others: dict[str, list[str]] = {}
     with guard(folder, CalibrationError, "give a folder that can be read"):
@@ -152,7 +152,7 @@ def _folder(folder: Path) -> tuple[list[Sample], list[str]]:
                 others.setdefault(path.suffix.lower(), []).append(str(path.relative_to(folder)))
     samples = [Sample(str(p.relative_to(folder)), (p,), PROMPTS[i % len(PROMPTS)]) for i, p in enumerate(paths)]
     return samples, [
-        f"left out {len(names)} file(s) {suffix or 'without a suffix'}, no format of pictures that is read: "
+        f"left out {len(names)} file(s) {suffix or 'without a suffix'}, which is not a picture format that is read: "
         f"{printable(', '.join(names[:3]))}{', ...' if len(names) > 3 else ''}"
         for suffix, names in sorted(others.items())
     ]
@@ -164,7 +164,7 @@ def _lines(path: Path) -> Iterator[Sample]:
         if not line.strip():
             continue
         where = f"{path.name}, line {number}"
-        with guard(f"{path}, line {number}", CalibrationError, "one object per line", "not JSON"):
+        with guard(f"{path}, line {number}", CalibrationError, "write one object per line", "not JSON"):
             data = parse_json(line)
         images = data.get("image") if isinstance(data, dict) else 0
         images = [] if images is None else images if isinstance(images, list) else [images]
@@ -176,7 +176,7 @@ def _lines(path: Path) -> Iterator[Sample]:
         if unknown := sorted(data.keys() - ROW_KEYS):
             names = ", ".join(printable(key)[:80] for key in unknown)
             raise CalibrationError(
-                f"{path}, line {number}: has a key {names} that means nothing here; a row has {', '.join(ROW_KEYS)}"
+                f"{path}, line {number}: has an unknown key {names}; a row has {', '.join(ROW_KEYS)}"
             )
         yield Sample(where, tuple(path.parent / image for image in images), texts[0], texts[1])
 

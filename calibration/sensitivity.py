@@ -67,7 +67,7 @@ class MixedPlan:
         return dataclasses.replace(self.options, linears={**self.options.linears, **self.linears})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as the JSON that `trol-edge export --precision` reads."""
+        """Write the plan as the JSON that `trol-edge export --precision` reads."""
         with writing(path, UsageError), new_file(Path(path)) as part:
             part.write_text(json.dumps(dataclasses.asdict(self.mixed()), indent=1) + "\n", encoding="utf-8")
 

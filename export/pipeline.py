@@ -159,7 +159,7 @@ def default_context(family: Family, spec: ModelSpec) -> int:
 
 
 def require_context(context: int, spec: ModelSpec) -> None:
-    """Raise ExportError if the model does not have so many positions."""
+    """Raise ExportError if the model has fewer than `context` positions."""
     limit = spec.max_position_embeddings
     if not 2 <= context <= limit:
         raise ExportError(

@@ -54,7 +54,7 @@ MIDDLE = 9.0  # middle: centre within this of the picture's centre
 RELATION_MARGIN = 12.0
 RELATION_SLACK = 4.0
 
-# Table colours: muted, so that every object colour stands out on each of them.
+# Table colours: muted, so that every object colour is distinct on each of them.
 _TABLES = (
     (150, 118, 84),
     (92, 66, 48),

@@ -212,7 +212,7 @@ def _installation() -> list[Check]:
 
 
 def _telemetry() -> Check:
-    """Whether ONNX Runtime may report home from this process."""
+    """Check whether ONNX Runtime may report home from this process."""
     if telemetry.too_late:
         text = (
             f"this program imported onnxruntime before trol_edge and without {telemetry.ONNXRUNTIME}=1, so it reports "

@@ -83,7 +83,7 @@ APART = (
     Apart(f"{NTK_RUN}crossing", STATES, NTK, agree=3),
     Apart(f"{NTK_RUN}crossing", ("cached_ids", "cached_logits", "nocache_logits", "v0_decode"), NTK, agree=4),
     Apart(f"{NTK_RUN}[io]*", (*TRAVERSED, *STATES, *ANSWERS, "v0_decode"), NTK),  # over, image
-    Apart(f"{NTK_RUN}below", ("stale_ids", "stale_logits"), "rope tables that a longer prompt left behind"),
+    Apart(f"{NTK_RUN}below", ("stale_ids", "stale_logits"), "rope tables that an earlier, longer prompt left"),
 )
 NOT_COMPUTED = {
     "beam5_ids": "in test_beam.py, through sessions",
@@ -191,7 +191,7 @@ def difference(ours: Array, golden: Array) -> float:
 
 
 def select(key: str, run: Run, row: Row, golden: Array) -> tuple[Array, Array | None, int]:
-    """Golden's part of a row without padding, the positions (of the row alone) it stands at, and their axis."""
+    """Golden's part of a row without padding, its positions (in the row alone), and their axis."""
     if key in ALONG_STEPS:
         batch, axis = ALONG_STEPS[key]
         return golden.take(row_index(run, row), batch), None, axis

@@ -72,7 +72,7 @@ def traces() -> Iterator[Callable[..., Any]]:
 def exported() -> Iterator[Callable[..., Path]]:
     """Bundle of a checkpoint folder, made once and kept: exported(folder, target="cpu", context=None, ...).
 
-    With lowered=False it has the graphs as they are traced. Precisions with rounded weights are calibrated on two
+    With lowered=False it has the graphs as they are traced. Precisions with rounded weights are calibrated on a few
     scenes. To change files of it, copy it.
     """
     from trol_edge.calibration import run as calibration
@@ -93,16 +93,16 @@ def exported() -> Iterator[Callable[..., Path]]:
                     checkpoint, folder, target=target, context=context, options=options, calibration=calibrated
                 )
 
-        sources = {*kept.sources(pipeline.__name__), *kept.sources(calibration.__name__)}
+        sources = {*kept.sources(pipeline.__name__), *kept.sources(calibration.__name__), Path(__file__)}
         files = sorted(path for path in checkpoint.iterdir() if path.is_file())
         key = kept.digest([*sorted(sources), *files], installed(), checkpoint.name, target, context, lowered, options)
         return kept.folder("bundles", key, make)
 
     def calibrated(source: Checkpoint) -> Statistics:
         files = sorted(path for path in source.folder.iterdir() if path.is_file())
-        key = kept.digest([*kept.sources(calibration.__name__), *files], installed())
+        key = kept.digest([*kept.sources(calibration.__name__), Path(__file__), *files], installed())
         made = kept.folder(
-            "statistics", key, lambda folder: calibration.calibrate(source.folder, None, folder, count=2)
+            "statistics", key, lambda folder: calibration.calibrate(source.folder, None, folder, count=8)
         )
         return Statistics.load(made, source.identity())
 

@@ -31,7 +31,7 @@ from trol_edge.measure.record import (
 Tree = Callable[..., Path]
 
 BOARDS = ("orin-nano", "agx-orin", "thor")
-DATA = Path(__file__).with_name("data") / "machines"  # each file says what it is made of: none was recorded on a device
+DATA = Path(__file__).with_name("data") / "machines"  # each file names its sources; none was recorded on a device
 
 
 def described(board: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Reference:
         return EagerAttention(self.spec, *self.rope)
 
     def after(self, ids: Array, token: int) -> Array:
-        """Logits [V] of a step behind a text prompt."""
+        """Logits [V] of a step after a text prompt."""
         attend = self.attention()
         self.traverse(ids, None, attend)
         logits: Array = self.decoder.logits(self.step(token, attend))[0].numpy()
@@ -55,7 +55,7 @@ class Reference:
         return x[None], mask.float()[None, :, None]
 
     def traverse(self, ids: Array, features: Tensor | None, attend: EagerAttention, probe: Any = None) -> Tensor:
-        """Traverse tokens behind what `attend` has cached; hidden states [S, D]."""
+        """Traverse tokens after those that `attend` has cached; returns hidden states [S, D]."""
         x, mask = self.embed(ids, features)
         attend.positions = torch.arange(attend.length, attend.length + len(ids))
         return self.decoder.traverse(x, mask, attend, probe)[0]

@@ -1,4 +1,4 @@
-"""A back end whose time is told, not measured: the real one, with a clock that only its calls move."""
+"""The real back end with a simulated clock, which only its calls move."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trol_edge.runtime import Runtime
 
 
 class FakeClock:
-    """Seconds that pass only when told."""
+    """Seconds that pass only when a test says so."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -45,7 +45,7 @@ class SlowBackend:
         return inside, go
 
     def passes(self, kind: str, seconds: float) -> None:
-        """A call of this kind takes so long."""
+        """Let `seconds` pass in a call of this kind."""
         self.hook(kind)
         self.calls.append(kind)
         self.clock.now += seconds
@@ -87,7 +87,7 @@ class SlowState:
 
 
 def slow_down(runtime: Runtime, vision_s: float = 0.05, token_s: float = 0.001, step_s: float = 0.01) -> SlowBackend:
-    """Make a Runtime run on told time, from now on and as if it had just been loaded."""
+    """Make a Runtime run on simulated time, from now on and as if it had just been loaded."""
     model, desk = runtime.model, runtime.desk
     real: Any = model.backend
     clock = FakeClock()

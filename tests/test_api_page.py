@@ -153,7 +153,7 @@ def exists(module: str) -> bool:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Every line of every shell block, with the page it stands on."""
+    """Every line of every shell block, with its page."""
     for name, page in PAGES.items():
         for block in blocks(page, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
@@ -262,7 +262,7 @@ def test_every_path_in_sentences_exists() -> None:
 
 
 def test_the_readme_is_short_and_its_figures_are_those_of_the_results() -> None:
-    """Every number of its table stands in a row of docs/results.md that names the same model and precision."""
+    """Every number of its table is in a row of docs/results.md that names the same model and precision."""
     readme, results = PAGES["README.md"], PAGES["docs/results.md"]
     assert len(readme.splitlines()) <= 120
     profile = re.findall(r"^\| (trol-nano\S*) (fp32|int8|int4) \|(.*)\|$", results, re.M)

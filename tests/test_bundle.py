@@ -441,7 +441,7 @@ def test_unknown_missing_and_wrong_fields_are_listed(copy: Path) -> None:
 
 
 def test_unusable_settings_in_a_manifest(copy: Path) -> None:
-    """Of the right type, with the wrong value."""
+    """Values have the right type but are wrong."""
     resealed(copy, lambda data: data["image"].update(kind="round", std=[0, 1, 1]))
     with pytest.raises(BundleError, match=r"kind 'round' is unknown.*std"):
         Bundle(copy)
@@ -561,7 +561,7 @@ def full(*args: Any, **more: Any) -> Any:
     ["os.pwrite", "pathlib.Path.write_bytes", "pathlib.Path.write_text", "trol_edge.export.pipeline.write_manifest"],
 )
 def test_full_disk(export: Callable[..., Manifest], place: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """In the weights, in a graph, in the manifest: an error that says so, nothing left behind."""
+    """In the weights, in a graph, in the manifest: an error that says so, and nothing is left over."""
     with monkeypatch.context() as patch:
         patch.setattr(where, full)
         with pytest.raises(ExportError, match="the disk is full; make room"):
@@ -671,7 +671,7 @@ def test_left_overs_of_killed_writers(tmp_path: Path) -> None:
 
 
 def test_two_writers_of_one_name(tmp_path: Path) -> None:
-    """The slower one is told; the faster one's folder is whole."""
+    """The slower one gets an error; the faster one's folder is complete."""
     with pytest.raises(ExportError, match="cannot be written"), new_folder(tmp_path / "a") as slow:
         (slow / MANIFEST).write_text("slow")
         with new_folder(tmp_path / "a") as fast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -169,7 +170,7 @@ calibrate({str(NANO)!r}, None, {str(folder)!r}, count={COUNT}, progress=progress
         if part != "nothing":
             with pytest.raises(CalibrationError, match="unfinished"):
                 Statistics.load(folder, None)
-    assert reports[1][0] == f"vision {2 * COUNT + 1}"  # embedding and layer 0 were done, layer 1 begins anew
+    assert reports[1][0] == f"vision {2 * COUNT + 1}"  # embedding and layer 0 were done, layer 1 begins again
     assert reports[2][0] == f"decoder {3 * COUNT + 1}"
     again, whole = Statistics.load(folder, None), Statistics.load(cache, None)
     assert list(again.points) == list(whole.points) and again.peaks == whole.peaks
@@ -247,7 +248,7 @@ def test_nan_activations_name_the_place(tmp_path: Path) -> None:
 
 
 def test_constant_activations_get_a_guarded_threshold(tmp_path: Path) -> None:
-    """A norm of zeros makes everything behind it zero; no threshold is."""
+    """A norm of zeros makes everything after it zero, but no threshold."""
     dead = changed(tmp_path / "dead", ("model.layers.2.ffn_norm.weight",), 0.0)
     found = calibrate(dead, None, tmp_path / "cache", count=1)
     point = found.points["decoder.layers.2.mlp.gate"]
@@ -289,6 +290,87 @@ def test_one_corrupt_picture_is_skipped_counted_and_named(tmp_path: Path) -> Non
     assert {s.prompt for s in found.samples} == set(sampling.PROMPTS)
     some, again = sampling.load(tmp_path, 8), sampling.load(tmp_path, 8)
     assert len(some.samples) == 8 and some == again and some.sha256 != found.sha256
+
+
+def test_a_folder_is_read_in_every_format_and_the_rest_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What load_rgb reads is a sample, whatever its suffix; what is left out is counted by suffix, with names."""
+    for name in ("a.png", "b.JFIF", "c.pgm", "sub/d.jp2", "e.webp"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            kinds = {".jfif": "JPEG", ".pgm": "PPM", ".jp2": "JPEG2000", ".png": "PNG", ".webp": "WEBP"}
+            Image.fromarray(scenes.render(0)[0]).save(file, kinds[path.suffix.lower()])
+    for i in range(5):
+        (tmp_path / f"{i}.eps").write_bytes(b"%!PS")
+    (tmp_path / "notes").write_text("")
+    os.mkfifo(tmp_path / "pipe.png")
+    found = sampling.load(tmp_path, None)
+    assert {sample.name for sample in found.samples} == {"a.png", "b.JFIF", "c.pgm", "sub/d.jp2", "e.webp"}
+    assert found.left_out == (
+        "left out 1 file(s) without a suffix, no format of pictures that is read: notes",
+        "left out 5 file(s) .eps, no format of pictures that is read: 0.eps, 1.eps, 2.eps, ...",
+        "left out 1 file(s) .png, no format of pictures that is read: pipe.png",
+    )
+    assert all(line in caplog.text for line in found.left_out)
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    """U+2028 inside of a string is none; a byte-order mark and Windows' ends of lines are no part of a line."""
+    picture(tmp_path / "a.png")
+    rows = [{"image": "a.png", "prompt": f"What\u2028is\x85this\u2029{i}?"} for i in range(2)]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = sampling.load(tmp_path / "data.jsonl", None)
+    assert sorted(sample.prompt for sample in found.samples) == [row["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "a.png", "prompt": "What?", "anwser": "red"}', "has a key anwser that means nothing here"),
+        ("[" * 99999, "line 1: not JSON"),
+        ('{"image": "a.png", "prompt": "\\ud800"}', "line 1: not JSON"),
+        ("null", "line 1: expected"),
+        ('{"prompt": ' + "9" * 9999 + "}", "line 1: not JSON"),
+    ],
+)
+def test_rows_that_are_none(tmp_path: Path, line: str, message: str) -> None:
+    """Named with their line."""
+    (tmp_path / "data.jsonl").write_text(line, encoding="utf-8")
+    with pytest.raises(CalibrationError, match=message):
+        sampling.load(tmp_path / "data.jsonl", None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("where", ["savez", "fsync", "hidden"])
+def test_a_disk_that_fails_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
+) -> None:
+    """In a part, in hidden states, at the end of a file: one sentence, and the same command goes on afterwards."""
+    calls = []
+
+    def failing(real: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 4:
+                raise OSError(number, os.strerror(number))
+            return real(*args, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if where == "savez":
+            patch.setattr(np, "savez", failing(np.savez))
+        elif where == "fsync":
+            patch.setattr(os, "fsync", failing(os.fsync))
+        else:
+            patch.setattr(np, "fromfile", failing(np.fromfile))
+        with pytest.raises(CalibrationError, match=r"(disk is full; make room|cannot be written).*goes on where it"):
+            calibrate(NANO, None, tmp_path / "cache", count=1)
+    assert not list((tmp_path / "cache").rglob("*.part"))
+    calibrate(NANO, None, tmp_path / "cache", count=1)
 
 
 def test_corrupt_pictures_reach_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

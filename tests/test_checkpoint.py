@@ -91,7 +91,7 @@ def in_shards(state: State, suffix: str) -> tuple[list[State], dict[str, str]]:
 
 
 def as_single_file(folder: Path, state: State) -> None:
-    """As it is."""
+    """Leave the folder as it is."""
 
 
 def as_shards(folder: Path, state: State) -> None:
@@ -499,7 +499,7 @@ def test_garbled_numbers(folder: Path, key: str, value: Any) -> None:
 
 
 def test_foreign_models(folder: Path) -> None:
-    """Told what fits. TroL-3.8B is another family: its config beside these tensors is a mixture, and listed."""
+    """The error says what fits. TroL-3.8B is another family, so its config with these tensors is listed as mixed."""
     config = folder / "config.json"
     config.write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
     with pytest.raises(CheckpointError, match=r"not a TroL checkpoint .*LlamaForCausalLM.*BK-Lee/TroL-1\.8B"):
@@ -633,7 +633,7 @@ def test_the_base_of_the_rope_in_its_new_place(folder: Path) -> None:
 def test_what_is_merely_unknown_is_a_note(folder: Path) -> None:
     """It goes into the bundle."""
     edit_json(folder / "config.json", favourite_colour="red", another=[1])
-    assert Checkpoint(folder).notes == ["config.json: not known here, and not looked at: another, favourite_colour"]
+    assert Checkpoint(folder).notes == ["config.json: unknown and ignored: another, favourite_colour"]
 
 
 # -- what is another thing ---------------------------------------------------------------------------------------------
@@ -692,7 +692,7 @@ def test_shards_are_files_of_their_folder(folder: Path, state: State, tmp_path: 
     good = index.read_text(encoding="utf-8")
     for name in ("../x.safetensors", "/proc/kmsg", "sub/x.safetensors", "", "..", ".hidden", "a\x00b"):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(CheckpointError, match="no name of a file beside it"):
+        with pytest.raises(CheckpointError, match="not the name of a file beside it"):
             Checkpoint(folder)
     index.write_text(good, encoding="utf-8")
     shard.rename(tmp_path / "elsewhere.safetensors")
@@ -700,7 +700,7 @@ def test_shards_are_files_of_their_folder(folder: Path, state: State, tmp_path: 
     with pytest.raises(CheckpointError, match="link to a place outside"):
         Checkpoint(folder)
     index.unlink()
-    with pytest.raises(CheckpointError, match=r"3 shards \(model-00001.*but not their index"):
+    with pytest.raises(CheckpointError, match=r"3 shards \(model-00001.*but no index"):
         Checkpoint(folder)
 
 
@@ -720,7 +720,7 @@ def test_weights_of_zeros(folder: Path, state: State) -> None:
     Checkpoint(folder)
     for some in (zero, {"output.weight": zero["output.weight"]}):
         save_file(state | some, folder / "model.safetensors")
-        with pytest.raises(CheckpointError, match=r"zero throughout: .*downloaded whole"):
+        with pytest.raises(CheckpointError, match=r"only zeros: .*downloaded completely"):
             Checkpoint(folder)
 
 
@@ -812,7 +812,7 @@ def test_without_tokenizer_only_ids(folder: Path, bundle: Callable[[Path], Path]
 
 
 def test_damaged_tokenizer(tmp_path: Path) -> None:
-    """Found before anything is traced; nothing left behind."""
+    """The fault is found before anything is traced, and nothing is left over."""
     folder = tmp_path / "nano"
     shutil.copytree(NANO, folder)
     data = (folder / "tokenizer.model").read_bytes()

@@ -148,7 +148,7 @@ def test_interrupt(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(pipeline, "export", interrupted)
     result = cli("export", NANO, "-o", tmp_path / "out")
     assert result.code == 130
-    assert "nothing half-written" in result.err
+    assert "no unfinished files" in result.err
     assert "Traceback" not in result.err
 
 

@@ -87,7 +87,7 @@ def test_small_noise_is_measured_and_not_blamed(nano_bundle: Path, samples: samp
 
 
 def test_command_line(nano_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two bundles against one reference, the report as JSON and as a picture that stands alone."""
+    """Two bundles against one reference, the report as JSON and as a self-contained picture."""
     bad = damage(nano_bundle, tmp_path / "bad & worse", "decoder.layers.3.qkv.weight", 5.0)
     arguments = ["compare", str(nano_bundle), str(nano_bundle), str(bad), "--samples", "2", "--scenes", "4"]
     assert main([*arguments, "-o", str(tmp_path / "report")]) == 0

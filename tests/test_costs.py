@@ -62,7 +62,7 @@ def test_survives_json() -> None:
 
 # -- against counts by hand: FP32 on a CPU, both families -----------------------------------------------------------
 # D hidden, F intermediate, H query heads, G key/value heads, E head size, R LoRA rank, V vocabulary, L layers;
-# S tokens, T tokens in the cache behind the run.
+# S tokens, T tokens in the cache after the run.
 
 SIZES = [(1, 1), (7, 7), (135, 135), (30, 200)]
 

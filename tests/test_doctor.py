@@ -1,4 +1,4 @@
-"""What the doctor says of machines made of their documented files, and of what installations and bundles may lack."""
+"""What the doctor says about machines, by their documented files, and about what installations and bundles may lack."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Library:
 
     @property
     def title(self) -> str:
-        """As the real one says it."""
+        """The title in the real one's form."""
         return f"TensorRT {'.'.join(map(str, self.version))}"
 
 
@@ -54,7 +54,7 @@ def examine(monkeypatch: pytest.MonkeyPatch, root: Path, libraries: dict[str, Li
 
 
 def test_an_orin_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Module, JetPack, what it ships, and the target that follows; all that is there is told as good."""
+    """Module, JetPack, what it ships, and the target that follows; everything present is reported as good."""
     found = examine(monkeypatch, tree(tmp_path, "orin-nano"), {"tensorrt": Library((10, 3, 0))}, [ORIN])
     assert "Orin Nano Engineering Reference Developer Kit Super, 6 x Cortex-A78AE" in found["machine"].text
     assert "8.0 GB of memory, 7.1 available" in found["machine"].text
@@ -82,7 +82,7 @@ def test_a_jetson_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     root = tree(tmp_path, "orin-nano")
     found = examine(monkeypatch, root, {"tensorrt": Library((10, 7, 0))}, [ORIN])
     assert not found["TensorRT of JetPack"].good
-    assert "Python finds TensorRT 10.7.0, JetPack 6.2 ships 10.3" in found["TensorRT of JetPack"].text
+    assert "Python finds TensorRT 10.7.0, but JetPack 6.2 ships 10.3" in found["TensorRT of JetPack"].text
     (root / "etc/nv_tegra_release").write_text(RELEASE.format(36, "3.0"))
     found = examine(monkeypatch, root, {}, [ORIN])
     assert not found["Jetson"].good and "too old for every target; install JetPack 6.1" in found["Jetson"].text

@@ -76,7 +76,7 @@ def test_the_camera_loop_answers_the_newest_frame(nano: Runtime) -> None:
 
 
 def test_the_camera_loop_stops_when_asked(nano: Runtime) -> None:
-    """After so many answers, although frames go on; and a camera that breaks ends it with what was seen."""
+    """It ends after the given number of answers, although frames continue, and when the camera breaks."""
 
     def endless() -> Any:
         while True:

@@ -102,7 +102,7 @@ NAMES = [
 def test_files_of_a_manifest_are_plain_names(copy: Path, name: str) -> None:
     """Nothing else is opened, and the message tells nothing about it."""
     seal(copy, lambda data: data["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
-    with pytest.raises(BundleError, match="no name of a bundle's file"):
+    with pytest.raises(BundleError, match="not the name of a bundle's file"):
         Bundle(copy)
 
 

@@ -103,7 +103,7 @@ def test_tokens_are_those_of_the_logits(gpu: Runtime) -> None:
 
 
 def test_prefixes_go_on_exactly(gpu: Runtime) -> None:
-    """A prompt in chunks, and extended, equals the prompt at once: the cache is written where it lies."""
+    """A prompt in chunks, and extended, equals the prompt at once: the cache is written in place."""
     ids = gpu.tokenize(QUESTIONS[0])
     whole = gpu.session().prefill(ids)
     chunked = gpu.session(prefill_chunk=9).prefill(ids)

@@ -1,4 +1,4 @@
-"""The GPU kit's own script: its clock, its pieces, its stages apart from each other, and the page made of a record.
+"""The GPU kit's own script: its clock, its pieces, its stages apart from each other, and the page made from a record.
 
 What its stages find on a GPU only a GPU can tell; `make gpu-kit-check` runs them here with the CPU in its place.
 """
@@ -192,7 +192,7 @@ def test_another_python_another_machine_no_manifest(kit: Path) -> None:
     edit(kit, files={name: files[name] | {"python": "2.7"}})
     _, result, _ = run(kit, "d good 20")
     assert result["runs"][0]["problems"] == [
-        f"{name}: made for Python 2.7, here is {sys.version_info[0]}.{sys.version_info[1]}; run this with python2.7"
+        f"{name}: made for Python 2.7, but here is {sys.version_info[0]}.{sys.version_info[1]}; run this with python2.7"
     ]
     edit(kit, machine="pdp11")
     code, _, printed = run(kit, "d good 20")

@@ -152,7 +152,7 @@ def test_self_contained_graphs_run_without_us(golden_bundle: Callable[..., Path]
         ours[f"{name}_decode"] = array[:, len(row.ids) : len(row.ids) + STEPS - 1]
     assert compare(run, [ours], only=SERVED) == []
 
-    rest = call("traverse_text", embeds[1290:], np.arange(1290, len(row.ids)))  # behind a prefix, text alone
+    rest = call("traverse_text", embeds[1290:], np.arange(1290, len(row.ids)))  # after a prefix, text alone
     assert difference(rest, logits[0]) <= 1e-5
     with_mask = call("traverse", embeds[:20], np.arange(20), image_mask=np.zeros((1, 20, 1), np.float32))
     assert difference(call("traverse_text", embeds[:20], np.arange(20)), with_mask) <= 1e-6
@@ -252,7 +252,7 @@ def test_graphs_are_standard_onnx(bundle: Bundle) -> None:
 
 
 def test_traversal_is_unrolled(bundle: Bundle) -> None:
-    """Every layer stands twice in a traverse, once in a step; each pass writes keys and values, and reads them."""
+    """Every layer is in a traverse twice and in a step once; each pass writes keys and values, and reads them."""
     layers, graphs = bundle.manifest.spec.num_layers, bundle.manifest.graphs
     for name, passes in (("traverse", 2), ("traverse_text", 2), ("step", 1)):
         operators = Counter(graphs[name].operators)
@@ -284,7 +284,7 @@ def test_lora_is_only_where_pictures_are(bundle: Bundle) -> None:
 
 
 def test_graph_files_hold_no_weights(bundle: Bundle) -> None:
-    """A file is structure and small constants; each weight stands once in a graph, both passes share it."""
+    """A file is structure and small constants; each weight is in a graph once, and both passes share it."""
     for name, info in bundle.manifest.graphs.items():
         proto = model(bundle, name)
         inside = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
@@ -372,7 +372,7 @@ def test_cache_is_written_in_place(runtime: Callable[[str], Runtime]) -> None:
 
 
 def test_a_step_allocates_next_to_nothing(runtime: Callable[[str], Runtime]) -> None:
-    """Of Python and numpy: a row of the embedding and small objects, the same for every token; the cache is 2 MB."""
+    """Python and numpy keep a row of the embedding and small objects, the same for every token; the cache is 2 MB."""
     session = runtime(TEXT).session()
     session.prefill(np.arange(3, 20))
     for token in range(200):  # until Python's free lists are full

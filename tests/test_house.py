@@ -227,7 +227,7 @@ def module_of(file: str) -> str:
 
 
 def folder_of(module: str) -> str:
-    """A module's folder within its room; a module that lies in the room itself stands for itself."""
+    """A module's folder within its room; a module directly in the room counts as its own folder."""
     parts = module.split(".")
     depth = 3 if len(parts) > 1 and parts[1] in ROOMS else 2
     return ".".join(parts[:depth])
@@ -338,7 +338,7 @@ def test_no_module_uses_anothers_private_members() -> None:
 
 
 def test_planted_private_uses_are_seen() -> None:
-    """Of an object, of a module, and by name; a class may know its like."""
+    """Uses through an object, a module and a name are seen; a class may use members of its own kind."""
     assert len(privates("def f(runtime):\n    return runtime._backend")) == 1
     assert len(privates("import a\n\n\ndef _b(): ...\n\n\na._b()")) == 1
     assert len(privates("from a import _b")) == 1
@@ -508,14 +508,18 @@ def test_errors_that_are_raised_are_ours() -> None:
     """What leaves the package on purpose is of the family; the exceptions to that are few and internal."""
     internal = {
         "ImportError": {"export/__init__.py", "runtimes/__init__.py", "calibration/__init__.py"},
-        "ValueError": {  # caught
+        "ValueError": {  # caught by a guard around the reader
+            "trol_edge/bundle/graph_file.py",
+            "trol_edge/bundle/protobuf.py",
+            "trol_edge/bundle/selftest.py",
+            "trol_edge/bundle/signature.py",
             "trol_edge/bundle/weights.py",
-            "export/reference/tokenizer.py",
             "export/quantize/stats.py",
         },
+        "OSError": {"trol_edge/bundle/folder.py"},  # caught by `writing`
         "AssertionError": {"export/nano/report.py"},
         "error": {"trol_edge/bundle/spec.py"},  # a parameter: BundleError, or another of the family
-        "BadParameter": {"trol_edge/cli/checkpoints.py", "trol_edge/cli/measure.py", "trol_edge/cli/plan.py"},
+        "BadParameter": {f"trol_edge/cli/{name}.py" for name in ("checkpoints", "main", "measure", "plan")},
         "Exit": {"trol_edge/cli/check.py", "trol_edge/cli/device.py", "trol_edge/cli/measure.py"},
     }
     found = []

@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing to the terminal."""
 
     def do_HEAD(self) -> None:
-        """As GET, without the body."""
+        """Answer like GET, without the body."""
         self.answer()
 
     def do_GET(self) -> None:

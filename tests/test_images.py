@@ -5,8 +5,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import pathlib
 import random
+import re
 import warnings
 import zlib
 
@@ -246,7 +248,7 @@ def test_black_is_no_guess(tmp_path):
 @pytest.mark.parametrize("top", [255, 16383, 65536, 1 << 30])
 def test_32_bit_grey_of_another_range_is_refused(top):
     grey = Image.fromarray(np.array([[0, top]], np.int32))
-    with pytest.raises(ImageError, match=rf"mode I\) up to {top}; nothing says its range: pass bits="):
+    with pytest.raises(ImageError, match=rf"mode I\) up to {top}; its range is not known; pass bits="):
         load_rgb(grey)
 
 
@@ -302,7 +304,7 @@ def test_dark_colour_with_16_bits():
             assert load_rgb(form).max() < 16
     np.testing.assert_array_equal(load_rgb(bright >> 4, bits=12), picture())
     np.testing.assert_array_equal(load_rgb((bright >> 4).astype(">u2"), "bgr", bits=12), picture()[:, :, ::-1])
-    with pytest.raises(ImageError, match="uint16; nothing says its range: pass bits="):
+    with pytest.raises(ImageError, match="uint16; its range is not known; pass bits="):
         load_rgb(bright)
 
 
@@ -350,7 +352,7 @@ def test_a_picture_that_its_user_turned_is_not_turned_again(tmp_path, turned):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         np.testing.assert_array_equal(load_rgb(mine), upright)
-    assert [("carries the EXIF orientation" in str(w.message)) for w in said] == (
+    assert [("has the EXIF orientation" in str(w.message)) for w in said] == (
         [True] if turned in ("transpose", "rotate") else []  # it may as well have been cut, and lie on its side
     )
 
@@ -427,6 +429,62 @@ def test_bytes_of_a_file_load_as_the_file_does(tmp_path, wrap):
 def test_bytes_of_no_picture_are_refused(data, message):
     with pytest.raises(ImageError, match=message):
         load_rgb(data)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(/tmp/started) (w) file\n%%EOF\n"
+OTHERS = {
+    "EPS or PostScript": EPS,
+    "EPS": b"\xc5\xd0\xd3\xc6" + (30).to_bytes(4, "little") + len(EPS).to_bytes(4, "little") + bytes(18) + EPS,
+    "PDF": b"%PDF-1.7\n",
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "PSD": b"8BPS\x00\x01" + bytes(40),
+    "ICO": b"\x00\x00\x01\x00\x01\x00" + bytes(40),
+    "HEIF or MP4": b"\x00\x00\x00\x18ftypheic" + bytes(40),
+    "JPEG XL": b"\xff\x0a" + bytes(40),
+    "FITS": b"SIMPLE  =                    T" + bytes(80),
+    "DDS": b"DDS " + bytes(140),
+}
+
+
+@pytest.fixture
+def no_programs(monkeypatch, tmp_path):
+    """A Ghostscript that would be found, and leaves a mark."""
+    mark = tmp_path / "started"
+    for name in ("gs", "gswin64c"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {mark}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    yield
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(("kind", "data"), OTHERS.items(), ids=OTHERS)
+def test_other_formats_are_refused_by_name(tmp_path, no_programs, kind, data):
+    (tmp_path / "a.jpg").write_bytes(data)
+    for given in (data, tmp_path / "a.jpg"):
+        with pytest.raises(ImageError, match=f"format {re.escape(kind)}.*save it as PNG or JPEG"):
+            load_rgb(given)
+
+
+def test_a_pillow_picture_starts_no_program_either(no_programs):
+    lazy = Image.open(io.BytesIO(EPS))
+    assert lazy.format == "EPS"
+    with pytest.raises(ImageError, match="Pillow picture is EPS, which is not decoded here"):
+        load_rgb(lazy)
+
+
+FILES = {"AVIF": "avif", "BMP": "bmp", "DIB": "dib", "GIF": "gif", "JPEG": "jfif", "JPEG2000": "jp2", "PNG": "png"}
+FILES |= {"PPM": "pgm", "TGA": "tga", "TIFF": "tiff", "WEBP": "webp"}
+
+
+@pytest.mark.parametrize(("kind", "suffix"), FILES.items())
+def test_every_format_of_the_list_is_read(tmp_path, kind, suffix):
+    assert f".{suffix}" in images.SUFFIXES and kind in images.FORMATS
+    try:
+        Image.fromarray(picture(20, 30)).save(tmp_path / f"a.{suffix}", kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {kind}")
+    assert load_rgb(tmp_path / f"a.{suffix}").shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ class Case:
         return result
 
     def feeds(self, length: int, start: int, offset: int = 0) -> dict[str, Array]:
-        """`length` tokens behind `start` cached ones."""
+        """Make inputs of `length` tokens after `start` cached ones."""
         out: dict[str, Array] = {
             "inputs_embeds": self.rng.standard_normal((1, length, self.spec.hidden_size), dtype=np.float32),
             "position_ids": np.arange(start, start + length)[None],
@@ -161,7 +161,7 @@ def operators(model: ir.Model) -> Counter[str]:
 @pytest.mark.parametrize("name", ["traverse", "step"])
 @pytest.mark.parametrize("family", ["internlm2", "phi3"])
 def test_group_query_attention_equals_the_standard_operators(name: str, family: str) -> None:
-    """In FP32: from an empty cache, behind a prefix, and one token; with both sets of rope factors."""
+    """In FP32, from an empty cache, after a prefix, and for one token; with both sets of rope factors."""
     chosen, spec = (internlm2.FAMILY, SPEC) if family == "internlm2" else (phi3.FAMILY, PHI3)
     case = Case(name, chosen, spec, None)
     assert case.layouts == {}
@@ -184,7 +184,7 @@ def test_heads_that_the_operator_cannot_rotate_stay_as_they_are() -> None:
 def test_w8a8_computes_the_same_numbers(name: str, operator: str) -> None:
     """u8 with zero point 128 for s8 with zero point 0: equal but for the order of float additions.
 
-    One layer: behind it, a difference in the last bit may round to the neighbouring integer.
+    It uses one layer, because after that a difference in the last bit may round to the neighbouring integer.
     """
     case = Case(name, internlm2.FAMILY, _one_layer(SPEC), LinearPlan("int8", activations=True))
     assert operators(case.lowered)[operator] == sum(

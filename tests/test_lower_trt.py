@@ -64,7 +64,7 @@ def golden_cases() -> list[str]:
 
 
 def prompts_of(case: str) -> Iterator[tuple[Array, Array | None, Array | None]]:
-    """Ids, pixels and, where the row has no padding, golden's logits behind it, of every prompt of a golden case."""
+    """Ids, pixels and, where the row has no padding, golden's logits after it, of every prompt of a golden case."""
     if case.startswith("phi3"):
         for run in (test_phi3.Run(c, name) for c, name in test_phi3.RUNS if c == case):
             for row in run.rows():
@@ -134,7 +134,7 @@ def test_what_each_target_keeps(exported: Callable[..., Path]) -> None:
         assert operators["MatMul"] == canonical["MatMul"] + 2 * canonical["Attention"]
         assert operators["ScatterND"] == canonical["ScatterND"]
         assert plain.opset_imports[""] == 20 and plain.ir_version == 9
-        # What no layer changes stands there once: rows of the rope tables, and the mask.
+        # What no layer changes is in the graph once: rows of the rope tables, and the mask.
         assert operators["Where"] == (0 if name == "vision" else 1)
         assert operators["Gather"] - canonical["Gather"] == (0 if name == "vision" else 2)
         assert Counter(node.op_type for node in model.graph) == canonical  # the model given is left as it was
@@ -173,7 +173,7 @@ F32, F16, I8, I64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir
         (graph_of("TensorScatter", [value("x", F32, 1, 2, 8, 4), value("y", F32, 1, 2, 1, 4)]), PLAIN,
          "TensorScatter needs TensorRT 10.15, this is 10.3"),
         (graph_of("MatMulNBits", [value("x", F32, 4, 8)]), PLAIN, "MatMulNBits is not an operator of any TensorRT"),
-        (graph_of("NonZero", [value("x", I64, 4)]), PLAIN, "NonZero takes FP32, FP16, it has INT64"),
+        (graph_of("NonZero", [value("x", I64, 4)]), PLAIN, "NonZero takes FP32, FP16, but it has INT64"),
         (graph_of("ReduceMean", [value("x", F32, 4, 4), value("axes", I64, 1)]), PLAIN,
          "the axes of ReduceMean must be an initializer"),
         (graph_of("DequantizeLinear", [value("x", I8, 4), value("s", F32), value("z", I8)]), PLAIN,
@@ -265,7 +265,7 @@ def test_int4_takes_the_newer_opset() -> None:
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
 def test_the_token_is_numpys_argmax(dtype: ir.DataType) -> None:
-    """The first of equal ones; -1 where a logit is NaN or infinite, wherever it stands."""
+    """The first of equal ones; -1 if any logit is NaN or infinite, at any place."""
     given = ir.Value(name="x", shape=ir.Shape((1, 40)), type=ir.TensorType(dtype))
     node = ir.node("Identity", [given])
     logits = node.outputs[0]

@@ -1,4 +1,4 @@
-"""Which machine this is: trees made of the documented files of three Jetsons, a PC, and a machine that says nothing."""
+"""Which machine this is, by trees of the documented files of three Jetsons, a PC, and a machine that says nothing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_identity(name: str, jetson: tuple[object, ...] | None, cpu: str, tmp_pa
     ("release", "jetpack"), [("36 3.0", "6.0"), ("36 4.0", "6.1"), ("36 4.7", "6.2"), ("36 5.0", "6.2.2"), ("40 1", "")]
 )
 def test_releases(release: str, jetpack: str, tmp_path: Path) -> None:
-    """The longest beginning of the release decides; a newer one than we know is told as it is."""
+    """The longest beginning of the release decides; an unknown newer one is reported as it is."""
     tree(tmp_path, "agx-orin")
     (tmp_path / "etc/nv_tegra_release").write_text(RELEASE.format(*release.split()))
     found = machine.read(tmp_path).jetson

@@ -39,6 +39,7 @@ def phi3(bundle_of: Callable[[str], Path]) -> Runtime:
     return Runtime(bundle_of(PHI3))
 
 
+@pytest.mark.slow
 def test_pictures_of_several_tiles_are_answered_right(phi3: Runtime) -> None:
     score = evaluate(phi3, QUESTIONS, scale=2)
     check(score, QUESTIONS)

@@ -352,7 +352,7 @@ def test_long_context_takes_the_long_factors_from_the_first_token_on(
 
 
 def asked(rt: Runtime, tokens: int, tiles: list[int] | None = None) -> str:
-    """A question whose whole prompt has exactly so many tokens."""
+    """A question whose whole prompt has exactly `tokens` tokens."""
     question = "ka"
     while (short := tokens - len(rt.tokenize(question, tiles or ()))) > 0:
         question += "~" * short  # a character that merges with nothing

@@ -16,19 +16,24 @@ import pytest
 from tests import cases, prompts
 from tests.cases import Array
 from tests.prompts import STEPS, Prompt, Prompts
+from tests.test_phi3 import CONTEXT, ORIGINAL
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.runtime import Runtime
 from trol_edge.session import Session
 
 EXACT = 1e-5  # of the largest logit: what the order of a sum may change in FP32
-SHORT = 200  # tokens: up to here every split is tried with everything behind it
-AFTER = 7  # tokens behind every split of a longer prompt
+SHORT = 200  # tokens: up to here every split is tried with everything after it
+AFTER = 7  # tokens after every split of a longer prompt
 NAMES = prompts.names()
 TEXT, IMAGE = "internlm2-text/main/0", "internlm2-gqa-image/main/0"
 NANO = "trol-nano/scene/0"
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
-every_prompt = pytest.mark.parametrize("name", NAMES)
+# Long, and by all that a prefix is made of like the rows of other cases: a picture, a text before it, one after it.
+ALIKE = {"internlm2-leftpad-batch/images/0", "internlm2-leftpad-batch/images/1", "internlm2-leftpad-batch/mixed/1"}
+every_prompt = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in NAMES]
+)
 
 
 def off(ours: Array, fresh: Array) -> float:
@@ -39,7 +44,7 @@ def off(ours: Array, fresh: Array) -> float:
 
 
 def answer(session: Session, logits: Array, tokens: int = STEPS) -> list[int]:
-    """Greedy tokens behind what the session holds, as far as it goes."""
+    """Greedy tokens after those that the session holds, up to its limit."""
     ids = [int(logits.argmax())]
     while len(ids) < tokens and session.length < session.limit:
         ids.append(int(session.step_view(ids[-1]).argmax()))
@@ -62,7 +67,7 @@ def caches(session: Session) -> list[Array]:
 
 @every_prompt
 def test_every_split_of_a_prompt(name: str, load: Prompts) -> None:
-    """Both passes' keys and values, logits and greedy tokens behind every prefix of a prompt.
+    """Both passes' keys and values, logits and greedy tokens after every prefix of a prompt.
 
     Short prompts: for each split the whole rest, and a first part by itself. Longer ones: for each split the next
     tokens, and at some the whole rest.
@@ -90,7 +95,7 @@ def test_every_split_of_a_prompt(name: str, load: Prompts) -> None:
         return logits
 
     short = prompt.length <= SHORT
-    edges = np.flatnonzero(np.diff(mask)) + 1  # before and behind each run of image tokens
+    edges = np.flatnonzero(np.diff(mask)) + 1  # before and after each run of image tokens
     whole = set(range(1, prompt.length)) if short else {1, 2, *edges, *(edges + 1), prompt.length - 1}
     for split in range(1, prompt.length):
         if short:
@@ -114,7 +119,7 @@ def test_chunks(name: str, chunk: int, load: Prompts) -> None:
     """prefill_chunk changes nothing but the number of traverses."""
     prompt = load(name)
     if chunk == 1 and prompt.length > SHORT:
-        chunk = prompt.length - 1  # one token behind the first chunk; one by one is in the test of splits
+        chunk = prompt.length - 1  # one token after the first chunk; one by one is in the test of splits
     session, calls = prompt.runtime.session(), []
     fresh = session.prefill(prompt.ids, prompt.pixels)
     greedy = answer(session, fresh)
@@ -175,7 +180,7 @@ def test_second_question_next_turn_and_system_prompt(name: str, load: Prompts) -
 
 
 def test_pictures_are_compared_by_content(load: Prompts) -> None:
-    """The same ids with another picture share only what stands before it; the same pixels in a new array share all."""
+    """The same ids with another picture share only what comes before it; the same pixels in a new array share all."""
     prompt = load("internlm2-two-images/main/0")
     assert prompt.pixels is not None
     swapped = np.ascontiguousarray(prompt.pixels[::-1])
@@ -261,16 +266,16 @@ def test_rope_change_with_pictures(
 ) -> None:
     """The features of earlier pictures are at hand when everything is traversed again."""
     prompt = load("phi3-su-rope/image/0")
-    limit = prompt.length + 2
-    folder = phi3_checkpoint("phi3-su-rope", original_max_position_embeddings=limit)
-    runtime = Runtime(exported(folder, "cpu", 512))
+    folder = phi3_checkpoint("phi3-su-rope", original_max_position_embeddings=ORIGINAL)
+    runtime = Runtime(exported(folder, "cpu", CONTEXT))
     session, fresh = runtime.session(), runtime.session()
     session.prefill(prompt.ids, prompt.pixels)
-    session.extend([5, 6])
-    assert (session.reused, session.rope) == (prompt.length, "short")
+    more = np.arange(5, 5 + ORIGINAL - prompt.length)
+    session.extend(more)
+    assert (session.reused, session.rope, session.length) == (prompt.length, "short", ORIGINAL)
     got = session.extend([7])
     assert (session.reused, session.rope) == (0, "long")
-    assert off(got, fresh.prefill(np.append(prompt.ids, [5, 6, 7]), prompt.pixels)) <= EXACT
+    assert off(got, fresh.prefill(np.concatenate((prompt.ids, more, [7])), prompt.pixels)) <= EXACT
 
 
 # --- one set only ----------------------------------------------------------------------------------------------------
@@ -402,7 +407,7 @@ def test_last_fork_of_a_closed_session_copies_nothing(load: Prompts) -> None:
 
 @dataclasses.dataclass
 class Believed:
-    """What a session should hold: a prompt, and what was stepped behind it."""
+    """What a session should hold: a prompt, and the tokens stepped after it."""
 
     traversed: list[int]
     stepped: list[int]
@@ -473,7 +478,7 @@ def test_sessions_never_see_each_other(seed: int, reuse: bool, load: Prompts) ->
 
 
 def test_become_copies_only_what_differs(load: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions with one prompt and answers that part after some tokens: the rows behind that place."""
+    """Sessions with one prompt and answers that differ after some tokens: only rows after that place are copied."""
     prompt = load(IMAGE)
     a = prompt.runtime.session()
     a.prefill(prompt.ids, prompt.pixels)
@@ -549,7 +554,7 @@ def test_bad_arguments_change_nothing(load: Prompts) -> None:
 
 
 def test_only_the_rows_in_use_are_read(load: Prompts) -> None:
-    """Not the capacity: rows behind the last token may hold anything, with and without a prefix."""
+    """The capacity is not read: rows after the last token may hold anything, with and without a prefix."""
     prompt = load(IMAGE)
     session = prompt.runtime.session()
     fresh = session.prefill(prompt.ids, prompt.pixels)

@@ -35,12 +35,12 @@ Tree = Callable[..., Path]
 
 
 def verdict_of(profile: Profile) -> Any:
-    """Of its only run."""
+    """The verdict on its only run."""
     return verdict(profile, profile.bundles[0], profile.bundles[0].runs[0])
 
 
 def energy_of(profile: Profile) -> Any:
-    """Of its only run."""
+    """The energy of its only run."""
     return energy(profile.bundles[0], profile.bundles[0].runs[0])
 
 
@@ -164,7 +164,7 @@ def test_a_good_run_is_valid(tree: Tree) -> None:
 
 
 def dipped(value: float, low: float, samples: int) -> list[float]:
-    """A column that is low for so many samples, four seconds in."""
+    """A column that is low for `samples` samples, four seconds in."""
     column = np.full(len(TIME), value)
     column[40 : 40 + samples] = low
     return column.tolist()
@@ -187,7 +187,7 @@ def test_throttling_is_invalid(tree: Tree, column: str, values: Any, reason: str
 
 
 def test_what_is_no_throttling(tree: Tree) -> None:
-    """Two low samples, a GPU that rests, a counter that stands still, a dip outside the run, a CPU bundle."""
+    """Two low samples, a GPU that rests, a counter that does not move, a dip outside the run, a CPU bundle."""
     root = tree("orin-nano")
     before = np.full(len(TIME), 1.02e9)
     before[:15] = 3e8
@@ -254,7 +254,7 @@ def test_energy_is_the_area_under_the_power(tree: Tree) -> None:
 
 
 def test_percentiles_and_rates() -> None:
-    """Interpolated percentiles; medians per answer; tokens behind the first by their time."""
+    """Interpolated percentiles; medians per answer; tokens after the first by their time."""
     assert percentiles(np.arange(101.0)) == (50, 90, 99)
     profile = made(jitter=0.0)
     run = profile.bundles[0].runs[0]

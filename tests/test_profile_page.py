@@ -161,13 +161,13 @@ def test_in_chromium(browser: Any, tree: Tree, tmp_path: Path, kind: str, width:
         assert seen["faint"] == [], "contrast below 4.5 to 1"
         assert (sum(map(int, re.findall(r"\d+", seen["paper"])[:3])) > 600) == (scheme == "light")
         assert seen["cut"] == []
-        assert seen["over"] == [], "one text lies on another"
+        assert seen["over"] == [], "one text covers another"
     finally:
         tab.close()
 
 
 # What is to be seen on the page: widths, figures with something drawn in them, text that is too small, too faint
-# against what lies under it, or that leaves its drawing.
+# against what is under it, or that leaves its drawing.
 LOOK = r"""() => {
   const shown = e => e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
   const wide = document.documentElement.scrollWidth, at = e => e.tagName + ' ' + e.textContent.trim().slice(0, 40);

@@ -55,7 +55,7 @@ def test_the_same_answers_as_a_cpu_bundle(
 
 
 def test_caches_that_lie_on_a_gpu(gpu_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ONNX Runtime has it on a GPU: buffers are no arrays, and an input is copied when it is bound, not at a run.
+    """Like ONNX Runtime on a GPU, buffers are not arrays, and an input is copied when it is bound, not at a run.
 
     Forks, sessions that become others, steps, tokens with both passes, and the rows that `verify` reads.
     """
@@ -157,7 +157,7 @@ def test_providers_that_are_not_there(gpu_bundle: Path, monkeypatch: pytest.Monk
     """A package without them, and one that lists them but cannot start them: ONNX Runtime would use the CPU."""
     monkeypatch.setattr(ort_module.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     for provider, name in (("cuda", CUDA), ("tensorrt", TENSORRT)):
-        with pytest.raises(BackendError, match=rf"has CPUExecutionProvider, and not {name}: pip uninstall onnxruntime"):
+        with pytest.raises(BackendError, match=rf"has CPUExecutionProvider, and not {name}; pip uninstall onnxruntime"):
             Runtime(gpu_bundle, provider=provider)  # type: ignore[arg-type]
     monkeypatch.setattr(ort_module.ort, "get_available_providers", lambda: [TENSORRT, CUDA, "CPUExecutionProvider"])
     monkeypatch.setattr(ort_module.ort, "preload_dlls", lambda: None, raising=False)
@@ -170,7 +170,7 @@ def test_providers_that_are_not_there(gpu_bundle: Path, monkeypatch: pytest.Monk
 
 
 def test_what_providers_are_given(gpu_bundle: Path) -> None:
-    """CUDA behind TensorRT, the CPU behind both; ranges for every dynamic input, those that engines are built for."""
+    """CUDA follows TensorRT, and the CPU both; dynamic inputs have the ranges that engines are built for."""
     bundle = Bundle(gpu_bundle)
     backend: Any = OrtBackend.__new__(OrtBackend)
     backend.bundle, backend.provider = bundle, "cuda"

@@ -145,7 +145,7 @@ def test_quantized_graph_computes_what_it_says(linear: LinearPlan, optimize: boo
 
 
 def test_one_pair_per_input_and_one_restoration_per_use() -> None:
-    """x is rounded once for both its readers, its double apart; `a` stands there once and is restored twice."""
+    """x is rounded once for both its readers, its double separately; `a` is there once and is restored twice."""
     model = pair()
     before = {v.name for node in model.graph for v in node.outputs}
     qdq.insert(model, plan({"a.weight": W8A8, "c.weight": W8A8}), {"a.weight": 0.1, "c.weight": 0.1})
@@ -198,7 +198,7 @@ def test_unexpected_graphs_are_refused() -> None:
     b = Builder()
     left = b.weight("left.weight", 1, S)
     model = b.model(b.node("MatMul", "y", left, b.x, shape=(1, 1, K)))
-    with pytest.raises(ExportError, match="not by MatMul alone"):  # it stands on the wrong side
+    with pytest.raises(ExportError, match="not by MatMul alone"):  # it is on the wrong side
         qdq.insert(model, plan({"left.weight": W8}), {})
 
 
@@ -206,7 +206,7 @@ def test_unexpected_graphs_are_refused() -> None:
 def traced(traces: dict[Any, Any]) -> dict[str, ir.Model]:
     """trol-nano's graphs with Linear weights as MatMul reads them."""
     source = Checkpoint(NANO)
-    models = {name: graphs.trace(name, source.family, source.spec, 256) for name in graphs.TRACED}
+    models = {name: graphs.trace(name, source.family, source.spec, 2048) for name in graphs.TRACED}
     for model in models.values():
         graphs.fold_transposes(model)
     return models
@@ -321,7 +321,7 @@ def mlp_values(gain: float) -> dict[str, Array]:
 
 
 def types(values: Mapping[str, Array]) -> dict[str, ir.DataType]:
-    """As StoredWeights stores them: norms in F32, all else in F16."""
+    """The types in which StoredWeights stores them: norms in F32, all else in F16."""
     return {name: FLOAT if "norm" in name else HALF for name in values}
 
 
@@ -373,7 +373,7 @@ def test_overflowing_product_needs_its_island() -> None:
 
 
 def test_residual_island() -> None:
-    """A stream beyond 65504 is kept wide, and the norm behind it brings it back."""
+    """A stream above 65504 stays FP32, and the norm after it brings it back."""
     values = mlp_values(1.0)
     x = RANDOM.normal(size=(1, S, K)).astype(np.float32)
     x[..., 3] = 3e5

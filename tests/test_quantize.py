@@ -70,7 +70,7 @@ def test_int4_equals_plain_python() -> None:
 
 @pytest.mark.parametrize("plan", [INT8, INT4])
 def test_clipping_takes_the_best_share(plan: LinearPlan) -> None:
-    """Of all shares tried, the one with the least error, weighed by importance: searched here one by one."""
+    """The share with the least error, weighed by importance, wins; this test tries them one by one."""
     w, importance = weights(4, 64, seed=1), torch.rand(64, generator=torch.Generator().manual_seed(2)) ** 4
     stored, scale = quantize.quantize(w, plan, importance)
     block = plan.block or 64
@@ -184,7 +184,7 @@ def test_layouts_do_not_depend_on_the_blocks(tmp_path: Path) -> None:
 
 
 def logits(source: Checkpoint, change: Folding | None) -> torch.Tensor:
-    """Of a prompt with an image where the family has LoRA, both passes and a step; vision features behind them."""
+    """Outputs of a prompt (with an image if the family has LoRA), both passes and a step, then vision features."""
     modules = {"decoder": source.family.decoder(source.spec), "vision": source.family.vision(source.spec)}
     for prefix, module in modules.items():
         state = {}
@@ -233,7 +233,7 @@ def test_every_folding_preserves_the_function(case: str) -> None:
 
 
 def test_foldings_cover_every_linear_that_can_be() -> None:
-    """All readers of decoder and tower, but what stands behind an activation that is not linear."""
+    """All readers of decoder and tower, except those after an activation that is not linear."""
     source = Checkpoint(NANO)
     shapes = {name: source.shape(name) for name in source.names()}
     read = {name for group in groups(source.spec, shapes) for name in group.readers}
@@ -255,7 +255,7 @@ def test_grouped_heads_share_a_scale() -> None:
 
 @pytest.fixture(scope="module")
 def statistics() -> Statistics:
-    """Of trol-nano, on a few random rows: enough to drive the search, whatever they say about scenes."""
+    """Statistics of trol-nano on a few random rows, which are enough to drive the search."""
     return statistics_of(Checkpoint(NANO))
 
 

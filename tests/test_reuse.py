@@ -14,7 +14,7 @@ def test_figures_of_the_shipped_model(nano_bundle: Path, capsys: pytest.CaptureF
     assert reuse.main([str(nano_bundle), "--rounds", "1", "--tokens", "2", "--questions", "6", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     prompt, reused, kv = result["prompt_tokens"], result["reused_tokens"], result["kv_bytes"]
-    assert 64 < reused < prompt  # the picture stands before the question
+    assert 64 < reused < prompt  # the picture comes before the question
     assert set(result["milliseconds"]) == {
         *("vision", "first", "second", "step", "traverse", "fork_step", "step_behind")
     }

@@ -128,7 +128,7 @@ def test_no_picture(nano: Runtime) -> None:
 
 
 def test_several_pictures(nano: Runtime, picture: Any) -> None:
-    """Each takes its tokens, in order, before the question or where IMAGE stands."""
+    """Each takes its tokens, in order, before the question or in the place of IMAGE."""
     per_picture = nano.bundle.manifest.spec.vision.tokens_per_image
     image_id = nano.bundle.manifest.spec.image_token_id
     other = 255 - picture
@@ -478,7 +478,7 @@ def rotated() -> bytes:
 
 
 def cmyk() -> Image.Image:
-    """As printers have it."""
+    """A picture in a printer's colours."""
     return scene().convert("CMYK")
 
 

@@ -98,13 +98,13 @@ def test_in_an_event_loop() -> None:
 def test_what_is_not_in_the_script_is_an_error() -> None:
     """Which says what is; and the Runtime answers again afterwards."""
     rt = ScriptedRuntime(SCRIPT)
-    with pytest.raises(UsageError, match=r"no answer to 'Why\?'; it has 'Is the door open\?', "):
+    with pytest.raises(UsageError, match=r"no answer to 'Why\?', only to 'Is the door open\?', "):
         rt.generate("Why?")
     assert rt.generate("How many boxes?").text == "3"
 
 
 def test_failures_can_be_scripted() -> None:
-    """As an inference library would fail: the call raises, later ones are answered."""
+    """Like a failing inference library: the call raises, and later ones are answered."""
     failing = [True]
 
     def failure(question: str) -> None:

@@ -69,7 +69,7 @@ def test_tiles_of_several_pictures_follow_each_other() -> None:
 def test_the_number_of_tiles_is_checked() -> None:
     assert (PICTURES.most_tiles, ImageSpec("stretch", 490, PICTURES.mean, PICTURES.std).most_tiles) == (7, 1)
     for kind, count in (("tiles", 0), ("stretch", 2)):
-        with pytest.raises(BundleError, match=f"max_tiles {count} is no count of tiles"):
+        with pytest.raises(BundleError, match=f"max_tiles {count} is not a count of tiles"):
             ImageSpec(kind, 28, PICTURES.mean, PICTURES.std, count)
 
 

@@ -247,7 +247,7 @@ def test_verify_finds_a_special_token_that_literal_text_can_give(tmp_path):
 
 
 def test_a_nul_piece_is_one_id(tmp_path):
-    """As in the authors' sentencepiece; later releases (0.2.3) give the byte instead, so `verify` leaves NUL out."""
+    """It equals the authors' sentencepiece. Later releases (0.2.3) give the byte, so `verify` leaves NUL out."""
     folder = write(tmp_path, edited(plain(), lambda m: add_piece(m, "\x00", "NORMAL", -900)))
     tokenizer = Tokenizer(convert(folder))
     assert tokenizer.encode("\x00\x00") == [600, 600]
@@ -304,7 +304,7 @@ def test_tokens_of_tokenizer_config_cut_too(tmp_path):
     ("make", "message"),
     [
         (lambda: b"", "not BPE"),
-        (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "cannot be read"),
+        (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (lambda: plain()[:5000], "cannot be read"),
         (lambda: train(model_type="unigram", vocab_size=400), "its model type is not BPE"),
         (lambda: train(model_type="word", vocab_size=400), "its model type is not BPE"),
@@ -332,8 +332,8 @@ def test_an_unusable_model_is_refused_by_name(tmp_path, make, message):
         ('{"<image>": "600"}', "found '600' as an id"),
         ('{"<image>": true}', "found True as an id"),
         ('{"": 600}', "found a token ''"),
-        ('["<image>"]', "holds a list"),
-        ('{"<image>": 7', "added_tokens.json cannot be read"),
+        ('["<image>"]', "expected a JSON object, found list"),
+        ('{"<image>": 7', "added_tokens.json: not readable as JSON"),
     ],
 )
 def test_inconsistent_added_tokens_are_refused(tmp_path, added, message):
@@ -364,4 +364,29 @@ def test_an_inconsistent_tokenizer_config_is_refused(tmp_path, decoder, message)
 def test_added_tokens_without_a_model_are_refused(tmp_path):
     (tmp_path / "added_tokens.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no tokenizer\.model"):
+        convert(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x0a" + b"\x80" * 4 + b"\x04",  # a field of 2**30 bytes
+        b"\x0a" + b"\xff" * 100_000,  # a number without end
+        b"\x0b" * 100_000,  # groups within groups
+        b"\x0a\x05\x0a\x03\xff\xff\xff",  # a piece that is no text
+    ],
+)
+def test_what_a_model_declares_is_bounded(tmp_path, data):
+    """Refused by what is there, before sentencepiece reserves what is said."""
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model.*cannot be read"):
+        convert(tmp_path)
+
+
+def test_a_piece_of_many_characters(tmp_path):
+    """Ways to merge one grow with the square of its length."""
+    model = proto.ModelProto.FromString(plain())
+    model.pieces[-1].piece = "a" * 100_000
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match=r"piece (is too long|has more than 1024)"):
         convert(tmp_path)

@@ -118,7 +118,7 @@ def test_user_text_is_literal(folder: Path) -> None:
 
 
 def test_white_space_behind_a_template_token_is_taken_from_user_text_too(tmp_path: Path) -> None:
-    """As in the authors' code, where template and question are one string."""
+    """Prompts equal those of the authors' code, where template and question are one string."""
     ours = Tokenizer(convert(write(tmp_path, make())) or "")
     user, end = ours.special_tokens["<|user|>"], ours.special_tokens["<|end|>"]
     assert ours.encode([user, "\n", " \n ka", end]) == ours.encode([user, "ka", end])

@@ -218,7 +218,7 @@ def test_a_step_moves_little_and_allocates_nothing(machine: Machine) -> None:
 
 
 def test_without_cuda_graphs(machine: Machine, nano: Runtime, plain_bundle: Path) -> None:
-    """The switch: every step enqueued anew, the same logits."""
+    """The switch: every step is enqueued call by call, with the same logits."""
     bundle = Bundle(machine.folder)
     plain = trt_module.TrtBackend(bundle, cuda_graphs=False)
     runtime = machine.open()

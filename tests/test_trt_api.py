@@ -92,7 +92,7 @@ def check(source: str, pyi: str, folder: Path) -> Checked:
     options.warn_unreachable = True
     options.mypy_path = [str(folder)]
     result = build.build([modulefinder.BuildSource(str(folder / "door.py"), "door")], options)
-    # The checker's map holds the expressions of all modules; ours are told by where they stand.
+    # The checker's map holds the expressions of all modules; ours are recognised by their place.
     tree = ast.parse(source)
     hints = {id(n) for a in ast.walk(tree) if isinstance(a, ast.arg) and a.annotation for n in ast.walk(a.annotation)}
     attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
@@ -157,7 +157,7 @@ PLANTED = [
     ("engine.device_memory_size_v2", "engine.device_memory_size_v9"),  # no such property
     ("trt.TensorIOMode.INPUT", "trt.TensorMode.INPUT"),  # no such class
     ("@only(classic=(10, 13), rtx=(1, 7))", "@only(classic=(10, 3), rtx=(1, 7))"),  # not there in 10.3
-    ("profile.set_shape(name, smallest, best, largest)", "profile.extra_memory_target.x = 1"),  # type not told
+    ("profile.set_shape(name, smallest, best, largest)", "profile.extra_memory_target.x = 1"),  # type not known
 ]
 
 

@@ -173,7 +173,7 @@ def test_shared_weights_are_really_built(precision: str, traces: dict[Any, Any],
 def test_engines_are_built_again_for_a_reason(
     built: trt_build.Build, rtx_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to date: nothing is done. Otherwise the reason is told."""
+    """Up to date: nothing is done. Otherwise the reason is reported."""
     assert trt_build.build(Bundle(rtx_bundle)).reason == "up to date"
     folder = tmp_path / "bundle"
     shutil.copytree(rtx_bundle, folder)
@@ -272,15 +272,15 @@ class MadeUpNetwork:
     size: int = 1000
 
     def unused_inputs(self) -> list[str]:
-        """As Network."""
+        """See Network."""
         return self.unused
 
     def layers(self) -> list[LayerInfo]:
-        """As Network."""
+        """See Network."""
         return self.kinds
 
     def build(self, path: Path, *rest: object) -> None:
-        """Writes as many bytes as it was told."""
+        """Write the given number of bytes."""
         path.write_bytes(b"e" * self.size)
 
 
@@ -294,11 +294,11 @@ class MadeUpLibrary:
 
     @property
     def title(self) -> str:
-        """As Library."""
+        """See Library."""
         return f"TensorRT {'.'.join(map(str, self.version))}"
 
     def parse(self, path: Path) -> MadeUpNetwork:
-        """As Library."""
+        """See Library."""
         assert self.network is not None
         return self.network
 
@@ -353,7 +353,7 @@ def test_too_little_memory_to_build(plain_bundle: Path, tmp_path: Path, monkeypa
         BackendError, match=r"traverse\.onnx: building its engine takes about 0\.6 GB of memory"
     ) as caught:
         trt_build.build(bundle, library=library)
-    assert ", 0.6 GB are available here; close other programs, add swap" in str(caught.value)
+    assert ", but 0.6 GB are available here; close other programs, add swap" in str(caught.value)
     assert list((bundle.folder / "engines").iterdir()) == []
     monkeypatch.setattr(trt_build, "available_memory", lambda swap: needed)
     assert trt_build.build(bundle, library=library).built

@@ -13,7 +13,7 @@ from trol_edge.latest import LatestCounts, LatestOnly
 
 
 class FakeClock:
-    """Seconds that pass only when told."""
+    """Seconds that pass only when a test says so."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -23,7 +23,7 @@ class FakeClock:
 
 
 def waiting(turns: Turns, count: int) -> None:
-    """Until so many calls have the turn or wait for it."""
+    """Wait until `count` calls have the turn or wait for it."""
     for _ in range(5000):
         if len(turns) == count:
             return
@@ -57,7 +57,7 @@ def test_turns_are_given_in_the_order_of_asking() -> None:
 
 
 def test_who_gives_the_turn_up_and_asks_again_is_last() -> None:
-    """As a stream does between two pieces: whoever waits meanwhile comes first."""
+    """Like a stream between two pieces: whoever waits comes first."""
     turns, clock, order = Turns(), FakeClock(), []  # type: Turns, FakeClock, list[str]
     stream, other = Call(None, clock), Call(None, clock)
     turns.take(stream)
@@ -73,7 +73,7 @@ def test_who_gives_the_turn_up_and_asks_again_is_last() -> None:
 
 
 def test_a_stopped_call_leaves_the_queue_and_the_others_move_up() -> None:
-    """Stopped while it waits: it raises, and the one behind it gets the turn."""
+    """Stopped while it waits: it raises, and the one after it gets the turn."""
     turns, clock = Turns(), FakeClock()
     first, second, third = (Call(None, clock) for _ in range(3))
     turns.take(first)
@@ -101,7 +101,7 @@ def test_a_stopped_call_leaves_the_queue_and_the_others_move_up() -> None:
 
 
 def test_a_deadline_ends_the_waiting() -> None:
-    """Real time here, a millisecond of it: a call behind one that never ends."""
+    """A call after one that never ends; this takes real time, a millisecond of it."""
     import time
 
     turns = Turns()

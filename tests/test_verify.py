@@ -1,6 +1,6 @@
 """The self-test: it passes where all is well, and names the stage of every fault that is put into a bundle.
 
-The faults have valid hashes (the manifest is written anew), so that only the numbers tell. Nothing here ran on a GPU.
+The faults have valid hashes (the manifest is written again), so only the numbers show them. Nothing here ran on a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STORED = {"F16": np.uint16, "F32": np.uint32, "I8": np.uint8}  # bits of what is
 
 
 def rehash(folder: Path, **changes: Any) -> None:
-    """Write the manifest anew, with the hashes that the files now have."""
+    """Write the manifest again, with the present hashes of the files."""
     data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     del data["manifest_sha256"]
     for name in data["files"]:
@@ -52,7 +52,7 @@ def rehash(folder: Path, **changes: Any) -> None:
 
 
 def alter(folder: Path, name: str, change: Callable[[Any], None]) -> None:
-    """Change the stored bits of a tensor where it lies, and write the manifest anew."""
+    """Change the stored bits of a tensor in place, and write the manifest again."""
     info = Bundle(folder).weights().tensors[name]
     bits = np.memmap(folder / WEIGHTS, STORED[info.dtype], "r+", info.offset, info.shape)
     change(bits)
@@ -61,7 +61,7 @@ def alter(folder: Path, name: str, change: Callable[[Any], None]) -> None:
 
 
 def flip_sign(bits: Any) -> None:
-    """Of one number of middling magnitude."""
+    """Change the sign of one number of medium magnitude."""
     flat = bits.reshape(-1)
     top = flat.dtype.type(1 << (8 * flat.dtype.itemsize - 1))
     order = np.argsort(flat & (top - flat.dtype.type(1)), kind="stable")
@@ -91,9 +91,9 @@ def test_both_models_pass(each_bundle: Path, tmp_path: Path) -> None:
     assert report.first_wrong is None and report.precision == "fp32"
     spec = Bundle(each_bundle).manifest.spec
     names = [stage.name for stage in report.stages]
-    assert names[:4] == ["preprocess", "rope", "vision", "embedding"]
+    assert names[:6] == ["tokenizer", "prompt", "preprocess", "rope", "vision", "embedding"]
     per_case = 4 * spec.num_layers + 1 + 2 * spec.num_layers + 1 + 1
-    assert len(names) == 4 + per_case * (2 if spec.long_rope else 1) == len(set(names))
+    assert len(names) == 6 + per_case * (2 if spec.long_rope else 1) == len(set(names))
     assert all(stage.drift <= stage.budget / 20 for stage in report.stages)
     assert (each_bundle / SELFTEST).stat().st_size < 300_000
     test = selftest.read(Bundle(each_bundle))
@@ -220,7 +220,7 @@ def test_a_flipped_weight_of_one_head(copy: Path) -> None:
 
 
 def test_a_flipped_row_of_the_embedding(copy: Path) -> None:
-    """Of a token that the self-test looks up."""
+    """The fault is in the row of a token that the self-test looks up."""
     token = int(selftest.read(Bundle(copy)).cases["picture"].forced[0])
     alter(copy, "embedding", lambda bits: flip_sign(bits[token]))
     assert first_wrong(copy) == "embedding"
@@ -284,7 +284,7 @@ def test_a_wrong_step(copy: Path) -> None:
 
 
 def test_a_wrong_second_text_graph(copy: Path) -> None:
-    """traverse_text serves the part behind the picture: its faults show, too."""
+    """traverse_text computes the part after the picture, and its faults show, too."""
     exchange(copy, "traverse_text", "decoder.layers.0.mlp.gate.weight", "decoder.layers.0.mlp.up.weight")
     assert first_wrong(copy) == "traverse.layers.0.pass2.keys"
 
@@ -327,7 +327,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 
 
 def test_engines(exported: Callable[..., Path], stand_in: Callable[..., Path], tmp_path: Path) -> None:
-    """They pass; of another TensorRT or checkpoint they are told by their key, wrong ones by their numbers."""
+    """They pass; those of another TensorRT or checkpoint are recognised by their key, wrong ones by their numbers."""
     folder = tmp_path / "bundle"
     shutil.copytree(exported(NANO, target="tensorrt"), folder)
     report = verify.verify(stand_in(folder))
@@ -378,7 +378,7 @@ def test_an_overflow_in_fp16(
     for name in [n for n in tensors if n.startswith("model.layers.2.attention.w")]:
         tensor = tensors[name].float()
         if ".wqkv." in name and not name.endswith("lora_A.weight"):
-            tensor.view(2, 4, 32, -1)[:, 3] *= 2.0**16  # the rows of values, behind two query heads and one of keys
+            tensor.view(2, 4, 32, -1)[:, 3] *= 2.0**16  # the rows of values, after two query heads and one of keys
         elif ".wo." in name and not name.endswith("lora_B.weight"):
             tensor *= 2.0**-16
         tensors[name] = tensor
@@ -401,9 +401,13 @@ def test_an_overflow_in_fp16(
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
-def rounded(request: pytest.FixtureRequest, exported: Callable[..., Path]) -> Path:
-    """trol-nano in a precision with rounded weights."""
-    return exported(NANO, recipe=request.param)
+def rounded(
+    request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """trol-nano in a precision with rounded weights; a copy, because what passes is noted in the folder."""
+    folder = tmp_path_factory.mktemp("rounded") / "bundle"
+    shutil.copytree(exported(NANO, recipe=request.param), folder)
+    return folder
 
 
 def test_rounded_weights(rounded: Path, tmp_path: Path) -> None:
@@ -427,7 +431,7 @@ def test_rounded_weights(rounded: Path, tmp_path: Path) -> None:
 
 
 def test_budgets_of_deep_models() -> None:
-    """As measured up to the depth of the small models; then more, but never what unrelated values drift."""
+    """Budgets are as measured to the depth of the small models, then larger, but below what unrelated values drift."""
     keys, values = budgets.BUDGETS["int8"].keys, budgets.BUDGETS["int8"].values
     assert [budgets.at_depth(layers, keys) for layers in (1, budgets.SMALL)] == [keys, keys]
     assert budgets.at_depth(4 * budgets.SMALL, keys) == pytest.approx(2 * keys)
@@ -585,7 +589,7 @@ def test_the_command(copy: Path, replays: list[str], capsys: pytest.CaptureFixtu
     """A table, one line per layer; --all; --json; exit code 1 with the stage; and what passed is noted."""
     assert cli.main(["verify", str(copy)]) == 0
     text = capsys.readouterr().out
-    assert "traverse.layers.4" in text and "the 37 stages of the self-test are within the budget of fp32" in text
+    assert "traverse.layers.4" in text and "the 39 stages of the self-test are within the budget of fp32" in text
     assert len(text.splitlines()) < 25
     assert len(passed.passed_here(Bundle(copy))) == 1
     assert cli.main(["verify", str(copy), "--all"]) == 0

@@ -20,7 +20,7 @@ def frame(seed: int = 0, height: int = 12, width: int = 16) -> Any:
 
 
 def features(kilobytes: int = 1) -> Any:
-    """Of so many bytes."""
+    """Features of `kilobytes` KiB."""
     return np.zeros((1, kilobytes * 256, 1), np.float32)
 
 

@@ -33,7 +33,7 @@ def remember(trace: Trace) -> Trace:
         same = dataclasses.replace(spec, **NOT_IN_THE_GRAPH)
         made_by = family.vision if name == "vision" else family.decoder
         key = kept.digest(
-            sorted({*kept.sources(graphs.__name__), *kept.sources(made_by.__module__)}),
+            sorted({*kept.sources(graphs.__name__), *kept.sources(made_by.__module__), Path(__file__)}),
             *(versions, name, family.name, made_by.__module__, made_by.__qualname__, same),
             None if name == "vision" else capacity,
         )

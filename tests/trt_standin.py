@@ -34,7 +34,7 @@ NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"
 
 
 def engine_file(graph: Path, profiles: list[dict[str, list[int]]]) -> bytes:
-    """What stands in for a plan: which graph to run, and the ranges of its dynamic dimensions."""
+    """A stand-in for a plan: which graph to run, and the ranges of its dynamic dimensions."""
     return json.dumps({"graph": str(graph), "profiles": profiles}).encode()
 
 
@@ -258,7 +258,7 @@ class ILogger:
     """trt.ILogger."""
 
     class Severity(enum.Enum):
-        """Of a message."""
+        """The severity of a message."""
 
         INTERNAL_ERROR = 0
         ERROR = 1
@@ -450,7 +450,7 @@ class IExecutionContext:
 
 
 def module(name: str, version: str, cuda: CudaRuntime) -> Any:
-    """What stands in for `import tensorrt` (or tensorrt_rtx) of a version."""
+    """A stand-in for `import tensorrt` (or tensorrt_rtx) of a version."""
     runtime = type("Runtime", (Runtime,), {"cuda": cuda})
     members = {"__version__": version, "ILogger": ILogger, "Runtime": runtime, "TensorIOMode": TensorIOMode}
     stand_in = types.ModuleType(name)

@@ -4,8 +4,8 @@
 >>> rt = trol_edge.Runtime("build/trol-nano")
 >>> print(rt.generate("What is left of the red star?", images="scene.png").text)
 
-Importing this package loads numpy, pillow and tokenizers; inference libraries are loaded when a Runtime is made, and
-torch, transformers and onnx never are. It switches the telemetry of these libraries off (see trol_edge.telemetry).
+Importing this package loads numpy, pillow and tokenizers. Making a Runtime loads an inference library. torch,
+transformers and onnx are never loaded. The telemetry of these libraries is switched off (see trol_edge.telemetry).
 """
 
 import trol_edge.telemetry  # noqa: F401  (before any library that reports home)

@@ -103,7 +103,7 @@ class Cache:
             self._adopt()
             body = self._body
             if body is not None and any(start < body.relied_on(which) for which in sets):
-                # Become one of those who read these rows, and leave them. In this order, because of Ctrl-C.
+                # Become one of the readers of these rows, then leave them. The order matters for Ctrl-C.
                 for which, rows in ((FIRST, start), (SECOND, min(start, traversed))):
                     if rows and which not in self._borrowed and (which == FIRST or self._backend.prefix_reuse):
                         self._borrow(body, which, rows)

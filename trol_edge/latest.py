@@ -74,9 +74,9 @@ class LatestOnly(Generic[T]):
             return replaced
 
     def get(self, timeout_s: float | None = None) -> T | None:
-        """Take the newest item, waiting for one; None after `close`, or where none came within timeout_s seconds.
+        """Take the newest item, or wait for one; None after `close`, or if none came within timeout_s seconds.
 
-        A timeout of 0 or less takes what is there. Raises UsageError for a timeout_s that is no number.
+        A timeout of 0 or less does not wait. Raises UsageError for a timeout_s that is not a number.
         """
         timeout = real(timeout_s)
         if timeout_s is not None and timeout is None:

@@ -90,7 +90,7 @@ class Lifetime:
         """Raise UsageError if the Runtime is closed, or was loaded before this process was forked."""
         if self.closed:
             raise UsageError("this Runtime is closed; make another")
-        if self.forked:  # inference threads do not survive a fork: a call would wait for ever
+        if self.forked:  # a call would hang, because threads do not survive a fork
             raise UsageError(
                 f"this Runtime was loaded in process {self._process} and cannot be used in its fork {os.getpid()}; "
                 "make one in each process (multiprocessing: inside the worker)"

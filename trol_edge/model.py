@@ -108,7 +108,7 @@ class Model:
         return build_prompt(self.text, self.bundle.manifest.prompt, prompt, tiles, answer)
 
     def close(self) -> None:
-        """Let the graphs go: their memory is free once the sessions are gone, too. Closing twice is fine."""
+        """Release the graphs. Their memory is free once the sessions are gone, too. Closing twice is fine."""
         self.lifetime.closed = True
         for name in ("backend", "embeddings"):
             vars(self).pop(name, None)
@@ -121,7 +121,7 @@ class Model:
 
 
 def _checked_threads(threads: int | None) -> int | None:
-    """The number as an int, or None; a RuntimeWarning where it is far more than there are cores to run on."""
+    """Return the number as an int, or None. Warns if it is far more than the number of cores."""
     if threads is None:
         return None
     found = whole(threads, 1, MOST_THREADS)
@@ -131,9 +131,9 @@ def _checked_threads(threads: int | None) -> int | None:
     if found > 2 * cores:
         warnings.warn(
             f"threads={found}, but this process has {cores} cores: threads that wait for a core make every answer many "
-            "times slower; leave threads out to take the physical cores",
+            "times slower; leave threads out to use the physical cores",
             RuntimeWarning,
-            stacklevel=4,  # who made the Runtime
+            stacklevel=4,  # the caller who made the Runtime
         )
     return found
 

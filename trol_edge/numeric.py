@@ -1,4 +1,4 @@
-"""Numbers as callers pass them: Python's, NumPy's, fractions. What comes out is a plain int, float or bool, or None."""
+"""Converts numbers from callers (Python's, NumPy's, fractions) to a plain int, float or bool, or None."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def whole(value: Any, low: int | None = None, high: int | None = None) -> int | None:
-    """The value as an int; None where it is no whole number, is a truth value, or is outside of low..high."""
+    """The value as an int; None if it is not a whole number, is a truth value, or is outside low..high."""
     if isinstance(value, (bool, np.bool_)):
         return None
     try:
@@ -23,7 +23,7 @@ def whole(value: Any, low: int | None = None, high: int | None = None) -> int | 
 
 
 def real(value: Any) -> float | None:
-    """The value as a finite float; None where it is no number, is a truth value, or is more than a float holds."""
+    """The value as a finite float; None if it is not a number, is a truth value, or is too large for a float."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
@@ -36,13 +36,13 @@ def real(value: Any) -> float | None:
 
 
 def truth(value: Any) -> bool | None:
-    """The value as a bool; None where it is neither True nor False."""
+    """The value as a bool; None if it is neither True nor False."""
     return bool(value) if isinstance(value, (bool, np.bool_)) else None
 
 
 def shown(value: Any) -> str:
-    """The value for a message, on one line and short, whatever it is."""
+    """Any value as a short text on one line, for a message."""
     try:
         return reprlib.repr(value)
-    except Exception:  # an int of more digits than Python prints, or a __repr__ that fails
+    except Exception:  # an int with more digits than Python prints, or a failing __repr__
         return f"of type {type(value).__name__}"

@@ -1,7 +1,7 @@
-"""Files that come from somewhere else: only plain files are opened, and every reader has one guard around it.
+"""Reads files from elsewhere: only plain files are opened, and every reader is inside one guard.
 
-Whatever such a file holds, its reader ends in an error of ours that names the file and says what to do. So readers list
-no expected exceptions: `guard` turns anything that a parser trips on into that error.
+Whatever such a file contains, its reader raises an error of this package that names the file and says what to do. So
+readers list no expected exceptions, and `guard` turns any exception of a parser into that error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from trol_edge.errors import BundleError, TrolEdgeError
 
 MOST_JSON_BYTES = 64 << 20  # the largest tokenizer.json of a published model has 20 MB
-MOST_NAME_BYTES = 200  # of a file: file systems take 255, and temporary names are longer
+MOST_NAME_BYTES = 200  # longest name of a file; file systems take 255, and temporary names are longer
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {
     stat.S_ISDIR: "a folder",
@@ -27,7 +27,7 @@ _KINDS = {
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
 }
-# How things begin that stand in a model file's place when a download went wrong, and what to do about them.
+# Beginnings of things that a failed download leaves in place of a model file, and what to do about them.
 _OTHER_THINGS = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull` in its folder"),
     (b"<!doctype html", "a web page (HTML), not the file itself; download it again, signed in where that is needed"),
@@ -42,9 +42,9 @@ def guard(
     advice: str = "copy the bundle again",
     found: str = "not readable",
 ) -> Iterator[None]:
-    """Turn whatever a reader of `what` (a file) trips on into `error`; errors of ours and Ctrl-C go through.
+    """Turn any exception of a reader of `what` (a file) into `error`; errors of this package and Ctrl-C pass through.
 
-    found: what it then is. A tokenizer library written in Rust panics with a BaseException.
+    found: what the message says about the file. (A tokenizer library in Rust panics with a BaseException.)
     """
     try:
         yield
@@ -58,19 +58,19 @@ def guard(
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, short enough for a message and printable anywhere."""
+    """The text of an exception, short enough for a message and printable anywhere."""
     text = " ".join(str(error).split()) or type(error).__name__
     named = text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
     return printable(named[:300])
 
 
 def printable(value: object) -> str:
-    """A value as text that every terminal takes: names of files and keys may hold anything."""
+    """A value as text that every terminal can show, because names of files and keys may contain anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether data may name a file of its folder so: no path, no link to elsewhere, nothing hidden or unprintable."""
+    """Whether data may use this name for a file of its folder: no path, nothing hidden or unprintable."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -95,7 +95,7 @@ def stays_inside(path: Path) -> bool:
 def open_plain(
     path: Path, error: type[TrolEdgeError] = BundleError, advice: str = "copy the bundle again"
 ) -> Iterator[BinaryIO]:
-    """Open a regular file for reading, never a pipe or a device, which may wait for ever; `error` says what it is."""
+    """Open a regular file for reading, never a pipe or a device, which may block for ever; `error` says what it is."""
     with guard(path, error, advice):
         mode = os.stat(path).st_mode
         for test, kind in _KINDS.items():
@@ -105,7 +105,7 @@ def open_plain(
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            refusal = error(f"{printable(path)}: is no regular file; {advice}")
+            refusal = error(f"{printable(path)}: is not a regular file; {advice}")
             raise refusal
         yield file
 
@@ -116,20 +116,20 @@ def read_plain(
     advice: str = "copy the bundle again",
     most: int = MOST_JSON_BYTES,
 ) -> bytes:
-    """The bytes of a regular file of at most `most` bytes, which is what it says that it is."""
+    """The bytes of a regular file of at most `most` bytes."""
     with open_plain(path, error, advice) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            refusal = error(f"{printable(path)}: has {size} bytes, more than the {most} that are read of it; {advice}")
+            refusal = error(f"{printable(path)}: has {size} bytes, more than the {most} that are allowed; {advice}")
             raise refusal
         with guard(path, error, advice):
-            data = file.read(size)  # as many as there are: files of /proc say 0, and some of them never end
+            data = file.read(size)  # as many as the size says; files of /proc say 0, and some of them never end
     require_itself(path, data, error)
     return data
 
 
 def require_itself(path: Path, beginning: bytes, error: type[TrolEdgeError]) -> None:
-    """Raise `error` where a file begins like something that stands for it: a git-lfs pointer, a web page."""
+    """Raise `error` if a file begins like a replacement of it: a git-lfs pointer, a web page."""
     start = beginning[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for prefix, what in _OTHER_THINGS:
         if start.startswith(prefix):
@@ -138,13 +138,13 @@ def require_itself(path: Path, beginning: bytes, error: type[TrolEdgeError]) -> 
 
 
 def read_text(path: Path, error: type[TrolEdgeError] = BundleError, advice: str = "copy the bundle again") -> str:
-    """The text of a regular file in UTF-8; a byte-order mark, as editors on Windows write it, is no part of it."""
+    """The text of a regular file in UTF-8, without the byte-order mark that editors on Windows write."""
     with guard(path, error, advice, "not readable as text"):
         return read_plain(path, error, advice).decode("utf-8-sig")
 
 
 def read_json_value(path: Path, error: type[TrolEdgeError] = BundleError, advice: str = "copy the bundle again") -> Any:
-    """What a JSON file says. Raises `error` where it is none, with `advice`."""
+    """The value in a JSON file. Raises `error` with `advice` for any other file."""
     with guard(path, error, advice, "not readable as JSON"):
         return parse_json(read_text(path, error, advice))
 
@@ -152,7 +152,7 @@ def read_json_value(path: Path, error: type[TrolEdgeError] = BundleError, advice
 def read_json(
     path: Path, error: type[TrolEdgeError] = BundleError, advice: str = "copy the bundle again"
 ) -> dict[str, Any]:
-    """The object in a JSON file. Raises `error` for any other file, with `advice`."""
+    """The object in a JSON file. Raises `error` with `advice` for any other file."""
     data = read_json_value(path, error, advice)
     if not isinstance(data, dict):
         refusal = error(f"{printable(path)}: expected a JSON object, found {type(data).__name__}; {advice}")
@@ -161,8 +161,8 @@ def read_json(
 
 
 def parse_json(text: str) -> Any:
-    """Parsed JSON, without halves of characters. Call it in a `guard`."""
+    """Parse JSON and refuse halves of characters. Call it in a `guard`."""
     data = json.loads(text)
     if _SURROGATE.search(text):
-        json.dumps(data, ensure_ascii=False).encode()  # raises for a lone surrogate, which no other file can hold
+        json.dumps(data, ensure_ascii=False).encode()  # raises for a lone surrogate, which cannot be written to a file
     return data

@@ -56,21 +56,23 @@ class Runtime:
     ) -> None:
         """Load a bundle folder.
 
-        threads: of one inference call (default: the physical cores); far more than there are cores is a
-        RuntimeWarning, because that is many times slower. verify: check the sha256 of the weights while
-        they are read (the other files are always checked); False saves that time on a disk you trust. prefix_reuse:
-        keep the keys and values of both passes, so that sessions can go on from a prefix (see trol_edge.Session); False
-        halves the K/V memory, and what needs the second set is refused (engines keep both always, so with them this is
-        refused). vision_cache_bytes: image features kept for pictures that are asked about again, least recently used
-        out first; 0: none. They lie where they are used: in the GPU's memory with engines. selftest: replay the
-        bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first time; None: unless the
-        environment has TROL_EDGE_SELFTEST=0.
+        threads: threads of one inference call (default: the physical cores). Far more threads than cores give a
+        RuntimeWarning, because that is many times slower.
+        verify: check the sha256 of the weights while they are read (the other files are always checked). False saves
+        that time on a disk you trust.
+        prefix_reuse: keep the keys and values of both passes, so that sessions can continue from a prefix (see
+        trol_edge.Session). False halves the K/V memory, and calls that need the second set raise UsageError. Engines
+        always keep both, so they refuse False.
+        vision_cache_bytes: most bytes of image features that are kept for pictures that are asked about again, least
+        recently used out first; 0 keeps none. With engines they are in the GPU's memory.
+        selftest: replay the bundle's self-test (see trol_edge.verify.replay) when this machine loads it for the first
+        time. None does so unless the environment has TROL_EDGE_SELFTEST=0.
         provider: run the graphs of a bundle for a GPU by ONNX Runtime instead of engines: "cuda", "tensorrt" (not yet
         run on a GPU) or "cpu" (right, but slow and large: each graph holds its weights, most widened to float32).
-        fallback: a provider to go over to, with a RuntimeWarning that says why, where engines cannot be loaded; None:
-        that is an error.
-        trusted_keys: ed25519 public keys (PEM files, or bytes); a bundle, or engines, that none of them signed
-        (`trol-edge sign`) are not opened. Needs `trol-edge[sign]`. None: whoever made it.
+        fallback: a provider to use if engines cannot be loaded, with a RuntimeWarning that says why. With None that is
+        an error.
+        trusted_keys: ed25519 public keys (PEM files, or bytes). A bundle, or engines, that none of them signed
+        (`trol-edge sign`) are not opened. Needs `trol-edge[sign]`. None accepts any bundle.
         Raises BundleError (missing, half-copied, altered, not signed, other version), BackendError (library, memory)
         and VerifyError (the numbers are not the reference's).
         """

@@ -253,7 +253,7 @@ class Session:
             raise UsageError(f"truncate({length!r}): the session holds {self._length} tokens; give 0..{self._length}")
         kept = -(-int(self._filled[:length].sum()) // self._spec.vision.tokens_per_image)
         pictures, length, traversed = self._pictures[:kept], int(length), min(self._traversed, int(length))
-        # Nothing is called between these, so that Ctrl-C comes before all of them or after.
+        # No call is between these assignments, so Ctrl-C comes before all of them or after.
         self._pictures, self._length, self._traversed, self._interrupted = pictures, length, traversed, False
 
     def fork(self) -> Session:
@@ -288,7 +288,7 @@ class Session:
             m = min(self._length, other._length)
             if start == n and self._traversed == other._traversed:  # stepped tokens after the same prompt
                 start += _same(self._ids[n:m] == other._ids[n:m])
-        # Until all is copied, what stays as it is: Ctrl-C may come meanwhile.
+        # Until everything is copied, claim only what does not change, because Ctrl-C may come meanwhile.
         self._length, self._traversed, self._interrupted = start, min(start, self._traversed), True
         mine.copy_rows(theirs, start, other._length, other._traversed)
         length, pictures = other._length, list(other._pictures)
@@ -317,14 +317,14 @@ class Session:
         long_rope: bool,
         on_chunk: OnChunk | None,
     ) -> Float32:
-        """Make the session hold `ids` [S], of which the first `start` are cached; logits of the last."""
+        """Make the session hold `ids` [S], of which the first `start` are cached; returns logits of the last."""
         size = len(ids) if self.prefill_chunk is None else self._chunk_size(self.prefill_chunk, len(ids) - start)
-        order = np.cumsum(mask) - 1  # of the image tokens: which row of all pictures' features
+        order = np.cumsum(mask) - 1  # for image tokens, the row in all pictures' features
         kept = [p if self._spec.long_rope else _Picture(p.identity) for p in pictures]
-        # Nothing is called between these, so that Ctrl-C comes before all of them or after.
+        # No call is between these assignments, so Ctrl-C comes before all of them or after.
         self._length = self._traversed = self.reused = start
         self._pictures, self._long = kept, long_rope
-        self._interrupted = True  # until the last chunk is through
+        self._interrupted = True  # until the last chunk is done
         logits: Float32 | None = None
         while self._length < len(ids):
             first, last = self._length, min(self._length + size, len(ids))
@@ -382,7 +382,7 @@ class Session:
                 raise UsageError(
                     f"features should be float32 [N, {shape[0]}, {shape[1]}], found {block.dtype} {list(block.shape)}"
                 )
-        # A copy where the caller could overwrite it: what was hashed is what is used.
+        # Copy what the caller could overwrite, so that what was hashed is what is used.
         blocks = [b.copy() if isinstance(b, np.ndarray) and b.flags.writeable else b for b in blocks]
         squares: list[Features] = [block[i] for block in blocks for i in range(len(block))]
         if identities is None:
@@ -464,7 +464,7 @@ class Session:
         """Return token_ids as int64 [S]. Raises UsageError if they are not a list of ids of this model."""
         ids = _array(token_ids, "token_ids")
         if isinstance(token_ids, Sequence) and any(isinstance(token, (bool, np.bool_)) for token in token_ids):
-            raise UsageError("token_ids hold True or False; give ints")
+            raise UsageError("token_ids contain True or False; give ints")
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise UsageError(
                 f"token_ids should be a non-empty list of ints [S], found shape {ids.shape} of {ids.dtype}"
@@ -475,7 +475,7 @@ class Session:
         return ids.astype(np.int64)
 
     def check_pixels(self, pixel_values: Float32) -> Float32:
-        """A copy of pixel_values as contiguous float32 [N, 3, P, P]; UsageError otherwise."""
+        """Copy pixel_values as contiguous float32 [N, 3, P, P]. Raises UsageError if they are not."""
         size = self._spec.vision.image_size
         pixels = _array(pixel_values, "pixel_values")
         if pixels.dtype != np.float32 or pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not len(pixels):
@@ -483,7 +483,7 @@ class Session:
                 f"pixel_values should be float32 [N, 3, {size}, {size}], N >= 1, "
                 f"found {pixels.dtype} {list(pixels.shape)}"
             )
-        pixels = np.array(pixels, order="C")  # a copy: what is checked and hashed is what is encoded
+        pixels = np.array(pixels, order="C")  # copied, so that what is checked and hashed is what is encoded
         if not np.isfinite(pixels).all():
             raise UsageError("pixel_values hold NaN or infinite values")
         return pixels

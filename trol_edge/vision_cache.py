@@ -78,7 +78,7 @@ class VisionCache:
     def get(self, key: bytes, encode: Callable[[], Features]) -> Features:
         """Return the read-only features [N, T, D] of the picture with this key; `encode` makes missing ones.
 
-        Nobody waits for another's encoding: calls of a Runtime take turns, so there is one at a time.
+        Calls of a Runtime take turns, so only one encodes at a time and no caller waits for another's encoding.
         """
         with self._lock:
             found = self._entries.get(key)
@@ -104,5 +104,5 @@ class VisionCache:
 
     @property
     def _bytes(self) -> int:
-        """Counted anew, so that an interrupted call cannot leave it wrong."""
+        """The bytes of all features, counted each time, so that an interrupted call cannot leave a wrong sum."""
         return sum(features.nbytes for features in self._entries.values())

@@ -1,7 +1,7 @@
-"""`make gpu-kit`: put everything into one folder that a machine with a GPU and without a network needs.
+"""`make gpu-kit`: puts everything that a machine with a GPU and without a network needs into one folder.
 
-Wheels are downloaded for that machine, not for this one. Bundles of both small models are exported here, engines of
-TensorRT for RTX are built here. Large files are cut into pieces, because what carries them may have a limit.
+Wheels are downloaded for that machine, not for this one. Bundles of both small models are exported here, and engines of
+TensorRT for RTX are built here. Large files are cut into pieces, because the transfer may have a size limit.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from trol_edge.errors import TrolEdgeError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "3.12"
-# What a machine for machine learning lacks, as far as we have met one; the rest is taken from it (stage "machine"
-# says which). `unless`: left out there where this module can be imported.
+# Packages that machines for machine learning usually lack; the rest is taken from the machine (stage "machine" lists
+# it). `unless`: not installed there if this module can be imported.
 WHEELS: tuple[dict[str, str], ...] = (
     {"what": "cuda-bindings==13.0.3", "unless": "cuda.bindings.runtime"},
     {"what": "onnxruntime-gpu==1.31.1"},
-    {"what": "tensorrt-rtx-cu13==1.7.1.116", "source": "plain Python"},  # the package itself comes as source only
+    {"what": "tensorrt-rtx-cu13==1.7.1.116", "source": "plain Python"},  # the package itself exists as source only
     {"what": "tensorrt-rtx-cu13-bindings==1.7.1.116"},
     {"what": "tensorrt-rtx-cu13-libs==1.7.1.116"},
 )
 FROM_THE_MACHINE = ("numpy", "pillow", "tokenizers", "typer", "rich", "flatbuffers", "protobuf", "CUDA 13", "cuDNN 9")
 FOR_EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "sentencepiece")
-GLIBC = ("2_39", "2_35", "2_34", "2_31", "2_28", "2_27", "2_24", "2_17")  # what wheels are named by
+GLIBC = ("2_39", "2_35", "2_34", "2_31", "2_28", "2_27", "2_24", "2_17")  # the versions in the names of wheels
 JETSON_TARGETS = {"jetson-jp6": ("fp16", "int8", "int4"), "jetson-jp7": ("fp16", "int8", "int4", "fp8")}
 COPY_BYTES = 1 << 20
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 64 << 20}]
 
 
 def make(folder: Path, piece_bytes: int, jetson: bool, wheels: bool, engines: bool, only: Sequence[str]) -> None:
-    """Make the kit; what was downloaded and exported before is used again. Raises TrolEdgeError."""
+    """Make the kit. Earlier downloads and exports are used again. Raises TrolEdgeError."""
     cache = folder.with_name(folder.name + "-cache")
     cache.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -83,12 +83,12 @@ def make(folder: Path, piece_bytes: int, jetson: bool, wheels: bool, engines: bo
 
 
 def note(line: str) -> None:
-    """Say what is being done."""
+    """Print a line about the current work."""
     print(line, file=sys.stderr, flush=True)
 
 
 def entry(path: Path, pieces: Path, piece_bytes: int, **own: str) -> dict[str, Any]:
-    """What the manifest says of a file, after cutting it into pieces."""
+    """Cut a file into pieces and return its entry for the manifest."""
     whole, found = hashlib.sha256(), []
     for number, block in enumerate(parts(path, piece_bytes)):
         piece = pieces / f"{path.name}.{number:03}"
@@ -103,7 +103,7 @@ def entry(path: Path, pieces: Path, piece_bytes: int, **own: str) -> dict[str, A
 
 
 def parts(path: Path, size: int) -> Iterator[Iterator[bytes]]:
-    """A file in parts of at most `size` bytes, each as blocks."""
+    """Yield a file in parts of at most `size` bytes, each as blocks."""
 
     def blocks(left: int) -> Iterator[bytes]:
         while left and (data := file.read(min(COPY_BYTES, left))):
@@ -117,7 +117,7 @@ def parts(path: Path, size: int) -> Iterator[Iterator[bytes]]:
 
 
 def project_wheel(cache: Path) -> Path:
-    """The project's own wheel, built anew."""
+    """Build the project's own wheel again and return its path."""
     note("the project's wheel ...")
     out = cache / "project"
     shutil.rmtree(out, ignore_errors=True)
@@ -128,7 +128,7 @@ def project_wheel(cache: Path) -> Path:
 
 
 def downloaded(what: str, cache: Path, source: bool) -> Path:
-    """A wheel for the other machine's Python, from the package index; source: made here of plain Python."""
+    """Download a wheel for the other machine's Python from the index. source: build it here from plain Python."""
     out = cache / "wheels" / what
     if source and not list(out.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", os.fspath(out), what]
@@ -143,7 +143,7 @@ def downloaded(what: str, cache: Path, source: bool) -> Path:
 
 
 def called(command: Sequence[str], what: str, **more: Any) -> str:
-    """Run a program; its standard output. TrolEdgeError with the last line of what it said where it fails."""
+    """Run a program and return its standard output. Raises TrolEdgeError with its last line if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, **more)
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
@@ -152,7 +152,7 @@ def called(command: Sequence[str], what: str, **more: Any) -> str:
 
 
 def bundles(cache: Path, jetson: bool, engines: bool, only: Sequence[str]) -> Path:
-    """All bundles and their pictures as one tar file, in which equal weights are compressed once."""
+    """Make one tar file of all bundles and their pictures, in which equal weights are stored once."""
     out = cache / "bundles"
     wanted = [
         (model, target, precision)
@@ -176,7 +176,7 @@ def bundles(cache: Path, jetson: bool, engines: bool, only: Sequence[str]) -> Pa
             cli("build", os.fspath(folder))
     packed = cache / ("bundles-jetson.tar.xz" if jetson else "bundles.tar.xz")
     if packed.is_file() and all(path.stat().st_mtime <= packed.stat().st_mtime for path in out.rglob("*")):
-        return packed  # minutes of compressing
+        return packed  # compressing it again would take minutes
     share(out)
     with lzma.open(packed, "wb", filters=FILTERS) as out_file, tarfile.open(fileobj=out_file, mode="w") as tar:
         for name in only or names:
@@ -189,7 +189,7 @@ def bundles(cache: Path, jetson: bool, engines: bool, only: Sequence[str]) -> Pa
 
 
 def share(folder: Path) -> None:
-    """Make equal files one file with several names, which a tar file holds once: two targets may share weights."""
+    """Hard-link equal files, which a tar file then holds once; bundles of two targets may have equal weights."""
     seen: dict[str, Path] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         first = seen.setdefault(sha256_of(path), path)
@@ -199,12 +199,12 @@ def share(folder: Path) -> None:
 
 
 def cli(*arguments: str) -> None:
-    """One command of trol-edge, in a process of its own."""
+    """Run one command of trol-edge in a separate process."""
     called([sys.executable, "-m", "trol_edge", *arguments, "--json"], f"run trol-edge {arguments[0]}", cwd=ROOT)
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with a mark where files differ from it; None outside of one."""
+    """The commit of this checkout, marked if files differ from it, or None outside of a checkout."""
     try:
         found = called(["git", "describe", "--always", "--dirty", "--abbrev=12"], "ask git", cwd=ROOT)
     except (OSError, TrolEdgeError):
@@ -213,14 +213,20 @@ def commit() -> str | None:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Example: make gpu-kit PIECE_MB=48")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "gpu-kit", help="Folder to make.")
     parser.add_argument("--piece-mb", type=float, default=48.0, help="Largest piece, in MB.  [default: 48]")
-    parser.add_argument("--jetson", action="store_true", help="For a Jetson: no wheels but ours, engines built there.")
-    parser.add_argument("--no-wheels", action="store_true", help="None but ours, to try the script where all is there.")
+    parser.add_argument(
+        "--jetson",
+        action="store_true",
+        help="Make a kit for a Jetson, with our wheel only and engines that are built there.",
+    )
+    parser.add_argument(
+        "--no-wheels", action="store_true", help="Include only our own wheel, to try the script on a complete machine."
+    )
     parser.add_argument("--no-engines", action="store_true", help="Build no engines of TensorRT for RTX.")
-    parser.add_argument("--only", default="", help="Bundles to take, with commas.  [default: all]")
+    parser.add_argument("--only", default="", help="Bundles to include, separated by commas.  [default: all]")
     options = parser.parse_args()
     if options.piece_mb < 0.1:
         parser.error(f"--piece-mb {options.piece_mb:g}: give at least 0.1")

@@ -1,7 +1,7 @@
-"""Turn the records of the GPU kit into a page: `python deploy/gpu_kit/report.py result.json ... -o page.md`.
+"""Turns the records of the GPU kit into a page: `python deploy/gpu_kit/report.py result.json ... -o page.md`.
 
-Several records of one machine become one page: of each stage the last that ran counts, and what failed before it is
-listed with its reason. Every sentence and every figure of the page comes out of the records.
+Several records of one machine become one page. The last run of each stage counts, and earlier failures are listed with
+their reasons. Every sentence and every figure of the page comes from the records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RAN = ("passed", "failed", "error", "crashed", "timeout")
 
 
 class Records:
-    """What several runs of one machine found."""
+    """The results of several runs on one machine."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.names = [path.name for path in paths]
@@ -26,7 +26,7 @@ class Records:
             if record.get("kit") != "trol-edge-gpu-kit":
                 raise ValueError(f"{path}: no record of the GPU kit; give the result.json that run.py wrote")
         self.stages: dict[str, dict[str, Any]] = {}
-        self.before: list[tuple[str, str, dict[str, Any]]] = []  # what did not pass: record, stage, entry
+        self.before: list[tuple[str, str, dict[str, Any]]] = []  # stages that did not pass: record, stage, entry
         for name, record in zip(self.names, self.records, strict=True):
             for stage, entry in record["stages"].items():
                 if entry["status"] in RAN and entry["status"] != "passed":
@@ -35,19 +35,19 @@ class Records:
                     self.stages[stage] = entry
 
     def data(self, stage: str) -> dict[str, Any]:
-        """What a stage noted; nothing where it did not run."""
+        """The data that a stage recorded; empty if it did not run."""
         found: dict[str, Any] = self.stages.get(stage, {}).get("data", {})
         return found
 
     def of(self, beginning: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Stages that ran, by the beginning of their names: what follows it, and the entry."""
+        """Stages that ran and whose names have this beginning, as (rest of the name, entry)."""
         for stage, entry in self.stages.items():
             if stage.startswith(beginning) and entry["status"] in RAN:
                 yield stage.removeprefix(beginning), entry
 
 
 def page(records: Records) -> str:
-    """The whole page, as Markdown."""
+    """Make the whole page as Markdown."""
     machine = records.data("machine")
     gpu = machine.get("gpu")
     name = gpu["name"] if gpu else "No GPU"
@@ -68,13 +68,13 @@ def page(records: Records) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Make a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def ran(records: Records) -> Iterator[str]:
-    """What ran, when, from which commit."""
+    """Say what ran, when, and from which commit."""
     rows = []
     for name, record in zip(records.names, records.records, strict=True):
         statuses = [entry["status"] for entry in record["stages"].values()]
@@ -85,7 +85,7 @@ def ran(records: Records) -> Iterator[str]:
 
 
 def about(machine: dict[str, Any], brought: dict[str, str]) -> Iterator[str]:
-    """The machine and what the kit brought there, in sentences."""
+    """Describe the machine and what the kit brought there, in sentences."""
     if not machine:
         return
     gpu, rates = machine.get("gpu"), machine.get("rates", {})
@@ -104,7 +104,7 @@ def about(machine: dict[str, Any], brought: dict[str, str]) -> Iterator[str]:
 
 
 def copies(data: dict[str, Any]) -> Iterator[str]:
-    """What cuda.py did by itself."""
+    """Show the results of cuda.py alone."""
     if not data:
         return
     yield "## CUDA calls by themselves"
@@ -117,7 +117,7 @@ def copies(data: dict[str, Any]) -> Iterator[str]:
 
 
 def small(records: Records) -> Iterator[str]:
-    """The small models on ONNX Runtime's CUDA provider."""
+    """Show the small models on ONNX Runtime's CUDA provider."""
     rows = []
     for name, entry in records.of("ort-"):
         data = entry["data"]
@@ -145,7 +145,7 @@ def small(records: Records) -> Iterator[str]:
 
 
 def large(records: Records) -> Iterator[str]:
-    """The published sizes beside the PyTorch reference."""
+    """Show the published sizes beside the PyTorch reference."""
     rows, remarks = [], []
     for name, entry in records.of("full-"):
         model, _, precision = name.rpartition("-")
@@ -198,7 +198,7 @@ def large(records: Records) -> Iterator[str]:
 
 
 def exports(records: Records) -> Iterator[str]:
-    """How long an export took there."""
+    """Show how long exports took there."""
     rows = []
     for name, entry in records.of("prepare-"):
         data = entry["data"]
@@ -210,7 +210,7 @@ def exports(records: Records) -> Iterator[str]:
 
 
 def refusals(records: Records) -> Iterator[str]:
-    """What could not run there, in its own words, each reason once."""
+    """List what could not run there and why, each reason once."""
     found: dict[str, list[str]] = {}
     for name, entry in records.stages.items():
         if entry["status"] == "not run":
@@ -228,7 +228,7 @@ def refusals(records: Records) -> Iterator[str]:
 
 
 def faults(records: Records) -> Iterator[str]:
-    """What failed, in every record."""
+    """List what failed in every record."""
     lines = [
         f"- {record}, {stage}, {entry['status']}: {entry['line']}"
         for record, stage, entry in records.before
@@ -241,7 +241,7 @@ def faults(records: Records) -> Iterator[str]:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Example: python deploy/gpu_kit/report.py result/result.json -o docs/results/my-card.md",

@@ -1,10 +1,10 @@
-"""Run everything that a GPU can prove about TroL Edge: `python3 run.py --budget 720`.
+"""Runs everything that a GPU can prove about TroL Edge: `python3 run.py --budget 720`.
 
-For a machine without a network, in the folder that `make gpu-kit` made. The kit is installed into a folder of its own,
-then stages run in order of worth, each in a process of its own with a time limit. What a stage learns is in result.json
-at once, so a run that is cut off still says what it found, and a stage that fails or crashes hides no other.
+It is for a machine without a network, in the folder that `make gpu-kit` made. The kit is installed into a separate
+folder. Then stages run, the most useful first, each in a separate process with a time limit. Results of a stage are in
+result.json at once, so a run that is cut off still has them, and a stage that fails or crashes hides no other.
 
-Nothing but the standard library is imported here, because this file must work before anything is installed.
+Only the standard library is imported here, because this file must work before anything is installed.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from pathlib import Path
 KIT, KIT_VERSION = "trol-edge-gpu-kit", 1
 NANOS = ("trol-nano", "trol-nano-phi3")
 PRECISIONS = ("fp16", "fp32", "int8", "int4", "fp8")
-GRACE_S = 5.0  # between asking a stage to end and ending it
-RESERVE_S = 10.0  # of the budget, kept for writing the result
-LEAST_S = 5.0  # a stage is not started with less
-TAIL_LINES = 30  # of a stage's output that the result keeps
+GRACE_S = 5.0  # time between asking a stage to end and killing it
+RESERVE_S = 10.0  # part of the budget that is kept for writing the result
+LEAST_S = 5.0  # a stage is not started with less time
+TAIL_LINES = 30  # last lines of a stage's output that the result keeps
 COPY_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage: a function of stages.py with its arguments, and the most seconds that it may take.
+    """One stage: a function of stages.py with its arguments and its time limit in seconds.
 
-    background: starts at once, beside the others, because it needs no GPU. after: a background stage that makes what
-    this one reads.
+    background: whether it starts at once, beside the others, because it needs no GPU. after: a background stage that
+    makes what this one reads.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Stage:
 
 
 def stages(jetson: bool, soak_s: float, small: bool) -> list[Stage]:
-    """All stages in order of worth. small: the shipped models take the place of the published sizes (a dry run)."""
+    """All stages, the most useful first. small: the shipped models replace the published sizes (a dry run)."""
     found = [Stage("machine", "machine", {}, 60), Stage("cuda", "cuda", {}, 60)]
     full = ("trol-nano", "trol-nano-phi3") if small else ("trol-1.8b", "trol-3.8b")
     sizes = [(model, precision) for precision in ("fp16", "int8") for model in full]
@@ -85,11 +85,11 @@ def stages(jetson: bool, soak_s: float, small: bool) -> list[Stage]:
 
 
 class Kit:
-    """The folder that was carried here, and what of it is usable."""
+    """The folder that was carried here, and its usable parts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.lines: list[str] = []  # what is wrong, a line each
+        self.lines: list[str] = []  # problems, one per line
         self.brought: dict[str, str] = {}  # file -> "installed", or why it was not
         self.manifest: dict[str, object] = {}
         try:
@@ -97,24 +97,24 @@ class Kit:
         except (OSError, ValueError) as error:
             self.lines.append(f"manifest.json cannot be read ({error}); carry the whole kit folder here again")
         if self.manifest and (self.manifest.get("kit"), self.manifest.get("version")) != (KIT, KIT_VERSION):
-            self.lines.append(f"manifest.json is none of kit version {KIT_VERSION}; make the kit again")
+            self.lines.append(f"manifest.json is not of kit version {KIT_VERSION}; make the kit again")
             self.manifest = {}
         here = platform.machine()
         if self.manifest and self.manifest["machine"] != here:
             self.lines.append(
-                f"this kit is for {self.manifest['machine']} and this machine is {here}; make another kit"
+                f"this kit is for {self.manifest['machine']}, but this machine is {here}; make another kit"
             )
             self.manifest = {}
 
     @property
     def jetson(self) -> bool:
-        """Whether it is the kit for a Jetson."""
+        """Whether this kit is for a Jetson."""
         return bool(self.manifest.get("jetson"))
 
     def install(self, into: Path) -> None:
-        """Put pieces together, check them, and install wheels and bundles below `into`, each only once.
+        """Join and check pieces, and install wheels and bundles below `into`, each only once.
 
-        What is missing or altered is noted and left out.
+        Missing or altered ones are reported and left out.
         """
         site, marks = into / "site", into / "marks"
         for path in (site, marks):
@@ -140,11 +140,11 @@ class Kit:
         return None if done.returncode else f"not needed: this machine has {unless}"
 
     def _installed(self, name: str, entry: dict[str, object], site: Path, into: Path) -> str | None:
-        """Install one file; why that was not possible, or None."""
+        """Install one file; returns why that was not possible, or None."""
         wanted = entry.get("python")
         here = ".".join(map(str, sys.version_info[:2]))
         if wanted and wanted != here:
-            return f"made for Python {wanted}, here is {here}; run this with python{wanted}"
+            return f"made for Python {wanted}, but here is {here}; run this with python{wanted}"
         pieces = entry["pieces"]
         gone = [piece["name"] for piece in pieces if not (self.folder / "pieces" / piece["name"]).is_file()]
         if gone:
@@ -152,7 +152,7 @@ class Kit:
         free = shutil.disk_usage(into).free
         needed = 4 * int(entry["bytes"])
         if needed > free:
-            return f"needs {needed / 1e6:.0f} MB below {into} for a while, {free / 1e6:.0f} MB are free; make room"
+            return f"needs {needed / 1e6:.0f} MB below {into}, but {free / 1e6:.0f} MB are free; make room"
         whole = into / name
         try:
             if (fault := self.joined(pieces, whole, str(entry["sha256"]))) is not None:
@@ -179,7 +179,7 @@ class Kit:
 
     def _unpacked(self, whole: Path, kind: str, site: Path, into: Path) -> str | None:
         if kind == "bundles":
-            # The kit is our own and its hash was checked; the filter is for a kit that somebody else made.
+            # Our own kit's hash was checked; the filter protects from a kit that somebody else made.
             safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             with tarfile.open(whole) as tar:
                 tar.extractall(into, **safe)
@@ -197,7 +197,7 @@ class Kit:
 
 
 class Run:
-    """The stages under one clock; result.json is written after every change."""
+    """One run of the stages within a budget; result.json is written after every change."""
 
     def __init__(self, kit: Kit, options: argparse.Namespace) -> None:
         self.kit, self.options = kit, options
@@ -225,7 +225,7 @@ class Run:
         self.write()
 
     def _before(self) -> dict[str, object] | None:
-        """What an earlier run of this folder left: its stages stay until they run again."""
+        """The result of an earlier run in this folder, whose stages stay until they run again."""
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -237,7 +237,7 @@ class Run:
         return self.options.budget - RESERVE_S - (time.monotonic() - self.start)
 
     def write(self) -> None:
-        """Write result.json, aside and renamed, so that it is whole at every instant."""
+        """Write result.json beside its place and rename it, so that it is complete at every moment."""
         self.run["seconds"] = round(time.monotonic() - self.start, 1)
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
@@ -274,13 +274,13 @@ class Run:
                 start_new_session=True,
             )
         assert child.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended at once; its exit status says how
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and its exit status says how
             child.stdin.write(json.dumps(told).encode())
             child.stdin.close()
         self.children[stage.name] = stage, child, time.monotonic()
 
     def wait(self, name: str, limit_s: float, why: str) -> None:
-        """Wait for a stage, end it at its limit, and put what it left into the result."""
+        """Wait for a stage, end it at its limit, and put its output into the result."""
         stage, child, began = self.children.pop(name)
         cut = False
         try:
@@ -296,7 +296,7 @@ class Run:
             entry["status"] = "crashed"
             entry["line"] = f"crashed with {signal.Signals(-child.returncode).name}"
         elif entry["status"] == "running":
-            entry["status"], entry["line"] = "crashed", f"ended without a word, exit status {child.returncode}"
+            entry["status"], entry["line"] = "crashed", f"ended without a message, exit status {child.returncode}"
         entry["seconds"] = round(seconds, 1)
         if entry["status"] not in ("passed", "not run"):
             log = (self.out / "logs" / f"{stage.name}.log").read_text(encoding="utf-8", errors="replace")
@@ -319,7 +319,7 @@ class Run:
         print(f"{self.run['seconds']:6.0f} s  {name:32} {entry['status']:8} {seconds}  {entry['line']}", flush=True)
 
     def stage(self, stage: Stage) -> None:
-        """Run a stage, within its own limit and what is left of the budget."""
+        """Run a stage within its own limit and the rest of the budget."""
         left = self.left_s()
         if left < LEAST_S:
             self.note(stage.name, {"status": "not run", "line": "the budget was used up before it"})
@@ -330,7 +330,7 @@ class Run:
         self.wait(stage.name, limit, why)
 
     def all(self, chosen: list[Stage]) -> None:
-        """Run the chosen stages; those in the background beside the rest."""
+        """Run the chosen stages, with the background ones beside the rest."""
         waiting = [stage for stage in chosen if stage.background]
         left = [stage for stage in chosen if not stage.background]
         try:
@@ -352,7 +352,7 @@ class Run:
             self.write()
 
     def _feed(self, waiting: list[Stage], wait: bool = False) -> None:
-        """Keep `--jobs` background stages at work. wait: until the oldest of them has ended."""
+        """Keep `--jobs` background stages running. wait: wait until the oldest of them has ended."""
         for name, (stage, child, began) in list(self.children.items()):
             if wait or child.poll() is not None:
                 left = stage.limit_s - (time.monotonic() - began)
@@ -367,12 +367,12 @@ class Run:
 
 
 def cuda_folders() -> list[str]:
-    """Folders of CUDA libraries that came as Python packages: onnxruntime looks for them beside itself only."""
+    """Folders of CUDA libraries from Python packages, because onnxruntime searches only beside itself."""
     return [os.fspath(path) for entry in sys.path if entry for path in sorted(Path(entry).glob("nvidia/*/lib"))]
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
+    """End a process and all processes that it started."""
     for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, number)
@@ -382,7 +382,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:  # not even SIGKILL ends a process that hangs in the driver
             continue
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # what it started itself
+        os.killpg(child.pid, signal.SIGKILL)  # for processes that it started itself
 
 
 def chosen(options: argparse.Namespace, jetson: bool) -> list[Stage]:
@@ -399,19 +399,23 @@ def chosen(options: argparse.Namespace, jetson: bool) -> list[Stage]:
 
 
 def main() -> int:
-    """The command line; exit code 0 where every stage that ran passed, 1 where one did not, 2 where none could run."""
+    """Run the command line. Returns 0 if every stage that ran passed, 1 if one did not, 2 if none could run."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="Example: python3 run.py --budget 720 --out result"
     )
-    parser.add_argument("--budget", type=float, default=720.0, help="Seconds for everything.  [default: 720]")
-    parser.add_argument("--only", default="", help="Stages to run, by the beginnings of their names, with commas.")
-    parser.add_argument("--skip", default="", help="Stages to leave out, in the same way.")
+    parser.add_argument("--budget", type=float, default=720.0, help="Seconds for the whole run.  [default: 720]")
+    parser.add_argument("--only", default="", help="Stages to run, as beginnings of names separated by commas.")
+    parser.add_argument("--skip", default="", help="Stages to leave out, in the same form.")
     parser.add_argument("--out", default="result", help="Folder of result.json, logs and the profile's page.")
-    parser.add_argument("--scratch", default="scratch", help="Folder to install and work in; several GB.")
-    parser.add_argument("--soak-s", type=float, default=60.0, help="Seconds of the soak.  [default: 60]")
+    parser.add_argument("--scratch", default="scratch", help="Folder to install and work in; it takes several GB.")
+    parser.add_argument("--soak-s", type=float, default=60.0, help="Seconds of the soak test.  [default: 60]")
     jobs = max(1, min(4, (os.cpu_count() or 1) // 4))
-    parser.add_argument("--jobs", type=int, default=jobs, help=f"Exports at a time beside the rest.  [default: {jobs}]")
-    parser.add_argument("--dry", action="store_true", help="No GPU: the CPU stands in, small models for large ones.")
+    parser.add_argument(
+        "--jobs", type=int, default=jobs, help=f"Exports that run at a time beside the rest.  [default: {jobs}]"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="Use no GPU: the CPU replaces it, and small models replace large ones."
+    )
     parser.add_argument("--list", action="store_true", help="Print the stages and their limits, and run nothing.")
     options = parser.parse_args()
     if options.budget <= RESERVE_S + LEAST_S:
@@ -421,7 +425,7 @@ def main() -> int:
         for stage in chosen(options, kit.jetson):
             print(f"{stage.name:32} {stage.limit_s:5.0f} s{'  in the background' if stage.background else ''}")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended and noted
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends and records what runs
     run = Run(kit, options)
     if kit.manifest:
         kit.install(run.scratch)

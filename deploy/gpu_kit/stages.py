@@ -1,7 +1,7 @@
-"""The stages of the GPU kit, each run by run.py in a process of its own; what it is told comes as JSON on stdin.
+"""The stages of the GPU kit. run.py runs each in a separate process and sends its arguments as JSON to stdin.
 
-Every stage compares what the GPU computes with what was computed before it: with the CPU's answer to the same question,
-with the samples of the FP32 reference that the bundle carries, or with bytes that were sent there.
+Every stage compares what the GPU computes with a known result: with the CPU's answer to the same question, with the
+samples of the FP32 reference in the bundle, or with bytes that were sent to the GPU.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from typing import Any
 
 MB = 1 << 20
 QUESTIONS = ("What is left of the red circle?", "Describe the scene.")
-CONTEXT = 2048  # tokens of the large bundles' cache: TroL-1.8B's default
-SIZE = (640, 480)  # of the picture that is timed
-TEXT_TOKENS = 16  # beside the picture, of the PyTorch reference's prompt; the profile's made-up question has as many
-TOKENS = 32  # of an answer that is timed
-RUNS = 5  # of everything that is timed
-TIE = 0.05  # nats between two tokens that rounding may turn round
+CONTEXT = 2048  # tokens of the large bundles' cache, which is TroL-1.8B's default
+SIZE = (640, 480)  # size of the picture that is timed
+TEXT_TOKENS = 16  # text tokens in the PyTorch reference's prompt, as in the profile's made-up question
+TOKENS = 32  # length of a timed answer
+RUNS = 5  # runs of everything that is timed
+TIE = 0.05  # nats between two tokens whose order rounding may change
 DISTRIBUTIONS = (
     "trol-edge", "numpy", "pillow", "tokenizers", "typer", "rich", "onnx", "onnx-ir", "onnxscript", "safetensors",
     "sentencepiece", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "tensorrt-rtx-cu13-libs",
@@ -48,7 +48,7 @@ LIBRARIES = ("libcuda.so.1", "libcudart.so.13", "libcudart.so.12", "libcublas.so
 
 
 class NotHere(Exception):
-    """Something that this stage needs is not there: no fault of ours, and no proof."""
+    """Something that this stage needs is missing, which neither proves nor disproves anything."""
 
 
 class Record:
@@ -65,17 +65,17 @@ class Record:
         self._write()
 
     def check(self, name: str, good: bool, found: str = "") -> None:
-        """Note whether something holds; the stage passes where all of them do."""
+        """Record whether something holds; the stage passes if all checks do."""
         self._data["checks"].append({"name": name, "good": bool(good), "found": "" if good else found})
         self._write()
 
     def end(self, status: str, line: str) -> None:
-        """Note how the stage ended, in one line."""
+        """Record how the stage ended, in one line."""
         self._data |= {"status": status, "line": " ".join(line.split())[:600]}
         self._write()
 
     def verdict(self) -> tuple[str, str]:
-        """Passed or failed, by the checks."""
+        """The status, passed or failed, by the checks."""
         bad = [check for check in self._data["checks"] if not check["good"]]
         if bad:
             return "failed", "; ".join(f"{check['name']}: {check['found']}" for check in bad)
@@ -88,7 +88,7 @@ class Record:
 
     @property
     def provider(self) -> Any:
-        """ONNX Runtime's provider that is to be proven."""
+        """ONNX Runtime's provider that is tested."""
         return "cpu" if self.dry else "cuda"
 
 
@@ -96,7 +96,7 @@ class Record:
 
 
 def machine(record: Record) -> None:
-    """GPU, driver, CUDA, libraries, what the kit brought; memory bandwidth and matrix rate."""
+    """Record GPU, driver, CUDA, libraries, what the kit brought, memory bandwidth and matrix rate."""
     record["python"] = platform.python_version()
     record["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     cpu = [line.split(":", 1)[1].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")]
@@ -127,7 +127,7 @@ def machine(record: Record) -> None:
 
 
 def require_gpu(record: Record) -> Any:
-    """The first GPU as the driver describes it; NotHere where there is none."""
+    """The first GPU as the driver describes it. Raises NotHere if there is none."""
     from trol_edge.runtimes.cuda import devices
 
     found = devices()
@@ -137,7 +137,7 @@ def require_gpu(record: Record) -> Any:
 
 
 def rates() -> dict[str, Any]:
-    """Bytes per second of a copy within the GPU, and FLOP per second of products, through PyTorch."""
+    """Measure bytes per second of a copy within the GPU, and FLOP per second of matmuls, with PyTorch."""
     try:
         torch = importlib.import_module("torch")
     except ImportError:
@@ -157,7 +157,7 @@ def rates() -> dict[str, Any]:
 
 
 def timed_on_gpu(torch: Any, work: Callable[[], Any], repeats: int = 10) -> float:
-    """Median seconds of a piece of GPU work, after three for warmth."""
+    """The median seconds of some GPU work, after three runs for warm-up."""
     for _ in range(3):
         work()
     times = []
@@ -172,7 +172,7 @@ def timed_on_gpu(torch: Any, work: Callable[[], Any], repeats: int = 10) -> floa
 
 
 def lines_of(path: str) -> list[str]:
-    """Lines of a text file; none where it cannot be read."""
+    """The lines of a text file; none if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -189,7 +189,7 @@ def loads(library: str) -> bool:
 
 
 def said(*command: str) -> str:
-    """What a command prints, or why it could not run."""
+    """The output of a command, or why it could not run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -201,7 +201,7 @@ def said(*command: str) -> str:
 
 
 def cuda(record: Record) -> None:
-    """Memory, copies, capture and errors, through cuda-python and through pycuda where it is there."""
+    """Test memory, copies, capture and errors, through cuda-python and, if it is installed, through pycuda."""
     from trol_edge.runtimes import cuda as room
 
     require_gpu(record)
@@ -290,7 +290,7 @@ def _copies(record: Record, name: str, opened: Any) -> None:
 
 
 def timed(work: Callable[[], Any], wait: Callable[[], None] = lambda: None, repeats: int = 10) -> float:
-    """Median seconds, after one for warmth."""
+    """The median seconds, after one run for warm-up."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -343,7 +343,7 @@ def _capture(record: Record, name: str, opened: Any) -> None:
 
 
 def bundle_of(record: Record, name: str) -> Path:
-    """A bundle that the kit brought; NotHere where it did not arrive."""
+    """A bundle that the kit brought. Raises NotHere if it did not arrive."""
     folder = record.scratch / "bundles" / name
     if not (folder / "bundle.json").is_file():
         raise NotHere(f"the kit's bundle {name} is not here")
@@ -356,30 +356,30 @@ def picture_of(record: Record, model: str) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-    """An answer: its tokens, and by how many nats each was likelier than the second best."""
+class Tokens:
+    """An answer, with its tokens and their lead over the second best in nats."""
 
     ids: list[int]
     margins: list[float]
 
 
-def answers(runtime: Any, picture: Path) -> list[Told]:
-    """Answers to every question, about the picture and about none; the last with both passes for each token."""
+def answers(runtime: Any, picture: Path) -> list[Tokens]:
+    """Answer every question with the picture and without; the last answer uses both passes for each token."""
     asked = [(question, given, {}) for question in QUESTIONS for given in (picture, None)]
     asked.append((QUESTIONS[0], picture, {"answer_mode": "traverse", "max_new_tokens": 8}))
     found = []
     for question, given, options in asked:
         answer = runtime.generate(question, given, logprobs=2, **options)
         margins = [token.top[0][1] - token.top[1][1] for token in answer.logprobs]
-        found.append(Told(list(answer.token_ids), margins))
+        found.append(Tokens(list(answer.token_ids), margins))
     return found
 
 
-def compared(record: Record, what: str, ours: list[Told], theirs: list[Told]) -> None:
-    """Check that two sets of answers are the same tokens, up to where the other side itself could not tell.
+def compared(record: Record, what: str, ours: list[Tokens], theirs: list[Tokens]) -> None:
+    """Check that two sets of answers have the same tokens, up to a place where rounding decides.
 
-    Where rounding ties two tokens, sums in another order decide. Such a place is noted with how far apart the two were
-    there, and the answer is compared as far as it.
+    If two tokens are nearly tied, another order of summation may choose the other. Such a place is recorded with the
+    distance of the two, and the answer is compared up to it.
     """
     ties, same = [], 0
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -415,7 +415,7 @@ def verified(record: Record, folder: Path, provider: Any) -> None:
 
 
 def require_provider(record: Record) -> None:
-    """NotHere where ONNX Runtime has no CUDA provider."""
+    """Raise NotHere if ONNX Runtime has no CUDA provider."""
     if record.dry:
         return
     require_gpu(record)
@@ -428,7 +428,7 @@ def require_provider(record: Record) -> None:
 
 
 def ort(record: Record, model: str, precision: str) -> None:
-    """A small model through ONNX Runtime's CUDA provider: tokens, drift, operators left to the CPU, memory, time."""
+    """Test a small model on ONNX Runtime's CUDA provider: tokens, drift, operators on the CPU, memory, time."""
     import trol_edge
 
     require_provider(record)
@@ -443,7 +443,7 @@ def ort(record: Record, model: str, precision: str) -> None:
         placement(record, runtime)
         latency(record, runtime, picture)
     verified(record, folder, record.provider)
-    if precision != "fp8":  # which a CPU has no kernels for
+    if precision != "fp8":  # a CPU has no kernels for it
         with trol_edge.Runtime(bundle_of(record, f"{model}-cpu-{precision}"), selftest=False) as runtime:
             other = answers(runtime, picture)
         alike = sum(a.ids == b.ids for a, b in zip(found, other, strict=True))
@@ -451,7 +451,7 @@ def ort(record: Record, model: str, precision: str) -> None:
 
 
 def placement(record: Record, runtime: Any) -> None:
-    """Which operators ONNX Runtime left to the CPU, by graph."""
+    """Record which operators ONNX Runtime left to the CPU, by graph."""
     backend: Any = runtime.model.backend
     left = {}
     for graph, providers in backend.placement().items():
@@ -461,7 +461,7 @@ def placement(record: Record, runtime: Any) -> None:
 
 
 def latency(record: Record, runtime: Any, picture: Path) -> None:
-    """Milliseconds of an answer's parts, medians; the second question finds picture and prefix where they were left."""
+    """Record median milliseconds of an answer's parts. The second question finds picture and prefix cached."""
     parts: dict[str, list[float]] = {}
     for _ in range(RUNS):
         runtime.desk.vision_cache.clear()
@@ -476,7 +476,7 @@ def latency(record: Record, runtime: Any, picture: Path) -> None:
 
 @contextmanager
 def device_memory(record: Record) -> Iterator[None]:
-    """Note the most device memory in use inside the block, less what was in use before; nothing without a GPU."""
+    """Record the peak of device memory inside the block, less the use before; nothing without a GPU."""
     probe = Nvml.open()
     if probe is None:
         yield
@@ -498,7 +498,7 @@ def device_memory(record: Record) -> Iterator[None]:
 
 
 class Nvml:
-    """The first GPU's memory in use, asked of the driver's management library."""
+    """Reads the first GPU's memory in use from the driver's management library."""
 
     class _Memory(ctypes.Structure):
         _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
@@ -508,7 +508,7 @@ class Nvml:
 
     @classmethod
     def open(cls) -> Nvml | None:
-        """None where the library or a GPU is missing."""
+        """Open the library; None if it or a GPU is missing."""
         try:
             library = ctypes.CDLL("libnvidia-ml.so.1")
         except OSError:
@@ -519,20 +519,20 @@ class Nvml:
         return cls(library, handle)
 
     def used(self) -> int:
-        """Bytes."""
+        """The bytes in use."""
         memory = self._Memory()
         self._library.nvmlDeviceGetMemoryInfo(self._handle, ctypes.byref(memory))
         return int(memory.used)
 
 
 def soak(record: Record, model: str, seconds: float) -> None:
-    """Four threads on ONNX Runtime's CUDA provider."""
+    """Run the soak test on ONNX Runtime's CUDA provider."""
     require_provider(record)
     soaked(record, bundle_of(record, f"{model}-tensorrt-fp16"), seconds, record.provider)
 
 
 def soaked(record: Record, folder: Path, seconds: float, provider: Any) -> None:
-    """Ask from four threads for a while; wrong answers and growing memory fail the stage."""
+    """Run the soak test with four threads; wrong answers and growing memory fail the stage."""
     from trol_edge.measure.soak import soak as run
 
     report = run(folder, seconds, lambda now, resident: None, provider=provider)
@@ -546,7 +546,7 @@ def soaked(record: Record, folder: Path, seconds: float, provider: Any) -> None:
 
 
 def engine(record: Record, model: str, precision: str, soak_s: float) -> None:
-    """Engines of TensorRT, built here, or of TensorRT for RTX, brought: run, verify, capture, soak; or the refusal."""
+    """Test engines of TensorRT, built here, or of TensorRT for RTX, brought: run, verify, capture, soak, or refusal."""
     require_gpu(record)
     ran = [_engine(record, model, precision, soak_s, module) for module in ("tensorrt", "tensorrt_rtx")]
     if not any(ran):
@@ -554,14 +554,14 @@ def engine(record: Record, model: str, precision: str, soak_s: float) -> None:
 
 
 def _engine(record: Record, model: str, precision: str, soak_s: float, module: str) -> bool:
-    """One library's engines; whether the library is there at all."""
+    """Test one library's engines; returns whether the library is installed."""
     import trol_edge
     from trol_edge.bundle.targets import TARGETS
     from trol_edge.errors import TrolEdgeError
 
     try:
         version = importlib.import_module(module).__version__
-    except Exception as error:  # a library may fail at its import in ways of its own
+    except Exception as error:  # libraries fail at their import in many ways
         record[module] = f"not usable ({type(error).__name__}: {error})"
         return False
     record[module] = version
@@ -575,12 +575,12 @@ def _engine(record: Record, model: str, precision: str, soak_s: float, module: s
     target = (able or brought)[0]
     given, picture = bundle_of(record, f"{model}-{target}-{precision}"), picture_of(record, model)
     served = TARGETS[target].capabilities
-    if served and capability not in served:  # the library's own words, in case it knows better by now
+    if served and capability not in served:  # the library's own message, in case it supports more by now
         words = _direct(module, given / "engines" / target / "step.engine")
         raise NotHere(f"target {target} serves {', '.join(served)}, this GPU is {capability}; {module} says: {words}")
     folder = record.scratch / "engines" / given.name
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(given, folder)  # engines and kernels are written there; the kit's own stays as it was hashed
+    shutil.copytree(given, folder)  # engines and kernels are written there, so the kit's own keeps its hash
     build = [sys.executable, "-m", "trol_edge", "build", os.fspath(folder), "--json"]
     start = time.perf_counter()
     done = subprocess.run(build, capture_output=True, text=True)
@@ -607,7 +607,7 @@ def _engine(record: Record, model: str, precision: str, soak_s: float, module: s
 
 
 def _direct(module: str, path: Path) -> str:
-    """What the library itself says of an engine, past our own checks of GPU and version."""
+    """What the library itself says about an engine, without our own checks of GPU and version."""
     trt = importlib.import_module(module)
     messages = []
 
@@ -633,7 +633,7 @@ def _direct(module: str, path: Path) -> str:
 
 
 def prepare(record: Record, model: str, precision: str) -> None:
-    """Random weights of a published shape, and a bundle of them for a GPU: seconds and peak memory; needs no GPU."""
+    """Make random weights of a published shape and a GPU bundle of them, without a GPU; record time and peak memory."""
     for name in ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors"):
         try:
             importlib.import_module(name)
@@ -663,7 +663,7 @@ def prepare(record: Record, model: str, precision: str) -> None:
         context=None if record.dry else CONTEXT,
         options=options,
         calibration=made_up_statistics,
-        record_selftest=precision == "fp16",  # scales are made up: what rounding loses would say nothing
+        record_selftest=precision == "fp16",  # with made-up scales the loss by rounding would mean nothing
         overwrite=True,
         progress=progress,
     )
@@ -675,7 +675,7 @@ def prepare(record: Record, model: str, precision: str) -> None:
 
 
 def checkpoint_of(record: Record, model: str) -> Path:
-    """The folder of a published model's random weights, made at the first use; in a dry run a shipped model."""
+    """The folder of a published model's random weights, made on first use; in a dry run a shipped model."""
     if record.dry:
         folder = record.scratch / "bundles" / f"{model}-checkpoint"
         if not folder.is_dir():
@@ -688,7 +688,7 @@ def checkpoint_of(record: Record, model: str) -> Path:
         if (checkpoint / "config.json").is_file():
             return checkpoint
         free = shutil.disk_usage(record.scratch).free / 1e9
-        needed = {"trol-1.8b": 14.0, "trol-3.8b": 24.0}[model]  # it and its bundles
+        needed = {"trol-1.8b": 14.0, "trol-3.8b": 24.0}[model]  # for the checkpoint and its bundles
         if free < needed:
             raise NotHere(f"{model} needs {needed:.0f} GB of disk below {record.scratch}, {free:.0f} are free")
         start = time.perf_counter()
@@ -704,7 +704,7 @@ def large(record: Record, model: str, precision: str) -> Path:
 
 
 def full(record: Record, model: str, precision: str) -> None:
-    """A published shape through ONNX Runtime's CUDA provider: vision, prefill, decode, second question, memory."""
+    """Measure a published shape on ONNX Runtime's CUDA provider: vision, prefill, decode, second question, memory."""
     from trol_edge.measure.run import profile as measure
     from trol_edge.measure.samples import summary
 
@@ -731,7 +731,7 @@ def full(record: Record, model: str, precision: str) -> None:
 
 
 def torch(record: Record, model: str, compile_step: bool) -> None:
-    """The PyTorch reference in FP16 on the same card: eager, its step as one CUDA graph, its step compiled."""
+    """Measure the PyTorch reference in FP16 on the same card: eager, with a CUDA graph step, with a compiled step."""
     if not record.dry:
         require_gpu(record)
     module = importlib.import_module("torch")
@@ -788,7 +788,7 @@ class Reference:
         self.mask[:, 8 : 8 + image] = 1
 
     def attend(self, qkv: Any, layer: int, traversal: int) -> Any:
-        """One layer's attention: a prompt looks at itself, a token at what is cached."""
+        """One layer's attention. A prompt attends to itself, a token to the cache."""
         from trol_edge.export.reference.model import rotate
 
         torch, spec = self.torch, self.spec
@@ -823,7 +823,7 @@ class Reference:
         return self.decoder.logits(self.decoder.traverse(x, self.mask, self.attend)[:, -1:])
 
     def wait(self) -> None:
-        """Until the device is idle."""
+        """Wait until the device is idle."""
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
@@ -840,7 +840,7 @@ class Reference:
         return times
 
     def measure(self) -> dict[str, Any]:
-        """Milliseconds, medians, after one run for warmth."""
+        """Measure median milliseconds, after one run for warm-up."""
         parts: dict[str, list[float]] = {"vision_ms": [], "prefill_ms": [], "step_ms": []}
         for run in range(RUNS + 1):
             start = time.perf_counter()
@@ -858,7 +858,7 @@ class Reference:
         return {name: round(statistics.median(values), 3) for name, values in parts.items()}
 
     def captured(self) -> dict[str, Any]:
-        """The step captured and launched as one CUDA graph."""
+        """Measure the step, captured and launched as one CUDA graph."""
         torch = self.torch
         given = self.embedding[:1][None].clone()
         logits = self.prefill(self.vision(self.pixels))
@@ -881,7 +881,7 @@ class Reference:
         return {"step_ms": round(statistics.median(map(statistics.median, times)), 3)}
 
     def compiled(self) -> dict[str, Any]:
-        """The step compiled; the first run compiles."""
+        """Measure the compiled step; the first run compiles."""
         torch = self.torch
         torch._dynamo.mark_static_address(self.cache)  # written in place, so without this no CUDA graph is used
         start = time.perf_counter()
@@ -900,7 +900,7 @@ class Reference:
 
 
 def profile(record: Record) -> None:
-    """`trol-edge profile` over what ran, small and large: JSON and a page."""
+    """Run `trol-edge profile` over all bundles that ran, small and large, for its JSON and page."""
     bundles = [record.scratch / "bundles" / f"{nano}-tensorrt-{p}" for nano in ("trol-nano", "trol-nano-phi3")
                for p in ("fp32", "fp16", "int8")]  # fmt: skip
     provider: list[str] = []

@@ -53,7 +53,7 @@ def insert(model: ir.Model, plan: PrecisionPlan, input_scales: Mapping[str, floa
             restored = _node("DequantizeLinear", [weight, scale], f"{name}.{suffix}", where, weight.shape)
             model.graph.insert_before(node, restored)
             node.replace_input_with(1, restored.outputs[0])
-    # In graph order, so that the pair stands before the first reader and has its name.
+    # In graph order, so that the pair comes before the first reader and has its name.
     readers = {id(node): name for name, nodes in uses.items() for node in nodes}
     for node in list(model.graph):
         name = readers.get(id(node), "")

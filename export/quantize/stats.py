@@ -41,7 +41,7 @@ ROWS = 64  # size of the reservoir
 # these models sees, and its scale, 1e-6 / 127, is still a normal float32.
 SMALLEST = 1e-6
 
-ROOM = "then calibrate again with the same arguments: it goes on where it stopped"  # for a write that failed
+ROOM = "calibrate into another folder (the same command continues where it stopped)"  # advice for a failed write
 _ARRAYS = ("absmax", "mean_abs", "mean_square", "rows", "histogram")
 _NUMBERS = ("count", "histogram_max", "output_absmax")
 
@@ -183,7 +183,7 @@ def read_state(folder: Path) -> CalibrationState | None:
 
 
 def write_state(folder: Path, state: CalibrationState) -> None:
-    """Begin a cache folder."""
+    """Start a cache folder by writing its state."""
     data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(state)}
     with writing(folder, CalibrationError):
         (folder / PARTS).mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _part(path: Path) -> Iterator[Any]:
-    """An open part; CalibrationError for whatever is wrong with it."""
+    """Open a part. Raises CalibrationError for anything that is wrong with it."""
     advice = "remove the folder and calibrate again"
     with (
         guard(path, CalibrationError, advice, "damaged"),

@@ -85,20 +85,20 @@ class Checkpoint:
         entries = self._entries()
         clip = self._json("clip_vision_config.json", required=False)
         advice = "copy the published files again"
-        with guard(self.folder, CheckpointError, advice, "config.json lacks or garbles a size"):
+        with guard(self.folder, CheckpointError, advice, "a size in config.json is missing or unusable"):
             shapes = {name: entry.shape for name, entry in entries.items()}
             spec = self.family.model_spec(config, clip, shapes)
         self._check_sizes(spec)
-        with guard(self.folder, CheckpointError, advice, "config.json lacks or garbles a setting"):
+        with guard(self.folder, CheckpointError, advice, "a setting in config.json is missing or unusable"):
             self.notes += self.family.notes(config, clip, spec)
-        with guard(self.folder, CheckpointError, advice, "the tokens of its config files are not usable"):
+        with guard(self.folder, CheckpointError, advice, "the tokens in its config files are unusable"):
             self.spec: ModelSpec = dataclasses.replace(spec, **self._token_ids(spec))
         self._check_sizes(self.spec)
         with guard(self.folder, CheckpointError, advice, "its tensors are not usable"):
             self.parameters = self._match(entries)
 
     def _check_sizes(self, spec: ModelSpec) -> None:
-        """What the config files say is used to compute shapes, so it has to be numbers first."""
+        """Check that sizes in the config files are numbers, because shapes are computed from them."""
         wrong = [problem for part in (spec, spec.vision) for problem in wrong_sizes(part, "")]
         if not wrong and (spec.num_heads % spec.num_kv_heads or spec.vision.hidden_size % spec.vision.num_heads):
             wrong.append(f"num_attention_heads {spec.num_heads}, and {spec.vision.num_heads} of the tower")
@@ -124,7 +124,7 @@ class Checkpoint:
             # In old files a token is an object with its flags, in newer ones its text.
             named = (self._json("tokenizer_config.json", required=False) or {}).get("eos_token")
             eos = added.get(named["content"] if isinstance(named, dict) and "content" in named else str(named))
-            if eos is not None:  # it wins over a single one; those of a list end an answer, too
+            if eos is not None:  # it wins over a single one; all ids of a list end an answer
                 ends = [eos, *(token for token in ends if token != eos and len(ends) > 1)]
         ids |= {"eos_token_id": ends[0], "more_end_ids": tuple(ends[1:])}
         name = self.family.prompt(spec).image
@@ -161,13 +161,13 @@ class Checkpoint:
                     raise CheckpointError(f"{index}: no weight_map; copy the index again")
                 if strange := sorted({name for name in weight_map.values() if not is_plain_name(name)}):
                     raise CheckpointError(
-                        f"{index}: names the file {printable(strange[0])[:80]!r}, which is no name of a file "
+                        f"{index}: names the file {printable(strange[0])[:80]!r}, which is not the name of a file "
                         "beside it; copy the index again"
                     )
                 files = [self.folder / str(name) for name in sorted(set(weight_map.values()))]
                 if outside := [f.name for f in files if not stays_inside(f)]:
                     raise CheckpointError(
-                        f"{self.folder}: {', '.join(outside)} is a link to a place outside of the folder and of a "
+                        f"{self.folder}: {', '.join(outside)} is a link to a place outside the folder and outside a "
                         "hub's cache; put the file itself there"
                     )
                 missing = [f.name for f in files if not f.is_file()]
@@ -177,7 +177,7 @@ class Checkpoint:
         if shards := sorted(p.name for p in self.folder.glob("*-of-*") if p.suffix in (".safetensors", ".bin")):
             stem = "model.safetensors" if shards[0].endswith(".safetensors") else "pytorch_model.bin"
             raise CheckpointError(
-                f"{self.folder}: has {len(shards)} shards ({shards[0]}, ...), but not their index, {stem}.index.json; "
+                f"{self.folder}: has {len(shards)} shards ({shards[0]}, ...), but no index {stem}.index.json; "
                 "download it, too"
             )
         if (self.folder / "adapter_config.json").exists():
@@ -196,8 +196,8 @@ class Checkpoint:
         sources = self.family.sources(self.spec)
         if prefix := _prefix(entries, [source.name for source in sources.values()]):
             raise CheckpointError(
-                f"{self.folder}: every name of a tensor begins with {printable(prefix)[:80]!r}, as a wrapper (of "
-                "training or of an adapter) saves them; save the model inside of it"
+                f"{self.folder}: every tensor name begins with {printable(prefix)[:80]!r}, as a wrapper (of "
+                "training or of an adapter) saves them; save the model inside it"
             )
         for parameter, source in sources.items():
             entry = entries.get(source.name)
@@ -222,7 +222,7 @@ class Checkpoint:
             self._gate_tensors = gate
             problems += [f"NaN or infinite: {name}" for name, t in gate.items() if not is_finite(t)]
         if not problems:
-            problems += [f"zero throughout: {name}; was it downloaded whole?" for name in self._zeros(matched)]
+            problems += [f"only zeros: {name}; was it downloaded completely?" for name in self._zeros(matched)]
         if problems:
             # The folder is refused anyway; check the values too, so that one error lists everything to repair.
             problems += [f"NaN or infinite: {name}" for name in self._not_finite(matched)]
@@ -332,7 +332,7 @@ class Checkpoint:
         return _read_block(entry, start, stop)
 
     def _zeros(self, matched: Mapping[str, tuple[Source, Entry]]) -> list[str]:
-        """Some matrices without any number but zero: what a download has not written yet. Most need one row's look."""
+        """Matrices of zeros only, which a download has not written yet. Checking one row is enough for most."""
         found: list[str] = []
         for parameter, (source, entry) in matched.items():
             if len(entry.shape) == 2 and entry.shape[0] > 1 and parameter.endswith("weight") and len(found) < 3:
@@ -368,9 +368,9 @@ def _detect(config: Mapping[str, Any], folder: Path) -> Family:
 
 
 def _another_folder(folder: Path) -> str | None:
-    """What a folder without config.json seems to be, and which one was meant."""
+    """Say what a folder without config.json seems to be, and which one may have been meant."""
     if (folder / MANIFEST).exists():
-        return "is a bundle, which was exported already; give the checkpoint that it was made of"
+        return "is a bundle, which was exported already; give the checkpoint that it was made from"
     models = [folder] if (folder / "snapshots").is_dir() else sorted(folder.glob("models--*"))
     models += sorted(folder.glob("hub/models--*"))
     if snapshots := [path.parent for model in models for path in sorted(model.glob("snapshots/*/config.json"))]:
@@ -383,7 +383,7 @@ def _another_folder(folder: Path) -> str | None:
 
 
 def _prefix(entries: Collection[str], wanted: Collection[str]) -> str:
-    """What stands before every wanted name in a file that has none of them as it is; "" where that is not so."""
+    """The common prefix of all wanted names in a file, or "" if there is none."""
     if any(name in entries for name in wanted):
         return ""
     found = {name.removesuffix(w) for w in wanted for name in entries if name.endswith(f".{w}")}
@@ -391,7 +391,7 @@ def _prefix(entries: Collection[str], wanted: Collection[str]) -> str:
 
 
 def _require_file(path: Path) -> None:
-    """Raise CheckpointError where a file of weights is no regular file, or something that stands for it."""
+    """Raise CheckpointError if a weights file is not a regular file, or only a placeholder of one."""
     with open_plain(path, CheckpointError, "download it again") as file:
         require_itself(path, file.read(512), CheckpointError)
 
@@ -412,7 +412,7 @@ def _read_block(entry: Entry, start: int = 0, stop: int | None = None) -> Tensor
 
 
 def _load_pickle(path: Path, mmap: bool) -> dict[str, Tensor]:
-    """Tensors of a pickle through torch's weights-only loader; anything else in it is refused."""
+    """Load the tensors of a pickle with torch's weights-only loader, which refuses anything else."""
     _require_file(path)
     with guard(path, CheckpointError, "download it again", "truncated or not a PyTorch file"):
         try:
@@ -424,10 +424,10 @@ def _load_pickle(path: Path, mmap: bool) -> dict[str, Tensor]:
             ) from error
         if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in data.items()):
             raise CheckpointError(f"{path}: expected a dict of tensors; download it again")
-        # Numbers without a place, or in another form, could only be refused later, by whoever reads them.
+        # Tensors without numbers in memory, or in another form, would only fail later, when they are read.
         if odd := [k for k, t in data.items() if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized]:
             raise CheckpointError(
-                f"{path}: {printable(odd[0])[:80]} is no dense tensor in memory (it is sparse, quantized or meta); "
+                f"{path}: {printable(odd[0])[:80]} is not a dense tensor in memory (it is sparse, quantized or meta); "
                 "save the model again with its numbers"
             )
         return {name: tensor.detach() for name, tensor in data.items()}  # parameters are tensors as well

@@ -1,8 +1,8 @@
-"""config.json obeyed or refused: what it says of the computation is read, is what we compute anyway, or is an error.
+"""Obeys or refuses config.json: each setting of the computation is read, equals what we compute anyway, or is an error.
 
 A key that is read nowhere could change what a model computes, and the self-test would agree with the wrong graphs,
-because its reference is made of the same numbers. So a key of a known meaning must have the value that our modules
-compute, a key that means nothing to inference is passed over, and any other key is a note.
+because its reference uses the same numbers. So a key of a known meaning must have the value that our modules compute,
+a key without meaning for inference is ignored, and any other key is a note.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from trol_edge.errors import CheckpointError
 from trol_edge.reading import printable
 
-# Keys of a decoder's configuration that change what it computes, and the values that mean what our modules compute;
-# None, and a key that is not there, always do.
+# Keys of a decoder's configuration that change what it computes -> the values that match our modules. None, and a
+# missing key, always match.
 DECODER: dict[str, Collection[Any]] = {
     "attention_bias": (False,),
     "attention_multiplier": (),
@@ -45,9 +45,9 @@ DECODER: dict[str, Collection[Any]] = {
     "tie_word_embeddings": (False,),
     "use_sliding_window": (False,),
 }
-# Of a vision tower's.
+# The same for a vision tower's configuration.
 TOWER: dict[str, Collection[Any]] = {"num_channels": (3,), "quantization_config": ()}
-# Keys that change nothing here: of training, of generation, of the library that saved them, of tokens found elsewhere.
+# Keys without effect here, about training, generation, the library that saved them, and tokens that are read elsewhere.
 _INERT = """
 _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
 attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
@@ -61,17 +61,17 @@ sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie
 top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_bn use_cache use_flash_attn
 """
 INERT = frozenset(_INERT.split())
-# What transformers saves with every configuration, a tower's, too, where it means nothing.
+# Keys that transformers saves with every configuration, even a tower's, where they mean nothing.
 OF_EVERY_CONFIG = ("eos_token_id", "tie_word_embeddings")
-ADVICE = "this is not a published TroL's: copy config.json again, or export a model that has it not"
+ADVICE = "this is not a published TroL's: copy config.json again, or export a model without it"
 
 
 def obey(
     config: Mapping[str, Any], where: str, read: Collection[str], fixed: Mapping[str, Collection[Any]]
 ) -> list[str]:
-    """Refuse what a part of a configuration asks for and our modules do not do; returns notes about unknown keys.
+    """Refuse settings of a part of a configuration that our modules do not support; returns notes about unknown keys.
 
-    read: keys that the family reads itself. fixed: as DECODER. Raises CheckpointError that lists all of it.
+    read: keys that the family reads itself. fixed: a table like DECODER. Raises a CheckpointError that lists all.
     """
     wrong = [
         f"{key} {value!r:.80}"
@@ -86,7 +86,7 @@ def obey(
     known = {*read, *fixed, *INERT}
     unknown = sorted(key for key in config if key not in known)
     names = ", ".join(printable(where + key)[:80] for key in unknown)
-    return [f"config.json: not known here, and not looked at: {names}"] if unknown else []
+    return [f"config.json: unknown and ignored: {names}"] if unknown else []
 
 
 def _same(value: Any, allowed: Any) -> bool:
@@ -98,21 +98,21 @@ def _same(value: Any, allowed: Any) -> bool:
 
 
 def require_head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
-    """The size of a head, which is the width divided by the heads; CheckpointError for a configuration that differs."""
+    """The size of a head, the width divided by the heads. Raises CheckpointError for a configuration that differs."""
     size = hidden // heads
     if config.get("head_dim") not in (None, size) or hidden % heads:
         raise CheckpointError(
             f"config.json: head_dim {config.get('head_dim')!r:.80} is not hidden_size {hidden} divided by "
-            f"num_attention_heads {heads}, and no TroL has another; {ADVICE}"
+            f"num_attention_heads {heads}, which no TroL has; {ADVICE}"
         )
     return size
 
 
 def rope_settings(config: Mapping[str, Any]) -> tuple[float, str, dict[str, Any]]:
-    """Base, type and further settings of the rotary embedding, in either of the places where configurations have it.
+    """Base, type and further settings of the rotary embedding, from either place where configurations have them.
 
-    Until transformers 4 rope_theta and rope_scaling with a type (later: rope_type), since 5 all in rope_parameters.
-    The type is "default", "su" or another, as it stands there; settings are without None.
+    Up to transformers 4 these are rope_theta and rope_scaling with a type (later: rope_type), since 5 rope_parameters.
+    The type is "default", "su" or another, as it is written there; settings have no None.
     """
     found: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -123,7 +123,7 @@ def rope_settings(config: Mapping[str, Any]) -> tuple[float, str, dict[str, Any]
             raise CheckpointError(f"config.json: {key} {part!r:.80} is not one set of settings; {ADVICE}")
         for name, value in part.items():
             name = "type" if name == "rope_type" else name
-            value = "su" if name == "type" and value == "longrope" else value  # one thing, renamed
+            value = "su" if name == "type" and value == "longrope" else value  # the same, renamed
             if value is not None and found.setdefault(name, value) != value:
                 raise CheckpointError(
                     f"config.json: {name} of the rotary embedding is {value!r:.80} and {found[name]!r}"
@@ -134,16 +134,16 @@ def rope_settings(config: Mapping[str, Any]) -> tuple[float, str, dict[str, Any]
         raise CheckpointError(f"config.json: rope_theta is {given!r:.80}, and {base!r:.80} in rope_parameters")
     base = given if base is None else base
     if base is None:
-        raise KeyError("rope_theta")
+        raise CheckpointError("config.json lacks rope_theta; copy it again")
     if not _same(found.pop("partial_rotary_factor", 1), 1):
         raise CheckpointError(f"config.json: partial_rotary_factor is not 1, which is not supported; {ADVICE}")
     return float(base), str(found.pop("type", "default")), found
 
 
 def require_plain_rope(kind: str, settings: Mapping[str, Any], limit: int) -> None:
-    """Raise CheckpointError where the settings change the rotary embedding of positions below `limit`.
+    """Raise CheckpointError if the settings change the rotary embedding of positions below `limit`.
 
-    "dynamic" does not: it begins beyond max_position_embeddings, where export does not go.
+    "dynamic" does not, because it begins above max_position_embeddings, which export does not reach.
     """
     allowed = {"default": (), "dynamic": ("factor", "original_max_position_embeddings"), "linear": ("factor",)}
     wrong = [f"{key} {value!r:.80}" for key, value in settings.items() if key not in allowed.get(kind, ())]
@@ -156,7 +156,7 @@ def require_plain_rope(kind: str, settings: Mapping[str, Any], limit: int) -> No
 
 
 def su_amplitude(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[int, float]:
-    """Of "su" rotary embedding: the tokens that the short factors serve, and the amplitude of cos and sin."""
+    """The most tokens with the short factors, and the amplitude of cos and sin, of a "su" rotary embedding."""
     limit = config["max_position_embeddings"]
     places = (config.get("original_max_position_embeddings"), settings.get("original_max_position_embeddings"))
     originals = {value for value in places if value is not None}
@@ -175,17 +175,17 @@ def su_amplitude(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tupl
 
 
 def end_tokens(value: Any) -> list[int]:
-    """Ids that end an answer: one, or a list of them."""
+    """The ids that end an answer; the value is one id or a list of them."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in ids):
         raise CheckpointError(
-            f"eos_token_id {value!r:.80} is no token, nor a list of tokens; copy the config files again"
+            f"eos_token_id {value!r:.80} is neither a token nor a list of tokens; copy the config files again"
         )
     return list(dict.fromkeys(ids))
 
 
 def differing(pairs: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
-    """Keys that say something else than what they must, in words: name -> (found, expected), found may be None."""
+    """Describe keys with wrong values; pairs: name -> (found, expected), where found may be None."""
     for name, (found, expected) in pairs.items():
         if found is not None and found != expected:
             yield f"{name} {found!r:.80} instead of {expected!r}"

@@ -33,7 +33,7 @@ class Family:
     """One TroL family.
 
     `model_spec(config, vision_config, shapes)` reads the numbers, `notes(config, vision_config, spec)` refuses what
-    else these ask for and remarks what nobody knows, `sources(spec)` maps every parameter
+    else these ask for and returns remarks on unknown keys, `sources(spec)` maps every parameter
     ("embedding", "decoder.*", "vision.*") to a published tensor, `decoder` and `vision` build the modules,
     `adapt(parameter, tensor, spec)` converts an older published form of a tensor to its present shape
     (None if there is none), `unused(name)` recognises tensors that are published but not used.

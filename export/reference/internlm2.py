@@ -174,7 +174,7 @@ def model_spec(config: dict[str, Any], clip: dict[str, Any] | None, shapes: Mapp
 
 
 def notes(config: dict[str, Any], clip: dict[str, Any] | None, spec: ModelSpec) -> list[str]:
-    """Refuse what these files ask for and our modules do not do; remarks about keys that nobody knows."""
+    """Refuse settings of these files that our modules do not support; returns remarks about unknown keys."""
     window = config.get("sliding_window")
     wrong = {
         "lora_rank": (config.get("lora_rank"), spec.lora_rank),

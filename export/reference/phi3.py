@@ -76,8 +76,8 @@ READ_TOWER = (
     "qk_normalization",
     "qkv_bias",
 )
-# What else stands beside the parts, and the values that mean what we do. The numbers of tiles are the authors' own:
-# their code ignores these two.
+# Other keys beside the parts -> the values that match our modules. The two numbers of tiles may have any value, because
+# the authors' code ignores them.
 TOP: dict[str, Collection[Any]] = {
     "dynamic_image_size": (True,),
     "max_dynamic_patch": range(1, 1000),
@@ -244,7 +244,7 @@ def _long_rope(llm: Mapping[str, Any], kind: str, settings: Mapping[str, Any], h
 
 
 def notes(config: dict[str, Any], clip: dict[str, Any] | None, spec: ModelSpec) -> list[str]:
-    """Refuse what `config.json` asks for and our modules do not do; remarks about keys that nobody knows."""
+    """Refuse settings of `config.json` that our modules do not support; returns remarks about unknown keys."""
     llm, tower, v = config["llm_config"], config["vision_config"], spec.vision
     limit, window = spec.max_position_embeddings, llm.get("sliding_window")
     unsupported = {
@@ -261,7 +261,7 @@ def notes(config: dict[str, Any], clip: dict[str, Any] | None, spec: ModelSpec) 
     }
     if any(unsupported.values()):
         found = "; ".join(what for what, wrong in unsupported.items() if wrong)
-        raise CheckpointError(f"config.json asks for what no published TroL-3.8B has: {found}; copy it again")
+        raise CheckpointError(f"config.json has settings that no published TroL-3.8B has: {found}; copy it again")
     return [
         *obey(config, "", READ, TOP),
         *obey(llm, "llm_config.", READ_DECODER, DECODER),

@@ -6,6 +6,7 @@ prompt are chosen beforehand, so they follow it through each layer, and no layer
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor
 
+from trol_edge.bundle.names import TOKENIZER
 from trol_edge.bundle.selftest import SelfTest, SelfTestCase, tensors
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import CheckpointError
@@ -24,8 +26,9 @@ from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.layerwise import Layerwise, rope_of
 from trol_edge.export.reference.model import EagerAttention, graph_rope_tables
 from trol_edge.export.storage import Progress
+from trol_edge.prompt import probe
 from trol_edge.prompt.images import count_tiles, preprocess
-from trol_edge.prompt.template import build_prompt
+from trol_edge.prompt.template import build_prompt, end_ids
 from trol_edge.prompt.tokenizer import Tokenizer
 
 # A rendered scene of the kind that default calibration uses, but a different one, within the range of the scales.
@@ -49,6 +52,8 @@ def record(source: Checkpoint, path: Path, context: int, tokenizer: Tokenizer | 
         return False
     with torch.no_grad():
         test = _run(source, context, room, tokenizer, progress)
+    if tokenizer is not None:
+        test = dataclasses.replace(test, **_words(tokenizer, path.parent / TOKENIZER, source))
     path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in tensors(test).items()}))
     return True
 
@@ -184,6 +189,18 @@ def _run(source: Checkpoint, context: int, room: int, tokenizer: Tokenizer | Non
         embeddings=embeddings.numpy(),
         cases={n: s.case(part) for (n, s), part in zip(sequences.items(), logits.split(STEPS + 1), strict=True)},
     )
+
+
+def _words(tokenizer: Tokenizer, file: Path, source: Checkpoint) -> dict[str, Any]:
+    """What tokenizer (its file in the bundle, too) and prompt template make of fixed texts."""
+    spec, template = source.spec, source.family.prompt(source.spec)
+    prompts = probe.prompt_ids(tokenizer, template)
+    return {
+        "token_digests": probe.token_digests(tokenizer, file.read_text(encoding="utf-8"), spec.vocab_size),
+        "prompt_ids": np.concatenate(prompts).astype(np.int32),
+        "prompt_lengths": np.array([len(ids) for ids in prompts], np.int32),
+        "end_ids": np.array(sorted({spec.eos_token_id} | end_ids(tokenizer, template)), np.int32),
+    }
 
 
 def _require_finite(name: str, x: Tensor) -> None:

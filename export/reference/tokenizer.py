@@ -42,7 +42,7 @@ _CONFIG = "tokenizer_config.json"
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
 _BPE = 2  # model type
-MOST_CHARACTERS = 1024  # of a piece: ways to merge one grow with its length
+MOST_CHARACTERS = 1024  # longest piece, because ways to merge one grow with its length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +125,13 @@ _DROP_PREFIX = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def _taken_over(path: pathlib.Path, extra_tokens: Sequence[str]) -> str:
-    """The published tokenizer.json; what `trol_edge.prompt.tokenizer` does not do is refused or written plainly."""
+    """Take over a published tokenizer.json; refuse or rewrite what `trol_edge.prompt.tokenizer` does not support."""
     with guard(path, CheckpointError, "download the checkpoint again", "cannot be read"):
         return _made_plain(path, _read_json(path), extra_tokens)
 
 
 def _made_plain(path: pathlib.Path, data: dict[str, Any], extra_tokens: Sequence[str]) -> str:
-    """As `_taken_over`, of a file that was parsed."""
+    """Do the work of `_taken_over` for a parsed file."""
     model, normalizer, spaces = (data.get(key) or {} for key in ("model", "normalizer", "pre_tokenizer"))
     for piece, token_id in model.get("vocab", {}).items():
         _checked_id(token_id, path)
@@ -178,7 +178,7 @@ def read_model(path: pathlib.Path) -> _Model:
     again = "download the checkpoint again"
     data = read_plain(path, CheckpointError, again)
     with guard(path, CheckpointError, again, "cannot be read"):
-        top = list(protobuf_fields(data))  # before sentencepiece, which may reserve whatever a length says
+        top = list(protobuf_fields(data))  # before sentencepiece, which may allocate any length that it reads
         pieces = [_read_piece(dict(protobuf_fields(value))) for number, value in top if number == 1]
         parts = dict(top)
         trainer, normalizer, denormalizer = (dict(protobuf_fields(parts.get(n, b""))) for n in (2, 3, 5))
@@ -190,7 +190,7 @@ def read_model(path: pathlib.Path) -> _Model:
         (not normalizer.get(5, 1), "it does not escape whitespace"),
         (denormalizer.get(2), "it changes characters when decoding"),
         (len(set(texts)) != len(texts), "a piece occurs twice"),
-        (sum(p.kind == _UNKNOWN for p in pieces) != 1, "it has not exactly one unknown piece"),
+        (sum(p.kind == _UNKNOWN for p in pieces) != 1, "it does not have exactly one unknown piece"),
         (max(map(len, texts), default=0) > MOST_CHARACTERS, f"a piece has more than {MOST_CHARACTERS} characters"),
     ]
     if found := [why for refused, why in refusals if refused]:

@@ -40,8 +40,8 @@ from trol_edge.runtimes.trt import weights as trt_weights
 from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
 
 Float32 = NDArray[np.float32]
-MOST_KERNELS = 1 << 30  # bytes of kernels that an earlier run kept
-_Garbage = tuple[list[int], list[Any]]  # blocks of device memory, and captured graphs
+MOST_KERNELS = 1 << 30  # most bytes of kernels from an earlier run
+_Garbage = tuple[list[int], list[Any]]  # blocks of device memory and captured graphs to be freed
 
 
 class _Lease:
@@ -216,9 +216,9 @@ class TrtBackend:
         return found
 
     def new_context(self, name: str) -> Context:
-        """An execution context of an engine, with the kernels that an earlier run compiled, if it left any.
+        """Make an execution context of an engine, with the kernels that an earlier run compiled, if there are any.
 
-        They are programs that nobody signed: where only signed bundles are opened, they are compiled again.
+        Such kernels are programs that nobody signed, so with trusted keys they are compiled again instead.
         """
         kept = None if self.bundle.trusted_keys else _unwrapped(self._kernels(name))
         return self._engines[name].context(kept)

@@ -1,7 +1,7 @@
-"""What `bench` measures, each in a process of its own: our bundles, the torch reference, llama.cpp, OpenVINO.
+"""The contenders of `bench`, each in a separate process: our bundles, the torch reference, llama.cpp, OpenVINO.
 
-This file also runs in the interpreter of a peer (see `bench --llama-python`), so it imports nothing at the top but
-what the thin runtime has. Every contender takes token ids and gives logits; `measure` is the same for all of them.
+This file also runs in the interpreter of a peer (see `bench --llama-python`), so at the top it imports only what the
+thin runtime has. Every contender turns token ids into logits, and `measure` is the same for all of them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from trol_edge.prompt.tokenizer import Tokenizer
 Float32 = NDArray[np.float32]
 
 QUESTION = "What is left of the red circle?"
-CONTEXT = 2048  # tokens that every contender's cache holds, or may hold
-# Bytes of 32 weights with their scale.
+CONTEXT = 2048  # size of every contender's cache, in tokens
+# Bytes of 32 weights with their scale, by type.
 GGML_BLOCK = {"Q8_0": 34, "Q4_0": 18}
 
 
@@ -43,47 +43,47 @@ class Shape:
     """A model to measure, and how much of it."""
 
     model: str
-    repeats: int  # of every prompt, in each round
+    repeats: int  # runs of every prompt in each round
     decode: int  # answer tokens per prompt
     own_steps: int  # answer tokens for the runtime's own cost
-    full_warmup: bool  # every prompt once before the clock starts; else the text prompt only
+    full_warmup: bool  # run every prompt once before the clock starts; else the text prompt only
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a worker process is told, as JSON on its standard input."""
+    """The arguments of a worker process, as JSON on its standard input."""
 
     contender: str  # a key of CONTENDERS
     checkpoint: str
-    bundle: str  # of trol-edge's own contenders; its spec and its picture settings are everyone's
-    model: str  # what a peer loads: a GGUF file, a folder of OpenVINO
+    bundle: str  # bundle of trol-edge's own contenders; all use its spec and its picture settings
+    model: str  # model of a peer: a GGUF file, a folder of OpenVINO
     prompts: dict[str, list[int]]  # name -> token ids
     picture: str | None  # file; None: random pixels
     shape: Shape
-    threads: int  # for the peers; the others choose for themselves (the physical cores)
+    threads: int  # for the peers; the others choose it themselves (the physical cores)
 
 
 class Contender(Protocol):
     """One implementation of the decoder. Logits are float32 [V] and may be overwritten by the next call."""
 
     step_bytes: int  # weights that a step reads
-    weight_bytes: int  # all weights that are held: what peak memory is compared with
+    weight_bytes: int  # all weights in memory, which peak memory is compared with
 
     def encode(self, pixels: Float32) -> Any:
-        """pixels [1, 3, P, P] -> image features, or None where pictures are not served."""
+        """Encode pixels [1, 3, P, P] into image features, or None if pictures are not supported."""
         ...
 
     def prefill(self, ids: Sequence[int], features: Any) -> Float32:
-        """Start over with a prompt; logits of its last token."""
+        """Start again with a prompt; returns logits of its last token."""
         ...
 
     def step(self, token: int) -> Float32:
-        """Append one token; logits of what follows it."""
+        """Append one token; returns the logits after it."""
         ...
 
 
 class BundleContender:
-    """The product: `trol_edge.Runtime`, without the second cache, which serves nothing here."""
+    """The product: `trol_edge.Runtime`, without the second cache, which is not used here."""
 
     def __init__(self, job: Task) -> None:
         self.runtime = trol_edge.Runtime(job.bundle, prefix_reuse=False, selftest=False)
@@ -155,7 +155,7 @@ class LlamaCppContender:
 
     def __init__(self, job: Task) -> None:
         self.lib = lib = importlib.import_module("llama_cpp")
-        self.quiet = lib.llama_log_callback(lambda level, text, data: None)  # kept: C holds a pointer to it
+        self.quiet = lib.llama_log_callback(lambda level, text, data: None)  # kept, because C has a pointer to it
         lib.llama_log_set(self.quiet, None)
         lib.llama_backend_init()
         self.model = lib.llama_model_load_from_file(job.model.encode(), lib.llama_model_default_params())
@@ -191,7 +191,7 @@ class LlamaCppContender:
 
 
 class OpenVinoContender:
-    """OpenVINO's runtime in its defaults on a model that `prepare_openvino` made: INT4 weights, INT8 activations."""
+    """OpenVINO's runtime in its defaults on a model from `prepare_openvino`, with INT4 weights and INT8 activations."""
 
     def __init__(self, job: Task) -> None:
         openvino = importlib.import_module("openvino")
@@ -231,7 +231,7 @@ class OpenVinoContender:
 
 
 def _last_token_only(model: Any) -> None:
-    """Logits of the last token instead of all, as OpenVINO's own text pipeline has it: a tenth faster."""
+    """Compute logits of the last token only, like OpenVINO's own text pipeline, which is a tenth faster."""
     operators = importlib.import_module("openvino.opset13")
     node = model.output("logits").get_node().input_value(0).get_node()
     while node.get_type_name() in ("Convert", "Result"):
@@ -243,7 +243,10 @@ def _last_token_only(model: Any) -> None:
 
 
 def prepare_openvino() -> None:
-    """As a process: [bundle folder, output, kind] as JSON on standard input; a random Llama of the decoder's shape."""
+    """Entry point of a process that makes a random Llama of the decoder's shape.
+
+    It reads [bundle folder, output, kind] as JSON from standard input.
+    """
     bundle, folder, _ = json.load(sys.stdin)
     spec = Bundle(bundle).manifest.spec
     torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
@@ -271,13 +274,13 @@ def prepare_openvino() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How a contender is named, and what it computes."""
+    """The name of a contender, and what it computes."""
 
     label: str
     precision: str
     make: Callable[[Task], Contender]
     prefill_passes: int
-    # Of a peer: what must be installed, here or in an interpreter of its own; how; what makes its model.
+    # For a peer: modules that must be installed, here or in its own interpreter; how to; what makes its model.
     modules: tuple[str, ...] = ()
     install: str = ""
     prepare: str = ""
@@ -307,7 +310,7 @@ OURS = tuple(name for name, kind in CONTENDERS.items() if kind.make is BundleCon
 
 
 def worker() -> None:
-    """Measure one contender: a Job as JSON on standard input, its numbers as the last line of standard output."""
+    """Measure one contender: read a Task as JSON from standard input, print its numbers as the last line."""
     data = json.load(sys.stdin)
     job = Task(**data | {"shape": Shape(**data["shape"])})
     try:
@@ -318,7 +321,7 @@ def worker() -> None:
 
 
 def measure(job: Task) -> dict[str, Any]:
-    """Times in seconds of one contender, each prompt `repeats` times, and its memory in bytes."""
+    """Measure times of one contender in seconds, each prompt `repeats` times, and its memory in bytes."""
     start = time.perf_counter()
     contender = CONTENDERS[job.contender].make(job)
     load_s = time.perf_counter() - start
@@ -331,7 +334,7 @@ def measure(job: Task) -> dict[str, Any]:
         for name, ids in job.prompts.items():
             pictured = spec.image_token_id in ids
             if pictured and job.contender in PEERS:
-                continue  # the same to them as as many words
+                continue  # peers see a picture as the same number of words
             if repeat < 0 and pictured and not job.shape.full_warmup:
                 continue
             clock = [time.perf_counter()]
@@ -379,13 +382,13 @@ class _Timed:
 
 
 def own_cost(runtime: trol_edge.Runtime, picture: str | None, steps: int) -> dict[str, list[float]]:
-    """Seconds per answer token: {"total": whole stream steps, "inference": ONNX Runtime's call within each}."""
+    """Measure seconds per answer token: {"total": whole stream steps, "inference": ONNX Runtime's call in each}."""
     model = runtime.model
     if model.tokenizer is None:
         manifest = runtime.bundle.manifest
         model.tokenizer = stand_in_tokenizer(manifest.spec, manifest.prompt)
         picture = None
-    model.ends = frozenset()  # the answer goes on past its end
+    model.ends = frozenset()  # so that the answer continues after its end
     backend: Any = model.backend
     sessions = backend.sessions
     timed = sessions["step"] = _Timed(sessions["step"])
@@ -403,7 +406,7 @@ def own_cost(runtime: trol_edge.Runtime, picture: str | None, steps: int) -> dic
 
 
 def stand_in_tokenizer(spec: ModelSpec, prompt: PromptSpec) -> Tokenizer:
-    """A tokenizer of invented words with a model's vocabulary size: a checkpoint of random weights has none."""
+    """Make a tokenizer of invented words with a model's vocabulary size, because random checkpoints have none."""
     import tokenizers
     from tokenizers import models as kinds
     from tokenizers import normalizers
@@ -430,9 +433,9 @@ def _in_a_step(parameter: str) -> bool:
 
 
 def _peak_bytes() -> int:
-    """Peak resident set of this process, in bytes."""
+    """The peak resident set of this process, in bytes."""
     try:
-        # ru_maxrss of a Linux process starts at the peak of the process that started it; this does not.
+        # On Linux ru_maxrss starts at the peak of the parent process; VmHWM does not.
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
@@ -505,6 +508,6 @@ def write_gguf(path: Path, spec: ModelSpec, kind: str) -> None:
 
 
 def prepare_gguf() -> None:
-    """As a process: [bundle folder, path, kind] as JSON on standard input."""
+    """Entry point of a process that writes a GGUF file; it reads [bundle folder, path, kind] as JSON from stdin."""
     bundle, path, kind = json.load(sys.stdin)
     write_gguf(Path(path), Bundle(bundle).manifest.spec, kind)

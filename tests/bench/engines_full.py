@@ -1,7 +1,7 @@
-"""`make engines-full`: TensorRT for RTX engines of the published sizes, really built, and held to limits.
+"""`make engines-full`: builds TensorRT for RTX engines of the published sizes, and checks them against limits.
 
-Random weights, and made-up scales (an engine takes the same time and memory, whatever they are); no GPU. Export and
-build run in processes of their own, so that peak memory is a build's own: `trol-edge build` itself is what is measured.
+Weights are random and scales made up, because time and memory of an engine do not depend on them. It needs no GPU.
+Export and build run in separate processes, so that peak memory is that of `trol-edge build` alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RATIO = 1.03  # an engine's bytes / those of its weights, each once
 
 @dataclasses.dataclass(frozen=True)
 class FullSize:
-    """One build, and what it may take: seconds on two cores (None: any), bytes resident (None: this machine's)."""
+    """One build and its limits: seconds on two cores (None: any), resident bytes (None: this machine's memory)."""
 
     model: str
     precision: str
@@ -49,7 +49,7 @@ CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What a build took, and which limits it missed, in words."""
+    """The time and memory of a build, and the limits that it missed, in words."""
 
     model: str
     precision: str
@@ -57,16 +57,16 @@ class Built:
     export_seconds: float
     seconds: float
     peak_bytes: int
-    engines: dict[str, dict[str, Any]]  # by graph: bytes, weight_bytes, seconds, ...
+    engines: dict[str, dict[str, Any]]  # graph -> bytes, weight_bytes, seconds, ...
     missed: tuple[str, ...]
 
 
 def measure(
     case: FullSize, folder: Path, checkpoint: Path | None = None, report: Callable[[str], None] = lambda line: None
 ) -> Built:
-    """Export and build one case in `folder`; the bundle is removed again. checkpoint: instead of one made by synth.
+    """Export and build one case in `folder`; the bundle is removed again. checkpoint: used instead of a random one.
 
-    Raises BackendError where a process fails, with what it said last.
+    Raises BackendError with the last output of a process that fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
@@ -96,12 +96,12 @@ def measure(
 
 
 def prepare() -> None:
-    """As a process: [checkpoint, bundle, model, recipe] as JSON on standard input."""
+    """Entry point of a process that exports; it reads [checkpoint, bundle, model, recipe] as JSON from stdin."""
     from trol_edge.export.pipeline import export
     from trol_edge.export.quantize.made_up import made_up_statistics
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
-    # No search for what random weights cannot show.
+    # No searches, because they mean nothing for random weights.
     options = RecipeOptions(recipe=recipe, scaling=False, clipping=False, sensitive=None, observer="minmax")
     export(
         checkpoint,
@@ -116,7 +116,7 @@ def prepare() -> None:
 
 
 def misses(case: FullSize, built: Built) -> list[str]:
-    """Which limits a build missed, in words."""
+    """The limits that a build missed, in words."""
     found = []
     if case.seconds is not None and built.seconds > case.seconds:
         found.append(f"{built.seconds:.0f} s, at most {case.seconds:.0f}")
@@ -130,7 +130,7 @@ def misses(case: FullSize, built: Built) -> list[str]:
 
 
 def show(results: Sequence[Built], console: Console) -> None:
-    """A table, a row per build, and what was missed."""
+    """Print a table with a row per build, and the missed limits."""
     title = f"{results[0].library}, random weights, {os.cpu_count()} cores"
     table = Table(title=title, title_justify="left", box=None)
     for column in ("model", "precision", "export s", "build s", "peak GB", "engines GB (times their weights)"):
@@ -152,15 +152,15 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 
 @app.command(epilog="Example: python -m tests.bench.engines_full --only trol-1.8b-fp16")
 def main(
-    only: Annotated[str, typer.Option(help="Builds, by commas: trol-1.8b-fp16, ... .  [default: all]")] = "",
-    folder: Annotated[Path, typer.Option(help="Where checkpoints and bundles are made; needs 25 GB.")] = FOLDER,
+    only: Annotated[str, typer.Option(help="Builds (trol-1.8b-fp16, ...), separated by commas.  [default: all]")] = "",
+    folder: Annotated[Path, typer.Option(help="Folder for checkpoints and bundles; it needs 25 GB.")] = FOLDER,
     checkpoints: Annotated[
         Path | None,
-        typer.Option(help="Folder with checkpoints trol-1.8b and trol-3.8b to take instead of random ones."),
+        typer.Option(help="Folder with checkpoints trol-1.8b and trol-3.8b to use instead of random ones."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.")] = None,
 ) -> None:
-    """Build full-size engines by TensorRT for RTX, print what they took; exit code 1 where a limit was missed."""
+    """Build full-size engines by TensorRT for RTX and print time and memory. A missed limit exits with 1."""
     err = Console(stderr=True, highlight=False)
     cases = {f"{case.model}-{case.precision}": case for case in CASES}
     try:
@@ -180,7 +180,7 @@ def main(
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     out = Console(highlight=False)
-    out.width = max(out.width, 156)  # a row is a line, in a log file too
+    out.width = max(out.width, 156)  # so that a row is one line, in a log file too
     show(results, out)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)

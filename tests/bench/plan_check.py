@@ -1,12 +1,12 @@
-"""`trol-edge plan` against reality: others' measurements of other models, and this machine's own bundles.
+"""Compares `trol-edge plan` with others' measurements of other models, and with this machine's own bundles.
 
     python -m tests.bench.plan_check published            # figures that others measured of other models
     python -m tests.bench.plan_check host BUNDLE ...      # measure rates, then prefill and decode of each bundle
 
-Published: a peer's shape is traced as ours is, by the same decoder with one pass over the prompt, and planned by the
-same arithmetic. What the peers do not say is assumed: how the output layer is stored (in the table), and a full K/V
-cache of 1024 tokens, of which our step graph reads all. Gemma-2 stands here without its soft caps, local attention and
-heads of 256 (288 here), so its rows say less than the others.
+For published figures, a peer's shape is traced like ours, by the same decoder with one pass over the prompt, and
+planned by the same arithmetic. What the peers do not say is assumed: how the output layer is stored (in the table), and
+a full K/V cache of 1024 tokens, of which our step graph reads all. Gemma-2 is planned without its soft caps, local
+attention and heads of 256 (288 here), so its rows say less than the others.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ CONTEXT = 1024
 
 
 class OnePass(Decoder):
-    """An ordinary decoder: a prompt token passes each layer once."""
+    """An ordinary decoder, in which a prompt token passes each layer once."""
 
     def traverse(self, x: Tensor, image_mask: Tensor | None, attend: Attend, probe: Probe | None = None) -> Tensor:
         return self.step(x, attend)
 
 
 class FourNorms(OnePass):
-    """Gemma-2's layers: a norm behind attention and MLP, too. The same ones again: a plan knows sizes, not values."""
+    """Gemma-2's layers, with norms also after attention and MLP. The same norms serve, because plans ignore values."""
 
     def step(self, x: Tensor, attend: Attend) -> Tensor:
         for i, layer in enumerate(cast("list[Layer]", list(self.layers))):
@@ -71,7 +71,7 @@ class Peer:
     kv_heads: int
     vocabulary: int
     options: RecipeOptions
-    stored: str  # what is assumed, for the table
+    stored: str  # the assumption, for the table
     decoder: type[Decoder] = OnePass
 
 
@@ -94,7 +94,7 @@ PEERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One published measurement; slots: tokens in the cache meanwhile (assumed where nobody says)."""
+    """One published measurement. slots: tokens in the cache (assumed if not published)."""
 
     peer: str
     device: str
@@ -122,7 +122,7 @@ FIGURES = (
 
 
 def peer_subject(peer: Peer, context: int = CONTEXT) -> Subject:
-    """A peer as `trol-edge plan` would see it, on a Jetson Orin."""
+    """Describe a peer for `trol-edge plan`, on a Jetson Orin."""
     config = hub.find("trol-1.8b").config | {
         "hidden_size": peer.hidden,
         "intermediate_size": peer.intermediate,
@@ -138,7 +138,7 @@ def peer_subject(peer: Peer, context: int = CONTEXT) -> Subject:
 
 @app.command()
 def published(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Planned and published times of comparable models."""
+    """Show planned and published times of comparable models."""
     rows = published_rows()
     if as_json:
         print(json.dumps(rows))
@@ -162,7 +162,7 @@ def published(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
 
 
 def published_rows(peers: Collection[str] = tuple(PEERS)) -> list[dict[str, Any]]:
-    """Every figure of these with what is planned for it: milliseconds, and by how many percent that is off."""
+    """Every figure of these peers with its planned milliseconds, and their difference in percent."""
     rows: list[dict[str, Any]] = []
     for name in peers:
         peer = PEERS[name]
@@ -184,12 +184,12 @@ def published_rows(peers: Collection[str] = tuple(PEERS)) -> list[dict[str, Any]
 @app.command()
 def host(
     bundles: list[Path],
-    tokens: Annotated[int, typer.Option(help="Prompt of random image and text tokens.")] = 256,
-    steps: Annotated[int, typer.Option(help="Answer tokens.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Prefills; the median counts.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Length of the prompt of random image and text tokens.")] = 256,
+    steps: Annotated[int, typer.Option(help="Length of the answer in tokens.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Number of prefills, of which the median counts.")] = 1,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Planned and measured prefill and decode of bundles on this machine, its rates measured before and after each."""
+    """Show planned and measured prefill and decode of bundles here, with rates measured before and after each."""
     rows = [row for folder in bundles for row in _compare(Bundle(folder), tokens, steps, rounds)]
     if as_json:
         print(json.dumps(rows))
@@ -224,7 +224,7 @@ def host(
 
 
 def _compare(bundle: Bundle, tokens: int, steps: int, rounds: int) -> list[dict[str, Any]]:
-    """Rates before and after a prompt of random embeddings (half of them image tokens) and steps behind it."""
+    """Measure rates before and after a prompt of random embeddings (half of them image tokens) and its steps."""
     from trol_edge.runtimes import ort, rates
 
     subject, before = subject_of(bundle), rates.host()
@@ -232,7 +232,7 @@ def _compare(bundle: Bundle, tokens: int, steps: int, rounds: int) -> list[dict[
     spec, rng = bundle.manifest.spec, np.random.default_rng(0)
     embeddings = rng.standard_normal((max(tokens, steps + 1), spec.hidden_size), dtype=np.float32) * np.float32(0.05)
     mask = np.arange(tokens) < tokens // 2 if spec.lora_rank else None
-    state.traverse(embeddings[:8], None if mask is None else mask[:8])  # threads and pages are warm behind it
+    state.traverse(embeddings[:8], None if mask is None else mask[:8])  # warms up threads and pages
     prefill = [_seconds(lambda: state.traverse(embeddings[:tokens], mask)) for _ in range(rounds)]
     state.step(embeddings[0], tokens)
     decode = [_seconds(lambda i=i: state.step(embeddings[i], tokens + i)) for i in range(1, 1 + steps)]
@@ -261,7 +261,7 @@ def _compare(bundle: Bundle, tokens: int, steps: int, rounds: int) -> list[dict[
 
 
 def _between(a: Rates, b: Rates) -> Rates:
-    """Between two measurements, number by number: how fast a shared machine is changes from minute to minute."""
+    """The geometric mean of two measurements, because a shared machine's speed changes from minute to minute."""
 
     def points(first: Points, second: Points) -> Points:
         return tuple((size, math.sqrt(rate * other)) for (size, rate), (_, other) in zip(first, second, strict=True))

@@ -1,7 +1,7 @@
-"""`python -m tests.bench.reuse BUNDLE`: what a kept prefix saves, and what it costs.
+"""`python -m tests.bench.reuse BUNDLE`: measures what a kept prefix saves, and what it costs.
 
-- A first question about a frame (vision, then the whole prompt) against a second one about the same frame: its image
-  features are at hand, and the prompt up to its question is cached. Both end with the first logits.
+- A first question about a frame (vision, then the whole prompt) against a second one about the same frame, whose image
+  features and prompt up to the question are cached. Both end with the first logits.
 - An answer token with one pass ("step") against one with both ("traverse", the authors' use_cache=False).
 - The first step of a fork, which copies the prompt's rows, against a plain step.
 - With --questions N: how many of N held-out questions about rendered scenes each kind of decoding answers right.
@@ -31,19 +31,19 @@ from trol_edge.export import scenes
 from trol_edge.session import Session
 
 Float32 = NDArray[np.float32]
-BEFORE, AFTER = 54, 30  # tokens of a bundle without tokenizer: template before the picture, question and template after
+BEFORE, AFTER = 54, 30  # tokens before and after the picture, for a bundle without a tokenizer
 QUESTIONS = ("What is left of the red circle?", "How many objects are on the table?", "Where is the blue square?")
 
 
 def clock(work: Callable[..., Any], *args: Any, **more: Any) -> float:
-    """Milliseconds of wall time that a call takes."""
+    """The milliseconds of wall time that a call takes."""
     start = time.perf_counter()
     work(*args, **more)
     return 1e3 * (time.perf_counter() - start)
 
 
 def prompts(runtime: trol_edge.Runtime) -> list[list[int]]:
-    """Prompts about one picture (of one tile) that differ in their questions."""
+    """Make prompts about one picture (of one tile) that differ in their questions."""
     manifest = runtime.bundle.manifest
     if TOKENIZER in manifest.files:
         return [runtime.tokenize(question, 1) for question in QUESTIONS]
@@ -54,7 +54,7 @@ def prompts(runtime: trol_edge.Runtime) -> list[list[int]]:
 
 
 def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, Any]:
-    """Milliseconds (medians over rounds) and bytes, by name."""
+    """Measure milliseconds (medians over rounds) and bytes, by name."""
     backend, spec = runtime.model.backend, runtime.bundle.manifest.spec
     asked = prompts(runtime)
     size = spec.vision.image_size
@@ -68,7 +68,7 @@ def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, A
         start = time.perf_counter()
         features = backend.encode_image(pixels)
         found["vision"].append(1e3 * (time.perf_counter() - start))
-        # As a user meets them: with the hash of the features, and looking for the common prefix.
+        # As in normal use, this includes hashing the features and finding the common prefix.
         found["first"].append(clock(session.prefill_features, asked[0], features))
         for other in asked[1:]:
             found["second"].append(clock(session.prefill_features, other, features, reuse=True))
@@ -96,7 +96,7 @@ def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, A
 
 
 def accuracy(runtime: trol_edge.Runtime, count: int) -> dict[str, float]:
-    """Percent of `count` held-out questions answered exactly, by kind of decoding."""
+    """The percentage of `count` held-out questions answered exactly, by kind of decoding."""
     session = runtime.session()
     modes: dict[str, Callable[[Session, int], Float32]] = {
         "step": lambda s, token: s.step(token),
@@ -115,7 +115,7 @@ def accuracy(runtime: trol_edge.Runtime, count: int) -> dict[str, float]:
 def decoded(
     runtime: trol_edge.Runtime, session: Session, logits: Float32, go_on: Callable[[Session, int], Float32]
 ) -> str:
-    """A greedy answer, token by token."""
+    """Make a greedy answer token by token."""
     tokenizer = runtime.model.text
     ids: Sequence[int] = ()
     while (
@@ -127,7 +127,7 @@ def decoded(
 
 
 def lines(result: dict[str, Any]) -> str:
-    """The figures as text."""
+    """Format the figures as text."""
     ms, kv, percent = result["milliseconds"], result["kv_bytes"], result["second_to_first_percent"]
     text = (
         f"{result['model']}, {result['prompt_tokens']} prompt tokens, medians of {result['rounds']} round(s)\n"
@@ -145,13 +145,13 @@ def lines(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure a bundle and print the figures; 1 where it cannot be used."""
+    """Measure a bundle and print the figures; returns 1 if it cannot be used."""
     parser = argparse.ArgumentParser(description="Time and memory that a kept prefix saves and costs.")
-    parser.add_argument("bundle", type=Path, help="bundle folder")
-    parser.add_argument("--rounds", type=int, default=5, help="frames; medians are shown (default 5)")
-    parser.add_argument("--tokens", type=int, default=16, help="answer tokens to time per frame (default 16)")
-    parser.add_argument("--questions", type=int, default=0, help="held-out scenes to ask both ways (default: none)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("bundle", type=Path, help="Bundle folder.")
+    parser.add_argument("--rounds", type=int, default=5, help="Number of frames, whose medians are shown (default: 5).")
+    parser.add_argument("--tokens", type=int, default=16, help="Answer tokens to time per frame (default: 16).")
+    parser.add_argument("--questions", type=int, default=0, help="Held-out scenes to ask both ways (default: none).")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
     options = parser.parse_args(arguments)
     try:
         runtime = trol_edge.Runtime(options.bundle)

@@ -1,14 +1,13 @@
-"""`make bench`: our bundles beside the torch reference, llama.cpp and OpenVINO, in one run on one machine.
+"""`make bench`: measures our bundles beside the torch reference, llama.cpp and OpenVINO, in one run on one machine.
 
-What is special about it:
-- Every contender runs in a process of its own, one at a time, and the contenders take turns for `rounds` rounds: so
-  peak memory is a contender's own, and a machine that slows down slows all of them. Medians and extremes over rounds.
-- The memory's read bandwidth is measured before each round: on shared machines it swings by a factor of three.
-- A TroL prompt token passes every layer twice, a peer's token once: the passes stand in the table.
+- Every contender runs in a separate process, one at a time, and the contenders take turns for `rounds` rounds. So peak
+  memory is a contender's own, and a machine that slows down slows all of them. Shown are medians and extremes.
+- The memory's read bandwidth is measured before each round, because on shared machines it varies by a factor of three.
+- A TroL prompt token passes every layer twice, a peer's token once. The table shows the number of passes.
 - The peers get a plain llama decoder of the same shape with random weights. It has no gate, no LoRA and no picture,
   and image tokens are ordinary tokens to it.
-- Scales of quantized bundles are made up where weights are random: they cost the same, whatever they are.
-- The runtime's own cost per token is the time of a whole `Runtime.stream` step less that of ONNX Runtime's call in it.
+- Scales of quantized bundles are made up if weights are random, because their values do not change the cost.
+- The runtime's own cost per token is the time of a whole `Runtime.stream` step minus that of ONNX Runtime's call in it.
 """
 
 from __future__ import annotations
@@ -43,31 +42,30 @@ from trol_edge.measure.peaks import read_rate
 from trol_edge.prompt.template import build_prompt
 from trol_edge.prompt.tokenizer import Tokenizer
 
-Report = Callable[[str], None]  # one line about what is being done
+Report = Callable[[str], None]  # takes one line about what is being done
 
 FOLDER = Path("build/bench")
 BUSY = 0.1  # processors that others may use before numbers are called too low
-READ_BYTES = 512 << 20  # of memory, to measure its bandwidth
-TEXT_TOKENS = 84  # of a prompt at a published size: the template and a short question
-LONG_TOKENS = 1300  # of a prompt of words only: what prefill is compared by
+READ_BYTES = 512 << 20  # amount of memory that is read to measure its bandwidth
+TEXT_TOKENS = 84  # text tokens of a prompt at a published size: the template and a short question
+LONG_TOKENS = 1300  # tokens of the prompt of words by which prefill is compared
 BLOCK = 128  # weights that share a scale in int4, ours and OpenVINO's
 NOTES = (
     "prefill: prompt tokens per second through the decoder, vision tower not included; decode: answer tokens per "
-    "second behind that prompt. Median over rounds (least-greatest).",
+    "second after that prompt. Median over rounds (least-greatest).",
     "passes: how often a prompt token / an answer token goes through each layer. The peers run the same decoder shape "
     "once per prompt token, without gate, LoRA or picture.",
     "GB/s: bytes of weights that one decoded token reads, times decode; compare with the memory read bandwidth above.",
-    "memory: peak resident set of the contender's process, file pages it mapped included; weights: what of that are "
-    "weights, as they are held (a picture's parts too, where there are any).",
+    "memory: peak resident set of the contender's process, mapped file pages included; weights: the part of it that "
+    "holds weights (those for pictures too, if there are any).",
 )
 
 SHAPES = {
     "nano": Shape("trol-nano", repeats=8, decode=32, own_steps=200, full_warmup=True),
-    # Minutes per prompt: the short prompt warms libraries, threads and weights up; scratch memory is freed in any case.
+    # A prompt takes minutes, so only the short one is run for warm-up; scratch memory is freed in any case.
     "1.8b": Shape("trol-1.8b", repeats=1, decode=16, own_steps=24, full_warmup=False),
 }
-# What we aim at for the shape of TroL-1.8B: (what is compared, our contender, the peers, tokens or answer, our factor,
-# at least).
+# Aims for the shape of TroL-1.8B: (what is compared, our contender, the peers, kind of rate, our factor, lowest ratio).
 AIMS = (
     (
         "prefill, one pass (each of our two passes counted) / llama.cpp's best",
@@ -103,11 +101,10 @@ def bench(
     """Measure everything; returns what `--json` writes. Rates per second, memory in bytes, names end in the unit.
 
     Checkpoints of random weights, bundles and the peers' files are made in `folder` (25 GB for 1.8b) and used again
-    while neither checkpoint nor exporter changed; `bundles` (by shape and contender) are taken as they are instead.
+    while neither checkpoint nor exporter changes. `bundles` (by shape and contender) are used instead, if given.
     only: contenders to measure, all by default. pythons: an interpreter by a contender's label ("llama.cpp",
-    "OpenVINO"), where a peer is not installed here. Raises UsageError for an unknown shape or contender and
-    BackendError where nothing could be made to measure; a contender that fails, or is not installed, has that in its
-    row.
+    "OpenVINO"), for a peer that is not installed here. Raises UsageError for an unknown shape or contender and
+    BackendError if there is nothing to measure. The row of a contender that fails, or is not installed, says so.
     """
     unknown = [name for name in shapes if name not in SHAPES] + [name for name in only if name not in CONTENDERS]
     if unknown:
@@ -130,7 +127,7 @@ def bench(
         samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
         for i in range(rounds):
             rates.append(read_rate(machine_cores(), READ_BYTES) / 1e9)
-            for name in ready[i % len(ready) :] + ready[: i % len(ready)]:  # nobody always goes first
+            for name in ready[i % len(ready) :] + ready[: i % len(ready)]:  # so that the first one changes
                 if not any("error" in sample for sample in samples[name]):
                     report(f"{jobs[name].shape.model}: round {i + 1} of {rounds}, {CONTENDERS[name].label} {name}")
                     samples[name].append(run_task(jobs[name], interpreters[name]))
@@ -145,7 +142,7 @@ def bench(
 
 
 def absent(name: str, python: str) -> str | None:
-    """What of a peer is not installed for an interpreter, and what to do; None where all is there."""
+    """What a peer needs that is not installed for an interpreter, and what to do; None if nothing is missing."""
     kind = CONTENDERS[name]
     find = (
         f"import importlib.util as u; print([m for m in {kind.modules!r} if not (u.find_spec(m.split('.')[0]) "
@@ -169,7 +166,7 @@ def prepare(
     failed: dict[str, str | None],
     report: Report,
 ) -> dict[str, Task]:
-    """A job for each contender; a peer whose model could not be made is put into `failed` instead, with the reason."""
+    """Make a job for each contender. A peer whose model cannot be made goes into `failed` instead, with the reason."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     picture = None
@@ -211,7 +208,7 @@ def prepare(
                 told = json.dumps([described, str(path), name])
                 try:
                     run_python("-c", _entry(kind.prepare), stdin=told, python=interpreters[name])
-                except BackendError as error:  # one peer's trouble; the others are measured all the same
+                except BackendError as error:  # the other peers are measured all the same
                     failed[name] = f"its model could not be made: {error}"
                     continue
             model = str(path)
@@ -223,7 +220,7 @@ def prepare(
 
 
 def random_checkpoint(model: str, folder: Path, report: Report) -> Path:
-    """A checkpoint of random weights of a published model's shapes in `folder`, made where it is not there yet."""
+    """A checkpoint of random weights of a published model's shapes in `folder`, made if it does not exist."""
     checkpoint = folder / f"{model}-checkpoint"
     if not (checkpoint / "config.json").is_file():
         report(f"{model}: a checkpoint of random weights ...")
@@ -244,20 +241,20 @@ def _exported(model: str, name: str, checkpoint: Path, folder: Path, report: Rep
 
 
 def prepare_bundle() -> None:
-    """As a process: [checkpoint, bundle, model, recipe] as JSON on standard input."""
+    """Entry point of a process that exports; it reads [checkpoint, bundle, model, recipe] as JSON from stdin."""
     from trol_edge.export.pipeline import export
     from trol_edge.export.quantize.made_up import made_up_statistics
     from trol_edge.export.quantize.recipes import RecipeOptions
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
-    # The same bits in every matrix, as the peers have it, and no search for what random weights cannot show.
+    # Like the peers, all matrices have the same bits; searches would mean nothing for random weights.
     alike = {"lm_head": recipe, "scaling": False, "clipping": False, "sensitive": None}
     options = RecipeOptions(recipe=recipe, block=BLOCK, **alike)
     export(checkpoint, bundle, model=model, options=options, calibration=made_up_statistics, overwrite=True)
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    """Changes with the checkpoint's files and with the sources that make a bundle of it."""
+    """A hash that changes with the checkpoint's files and with the sources that make a bundle of it."""
     digest = hashlib.sha256()
     for path in sorted(checkpoint.iterdir()):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns};".encode())
@@ -273,7 +270,7 @@ def _entry(function: str, module: str = "contenders") -> str:
 
 
 def run_python(*arguments: str, stdin: str = "", python: str = sys.executable) -> str:
-    """Run Python in a new process; its standard output. BackendError with the end of its standard error."""
+    """Run Python in a new process and return its output. Raises BackendError with the end of its standard error."""
     root = str(Path(trol_edge.__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
@@ -343,7 +340,7 @@ def summary(shape: str, jobs: Mapping[str, Task], samples: dict[str, list[dict[s
 
 
 def targets(rows: Sequence[Mapping[str, Any]], prompt: str) -> list[dict[str, Any]]:
-    """Each aim that can be judged by what was measured: {"what", "ratio", "aim", "met"}."""
+    """Each aim that can be judged by the measurements, as {"what", "ratio", "aim", "met"}."""
     by_name = {row["name"]: row for row in rows if prompt in row["prompts"]}
     out = []
     for what, ours, peers, kind, factor, aim in AIMS:
@@ -386,7 +383,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on: processor, memory, versions.
+    """Describe what the numbers depend on: processor, memory, versions.
 
     "read_gb_per_s", by round, and "others_cpus", processors that other processes kept busy meanwhile on average, are
     filled in at the end.
@@ -512,18 +509,16 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 
 @app.command(epilog="Example: python -m tests.bench.speed --shape nano --rounds 5")
 def main(
-    shape: Annotated[str, typer.Option(help="nano, 1.8b or all.")] = "all",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns that each contender takes.")] = 3,
-    peers: Annotated[bool, typer.Option(help="Measure llama.cpp and OpenVINO too, where they are installed.")] = True,
-    only: Annotated[str, typer.Option(help=f"Contenders, by commas, of {', '.join(CONTENDERS)}.")] = "",
-    llama_python: Annotated[
-        str, typer.Option(help="An interpreter that has llama-cpp-python and gguf.")
-    ] = sys.executable,
-    openvino_python: Annotated[str, typer.Option(help="An interpreter that has OpenVINO.")] = sys.executable,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where models are made and kept; 1.8b needs 25 GB.")] = FOLDER,
+    shape: Annotated[str, typer.Option(help="Shape to measure: nano, 1.8b or all.")] = "all",
+    rounds: Annotated[int, typer.Option(min=1, help="Number of turns of each contender.")] = 3,
+    peers: Annotated[bool, typer.Option(help="Measure llama.cpp and OpenVINO too, if they are installed.")] = True,
+    only: Annotated[str, typer.Option(help=f"Contenders, separated by commas, from {', '.join(CONTENDERS)}.")] = "",
+    llama_python: Annotated[str, typer.Option(help="Interpreter that has llama-cpp-python and gguf.")] = sys.executable,
+    openvino_python: Annotated[str, typer.Option(help="Interpreter that has OpenVINO.")] = sys.executable,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder for models; 1.8b needs 25 GB.")] = FOLDER,
 ) -> None:
-    """Prefill and decode speed, peak memory and own cost per token: our bundles, torch, llama.cpp, OpenVINO."""
+    """Measure prefill, decode, peak memory and own cost per token of our bundles, torch, llama.cpp and OpenVINO."""
     err = Console(stderr=True, highlight=False)
     shapes = tuple(SHAPES) if shape == "all" else (shape,)
     try:

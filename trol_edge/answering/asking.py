@@ -52,7 +52,7 @@ class Question:
         return [picture.key + bytes([tile]) for picture in self.pictures for tile in range(picture.tiles)]
 
 
-UNREAD = Question([], [])  # of a call that was over before it was read
+UNREAD = Question([], [])  # for a call that ended before its question was read
 
 
 def listed(images: Any) -> list[Any]:
@@ -65,15 +65,15 @@ def listed(images: Any) -> list[Any]:
 def look(desk: Desk, images: Pictures | None, options: Options, call: Call) -> list[Seen]:
     """Read pictures, and make pixels of those whose features are not in the cache.
 
-    An array is copied first: a camera may overwrite its buffer meanwhile, and what was hashed is what is encoded.
-    Raises ContextError before anything is read where there are too many, and UnfinishedError.
+    An array is copied first, so that what is hashed is what is encoded, even if a camera overwrites its buffer.
+    Raises ContextError, before anything is read, for too many pictures, and UnfinishedError.
     """
     spec, seen, given = desk.model.bundle.manifest.image, [], listed(images)
     tokens, context = len(given) * desk.model.bundle.manifest.prompt.tokens_per_image, _context(desk)
     if tokens >= context:
         raise ContextError(
-            f"{len(given)} pictures take at least {tokens} tokens, this bundle holds {context}; give fewer pictures, "
-            "or export with a larger --context"
+            f"{len(given)} pictures take at least {tokens} tokens, but this bundle holds {context}; "
+            "give fewer pictures, or export with a larger --context"
         )
     for image in given:
         call.check()
@@ -88,7 +88,7 @@ def look(desk: Desk, images: Pictures | None, options: Options, call: Call) -> l
 
 
 def _copy(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A copy whose channels lie in memory as before, because turning them round takes ten times as long."""
+    """Copy with the same order of channels in memory, because reversing them takes ten times as long."""
     return picture[:, :, ::-1].copy()[:, :, ::-1] if picture.strides[2] < 0 else picture.copy()
 
 
@@ -107,17 +107,17 @@ def ask(desk: Desk, prompt: Prompt, pictures: list[Seen], call: Call) -> Questio
 
 
 def check_length(desk: Desk, text: Prompt, what: str) -> None:
-    """Raise ContextError for a text too long for the context even if its tokens were the longest of all.
+    """Raise ContextError for a text that is too long for the context even with the longest tokens.
 
-    Tokenizing ten megabytes to find that out takes seconds, and two gigabytes.
+    Finding that out by tokenizing ten megabytes takes seconds, and two gigabytes of memory.
     """
     parts = [text] if isinstance(text, str) else text if isinstance(text, (list, tuple)) else []
     length = sum(len(part) for part in parts if isinstance(part, str))
     context = _context(desk)
     if length > context and length > context * desk.model.text.longest:
         raise ContextError(
-            f"{what} has {length} characters, this bundle holds {context} tokens, of {desk.model.text.longest} "
-            "characters each at most; shorten it, or export with a larger --context"
+            f"{what} has {length} characters, but this bundle holds {context} tokens of at most "
+            f"{desk.model.text.longest} characters; shorten it, or export with a larger --context"
         )
 
 

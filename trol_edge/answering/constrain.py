@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Float32 = NDArray[np.float32]
 ResponseFormat = dict[str, Any] | re.Pattern[str]
 
-MOST_CHARACTERS = 64 << 10  # of a schema or a pattern
-# As json.dumps writes it. With free white space a small model can fill its whole answer with blanks.
+MOST_CHARACTERS = 64 << 10  # longest schema or pattern
+# The style of json.dumps. With free white space a small model can fill its whole answer with blanks.
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -75,10 +75,10 @@ class Grammars:
 
 
 def _bounded(text: str) -> str:
-    """The text of a schema or pattern; UsageError for one that would take seconds to compile."""
+    """Return the text of a schema or pattern. Raises UsageError for one that would take seconds to compile."""
     if len(text) > MOST_CHARACTERS:
         raise UsageError(
-            f"response_format has {len(text)} characters, {MOST_CHARACTERS} are allowed: it is compiled for each answer"
+            f"response_format has {len(text)} characters, but {MOST_CHARACTERS} are allowed; use a shorter one"
         )
     return text
 

@@ -23,8 +23,8 @@ T = TypeVar("T")
 class Desk:
     """The shared state of one Runtime. Calls take turns here, and each reserves a session for itself.
 
-    idle: at most one session between answers, because a KV cache is large, and its prefix is of use. reserved: sessions
-    under an answer. Both change by single operations, so that Ctrl-C finds them whole (see turns.py).
+    idle: at most one session that waits for the next answer; its prefix is useful, but a KV cache is large. reserved:
+    sessions in use. Both change by single operations, so that Ctrl-C finds them consistent (see turns.py).
     """
 
     def __init__(self, model: Model, vision_cache: VisionCache) -> None:
@@ -38,7 +38,7 @@ class Desk:
 
     @property
     def busy(self) -> list[Session]:
-        """Sessions under an answer."""
+        """The sessions that are reserved for an answer."""
         return list(self.reserved.values())
 
     @functools.cached_property
@@ -65,7 +65,7 @@ class Desk:
                 call.stop()
 
     def held(self, call: Call, session: Session | None, clock: Clock, work: Callable[[Session], T]) -> T:
-        """What `work` returns, which has the turn and a session (the given one, or one of the desk's) meanwhile."""
+        """Run `work` with the turn and a session (the given one, or one of the desk's), and return its result."""
         hold = Hold(self, call, session, clock)
         try:
             try:
@@ -73,10 +73,10 @@ class Desk:
             finally:
                 hold.end()
         finally:
-            hold.end()  # Ctrl-C may have ended the first
+            hold.end()  # Ctrl-C may have interrupted the first
 
     def close(self) -> None:
-        """Stop what is under way, wait for it, and close the model. Twice is fine, and after Ctrl-C the way to end."""
+        """Stop running calls, wait for them, and close the model. Closing twice is fine, for example after Ctrl-C."""
         if self.model.lifetime.forked:
             return
         self.stop()
@@ -84,7 +84,7 @@ class Desk:
         try:
             try:
                 self.turns.take(call)
-                self.model.close()  # whoever waits for the turn finds it so
+                self.model.close()  # calls that still wait for the turn will find it closed
                 for session in self.idle:
                     session.close()
                 self.idle.clear()
@@ -96,17 +96,17 @@ class Desk:
 
 
 class Hold:
-    """The turn of one call, and a session for it alone. `end` gives back what there is of it, and may be called twice.
+    """The turn of one call, and a session for it alone. `end` gives both back, and may be called twice.
 
-    Whoever makes one calls `end` in a `finally` inside another that does so again: the first may be interrupted.
+    Call `end` in a `finally` inside another `finally` that calls it again, because the first may be interrupted.
     """
 
     def __init__(self, desk: Desk, call: Call, session: Session | None, clock: Clock) -> None:
-        """session: the caller's, or None for one of the desk's."""
+        """Prepare a hold. session: the caller's, or None for one of the desk's."""
         self._desk, self._call, self._given, self._clock = desk, call, session, clock
 
     def take(self) -> Session:
-        """Wait for the turn, and reserve the session. Raises UsageError where that is under another answer."""
+        """Wait for the turn, and reserve the session. Raises UsageError if another answer uses it."""
         self.take_turn()
         desk, session = self._desk, self._given
         desk.model.lifetime.check()
@@ -116,14 +116,12 @@ class Hold:
             except IndexError:
                 session = desk.model.session()
         elif any(session is other for other in desk.busy):
-            raise UsageError(
-                "this session is under another answer; finish or close that one first, or fork the session"
-            )
+            raise UsageError("another answer uses this session; finish or close that answer first, or fork the session")
         desk.reserved[self] = session
         return session
 
     def take_turn(self) -> None:
-        """Wait for the turn alone; in the clock as waiting. Raises UsageError in a fork, whose turns never come."""
+        """Wait for the turn, and count it as waiting time. Raises UsageError in a fork, whose turns never come."""
         desk = self._desk
         if desk.model.lifetime.forked:
             desk.model.lifetime.check()
@@ -138,7 +136,7 @@ class Hold:
         self._desk.turns.give(self._call)
 
     def end(self) -> None:
-        """Give back the session and the turn. Takes no lock: a garbage collection may call it anywhere."""
+        """Give back the session and the turn. Takes no lock, because a garbage collection may call it anywhere."""
         desk = self._desk
         session = desk.reserved.pop(self, None)
         if session is not None and self._given is None and not desk.idle and not desk.model.lifetime.closed:

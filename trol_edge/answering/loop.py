@@ -50,14 +50,14 @@ class Answering:
         self._cached = 0  # tokens of the prompt that the session had already
         self._given = session
         self._hold = Hold(desk, call, options.session, clock)
-        self._keeps_turn = session is not None  # between pieces
+        self._keeps_turn = session is not None  # whether it keeps the turn between pieces
 
     def stream(self) -> AnswerStream:
         """Return the answer as a stream of pieces."""
         return AnswerStream(self._run(), self._call)
 
     def whole(self) -> Answer:
-        """All of it, as its options say. Other calls wait meanwhile."""
+        """Return the whole answer, as its options say. Other calls wait meanwhile."""
         return self.search() if self._options.num_beams > 1 else self.answer()
 
     def answer(self) -> Answer:
@@ -112,7 +112,7 @@ class Answering:
             finally:
                 self._end()
         finally:
-            self._end()  # Ctrl-C may have ended the first
+            self._end()  # Ctrl-C may have interrupted the first
         ids = found.token_ids
         reason = "stop" if found.ended else over[0] if over else "length"
         if reason == "length" and len(ids) < options.max_new_tokens:
@@ -169,7 +169,7 @@ class Answering:
             finally:
                 self._end()
         finally:
-            self._end()  # Ctrl-C may have ended the first
+            self._end()  # Ctrl-C may have interrupted the first
         yield Piece(
             text=piece.text + self._text.flush(),
             token_ids=piece.token_ids,

@@ -61,7 +61,7 @@ class Options:
         None  # a JSON schema (dict) or a compiled pattern that the answer must match
     )
     logprobs: int | None = None  # alternatives (0..20) to report beside each token's log-probability; None: off
-    # Milliseconds of wall time from the call on, waiting for other calls included; 0 or less: there is no time left.
+    # Milliseconds of wall time from the call on, waiting for other calls included; with 0 or less no time is left.
     deadline_ms: float | None = None
     prefill_chunk: int | None = None  # tokens of the prompt that are computed at a time; None: 256, with a deadline 64
     color: Literal["rgb", "bgr"] = "rgb"  # order of the channels in arrays [H, W, 3]

@@ -1,7 +1,7 @@
-"""What the Runtime returns: answers, their pieces, choices, and where the time went.
+"""The results that the Runtime returns: answers, their pieces, choices, and where the time went.
 
-An answer is a text with more to it, and is used as one: compared, searched, joined, written as JSON. So Answer, Piece,
-Option and Choice are strings with fields. Two of them are equal where their texts are, whatever their fields.
+An answer is a text with further fields, and is used as a text: compared, searched, joined, written as JSON. So Answer,
+Piece, Option and Choice are strings with fields. Two of them are equal if their texts are, whatever their fields.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Piece(_Text):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer(_Text):
-    """A whole answer: its text, with what is known about it.
+    """A whole answer, as its text with further fields.
 
     finish_reason is one of these:
     "stop": the model ended it, a stop string came, or its response_format is complete;
@@ -79,7 +79,7 @@ class Answer(_Text):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Option(_Text):
-    """One of the answers that a choice was between."""
+    """One of the answers among which was chosen."""
 
     text: str
     probability: float  # share among the options, by score; they sum to 1
@@ -90,7 +90,7 @@ class Option(_Text):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice(_Text):
-    """The likeliest option: its text, with what is known about it."""
+    """The likeliest option, as its text with further fields."""
 
     text: str
     index: int = dataclasses.field()  # type: ignore[assignment]  # in the options as given; field(): not str.index
@@ -101,7 +101,7 @@ class Choice(_Text):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class YesNo:
-    """A yes or no. `bool(answer)` is the answer, and it equals True or False, and another one that says the same."""
+    """A yes or no. `bool(answer)` is the answer. It equals that bool, and another YesNo with the same answer."""
 
     yes: bool
     probability: float  # P(yes) / (P(yes) + P(no)) for the first word

@@ -21,7 +21,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-# Beyond this and its inverse a penalty leaves logits that float32 does not hold, or that are all the same.
+# With a penalty below this, or above its inverse, logits would leave float32 or become all the same.
 LEAST_PENALTY = 1e-6
 
 

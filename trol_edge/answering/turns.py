@@ -1,8 +1,8 @@
-"""Who may compute next: calls take turns in the order in which they came, and end by their deadline or when stopped.
+"""Decides who may compute next. Calls take turns in order of arrival, and end by their deadline or when stopped.
 
-Ctrl-C may raise KeyboardInterrupt between any two steps of Python, those of `Condition.__exit__` among them, whose lock
-is held for ever then. So what is shared here is changed by single operations of the interpreter (of a deque, a bare
-lock), and every way to give something back may be taken twice.
+Ctrl-C may raise KeyboardInterrupt between any two steps of Python, even inside `Condition.__exit__`, whose lock is then
+held for ever. So shared state is changed only by single operations of the interpreter (of a deque, a bare lock), and
+every function that gives something back may be called twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from trol_edge.errors import UnfinishedError
 
-LONGEST_S = 1.0  # that a call sleeps before it looks for itself
+LONGEST_S = 1.0  # longest sleep of a call before it checks the queue itself
 
 
 class Call:
@@ -27,7 +27,7 @@ class Call:
         self._deadline_ms = deadline_ms
         self._deadline = math.inf if deadline_ms is None else clock() + deadline_ms / 1e3
         self._stopped = False
-        self._asleep = threading.Lock()  # not held: there is something to look at
+        self._asleep = threading.Lock()  # released when there is something to check
         self._asleep.acquire()
 
     def stop(self) -> None:
@@ -39,11 +39,11 @@ class Call:
         """Let `wait` return, now or when it is called next."""
         try:
             self._asleep.release()
-        except RuntimeError:  # it is awake
+        except RuntimeError:  # it is awake already
             return
 
     def wait(self) -> None:
-        """Until `wake` or the deadline; a second at most, should whoever had to wake it have been interrupted."""
+        """Wait until `wake` or the deadline, but at most a second, because the caller of `wake` may be interrupted."""
         self._asleep.acquire(timeout=min(max(self.remaining_s, 0.0), LONGEST_S))
 
     @property
@@ -66,9 +66,9 @@ class Turns:
         self._queue: deque[Call] = deque()  # the first has the turn
 
     def take(self, call: Call) -> None:
-        """Wait for the turn of `call`. Raises UnfinishedError, without the turn, where the call ends before.
+        """Wait for the turn of `call`. Raises UnfinishedError, without the turn, if the call ends before.
 
-        After any other exception, as Ctrl-C's, the caller gives the turn back.
+        After any other exception, such as Ctrl-C's, the caller gives the turn back.
         """
         try:
             self._queue.append(call)
@@ -77,12 +77,12 @@ class Turns:
                 if self._queue[0] is call:
                     return
                 call.wait()
-        except BaseException:  # a place in the queue that nobody takes would block all behind it
+        except BaseException:  # a place in the queue that nobody takes would block all after it
             self.give(call)
             raise
 
     def give(self, call: Call) -> None:
-        """Hand the turn on, or leave the queue; without effect for a call that is not in it."""
+        """Give the turn to the next call, or leave the queue. It has no effect for a call that is not in the queue."""
         with contextlib.suppress(ValueError):
             self._queue.remove(call)
         try:

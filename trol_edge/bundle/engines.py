@@ -69,14 +69,14 @@ def folder_of(bundle: Bundle, target: str) -> Path:
 
 
 def _read(bundle: Bundle, target: str) -> tuple[str, dict[str, Any]]:
-    """The hash that engines.json gives for itself, and the rest of it."""
+    """Read engines.json; returns its own hash, and the rest of it."""
     path = folder_of(bundle, target) / MANIFEST
     if not path.exists():
         raise BundleError(f"{bundle.folder}: no engines for target {target}; make them with `trol-edge build`")
-    data = read_json_value(path, BundleError, "`trol-edge build --force`")
+    data = read_json_value(path, BundleError, "run `trol-edge build --force`")
     said = data.pop("sha256", None) if isinstance(data, dict) else None
     if said is None or said != digest_of(data):
-        raise BundleError(f"{path}: altered since the build (its own hash differs); `trol-edge build --force`")
+        raise BundleError(f"{path}: altered since the build (its own hash differs); run `trol-edge build --force`")
     return said, data
 
 
@@ -86,24 +86,27 @@ def digest(bundle: Bundle, target: str) -> str:
 
 
 def read(bundle: Bundle, target: str) -> EngineSet:
-    """The engine set of a target. Raises BundleError where there is none, or it is altered, or not signed as it must.
+    """Read the engine set of a target. Raises BundleError if it is missing, altered, or lacks a signature.
 
-    An engine is a program, so one that no trusted key signed is not opened where the bundle was opened with such keys.
+    An engine is a program. If the bundle was opened with trusted keys, one of them must have signed the engines.
     """
     path = folder_of(bundle, target) / MANIFEST
     said, data = _read(bundle, target)
     bundle.require_signed(engines_statement(bundle.identity, target, said), f"the list of engines for {target}")
     if data.get("format_version") != FORMAT_VERSION:
-        raise BundleError(f"{path}: engine format {data.get('format_version')!r}, this reads {FORMAT_VERSION}")
-    with guard(path, BundleError, "`trol-edge build --force`"):
+        raise BundleError(
+            f"{path}: engine format {data.get('format_version')!r}, but this version reads {FORMAT_VERSION}"
+        )
+    with guard(path, BundleError, "run `trol-edge build --force`"):
         found: EngineSet = from_dict(EngineSet, data, str(path))
     if lacking := set(ENGINES) - found.engines.keys():
-        raise BundleError(f"{path}: lists no engine {', '.join(sorted(lacking))}; `trol-edge build --force`")
+        raise BundleError(f"{path}: lists no engine {', '.join(sorted(lacking))}; run `trol-edge build --force`")
     for name, engine in found.engines.items():
         if not is_plain_name(engine.file) or name not in ENGINES or found.key.target != target:
             raise BundleError(
                 f"{path}: says {printable(engine.file)[:80]!r} of {printable(name)[:80]!r} for target "
-                f"{printable(found.key.target)[:80]!r}, which is no engine of {target}; `trol-edge build --force`"
+                f"{printable(found.key.target)[:80]!r}, which is not an engine of {target}; "
+                "run `trol-edge build --force`"
             )
     return found
 
@@ -136,7 +139,7 @@ def verified(bundle: Bundle, engines: EngineSet, name: str) -> Path:
     path = folder_of(bundle, engines.key.target) / engines.engines[name].file
     if not path.is_file() or not stays_inside(path):
         raise BundleError(
-            f"{path}: missing, or a link to elsewhere; build the engines again with `trol-edge build --force`"
+            f"{path}: missing, or a link to another place; build the engines again with `trol-edge build --force`"
         )
     if path.stat().st_size != info.bytes:
         raise BundleError(

@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all: written beside their place, and renamed when complete.
+"""Writes files and folders completely or not at all, beside their place, and renames them when complete.
 
-Who writes holds a lock on the folder that he writes in, so that a left-over is told from work under way, whichever
-process, container or machine it belongs to.
+A writer holds a lock on the folder in which it writes. So left-overs can be distinguished from running work of any
+process, container or machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trol_edge.bundle.names import BUNDLE_FILES
 from trol_edge.errors import ExportError, TrolEdgeError, UsageError
 from trol_edge.reading import open_plain, printable
 
-PART = re.compile(r"[a-z0-9_]{8}\.part")  # what follows the name in the name of a folder under way
+PART = re.compile(r"[a-z0-9_]{8}\.part")  # suffix of the name of a folder that is being written
 
 
 def sha256_of(path: Path) -> str:
@@ -59,10 +59,10 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yield a temporary folder beside `target` and rename it to `target` on success; on any failure remove it.
 
-    Ctrl-C and a full disk count as failures, and leave what was there before. At every instant `target` is the old
-    folder or the new one, whole; where the file system cannot exchange two names, `taken_back` finds the old one.
-    Raises ExportError where target exists (unless overwrite, and then it must hold nothing but files named as in
-    `ours`, patterns) or cannot be written.
+    Ctrl-C and a full disk count as failures, and leave what was there before. At every moment `target` is
+    either the old folder or the new one; if the file system cannot exchange two names, `taken_back` finds the old one.
+    Raises ExportError if target cannot be written, or exists. With overwrite it may exist, but must hold only files
+    that match the patterns `ours`.
     """
     final = Path(target)
     with writing(final, ExportError):
@@ -99,8 +99,8 @@ def _require_replaceable(final: Path, overwrite: bool, ours: Collection[str]) ->
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write a file to, and rename that to `path` on success; on any failure remove it.
 
-    What has its name is on the disk, whole, even where the power fails. It is written in a folder of its own, which no
-    other user may enter: a link that somebody laid in its place is not followed. OSError goes through.
+    A file with its final name is complete on the disk, even if the power fails. It is written in a separate folder that
+    no other user may enter, so that a link that somebody put in its place is not followed. OSError passes through.
     """
     _remove_left_overs(path)
     with _folder_beside(path) as folder:
@@ -113,14 +113,14 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _folder_beside(final: Path) -> Iterator[Path]:
-    """A new folder beside `final` for one writer, who holds its lock; what is left of it in the end is removed."""
+    """Make a folder beside `final` for one writer, who holds its lock; what is left in the end is removed."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
-        # None: a file system without locks, where nobody takes the folder for a left-over either.
+        # None if the file system has no locks; then nobody takes the folder for a left-over either.
         lock = _locked(folder, wait=True)
         if folder.exists():
             break
-        _unlock(lock)  # somebody took it for a left-over before it was locked
+        _unlock(lock)  # another process took it for a left-over before it was locked
     try:
         yield folder
     finally:
@@ -129,7 +129,7 @@ def _folder_beside(final: Path) -> Iterator[Path]:
 
 
 def _locked(folder: Path, wait: bool = False) -> int | None:
-    """Lock a folder; None where another has the lock, or it cannot be locked."""
+    """Lock a folder; None if another process has the lock, or it cannot be locked."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -148,7 +148,7 @@ def _unlock(handle: int | None) -> None:
 
 
 def _remove_left_overs(final: Path) -> None:
-    """Remove folders that writers left beside `final` when they were killed: nobody holds their locks."""
+    """Remove folders that killed writers left beside `final`, whose locks nobody holds."""
     for part in final.parent.iterdir():
         name = part.name.removeprefix(f".{final.name}.")
         if name != part.name and PART.fullmatch(name) and (lock := _locked(part)) is not None:
@@ -157,7 +157,7 @@ def _remove_left_overs(final: Path) -> None:
 
 
 def _exchange(new: Path, final: Path) -> None:
-    """Exchange the names of two folders: the old one is then to be removed at `new`."""
+    """Exchange the names of two folders, so that the old one can be removed at `new`."""
     if not _exchanged_at_once(new, final):
         kept, lock = _previous(final), _locked(final)
         try:
@@ -173,7 +173,7 @@ def _exchange(new: Path, final: Path) -> None:
 
 
 def _exchanged_at_once(new: Path, final: Path) -> bool:
-    """Linux's renameat2 with RENAME_EXCHANGE; False where the C library or the file system has none."""
+    """Exchange by Linux's renameat2 with RENAME_EXCHANGE; False if the C library or the file system lacks it."""
     import ctypes
 
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -189,14 +189,14 @@ def _exchanged_at_once(new: Path, final: Path) -> bool:
 
 
 def _previous(final: Path) -> Path:
-    """Where the old folder is for the moment between two renames."""
+    """The place of the old folder between two renames."""
     return final.with_name(f".{final.name}.previous")
 
 
 def taken_back(final: Path) -> bool:
-    """Give a folder its name again whose writer was killed between two renames; whether there was one.
+    """Restore the name of a folder whose writer was killed between two renames; returns whether there was one.
 
-    What the killed writer had finished besides is removed by the next one.
+    The new folder of the killed writer is removed by the next one.
     """
     kept = _previous(final)
     if not kept.is_dir() or (lock := _locked(kept)) is None:
@@ -212,7 +212,7 @@ def taken_back(final: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises UsageError where that is not possible."""
+    """Write a file completely or not at all. Raises UsageError if it cannot be written."""
     with writing(path, UsageError, "choose another folder with -o"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as part:

@@ -1,7 +1,7 @@
-"""What an ONNX file says about itself, read without ONNX: enough to tell whether it is a graph of ours.
+"""Reads from an ONNX file, without ONNX, enough to decide whether it is one of our graphs.
 
-An inference library runs whatever a graph says, and opens whatever file it names. So a bundle's graphs are read here
-first: they hold only operators that export writes, no graphs within graphs, and numbers in no file but the weights.
+An inference library runs any graph and opens any file that the graph names. So a bundle's graphs are read here first.
+They may have only operators that export writes, no graphs within graphs, and no numbers in files but the weights file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trol_edge.errors import BundleError
 from trol_edge.reading import guard, printable, read_plain
 
 MICROSOFT = "com.microsoft"
-# Everything that export writes, for all families, targets and precisions.
+# All operators that export writes, for all families, targets and precisions.
 _STANDARD = """
 Abs Add Attention Cast Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div DynamicQuantizeLinear Erf Expand
 Flatten Gather Gelu Identity LayerNormalization Less LessOrEqual MatMul MatMulInteger Max Min Mul Neg Pow QuantizeLinear
@@ -27,7 +27,7 @@ Softmax Split Sqrt Squeeze Sub Swish Tanh Transpose Unsqueeze Where
 _MICROSOFT = "GroupQueryAttention MatMulIntegerToFloat MatMulNBits QuantizeLinear DequantizeLinear"
 OPERATORS = {"": frozenset(_STANDARD.split()), MICROSOFT: frozenset(_MICROSOFT.split())}
 DOMAINS = {"": "", "ai.onnx": "", MICROSOFT: MICROSOFT}
-MOST_BYTES = 256 << 20  # of a graph file, which holds no weights; TroL-7B's largest has 0.3 MB
+MOST_BYTES = 256 << 20  # largest graph file, which has no weights; TroL-7B's largest has 0.3 MB
 # ONNX's numbers of element types, as numpy and the weights file name them.
 TYPES = {
     1: "float32",
@@ -58,7 +58,7 @@ class GraphFile:
 
 
 def read_graph(path: Path, weights: str) -> GraphFile:
-    """Read a graph whose weights stand in the file `weights`. Raises BundleError where it is not one of ours."""
+    """Read a graph whose weights are in the file `weights`. Raises BundleError if it is not one of ours."""
     advice = "copy the bundle again, or export it again"
     data = read_plain(path, BundleError, advice, MOST_BYTES)
     with guard(path, BundleError, advice, "not readable as an ONNX graph"):
@@ -89,7 +89,7 @@ def _text(parts: Mapping[int, list[Any]], number: int) -> str:
 
 
 def _operator(node: Any) -> str:
-    """Type of a node, which must be one that export writes."""
+    """The type of a node. Raises ValueError if export does not write such nodes."""
     parts = _all(node)
     kind, domain = _text(parts, 4), _text(parts, 7)
     if kind not in OPERATORS.get(DOMAINS.get(domain, domain), ()):
@@ -105,7 +105,7 @@ def _operator(node: Any) -> str:
 
 
 def _location(tensor: Mapping[int, list[Any]]) -> dict[str, str]:
-    """Where a tensor's numbers are, if outside: {"location": ..., "offset": ..., "length": ...}."""
+    """The place of a tensor's numbers outside the file: {"location": ..., "offset": ..., "length": ...}."""
     if 13 not in tensor and not any(tensor.get(14, ())):
         return {}
     pairs = [_all(entry) for entry in tensor.get(13, ())]
@@ -113,13 +113,13 @@ def _location(tensor: Mapping[int, list[Any]]) -> dict[str, str]:
 
 
 def _outside(tensor: Any, weights: str) -> tuple[str, tuple[int, int]] | None:
-    """Name and place of an initializer that stands in the weights file."""
+    """The name and place of an initializer that is in the weights file, or None."""
     parts = _all(tensor)
     place = _location(parts)
     if not place:
         return None
     if place["location"] != weights:
-        raise ValueError(f"it reads {printable(place['location'])!r}, and only {weights} is a graph's to read")
+        raise ValueError(f"it reads {printable(place['location'])!r}, but a graph may read only {weights}")
     return _text(parts, 8), (int(place.get("offset", "0")), int(place.get("length", "-1")))
 
 

@@ -4,10 +4,10 @@
     vision.onnx ...         graphs; their weights are inputs (target cpu) or point into the weights file
     weights.safetensors     every tensor of the checkpoint once, Linear weights transposed: in the checkpoint's dtype,
                             or quantized as the manifest's plan says, with their scales beside them
-    tokenizer.json          for the `tokenizers` library; absent: token level only
-    selftest.safetensors    what the FP32 reference computes, see selftest.py; absent: nothing to verify against
-    signatures.json         who signed it, see signature.py; in no hash
-    verified-*.json         written by the robot, in no hash: this machine's numbers were right, see verify/
+    tokenizer.json          for the `tokenizers` library; without it, token level only
+    selftest.safetensors    results of the FP32 reference, see selftest.py; without it, nothing to verify against
+    signatures.json         who signed it, see signature.py; not hashed
+    verified-*.json         written by the robot, not hashed; says that this machine's numbers were right, see verify/
 
 A bundle is written beside its final place and renamed when complete, so a folder with a bundle.json is complete.
 """
@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trol_edge.bundle.costs import Costs
+from trol_edge.bundle.costs import ARITHMETIC, KINDS, Costs
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
 from trol_edge.bundle.folder import digest_of, sha256_of, taken_back
 from trol_edge.bundle.graph_file import GraphFile, read_graph
@@ -104,13 +104,13 @@ class Manifest:
 class Bundle:
     """An opened bundle folder, with the manifest and the paths of files whose size (and hash) have been checked.
 
-    Every file is checked against the others: graphs against the manifest, and both against what the weights file holds.
-    Raises BundleError where the folder is missing, incomplete, altered, contradicts itself or is of another version.
+    Every file is checked against the others: graphs against the manifest, and both against the weights file.
+    Raises BundleError if the folder is missing, incomplete, altered, contradicts itself or is of another version.
     The weights file is hashed while it is loaded, all other files here.
     """
 
     def __init__(self, folder: str | os.PathLike[str], trusted_keys: Sequence[PublicKey] | None = None) -> None:
-        """trusted_keys: ed25519 public keys; a bundle that none of them signed is not opened. None: any is."""
+        """Open a bundle. trusted_keys: ed25519 public keys, one of which must have signed it; None accepts any."""
         self.folder = Path(folder)
         self.trusted_keys = () if trusted_keys is None else public_keys(trusted_keys)
         path = self.folder / MANIFEST
@@ -120,12 +120,14 @@ class Bundle:
                     f"{self.folder}: no {MANIFEST} here, so this is not a (complete) bundle; "
                     "make one with `make engine` or `trol-edge export`"
                 )
+            if not stays_inside(path):
+                raise BundleError(f"{path}: is a link to a place outside of the bundle; copy the bundle again")
         data = read_json_value(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"{path}: not a trol-edge bundle; make one with `trol-edge export`")
         if data.get("format_version") != FORMAT_VERSION:
             raise BundleError(
-                f"{path}: bundle format {data.get('format_version')!r:.80}, this trol-edge reads format "
+                f"{path}: bundle format {data.get('format_version')!r:.80}, but this version reads format "
                 f"{FORMAT_VERSION}; export the bundle again with this version"
             )
         self.identity = data.pop("manifest_sha256", None)  # hash of the manifest, and so of every file that it lists
@@ -151,23 +153,23 @@ class Bundle:
         for name, info in self.manifest.files.items():
             path = self.folder / name
             if not stays_inside(path):
-                yield f"{name} is a link to a place outside of the bundle"
+                yield f"{name} is a link to a place outside the bundle"
             elif not path.is_file():
-                yield f"{name} is no regular file" if path.exists() else f"{name} is missing"
+                yield f"{name} is not a regular file" if path.exists() else f"{name} is missing"
             elif path.stat().st_size != info.bytes:
                 yield f"{name} has {path.stat().st_size} bytes instead of {info.bytes}"
             elif name != WEIGHTS and sha256_of(path) != info.sha256:
                 yield f"{name} was altered (sha256 differs)"
 
     def _contradictions(self) -> Iterator[str]:
-        """Where manifest, graphs, weights and self-test do not belong together."""
+        """Yield where manifest, graphs, weights and self-test contradict each other."""
         tensors = self.weights().tensors
         yield from _wrong_weights(self.manifest, tensors)
         for name, info in self.manifest.graphs.items():
             yield from _wrong_graph(name, info, read_graph(self.folder / info.file, WEIGHTS), tensors)
 
     def require_signed(self, statement: bytes, what: str) -> None:
-        """Raise BundleError where there are trusted keys, and none of them signed a statement about `what`."""
+        """Raise BundleError if there are trusted keys, and none of them signed a statement about `what`."""
         require(self.folder, self.trusted_keys, statement, what)
 
     def path(self, name: str) -> Path:
@@ -192,15 +194,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write bundle.json with its own hash in it. It is written last."""
     data = dataclasses.asdict(manifest)
     if not data["spec"]["more_end_ids"]:
-        del data["spec"]["more_end_ids"]  # so that versions of this format that know of one end only read it, too
-    data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader sees them
+        del data["spec"]["more_end_ids"]  # so that versions that know only one end can read it, too
+    data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader gets them
     data["manifest_sha256"] = digest_of(data)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# -- what a manifest says, against itself and against the files it lists -----------------------------------------------
+# -- checks of a manifest against itself and against the files it lists ------------------------------------------------
 
-# The most that a manifest may say, far above any model that exists; what is sized by it is refused before it is made.
+# Largest values in a manifest, far above any model that exists, so that nothing of an absurd size is allocated.
 MOST = {
     "context": 1 << 24,
     "max_position_embeddings": 1 << 24,
@@ -224,7 +226,7 @@ _FROM_ZERO = ("lora_rank", "eos_token_id", "image_token_id")
 
 
 def wrong_sizes(part: object, where: str) -> Iterator[str]:
-    """Numbers of a spec that no model has, in words: counts below 1 (or 0), or beyond MOST."""
+    """Describe numbers of a spec that no model has: counts below 1 (or 0), or above MOST."""
     for field in dataclasses.fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if field.type == "int":
@@ -232,13 +234,13 @@ def wrong_sizes(part: object, where: str) -> Iterator[str]:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 yield f"{where}{field.name} {value!r:.80} is not {least}..{most}"
         elif field.type == "float" and not (isinstance(value, float) and 0 < value < float("inf")):
-            yield f"{where}{field.name} {value!r:.80} is no number above 0"
+            yield f"{where}{field.name} {value!r:.80} is not a number above 0"
 
 
 def _wrong_names(manifest: Manifest) -> Iterator[str]:
     for name in manifest.files:
         if not is_plain_name(name) or not any(fnmatch.fnmatchcase(name, known) for known in LISTED_FILES):
-            yield f"its manifest lists {printable(name)[:80]!r}, which is no name of a bundle's file"
+            yield f"its manifest lists {printable(name)[:80]!r}, which is not the name of a bundle's file"
     for graph, info in manifest.graphs.items():
         if info.file not in manifest.files or not info.file.endswith(".onnx"):
             yield f"its manifest does not list {printable(info.file)[:80]!r}, the file of graph {printable(graph)[:80]}"
@@ -249,6 +251,15 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
     yield from wrong_sizes(spec, "spec.")
     yield from wrong_sizes(spec.vision, "spec.vision.")
     yield from wrong_sizes(manifest.image, "image.")
+    if manifest.plan.compute not in ("fp32", "fp16"):
+        yield f"plan.compute {manifest.plan.compute!r:.80} is neither fp32 nor fp16"
+    for name, linear in manifest.plan.linears.items():
+        yield from (f"plan of {printable(name)[:80]}: {problem:.200}" for problem in linear.problems())
+    if spec.long_rope is not None:
+        yield from wrong_sizes(spec.long_rope, "spec.long_rope.")
+    operations = [o for info in manifest.graphs.values() if info.costs for o in info.costs.operations]
+    if any(o.kind not in KINDS or o.arithmetic not in ARITHMETIC or o.count < 1 for o in operations):
+        yield "the costs of a graph name work that is not known here"
     if not 2 <= manifest.context <= min(most, max(2, spec.max_position_embeddings)):
         yield f"context {manifest.context} is not 2..{spec.max_position_embeddings} (max_position_embeddings)"
     if not 1 <= manifest.prompt.tokens_per_image == spec.vision.tokens_per_image:
@@ -258,11 +269,11 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
         yield f"{spec.num_heads} heads share {spec.num_kv_heads} of keys and values"
     for token in (spec.eos_token_id, *spec.more_end_ids, spec.image_token_id):
         if not 0 <= token < spec.embedding_rows:
-            yield f"token {token} (an end, or a picture's) is no row of {spec.embedding_rows} of the embedding table"
+            yield f"token {token} (an end, or a picture's) is not in 0..{spec.embedding_rows - 1} (rows of embeddings)"
     if spec.long_rope is not None:
         factors = (spec.long_rope.short_factor, spec.long_rope.long_factor)
         if any(len(f) != spec.head_dim // 2 or not min(f, default=0) > 0 for f in factors):
-            yield f"long_rope has not {spec.head_dim // 2} factors above 0 in each set"
+            yield f"long_rope does not have {spec.head_dim // 2} factors above 0 in each set"
 
 
 def _ports_of(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
@@ -280,7 +291,7 @@ def _ports_of(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
 
 
 def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterator[str]:
-    """Where manifest and weights file contradict each other."""
+    """Yield where manifest and weights file contradict each other."""
     spec = manifest.spec
     if EMBEDDING in tensors and tensors[EMBEDDING].shape != (spec.embedding_rows, spec.hidden_size):
         found = list(tensors[EMBEDDING].shape)
@@ -306,7 +317,7 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
 
 
 def _weight(name: str, tensors: dict[str, TensorInfo]) -> tuple[int, ...] | None:
-    """Shape of a weight as a graph reads it, stored or derived; None where the weights file has none of it."""
+    """The shape of a weight as a graph reads it, stored or derived; None if the weights file lacks it."""
     if name in tensors:
         return tensors[name].shape
     packed = tensors.get(name.removesuffix(INT8).removesuffix(INT8_SCALE) + NBITS)
@@ -320,14 +331,14 @@ def _weight(name: str, tensors: dict[str, TensorInfo]) -> tuple[int, ...] | None
 
 
 def _wrong_graph(name: str, info: GraphInfo, file: GraphFile, tensors: dict[str, TensorInfo]) -> Iterator[str]:
-    """Where a graph file contradicts the manifest or the weights file."""
+    """Yield where a graph file contradicts the manifest or the weights file."""
     if info.operators != file.operators:
         yield f"{info.file} has other operators than the manifest says"
     weights = {w for w in info.weights if w not in info.constants}
     for what, listed, read in (("inputs", info.inputs, file.inputs), ("outputs", info.outputs, file.outputs)):
         ports = {port.name: (port.dtype, port.shape) for port in listed}
         there = {n: port for n, port in read.items() if n not in weights or what == "outputs"}
-        names = ports.keys() | (there.keys() if what == "inputs" else set())  # for more outputs nobody asks
+        names = ports.keys() | (there.keys() if what == "inputs" else set())  # further outputs do no harm
         if different := sorted(n for n in names if ports.get(n) != there.get(n)):
             yield f"{info.file} has other {what} than the manifest says ({printable(different[0])[:80]})"
     if lacking := [w for w in info.weights if _weight(w, tensors) is None]:
@@ -342,4 +353,4 @@ def _wrong_graph(name: str, info: GraphInfo, file: GraphFile, tensors: dict[str,
     for weight, (offset, length) in file.outside.items():
         tensor = tensors.get(weight)
         if tensor is None or (tensor.offset, tensor.nbytes) != (offset, length):
-            yield f"{info.file} reads {printable(weight)[:80]} where {WEIGHTS} has it not"
+            yield f"{info.file} reads {printable(weight)[:80]} where {WEIGHTS} does not have it"

@@ -8,7 +8,7 @@ TOKENIZER = "tokenizer.json"
 SELFTEST = "selftest.safetensors"
 VERIFIED = "verified-*.json"
 SIGNATURES = "signatures.json"
-# Patterns of what a manifest may list, and of all that a bundle's folder may hold.
+# Patterns of files that a manifest may list, and of everything that a bundle's folder may hold.
 LISTED_FILES = (WEIGHTS, TOKENIZER, SELFTEST, "*.onnx")
 BUNDLE_FILES = (MANIFEST, *LISTED_FILES, VERIFIED, SIGNATURES, "engines")
 EMBEDDING = "embedding"  # looked up by the runtime, in no graph

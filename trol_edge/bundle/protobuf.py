@@ -1,17 +1,17 @@
-"""Protobuf messages read without protobuf, whose generated code ties a program to one release of it."""
+"""Reads protobuf messages without protobuf, whose generated code ties a program to one release of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-_MOST_BITS = 63  # of a varint that follows seven bits: no number has more than 64
+_MOST_BITS = 63  # largest shift in a varint, because no number has more than 64 bits
 
 
 def protobuf_fields(data: bytes | memoryview) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a message: int for varints, a part of `data` for everything else.
+    """Yield number and value of each field of a message: int for varints, a part of `data` for everything else.
 
-    Raises ValueError or IndexError where it is none.
+    Raises ValueError or IndexError if it is not a message.
     """
     at = 0
 

@@ -56,6 +56,12 @@ class SelfTest:
     rope: Float32  # [2, rows, E/2] cos and sin
     embeddings: Float32  # [n, D] embeddings of the stepped tokens
     cases: dict[str, SelfTestCase]  # "picture", and "long" if the rotary embedding has two factor sets
+    # What tokenizer and prompt template make of fixed texts, see trol_edge.prompt.probe. None: there is no tokenizer,
+    # or the bundle is of a version that did not record it.
+    token_digests: NDArray[np.uint8] | None = None  # [B, 32]
+    prompt_ids: Int32 | None = None  # of all prompts, one after another
+    prompt_lengths: Int32 | None = None  # ids of each
+    end_ids: Int32 | None = None  # that end an answer, in rising order
 
 
 def read(bundle: Bundle) -> SelfTest:
@@ -80,13 +86,13 @@ def read(bundle: Bundle) -> SelfTest:
 
 
 def _contradictions(test: SelfTest, bundle: Bundle) -> Iterator[str]:
-    """Where a self-test is not one of its bundle's model: shapes, and numbers of rows that do not exist."""
+    """Yield where a self-test contradicts its bundle's model: wrong shapes, and rows that do not exist."""
     manifest = bundle.manifest
     spec, image = manifest.spec, manifest.image
     if "picture" not in test.cases or test.cases.keys() - {"picture", "long"}:
         yield f"its cases are {', '.join(test.cases)}"
     if ("long" in test.cases) > (spec.long_rope is not None):
-        yield "it has a case with long rope factors, and the model has none"
+        yield "it has a case with long rope factors, but the model has none"
     if test.picture.ndim != 3 or test.picture.shape[2:] != (3,) or not 1 <= test.picture.size <= 3 * MAX_PIXELS:
         yield f"its picture is {list(test.picture.shape)}"
         return
@@ -131,7 +137,7 @@ def _contradictions(test: SelfTest, bundle: Bundle) -> Iterator[str]:
 def _differences(
     part: object, name: str, shapes: Mapping[str, tuple[int, ...]], limits: Mapping[str, int]
 ) -> Iterator[str]:
-    """Arrays of another shape than `shapes` says, and whole numbers that are not 0..limit-1 in one dimension."""
+    """Describe arrays of another shape than in `shapes`, and whole numbers that are not 0..limit-1 in one dimension."""
     for field, shape in shapes.items():
         array = getattr(part, field)
         if array.shape != shape:
@@ -139,12 +145,13 @@ def _differences(
     for field, limit in limits.items():
         array = getattr(part, field)
         if array.ndim != 1 or array.dtype != np.int32 or not array.size or not 0 <= array.min() <= array.max() < limit:
-            yield f"{name}{field} is no list of numbers 0..{limit - 1}"
+            yield f"{name}{field} is not a list of numbers 0..{limit - 1}"
 
 
 def tensors(test: SelfTest) -> dict[str, NDArray[Any]]:
     """The arrays of a self-test by their names in the file."""
     flat = {f.name: getattr(test, f.name) for f in dataclasses.fields(test) if f.name != "cases"}
+    flat = {name: array for name, array in flat.items() if array is not None}
     for name, case in test.cases.items():
         flat |= {f"{name}.{f.name}": getattr(case, f.name) for f in dataclasses.fields(case)}
     return flat

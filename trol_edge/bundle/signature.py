@@ -1,7 +1,7 @@
-"""Who stands behind a bundle: ed25519 signatures in `signatures.json`, made by `trol-edge sign`.
+"""Says who signed a bundle, by ed25519 signatures in `signatures.json`, which `trol-edge sign` makes.
 
 A manifest's own hash covers every file that it lists, so a signature covers that hash. Engines are built later, on the
-robot or for it, and are programs: each target's list of engines has a signature of its own, bound to the bundle.
+robot or for it, and are programs, so each target's list of engines has its own signature, bound to the bundle.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 FORMAT = "trol-edge-signatures"
-PublicKey = str | os.PathLike[str] | bytes  # a PEM file, or what is in one, or the 32 bytes of a key
-RAW_BYTES = 32  # of a public key
-MOST_BYTES = 1 << 20  # of a file of a key or of signatures
+PublicKey = str | os.PathLike[str] | bytes  # a PEM file, or its content, or the 32 bytes of a key
+RAW_BYTES = 32  # size of a public key
+MOST_BYTES = 1 << 20  # largest file of a key or of signatures
 
 
 def bundle_statement(identity: str) -> bytes:
-    """What is signed of a bundle; identity: its manifest's own hash."""
+    """The bytes that are signed for a bundle. identity: its manifest's own hash."""
     return f"trol-edge bundle 1\n{identity}".encode()
 
 
 def engines_statement(identity: str, target: str, digest: str) -> bytes:
-    """What is signed of the engines of a target; digest: of their engines.json."""
+    """The bytes that are signed for the engines of a target. digest: the hash of their engines.json."""
     return f"trol-edge engines 1\n{identity}\n{target}\n{digest}".encode()
 
 
 def public_keys(given: Sequence[PublicKey]) -> tuple[bytes, ...]:
-    """The 32 bytes of each key. Raises UsageError for what is no list of ed25519 public keys."""
+    """The 32 bytes of each key. Raises UsageError if they are not a list of ed25519 public keys."""
     if isinstance(given, str | bytes | os.PathLike) or not given:
         raise UsageError(f"trusted_keys {given!r:.80} should be a list of one or more ed25519 public keys (PEM files)")
     return tuple(map(_public_key, given))
@@ -61,7 +61,7 @@ def _public_key(given: PublicKey) -> bytes:
 
 
 def private_key(path: Path) -> Ed25519PrivateKey:
-    """The private key of a PEM file. Raises UsageError where it is none."""
+    """Read the private key of a PEM file. Raises UsageError if it is not one."""
     advice = "give a PEM file of an ed25519 private key: openssl genpkey -algorithm ed25519 -out key.pem"
     data = read_plain(path, UsageError, advice, MOST_BYTES)
     _require_library()
@@ -78,7 +78,7 @@ def private_key(path: Path) -> Ed25519PrivateKey:
 def add(folder: Path, key: Ed25519PrivateKey, statements: Sequence[bytes]) -> str:
     """Write a key's signatures of some statements into a bundle's folder, beside those of other keys.
 
-    Older ones of the same key go. Returns the public key, hex.
+    Older ones of the same key are removed. Returns the public key in hex.
     """
     public = key.public_key().public_bytes_raw().hex()
     found = {name: signed for name, signed in _read(folder).items() if name != public}
@@ -91,11 +91,11 @@ def add(folder: Path, key: Ed25519PrivateKey, statements: Sequence[bytes]) -> st
 
 
 def require(folder: Path, keys: Sequence[bytes], statement: bytes, what: str) -> None:
-    """Raise BundleError where none of the keys signed a statement."""
+    """Raise BundleError if none of the keys signed a statement."""
     if keys and not any(_holds(key, signed, statement) for key, signed in _signed(folder, keys)):
         raise BundleError(
             f"{folder}: {what} is signed by none of the {len(keys)} trusted key(s), so it was not opened; take it from "
-            "one whom you trust, or sign it yourself with `trol-edge sign`"
+            "someone whom you trust, or sign it yourself with `trol-edge sign`"
         )
 
 
@@ -120,7 +120,7 @@ def _holds(key: bytes, signature: bytes, statement: bytes) -> bool:
 
 
 def _read(folder: Path) -> dict[str, list[str]]:
-    """Public key -> its signatures, hex; nothing where the bundle has none."""
+    """Public key -> its signatures in hex; empty if the bundle has none."""
     path, advice = folder / SIGNATURES, "remove it, and sign the bundle again"
     if not path.exists():
         return {}
@@ -136,6 +136,6 @@ def _read(folder: Path) -> dict[str, list[str]]:
 
 def _require_library() -> None:
     try:
-        import cryptography  # noqa: F401 (asked for)
+        import cryptography  # noqa: F401 (to see whether it is installed)
     except ImportError as error:
         raise BackendError(f"{error.name} is not installed; pip install 'trol-edge[sign]'") from error

@@ -1,4 +1,4 @@
-"""Sign a bundle: the whole of it is read and checked first, because a signature says that it is as it should be."""
+"""Signs a bundle. All of it is read and checked first, because a signature vouches for it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trol_edge.errors import BundleError
 
 
 def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> str:
-    """Sign a bundle and the engines in it with the ed25519 private key of a PEM file; returns the public key, hex.
+    """Sign a bundle and the engines in it with the ed25519 private key of a PEM file; returns the public key in hex.
 
-    Raises BundleError for a bundle that is damaged, UsageError for another key, or where nothing can be written.
+    Raises BundleError for a bundle that is damaged, UsageError for another kind of key, or if nothing can be written.
     """
     private = signature.private_key(Path(key))
     bundle = Bundle(folder)

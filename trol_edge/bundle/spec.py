@@ -60,7 +60,7 @@ class ModelSpec:
     image_token_id: int
     vision: VisionSpec
     long_rope: LongRope | None = None  # None: plain rotary embedding, one set of frequencies
-    more_end_ids: tuple[int, ...] = ()  # that end an answer beside eos_token_id
+    more_end_ids: tuple[int, ...] = ()  # further ids that end an answer, beside eos_token_id
 
     @property
     def kv_values_per_token(self) -> int:

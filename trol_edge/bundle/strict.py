@@ -60,7 +60,7 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
             items = zip(kinds, value, strict=True)
             return tuple(_convert(k, v, f"{where}[{i}]", problems) for i, (k, v) in enumerate(items))
     if isinstance(value, int | float) and not abs(value) < MOST_NUMBER:
-        problems.append(f"{where}: {value!r:.80} is beyond every size")
+        problems.append(f"{where}: {value!r:.80} is too large")
         return None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

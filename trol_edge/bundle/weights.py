@@ -25,7 +25,7 @@ Float32 = NDArray[np.float32]
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
 FLOATS = ("F32", "F16", "BF16")
 BLOCK_BYTES = 16 << 20
-MOST_HEADER_BYTES = 16 << 20  # TroL-7B's takes 0.2 MB
+MOST_HEADER_BYTES = 16 << 20  # largest header; TroL-7B's takes 0.2 MB
 
 
 @dataclasses.dataclass(frozen=True)

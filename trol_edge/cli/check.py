@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from trol_edge.cli.show import Json, OfOrt, err, out, print_json
 
@@ -31,11 +31,11 @@ def verify(
     else:
         table = Table("", "stage", "drift", "budget", "", box=None, padding=(0, 1))
         for title, stage in report.lines(every):
-            mark = "ok" if stage.good else "[red]--[/red]"
-            table.add_row(mark, title, f"{stage.drift:.1e}", f"{stage.budget:.0e}", escape(stage.text))
+            mark = Text("ok") if stage.good else Text("--", "red")
+            table.add_row(mark, title, f"{stage.drift:.1e}", f"{stage.budget:.0e}", stage.text)
         out.print(table)
         where = f"{report.target}, {report.precision}, {report.runs_on}; {report.machine}; {report.seconds:.1f} s"
-        out.print(f"{where}\n{report.verdict}", markup=False, soft_wrap=True)
+        out.print(f"{where}\n{report.verdict}", soft_wrap=True)
     if report.first_wrong is not None:
         raise typer.Exit(1)
 
@@ -54,7 +54,7 @@ def soak(
     def progress(seconds: float, resident: int) -> None:
         if seconds - shown[0] >= 10:
             shown[0] = seconds
-            err.print(f"{seconds:6.0f} s  {resident / 1e6:8.1f} MB resident", markup=False)
+            err.print(f"{seconds:6.0f} s  {resident / 1e6:8.1f} MB resident")
 
     report = run_soak(bundle, 60 * minutes, progress, cast(Any, provider))
     if as_json:
@@ -74,7 +74,7 @@ def soak(
                 f"(1 % of {slope.resident_bytes / 1e6:.0f} MB, at least 4 MiB): {'flat' if slope.flat else 'NOT FLAT'}"
             )
         for line in report.wrong:
-            out.print(f"wrong: {line}", markup=False)
+            out.print(f"wrong: {line}")
         out.print("passed" if report.passed else "FAILED")
     if not report.passed:
         raise typer.Exit(1)

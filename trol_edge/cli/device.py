@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from trol_edge.cli.show import Json, err, out, peak_bytes, phases, print_json
@@ -28,7 +27,7 @@ def targets(
             print_json({"target": name, "why": why})
             return
         print(name)
-        err.print(f"target {name}: {why}", markup=False, soft_wrap=True)
+        err.print(f"target {name}: {why}", soft_wrap=True)
         return
     found = {status.target: status for status in room.statuses()}
     if as_json:
@@ -43,18 +42,18 @@ def targets(
         builds = "-" if not target.gpu else "yes" if status.builds else "no"
         runs = ("yes" if not target.gpu else "yes*") if status.runs else "no"
         row = (name, target.machine, status.found or target.library, " ".join(target.precisions), builds, runs)
-        table.add_row(*(escape(text) for text in row))
+        table.add_row(*row)
         for why, what in ((status.why_no_build, "build"), (status.why_no_run, "run")):
             if why and not (what == "run" and why == status.why_no_build):
                 reasons.setdefault(why, []).append(f"{name} ({what})" if status.builds else name)
     out.print(table)
     for why, names in reasons.items():
-        out.print(f"no {', '.join(names)}: {why}", markup=False, soft_wrap=True)
+        out.print(f"no {', '.join(names)}: {why}", soft_wrap=True)
     if any(status.runs and is_gpu(name) for name, status in found.items()):
         out.print(f"* {NOT_YET}")
     out.print("What is missing, and why:")
     for name, target in TARGETS.items():
-        out.print(f"  {name}: {'; '.join(target.missing)}", markup=False, style="dim", soft_wrap=True)
+        out.print(f"  {name}: {'; '.join(target.missing)}", style="dim", soft_wrap=True)
 
 
 def build(
@@ -89,19 +88,18 @@ def build(
         print_json(data | {"folder": str(done.folder), "seconds": seconds, "peak_bytes": peak})
         return
     if not done.built:
-        out.print(f"{escape(str(done.folder))}: up to date; --force builds again")
+        out.print(f"{done.folder}: up to date; --force builds again")
         return
-    out.print(f"built, because: {done.reason}", markup=False, soft_wrap=True)
+    out.print(f"built, because: {done.reason}", soft_wrap=True)
     for name, engine in done.engines.engines.items():
         ratio = engine.bytes / engine.weight_bytes  # the engine's own weights, without shared ones
         out.print(
             f"{name:8} {engine.bytes / 1e6:9.1f} MB ({ratio:.3f} x its weights), {engine.seconds:5.1f} s, "
             f"{len(engine.profiles)} profile(s); {', '.join(f'{n} {kind}' for kind, n in engine.layers.items())}",
-            markup=False,
             soft_wrap=True,
         )
     out.print(
-        f"{done.engines.key.library}, {done.engines.precision}: {escape(str(done.folder))}, {seconds:.0f} s, "
+        f"{done.engines.key.library}, {done.engines.precision}: {done.folder}, {seconds:.0f} s, "
         f"peak memory {peak / 1e9:.2f} GB"
     )
 
@@ -119,8 +117,8 @@ def doctor(
     else:
         for check in checks:
             mark = "ok" if check.good else "!!" if check.needed else "--"
-            out.print(f"{mark} {check.what}: {check.text}", markup=False, soft_wrap=True)
+            out.print(f"{mark} {check.what}: {check.text}", soft_wrap=True)
         wrong = [check.what for check in checks if check.needed and not check.good]
-        out.print(f"does not work: {', '.join(wrong)}" if wrong else "nothing that is needed is wrong", markup=False)
+        out.print(f"does not work: {', '.join(wrong)}" if wrong else "nothing that is needed is wrong")
     if any(check.needed and not check.good for check in checks):
         raise typer.Exit(1)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from trol_edge.cli.checkpoints import CHECKPOINTS, SENSITIVITY_SAMPLES, calibration_of, checkpoint_of, statistics_of
 from trol_edge.cli.show import Force, Json, err, extra, out, peak_bytes, print_json, progress_bars
@@ -110,11 +109,8 @@ def export(
         print_json({"bundle": str(output), "bytes": size, "seconds": seconds, "peak_bytes": peak})
         return
     for note in manifest.notes:
-        err.print(f"note: {note}", markup=False)
-    out.print(
-        f"{manifest.model}: {size / 1e6:.1f} MB in {escape(str(output))}, {seconds:.0f} s, "
-        f"peak memory {peak / 1e9:.2f} GB"
-    )
+        err.print(f"note: {note}")
+    out.print(f"{manifest.model}: {size / 1e6:.1f} MB in {output}, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB")
 
 
 def synth(
@@ -136,7 +132,7 @@ def synth(
         return
     out.print(
         f"{model}, random weights: {result['parameters']:,} parameters, {result['bytes'] / 1e9:.2f} GB in "
-        f"{escape(str(output))}, {result['seconds']:.0f} s, peak memory {result['peak_bytes'] / 1e9:.2f} GB"
+        f"{output}, {result['seconds']:.0f} s, peak memory {result['peak_bytes'] / 1e9:.2f} GB"
     )
 
 
@@ -166,6 +162,6 @@ def outliers(
         print_json(result | {"checkpoint": str(output), "peak_bytes": peak_bytes()})
         return
     out.print(
-        f"{channels} channels of {result['norms']} norms x {result['factor']:g} in {escape(str(output))}, "
+        f"{channels} channels of {result['norms']} norms x {result['factor']:g} in {output}, "
         f"{result['bytes'] / 1e6:.1f} MB ({len(result['widened'])} tensors stored as float32 to stay exact)"
     )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import math
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from trol_edge._version import __version__
 from trol_edge.cli import check, device, export, measure, plan, quantize, run, sign
-from trol_edge.cli.show import err
+from trol_edge.cli.show import err, print_error, print_json
 from trol_edge.errors import TrolEdgeError
 
 app = typer.Typer(
@@ -17,7 +23,35 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class _Verb(TyperCommand):
+    """A verb; its numbers are finite."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it. BadParameter for NaN and infinity, which the terminal library takes for numbers."""
+        for name, given in ctx.params.items():
+            for value in given if isinstance(given, (list, tuple)) else (given,):
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise typer.BadParameter(f"--{name.replace('_', '-')} {value} is not a number")
+        return super().invoke(ctx)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before the verb."""
 
 
 def version() -> None:
@@ -48,27 +82,82 @@ VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (version, "trol-edge version"),
 )
 for verb, example in VERBS:
-    app.command(epilog=f"Example: {example}")(verb)
+    app.command(cls=_Verb, epilog=f"Example: {example}")(verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line. Returns 0, 1 for an error of this package, 2 for bad usage, 130 after Ctrl-C."""
+    """Run one command line; returns the exit code.
+
+    It is 0 (also where whoever read the output has gone), 1 for an error of ours, 2 for bad usage, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if arguments is None:  # this process is the command line's
+        warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of any encoding: what it lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
+    code = 0
     try:
-        result = app(args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False)
+        code = _run(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+    except OSError as error:
+        _drop_output()
+        print_error(type(error).__name__, f"standard output cannot be written ({error})", as_json=False)
+        code = code or 1
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
+    """The exit code of one command line; errors are printed."""
+    as_json = "--json" in words
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("trol-edge", list(words)) as context:  # not main(), which exits with 1 for a pipe
+            command.invoke(context)
     except TrolEdgeError as error:
-        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        print_error(type(error).__name__, str(error), as_json)
         return 1
     except typer.Exit as stop:
-        result = stop.exit_code
+        return int(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        result = 130
-    except BrokenPipeError:
-        return 0
-    except Exception as error:
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the terminal library's usage errors
-            err.print(f"error: {error.format_message()}\nSee trol-edge --help.", markup=False)
-            return int(error.exit_code)
-        raise
-    if result == 130:
+        if as_json:
+            print_json({"error": {"type": "KeyboardInterrupt", "message": "interrupted"}})
         err.print("interrupted; no unfinished files are left")
-    return result if isinstance(result, int) else 0
+        return 130
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, no permission: of the machine, not of the program
+        print_error(type(error).__name__, str(error), as_json)
+        return 1
+    except Exception as error:
+        if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+            raise
+        print_error("UsageError", _usage(error.format_message()), as_json)  # the terminal library's own
+        return int(error.exit_code)
+    return 0
+
+
+def _usage(message: str) -> str:
+    """A message about bad usage: one guess of what was meant (two libraries may add theirs), and where to look."""
+    said, mean, guess = message.partition("Did you mean")
+    if mean:
+        message = said + mean + guess.partition("?")[0] + ("?)" if said.endswith("(") else "?")
+    return f"{message.rstrip()}{'' if message.rstrip().endswith(('.', '?', ')')) else '.'} See trol-edge --help."
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning on one line, without the source that it came from."""
+    err.print("warning: " + " ".join(str(message).split()), soft_wrap=True)
+
+
+def _drop_output() -> None:
+    """Let what is still to be written go nowhere, also at the end of the process."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # it has no file: then nothing is written at the end, either
+        pass

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from trol_edge.cli.show import Json, OfOrt, out, phases, print_json
@@ -81,7 +80,7 @@ def profile(
         if comparison is not None:
             _show_comparison(comparison)
         if output is not None:
-            out.print(f"{escape(str(output))}/profile.json, profile.html", soft_wrap=True)
+            out.print(f"{output}/profile.json, profile.html", soft_wrap=True)
     if comparison is not None and (comparison.slower or comparison.unjudged):
         raise typer.Exit(1)
 
@@ -103,12 +102,13 @@ def _show_profile(profile: Any, rows: list[dict[str, Any]]) -> None:
 
     peaks = profile.peaks
     rates = f"; {peaks.flops_per_s / 1e9:.0f} GFLOP/s, {peaks.bytes_per_s / 1e9:.0f} GB/s measured" if peaks else ""
-    out.print(f"{profile.machine_name}{rates}", markup=False)
+    out.print(f"{profile.machine_name}{rates}")
     titles = STAGES | STARTS
     runs = [(measured, run) for measured in profile.bundles for run in measured.runs]
     for (measured, run), row in zip(runs, rows, strict=True):
         title = f"{measured.bundle.folder} ({measured.bundle.precision}), {case_name(run.case)}"
-        table = Table(title=escape(title), title_justify="left", box=None, padding=(0, 2))
+        out.print(title, style="italic")
+        table = Table(box=None, padding=(0, 2))
         table.add_column("ms")
         for column in ("p50", "p90", "p99", "values"):
             table.add_column(column, justify="right")
@@ -120,28 +120,27 @@ def _show_profile(profile: Any, rows: list[dict[str, Any]]) -> None:
         said += [f"peak memory {peak / 1e6:.0f} MB"] if peak else []
         if used:
             said.append(f"{number(1e3 * used['token_j'])} mJ per token, {number(used['answer_j'])} J per answer")
-        out.print(f"{', '.join(said)}; the projector is a part of the vision graph", markup=False, soft_wrap=True)
+        out.print(f"{', '.join(said)}; the projector is a part of the vision graph", soft_wrap=True)
         for text in row["invalid"]:
-            out.print(f"INVALID: {text}", markup=False, soft_wrap=True, style="bold red")
+            out.print(f"INVALID: {text}", soft_wrap=True, style="bold red")
         out.print()
     for kind, style in (("partial", "yellow"), ("remarks", "dim")):
         for text in dict.fromkeys(text for row in rows for text in row[kind]):
             count = sum(text in row[kind] for row in rows)
             where = "" if count == len(rows) else f" ({count} of {len(rows)} runs)"
-            out.print(f"{kind.removesuffix('s')}: {text}{where}", markup=False, soft_wrap=True, style=style)
+            out.print(f"{kind.removesuffix('s')}: {text}{where}", soft_wrap=True, style=style)
 
 
 def _show_comparison(comparison: Any) -> None:
     """Print what became slower against a baseline, and what could not be judged."""
     for text in comparison.remarks:
-        out.print(f"remark: {text}", markup=False, soft_wrap=True, style="dim")
+        out.print(f"remark: {text}", soft_wrap=True, style="dim")
     for text in comparison.unjudged:
-        out.print(f"not judged, invalid: {text}", markup=False, soft_wrap=True, style="bold red")
+        out.print(f"not judged, invalid: {text}", soft_wrap=True, style="bold red")
     for change in comparison.slower:
         out.print(
             f"slower: {change.where}: {change.what} {change.old:.4g} -> {change.new:.4g} {change.unit} "
             f"({100 * (change.new / change.old - 1):+.0f} %, noise {100 * change.threshold:.0f} %)",
-            markup=False,
             soft_wrap=True,
             style="red",
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from trol_edge.cli.show import Json, extra, out, phases, print_json
@@ -113,13 +112,13 @@ def plan(
                 if p is None
                 else f"{p.subject.precision} is the finest that fits{goals}"
             )
-            out.print(f"{name}: {said}", markup=False)
+            out.print(f"{name}: {said}")
 
 
 def _print_plans(plans: Any) -> None:
     """Print a table with a row for each plan, or everything about a single plan."""
     first = plans[0].subject
-    out.print(f"{first.name}, context {first.context}; times expected (floor); GB = 1e9 bytes", markup=False)
+    out.print(f"{first.name}, context {first.context}; times expected (floor); GB = 1e9 bytes")
     table = Table(box=None, padding=(0, 1))
     for column in ("device", "precision", "weights", "K/V", "remains", "first token, s", "tokens/s", "verdict"):
         words = column in ("device", "precision", "verdict")
@@ -127,7 +126,7 @@ def _print_plans(plans: Any) -> None:
     for p in plans:
         m = p.memory
         table.add_row(
-            escape(p.machine.name),
+            p.machine.name,
             p.subject.precision,
             f"{m.weights / 1e9:.2f}",
             f"{m.cache / 1e9:.2f}",
@@ -150,19 +149,18 @@ def _print_plans(plans: Any) -> None:
             ("remains for the rest of the robot", m.remains),
             ("peak of building the engines, alone", m.build),
         ):
-            out.print(f"  {what:36}{size / 1e9:8.2f} GB", markup=False)
+            out.print(f"  {what:36}{size / 1e9:8.2f} GB")
         for s in p.stages:
             dims = ", ".join(f"{n} {name}" for name, n in s.dims.items())
             out.print(
                 f"  {s.graph} ({dims}): {s.expected * 1e3:.1f} ms expected, {s.floor * 1e3:.1f} at least; "
                 f"{s.flops / 1e9:.1f} G operations, {s.bytes / 1e9:.2f} GB; most of it is {s.bound}",
-                markup=False,
                 soft_wrap=True,
             )
         if p.next_question is not None:
-            out.print(f"  a second question about the picture: {p.next_question * 1e3:.0f} ms", markup=False)
+            out.print(f"  a second question about the picture: {p.next_question * 1e3:.0f} ms")
         for note in p.machine.notes:
-            out.print(f"  {note}", markup=False, style="dim", soft_wrap=True)
+            out.print(f"  {note}", style="dim", soft_wrap=True)
         if gpu:
             from trol_edge.bundle.targets import NOT_YET
             from trol_edge.plan.rates import ARITHMETIC, BANDWIDTH
@@ -171,7 +169,6 @@ def _print_plans(plans: Any) -> None:
                 f"  expected: {BANDWIDTH:.0%} of the bandwidth, "
                 + ", ".join(f"{rate:.0%} of {kind}" for kind, rate in ARITHMETIC.items())
                 + f", from others' figures for other models (docs/results.md); {NOT_YET}",
-                markup=False,
                 style="dim",
                 soft_wrap=True,
             )
@@ -179,6 +176,5 @@ def _print_plans(plans: Any) -> None:
         if p.changes:
             out.print(
                 f"{p.machine.name} {p.subject.precision} fits with: {'; '.join(p.changes)}",
-                markup=False,
                 soft_wrap=True,
             )

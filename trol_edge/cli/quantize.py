@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from trol_edge.cli.checkpoints import SENSITIVITY_SAMPLES, calibration_of, checkpoint_of, statistics_of
@@ -45,10 +44,10 @@ def calibrate(
         print_json(result | {"seconds": seconds, "peak_bytes": peak})
         return
     for skipped in found.state.skipped:
-        err.print(f"skipped: {skipped}", markup=False)
+        err.print(f"skipped: {skipped}")
     out.print(
         f"{len(found.points)} points over {found.samples} samples ({len(found.state.skipped)} skipped) in "
-        f"{escape(str(output))}, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB"
+        f"{output}, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB"
     )
 
 
@@ -87,7 +86,7 @@ def mix(
         return
     for name, nats in sorted(found.sensitivity.items(), key=lambda item: -item[1])[:10]:
         raised = f" -> {found.linears[name].precision}" if name in found.linears else ""
-        out.print(f"{nats:.2e} nats  {name}{raised}", markup=False)
+        out.print(f"{nats:.2e} nats  {name}{raised}")
     out.print(
         f"plain {options.recipe}: {found.recipe_nats:.2e} nats; with {len(found.linears)} of "
         f"{len(found.sensitivity)} Linears raised: {found.nats:.2e}, {'within' if found.reached else 'NOT within'} "
@@ -151,13 +150,13 @@ def compare(
         print_json([dataclasses.asdict(c) for c in found])
         return
     for skipped in chosen.skipped:
-        err.print(f"skipped: {skipped}", markup=False)
-    names = [escape(name) for name in comparing.names(found)]
+        err.print(f"skipped: {skipped}")
+    names = comparing.names(found)
     layers = Table("signal to noise, dB", *names, box=None, padding=(0, 2))
     for i, place in enumerate(found[0].places):
         layers.add_row(place.name, *(f"{c.places[i].mean_db:.1f}" for c in found))
     out.print(layers)
-    summary = Table(f"against {escape(reference.name)}", *names, box=None, padding=(0, 2))
+    summary = Table(f"against {reference.name}", *names, box=None, padding=(0, 2))
     for title, cells in comparing.summary(found):
         summary.add_row(title, *cells)
     out.print(summary)

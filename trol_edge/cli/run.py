@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.cli.show import Json, OfOrt, err, extra, out, print_json
+from trol_edge.errors import UsageError
+from trol_edge.prompt.images import Picture
+
+STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+PROMPT_BYTES, PICTURE_BYTES = 16 << 20, 1 << 30  # read from standard input at most
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Question to ask.")],
-    image: Annotated[list[Path] | None, typer.Option("-i", "--image", help="Picture file; repeatable.")] = None,
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Question to ask; - reads it from standard input.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("-i", "--image", help="Picture file, repeatable; - reads one from standard input."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Temperature of the sampling; 0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most probable tokens; 0 allows all.")] = 0,
@@ -35,7 +42,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeatable.")] = None,
     bits: Annotated[
         int | None,
-        typer.Option(help="Of pictures with more than 8 bits a channel: how many their numbers have, 8..16."),
+        typer.Option(help="Bits of the numbers in pictures with more than 8 bits per channel: 8 to 16."),
     ] = None,
     long_context: Annotated[
         bool, typer.Option("--long-context", help="Use the long rope factors from the first token on (trol-3.8b).")
@@ -52,12 +59,13 @@ def run(
     """Ask a bundle a question, with or without pictures; the answer streams to standard output."""
     from trol_edge.runtime import Runtime
 
+    prompt, pictures = _given(prompt, image or [])
     ids: list[int] = []
     text = ""
     with Runtime(bundle, threads=threads, provider=cast(Any, provider), fallback=cast(Any, fallback)) as runtime:
         for piece in runtime.stream(
             prompt,
-            list(image or []),
+            pictures,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -87,6 +95,36 @@ def run(
         f"prefill {t.prefill_ms:.1f}, decode {t.decode_ms:.1f}",
         style="dim",
     )
+
+
+def _given(prompt: str, images: list[Path]) -> tuple[str, list[Picture]]:
+    """The question and the pictures, where they are on standard input or come through a pipe of the shell, read."""
+    if sum(str(given) in STDIN for given in [prompt, *images]) > 1:
+        raise UsageError("standard input holds one thing: give - once, for the prompt or for one picture")
+    if prompt in STDIN:
+        try:
+            prompt = _standard_input(PROMPT_BYTES).decode("utf-8-sig").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"the prompt on standard input is not UTF-8 ({error}); convert it first") from error
+    pictures: list[Picture] = []
+    for path in images:
+        if str(path) in STDIN:
+            pictures.append(_standard_input(PICTURE_BYTES))
+        elif path.is_fifo():  # as of <(...), which can be read once
+            with path.open("rb") as pipe:
+                pictures.append(pipe.read(PICTURE_BYTES))
+        else:
+            pictures.append(path)
+    return prompt, pictures
+
+
+def _standard_input(limit: int) -> bytes:
+    if sys.stdin is None:
+        raise UsageError("standard input is closed, and - reads from it")
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise UsageError(f"standard input holds more than {limit} bytes; give less")
+    return data
 
 
 def inspect(
@@ -120,7 +158,7 @@ def inspect(
     spec = manifest.spec
     square = "picture" if manifest.image.most_tiles == 1 else f"tile (1 to {manifest.image.most_tiles} a picture)"
     out.print(
-        f"[b]{escape(manifest.model)}[/b] ({spec.family}), {manifest.created_by}, target {manifest.target}, context "
+        f"{manifest.model} ({spec.family}), {manifest.created_by}, target {manifest.target}, context "
         f"{manifest.context} tokens\n{spec.num_layers} layers x 2 passes, hidden {spec.hidden_size}, "
         f"{spec.num_heads} heads, {spec.num_kv_heads} K/V heads, vocabulary {spec.vocab_size}, "
         f"{spec.vision.tokens_per_image} tokens per {square} of {spec.vision.image_size} x {spec.vision.image_size}\n"
@@ -128,8 +166,9 @@ def inspect(
         f"{sum(t.nbytes for t in tensors.values()) / 1e6:.1f} MB; tokenizer: {'tokenizer.json' in manifest.files}"
     )
     for note in manifest.notes:
-        out.print(f"note: {note}", markup=False)
-    parts = Table("part", "Linears", "numbers", "MB", title=_precision(manifest), title_justify="left", box=None)
+        out.print(f"note: {note}")
+    out.print(_precision(manifest), style="italic")
+    parts = Table("part", "Linears", "numbers", "MB", box=None)
     for name, part in manifest.parts.items():
         linears = ", ".join(f"{count} {precision}" for precision, count in sorted(part.linears.items())) or "none"
         parts.add_row(name, linears, f"{part.numbers:,}", f"{part.bytes / 1e6:.2f}")
@@ -140,9 +179,10 @@ def inspect(
         f"{100 * (size / least - 1):+.1f} % (graphs, rotary tables, tokenizer)"
     )
     for name, graph in manifest.graphs.items():
-        table = Table(title=f"{name} ({graph.file})", title_justify="left", show_header=False, box=None, padding=(0, 1))
+        out.print(f"{name} ({graph.file})", style="italic")
+        table = Table(show_header=False, box=None, padding=(0, 1))
         for title, ports in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-            table.add_row(title, escape(_ports(ports)))
+            table.add_row(title, _ports(ports))
         table.add_row(
             "operators", ", ".join(f"{op} {n}" for op, n in sorted(graph.operators.items(), key=lambda x: -x[1]))
         )

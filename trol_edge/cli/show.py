@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import (
     BarColumn,
     Progress,
@@ -23,7 +23,26 @@ from rich.progress import (
 
 from trol_edge.errors import BackendError
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+LINE = 1 << 20  # columns of what is no terminal: a line stays a line, and a table keeps every column
+
+
+class _Console(Console):
+    """A console whose typography is for terminals; a pipe or a file gets the text as it is."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    @property  # type: ignore[misc]  # nobody sets it
+    def size(self) -> ConsoleDimensions:
+        """Columns and lines."""
+        return super().size if self.file.isatty() else ConsoleDimensions(LINE, 25)
+
+    def on_broken_pipe(self) -> None:
+        """Whoever read has gone: main ends quietly, where the library would exit with 1."""
+        raise BrokenPipeError
+
+
+out, err = _Console(), _Console(stderr=True)
 OfOrt = Annotated[
     str | None,
     typer.Option("--provider", help="ONNX Runtime provider to use instead of engines: cuda, tensorrt or cpu."),
@@ -33,7 +52,16 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output folder 
 
 
 def print_json(data: Any) -> None:
-    print(json.dumps(data, ensure_ascii=False))
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    print(json.dumps(data, ensure_ascii=not encoding.startswith("utf")))
+
+
+def print_error(kind: str, text: str, as_json: bool) -> None:
+    """Say what went wrong on standard error, in a pipe on one line; as JSON on standard output, too."""
+    if as_json:
+        print_json({"error": {"type": kind, "message": text}})
+    lines = text if err.is_terminal else " ".join(line.strip() for line in text.splitlines() if line.strip())
+    err.print(f"error: {lines}", style="red", soft_wrap=True)
 
 
 def peak_bytes() -> int:
@@ -53,10 +81,12 @@ def extra(name: str) -> Iterator[None]:
 @contextmanager
 def phases(quiet: bool) -> Iterator[Any]:
     """Yield a callback (phase, done, steps) that shows the current phase and the time since the start, on one line."""
-    if quiet:
+    if quiet or not err.is_terminal:
         yield lambda what, done, total: None
         return
-    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True) as bars:
+    with Progress(
+        TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=err, transient=True
+    ) as bars:
         task = bars.add_task("", total=None)
 
         def report(what: str, done: int, total: int) -> None:
@@ -68,11 +98,11 @@ def phases(quiet: bool) -> Iterator[Any]:
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Any]:
     """Yield a callback (what, done, total) that draws one bar per stage, with the remaining time."""
-    if quiet:
+    if quiet or not err.is_terminal:
         yield lambda what, done, total: None
         return
     columns = (
-        TextColumn("{task.description:8}"),
+        TextColumn("{task.description:8}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),

@@ -1,4 +1,4 @@
-"""The verb that signs: sign."""
+"""The verb sign, which signs bundles."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def sign(
     if as_json:
         print_json({"bundle": str(bundle), "public_key": public})
     else:
-        out.print(f"{bundle}: signed by the key {public}", markup=False, soft_wrap=True)
+        out.print(f"{bundle}: signed by the key {public}", soft_wrap=True)

@@ -66,7 +66,7 @@ def compare(old: Profile, new: Profile) -> BaselineComparison:
     for before, after in pairs:
         name = after.bundle.folder
         if before.bundle.manifest_sha256 != after.bundle.manifest_sha256:
-            remarks.append(f"{name}: exported anew since the baseline (its manifest differs)")
+            remarks.append(f"{name}: exported again since the baseline (its manifest differs)")
         if before.library != after.library:
             remarks.append(f"{name}: {before.library} then, {after.library} now")
         for key, values in starts(after).items():

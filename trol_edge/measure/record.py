@@ -170,7 +170,7 @@ class Profile:
 
 
 def load(path: Path) -> Profile:
-    """Read a profile. Raises UsageError for a file that is none, or has another schema."""
+    """Read a profile. Raises UsageError for a file that is not a profile or has another schema."""
     data = read_json_value(path, UsageError, f"give a {FILE} of `trol-edge profile -o`")
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise UsageError(f"{path}: not a profile; give a {FILE} of `trol-edge profile -o`")

@@ -111,7 +111,7 @@ def _fit(
     if gpu and subject.shareable_bytes and not subject.shared:
         switches.append(("one copy of the decoder's weights for both engines (--shared-weights)", {"shared": True}))
     if not gpu:  # TensorRT's back end always keeps both sets
-        switches.append(("one K/V set (prefix_reuse=False; each question is computed anew)", {"reuse": False}))
+        switches.append(("one K/V set (prefix_reuse=False; each question is computed again)", {"reuse": False}))
     subsets = [chosen for n in range(len(switches) + 1) for chosen in itertools.combinations(switches, n)]
     contexts: dict[int, str] = {subject.context: ""}
     for tiles in range(dims["images"], -1, -1):

@@ -31,8 +31,8 @@ F32 = npt.NDArray[np.float32]
 
 Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]
 
-# The formats that are read, all of them by code in this process: Pillow's names, and how names of their files end.
-# Pillow knows more, but starts a program for one (EPS: Ghostscript), and others are parsers that nobody needs here.
+# Formats that are read, by Pillow's names, with the suffixes of their files. Pillow knows more, but it starts a program
+# for one of them (Ghostscript for EPS), and nobody needs the other parsers here.
 FORMATS = {
     "AVIF": (".avif",),
     "BMP": (".bmp",),
@@ -47,9 +47,8 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-_OPENED = tuple(name for name in FORMATS if name != "MPO")  # as which Pillow opens what begins as a JPEG
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-# How files of other formats begin, so that they can be refused by name.
+# Beginnings of files of other formats, so that messages can name the format.
 _OTHERS = (
     (b"%!PS", "EPS or PostScript"),
     (b"\xc5\xd0\xd3\xc6", "EPS"),
@@ -79,10 +78,10 @@ _OTHERS = (
     (b"RIFF", "RIFF (a video?)"),
 )
 
-DARK = 1 << 14  # numbers that all lie below it may be a sensor's 10 to 14 bits
+DARK = 1 << 14  # if all numbers are below it, they may be a sensor's 10 to 14 bits
 SCALED = -16  # see _stored
-SAY_BITS = "nothing says its range: pass bits=, 8 to 16 (the brightest number is 2 ** bits - 1)"
-MAX_PIXELS = 89_000_000  # just below the size at which Pillow itself warns of a decompression bomb
+SAY_BITS = "its range is not known; pass bits=, 8 to 16 (the brightest number is 2 ** bits - 1)"
+MAX_PIXELS = 89_000_000  # just below the size above which Pillow warns of a decompression bomb
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {  # EXIF orientation -> operation that turns the stored picture upright; 1 already is
@@ -134,25 +133,25 @@ def load_rgb(image: Picture, color: str = "rgb", bits: int | None = None) -> U8:
     """Return the picture as RGB bytes, uint8 [H, W, 3].
 
     `image` is a file of one of FORMATS (a path, or the bytes of one), a Pillow picture, or a uint8 array [H, W, 3]
-    whose channels are in the order that `color` says, "rgb" or "bgr" (OpenCV's); the other kinds know their own order.
-    A uint8 array is not copied, whatever its strides: what returns is a view of it, reversed for "bgr".
-    Files and Pillow pictures, with the choices that matter:
+    whose channels are in the order `color`, "rgb" or "bgr" (OpenCV's); the other kinds know their own order.
+    A uint8 array is not copied, whatever its strides; the result is a view of it, reversed for "bgr".
+    Files and Pillow pictures are treated like this:
     - alpha is dropped, not composited, as in the authors' code;
-    - the EXIF orientation of a file is applied, also where Pillow has opened it; the authors' code does not, but a
-      sideways phone picture is a wrong answer. A picture that was made from an opened one (converted, cut, turned) is
-      taken as it stands, with a RuntimeWarning where it still carries the orientation of its file;
+    - the EXIF orientation of a file is applied, also if Pillow has opened it (not so in the authors' code), because a
+      sideways picture gives wrong answers. A picture that was made from an opened one (converted, cut, turned) is
+      taken as it is, with a RuntimeWarning if it still has the orientation of its file;
     - an animation gives its first frame, or the current frame of a Pillow picture.
 
-    `bits`, 8..16, says how many bits the numbers of a picture with more than 8 a channel have: the brightest is
-    2 ** bits - 1. Pictures of 8 bits do not heed it, nor do PGM files that state another maximum than 65535. Where it
-    is None, 16-bit grey has 16 and keeps its high byte, with a RuntimeWarning where all its numbers are below 2 ** 14:
-    it may be a sensor's 10 to 14 bits. 32-bit grey (mode "I") does not say its range: without `bits` it is refused, or
-    taken as 16 bits with a RuntimeWarning where its largest number is 16384..65535. Nor do uint16 arrays [H, W, 3],
-    which are refused without `bits`. 16-bit colour in a file keeps its high byte whatever `bits` says: Pillow does so.
+    `bits`, 8..16, is the number of bits of a picture with more than 8 per channel, whose brightest number is
+    2 ** bits - 1. It has no effect on pictures of 8 bits and on PGM files that state another maximum than 65535.
+    If it is None, 16-bit grey has 16 bits and keeps its high byte, with a RuntimeWarning if all its numbers are below
+    2 ** 14, because they may be a sensor's 10 to 14 bits. The range of 32-bit grey (mode "I") is not known. Without
+    `bits` it is refused, or taken as 16 bits with a RuntimeWarning if its largest number is 16384..65535. uint16 arrays
+    [H, W, 3] are refused without `bits`. 16-bit colour in a file keeps its high byte for any `bits`, as Pillow does it.
 
-    Raises ImageError for a file that is missing, damaged, not a picture or larger than `MAX_PIXELS`, for a range that
-    nothing states (above; 32-bit float), for numbers beyond `bits`, for an array of another shape or dtype, and for
-    another `color` or `bits`.
+    Raises ImageError for a file that is missing, damaged, not a picture or larger than `MAX_PIXELS`, for an unknown
+    range (above; 32-bit float), for numbers above `bits`, for an array of another shape or dtype, and for another
+    `color` or `bits`.
     """
     if color not in ("rgb", "bgr"):
         raise ImageError(f"color {color!r} should be 'rgb' or 'bgr', the order of the channels in an array")
@@ -186,7 +185,7 @@ def _checked_array(array: npt.NDArray[Any], bits: int | None) -> U8:
             hint = "; make a grey picture RGB by repeating its channel three times"
         raise ImageError(f"found a picture array of shape {array.shape}, {expected}{hint}")
     _check_size(array.shape[1], array.shape[0], "picture array")
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either byte order
         if bits is None:
             raise ImageError(f"found a picture array of dtype uint16; {SAY_BITS}")
         return _high_bytes(array, bits, "picture array")
@@ -196,7 +195,7 @@ def _checked_array(array: npt.NDArray[Any], bits: int | None) -> U8:
 
 
 def _high_bytes(values: npt.NDArray[Any], bits: int, name: str) -> U8:
-    """Numbers of so many bits as bytes. Raises ImageError where they have more."""
+    """Turn numbers of `bits` bits into bytes. Raises ImageError if they have more."""
     low, top = int(values.min()), int(values.max())
     if low < 0 or top >= 1 << bits:
         raise ImageError(f"{name} holds {low if low < 0 else top}, which is not in 0..{(1 << bits) - 1} (bits={bits})")
@@ -228,7 +227,7 @@ def _rgb_from_file(path: str | os.PathLike[str], bits: int | None) -> U8:
 
 def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str, bits: int | None) -> U8:
     try:
-        with Image.open(stream, formats=_OPENED) as picture:
+        with Image.open(stream, formats=_formats()) as picture:
             return _rgb_from_pillow(picture, name, bits)
     except ImageError:
         raise
@@ -242,8 +241,15 @@ def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str, bit
         raise ImageError(f"{name} cannot be read ({_reason(error)}); copy or save it again") from error
 
 
+@functools.lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow opens (MPO by way of JPEG, AVIF in newer ones)."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _format_of(stream: str | os.PathLike[str] | io.BytesIO) -> str:
-    """The format that a file seems to have, by its first bytes, where it is none of FORMATS; "" if that is unknown."""
+    """The format of a file outside FORMATS, by its first bytes; "" if it is unknown."""
     try:
         start = stream.getvalue()[:32] if isinstance(stream, io.BytesIO) else _first_bytes(stream)
     except OSError:
@@ -261,7 +267,7 @@ def _first_bytes(path: str | os.PathLike[str]) -> bytes:
 def _rgb_from_pillow(picture: Image.Image, name: str, bits: int | None) -> U8:
     """Decode, turn upright and convert; the caller's picture is loaded but not changed."""
     if picture.format and picture.format not in FORMATS and getattr(picture, "tile", None):
-        # Not decoded yet, and a Pillow picture may be of any format.
+        # It is not decoded yet, and a Pillow picture may have any format.
         raise ImageError(f"{name} is {picture.format}, which is not decoded here; save it as PNG or JPEG")
     _check_size(*picture.size, name)
     if picture.mode == "F":
@@ -288,22 +294,22 @@ def _rgb_from_pillow(picture: Image.Image, name: str, bits: int | None) -> U8:
             raise ImageError(f"{name} holds whole numbers of 32 bits (mode I) up to {top}; {SAY_BITS}")
         _warn("32-bit grey (mode I)", "pass bits=")
     elif bits is None and stored == 16 and 0 < top < DARK:
-        _warn("16-bit grey, all of it below 16384", "pass bits= (and bits=16 where it is a dark picture)")
+        _warn("16-bit grey, all of it below 16384", "pass bits= (bits=16 for a dark picture)")
     depth = 16 if stored == SCALED else bits or 16
     return np.repeat(_high_bytes(grey, depth, name)[:, :, None], 3, axis=2)
 
 
 def _warn(what: str, otherwise: str) -> None:
-    """Say that a range is a guess. The text is the same for every frame, so that it is shown once."""
+    """Warn that a range is a guess. The text is the same for every frame, so that it is shown once."""
     warnings.warn(
-        f"a picture of {what}, is taken as 16 bits; where that is wrong, {otherwise}", RuntimeWarning, stacklevel=3
+        f"a picture of {what}, is taken as 16 bits; if that is wrong, {otherwise}", RuntimeWarning, stacklevel=3
     )
 
 
 def _stored(picture: Image.Image) -> int | None:
-    """Bits a channel that a picture which was not decoded yet says it has: 8, 16, or SCALED to 16; None: nothing does.
+    """The bits per channel of a picture that is not decoded yet: 8, 16, or SCALED to 16; None if unknown.
 
-    Of colour with 16 bits Pillow keeps the high byte, which can be told before it is decoded only.
+    Pillow keeps the high byte of colour with 16 bits, which can be seen only before it is decoded.
     """
     decoders = [(tile[0], tile[3]) for tile in getattr(picture, "tile", ())]
     if any(decoder == "ppm" and args[-1] not in (255, 65535) for decoder, args in decoders):
@@ -325,8 +331,8 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
     if isinstance(picture, ImageFile.ImageFile):
         return picture.transpose(_UPRIGHT[orientation])
     warnings.warn(
-        "a Pillow picture carries the EXIF orientation of the file that it was made from. It is taken as it stands; "
-        "where that is not upright, call ImageOps.exif_transpose on what Image.open returns first, or pass the file",
+        "a Pillow picture has the EXIF orientation of the file that it was made from, but is taken as it is; "
+        "if that is not upright, call ImageOps.exif_transpose on what Image.open returns first, or pass the file",
         RuntimeWarning,
         stacklevel=2,
     )

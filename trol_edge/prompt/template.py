@@ -96,7 +96,7 @@ def build_prompt(
 
 
 def _counts(tiles: int | Sequence[int]) -> list[int]:
-    """Tiles of each picture."""
+    """The number of tiles of each picture."""
     pictures = whole(tiles, 0, MOST_TILES)
     listed = [1] * pictures if pictures is not None else tiles
     counts = [whole(count, 1) for count in listed] if isinstance(listed, (list, tuple, np.ndarray)) else [None]

@@ -3,7 +3,7 @@
 - User text is literal. A special token typed by a user is encoded as plain characters, so it cannot end the turn or
   fake a picture. Only the template's own special tokens become ids.
 - A segment is a text that sentencepiece would get in one call. Its normalisation (dummy prefix, whitespace) sees the
-  whole segment, with a stand-in character for each id inside it. The BPE model sees the text between those ids.
+  whole segment, with a placeholder character for each id inside it. The BPE model sees the text between those ids.
 - Decoding works on bytes. A character that is spread over several byte tokens appears with its last byte.
 """
 
@@ -27,7 +27,7 @@ from trol_edge.reading import guard, read_text
 # sentencepiece merges characters that are not pieces themselves. The tokenizers library cannot, so export lists
 # such characters from this id on. Any that is left after merging becomes its bytes, or <unk>.
 UNLISTED: Final = 1 << 24
-MOST_STOPS, LONGEST_STOP = 256, 1024  # stop strings of an answer, and characters of one
+MOST_STOPS, LONGEST_STOP = 256, 1024  # most stop strings of an answer, and most characters of one
 MOST_UNLISTED: Final = 1 << 21  # more characters than Unicode has
 
 # White space that a token with the flag lstrip or rstrip takes with it. It is Unicode's, which differs from Python's.
@@ -49,7 +49,7 @@ class Tokenizer:
         self._where = where
         with guard(where, BundleError, "copy or export the bundle again"):
             self._read(tokenizers.Tokenizer.from_str(json_text))
-            self.decode(self.encode("a 1.\n"))  # what panics, does so here
+            self.decode(self.encode("a 1.\n"))  # a tokenizer that panics does so here
 
     def _read(self, loaded: tokenizers.Tokenizer) -> None:
         where = self._where
@@ -95,12 +95,12 @@ class Tokenizer:
         return cls(read_text(pathlib.Path(path), BundleError, "copy or export the bundle again"), os.fspath(path))
 
     def require_ids_below(self, rows: int, error: type[TrolEdgeError] = BundleError) -> None:
-        """Raise `error` where a token has an id that is no row of the embedding table, nor a character's."""
+        """Raise `error` if a token has an id that is neither a row of the embedding table nor a character's."""
         ids = self._loaded.get_vocab(with_added_tokens=True).values()
         tokens = [i for i in ids if not UNLISTED <= i < UNLISTED + MOST_UNLISTED]
         if (largest := max(tokens, default=0)) >= rows:
             refusal = error(
-                f"{self._where} has a token {largest}, and the embedding table {rows} rows: it is another model's; "
+                f"{self._where} has a token {largest}, but the embedding table of this model has {rows} rows; "
                 "take the tokenizer files of the same checkpoint, and export again"
             )
             raise refusal
@@ -112,7 +112,7 @@ class Tokenizer:
 
     @functools.cached_property
     def longest(self) -> int:
-        """Characters of the longest token."""
+        """The number of characters of the longest token."""
         return max(map(len, self._loaded.get_vocab(with_added_tokens=True)))
 
     def piece_id(self, piece: str) -> int:
@@ -139,8 +139,13 @@ class Tokenizer:
     def encode(self, parts: str | Sequence[str | int]) -> list[int]:
         """Return the ids of a text, or of text and ids in order. Text is literal, ids are kept as they are.
 
-        Raises UsageError for a text with lone surrogates, which has no UTF-8 form.
+        Raises UsageError for a text with lone surrogates, which has no UTF-8 form, and BundleError where the tokenizer
+        fails at it.
         """
+        with guard(self._where, BundleError, "export the bundle again", "fails at this text"):
+            return self._encode(parts)
+
+    def _encode(self, parts: str | Sequence[str | int]) -> list[int]:
         ids: list[int] = []
         segment: list[str | int] = []
         before: int | None = None  # the cut after which the segment begins
@@ -277,8 +282,8 @@ class TextStream:
             raise UsageError(f"stop {reprlib.repr(stop)} should be a non-empty str or a list of them")
         if len(stops) > MOST_STOPS or max(map(len, stops), default=0) > LONGEST_STOP:
             raise UsageError(
-                f"stop has {len(stops)} texts of up to {max(map(len, stops))} characters, all compared at every token; "
-                f"{MOST_STOPS} of {LONGEST_STOP} are allowed"
+                f"stop has {len(stops)} texts of up to {max(map(len, stops))} characters; give at "
+                f"most {MOST_STOPS} of {LONGEST_STOP}, because all are compared at every token"
             )
         self.stopped: str | None = None  # the stop string that ended the text
         self._tokenizer = tokenizer

@@ -37,7 +37,7 @@ def passed_here(bundle: Bundle) -> list[str]:
 
 
 def _said(path: Path) -> dict[str, Any]:
-    """What a record says; nothing where it cannot be read, or is a link to something else."""
+    """The content of a record; empty if it cannot be read, or is a link to something else."""
     try:
         return {} if path.is_symlink() else read_json(path)
     except BundleError:

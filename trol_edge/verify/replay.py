@@ -5,6 +5,8 @@ the fault is, and later ones are wrong because of it. Drift is |here - reference
 over all values of a stage (for logits after subtracting their mean). It is not computed token by token, because a token
 that attention uses as a sink has values near zero, of which any rounding is a large part.
 
+    tokenizer                          bytes of every token, and ids of fixed texts (trol_edge.prompt.probe)
+    prompt                             ids of fixed questions with the prompt template, and the ids that end an answer
     preprocess                         pixels of the picture
     rope                               the tables in the weights file, at 32 positions up to the end of the context
     vision                             features of the picture
@@ -34,12 +36,13 @@ from numpy.typing import NDArray
 
 from trol_edge.backend import FIRST, SECOND
 from trol_edge.bundle.manifest import Bundle
-from trol_edge.bundle.names import SELFTEST
+from trol_edge.bundle.names import SELFTEST, TOKENIZER
 from trol_edge.bundle.selftest import SelfTest, SelfTestCase, read
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, VerifyError
 from trol_edge.machine import identity
 from trol_edge.model import Model, Provider
+from trol_edge.prompt import probe
 from trol_edge.prompt.images import preprocess
 from trol_edge.verify.passed import SWITCH, Record
 from trol_edge.verify.report import ALWAYS, Budget, Report, Stage, at_depth, budget_of
@@ -127,6 +130,7 @@ def replay(model: Model, test: SelfTest) -> Report:
 def _stages(model: Model, test: SelfTest) -> Iterator[Stage]:
     bundle, backend, embeddings = model.bundle, model.backend, model.embeddings
     manifest = bundle.manifest
+    yield from _text_stages(model, test)
     pixels = preprocess([test.picture], manifest.image)
     noted = pixels[:, :, test.pixel_rows][..., test.pixel_rows]
     yield _stage("preprocess", noted, test.pixels, ALWAYS["preprocess"])
@@ -177,6 +181,36 @@ def _case_stages(
             yield _stage(f"step.layers.{layer}.{name}", here, reference, allowed)
     yield _stage("step.logits", _centred(logits[-1]), _centred(case.logits[1]), allowed_logits)
     yield _tokens(logits, case, allowed_logits)
+
+
+def _text_stages(model: Model, test: SelfTest) -> Iterator[Stage]:
+    """Tokenizer and template, where they were recorded: a count of what differs."""
+    if test.token_digests is None or test.prompt_ids is None or test.prompt_lengths is None or test.end_ids is None:
+        return
+    if model.tokenizer is None:
+        yield Stage("tokenizer", math.inf, ALWAYS["tokenizer"], "the bundle has none, and had one when it was exported")
+        return
+    manifest = model.bundle.manifest
+    text = model.bundle.path(TOKENIZER).read_text(encoding="utf-8")
+    here = probe.token_digests(model.tokenizer, text, manifest.spec.vocab_size)
+    if here.shape != test.token_digests.shape:
+        yield _stage("tokenizer", here, test.token_digests, ALWAYS["tokenizer"])
+    else:
+        (different,) = np.nonzero((here != test.token_digests).any(axis=1))
+        firsts = [probe.BLOCK * (i - probe.BEFORE) for i in different.tolist() if i >= probe.BEFORE]
+        said = ["the file says something else"] if 0 in different else []
+        said += ["texts have other ids"] if 1 in different else []
+        said += [f"so have tokens {first}..{first + probe.BLOCK - 1}, or other bytes" for first in firsts[:1]]
+        yield Stage("tokenizer", float(len(different)), ALWAYS["tokenizer"], "; ".join(said))
+    found = probe.prompt_ids(model.tokenizer, manifest.prompt)
+    lengths, ends, wrong = np.array([len(ids) for ids in found], np.int32), sorted(model.ends), []
+    if not np.array_equal(lengths, test.prompt_lengths):
+        wrong.append(f"questions have {lengths.tolist()} tokens instead of {test.prompt_lengths.tolist()}")
+    elif not np.array_equal(np.concatenate(found), test.prompt_ids):
+        wrong.append("questions have other ids")
+    if not np.array_equal(ends, test.end_ids):
+        wrong.append(f"answers end at {ends} instead of {test.end_ids.tolist()}")
+    yield Stage("prompt", float(len(wrong)), ALWAYS["prompt"], "; ".join(wrong))
 
 
 def _tokens(logits: Sequence[Float32], case: SelfTestCase, allowed: float) -> Stage:

@@ -11,7 +11,13 @@ from trol_edge.bundle.manifest import Manifest
 
 SMALL = 5  # layers in the decoders of the small models on which budgets were measured
 UNRELATED = 1.0  # drift of an all-zero output; unrelated values drift by 1.4
-ALWAYS = {"preprocess": 5e-3, "rope": 1e-6, "tokens": 0.0}  # budgets that no precision changes
+ALWAYS = {
+    "preprocess": 5e-3,
+    "rope": 1e-6,
+    "tokens": 0.0,
+    "tokenizer": 0.0,
+    "prompt": 0.0,
+}  # budgets that no precision changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,8 @@ BUDGETS = {
 
 
 HINTS = {
+    "tokenizer": "tokenizer.json is not the one that export wrote; copy or export the bundle again",
+    "prompt": "the prompt template, the ids of image and end tokens in bundle.json, or the version that runs here",
     "preprocess": "the picture settings in bundle.json, or the Pillow that resizes here, differ from the export's",
     "rope": "the rotary tables in the weights file are not this model's",
     "vision": "weights or engine of the vision tower",
@@ -89,7 +97,7 @@ class Report:
         rounded = [
             stage
             for stage in wrong
-            if not re.fullmatch(r"(long\.)?(preprocess|rope|embedding|tokens|engines)", stage.name)
+            if not re.fullmatch(r"(long\.)?(tokenizer|prompt|preprocess|rope|embedding|tokens|engines)", stage.name)
         ]
         return wrong[:1] == rounded[:1] and all(stage.drift < UNRELATED for stage in rounded)
 
