@@ -309,9 +309,9 @@ def test_a_folder_is_read_in_every_format_and_the_rest_is_named(
     found = sampling.load(tmp_path, None)
     assert {sample.name for sample in found.samples} == {"a.png", "b.JFIF", "c.pgm", "sub/d.jp2", "e.webp"}
     assert found.left_out == (
-        "left out 1 file(s) without a suffix, no format of pictures that is read: notes",
-        "left out 5 file(s) .eps, no format of pictures that is read: 0.eps, 1.eps, 2.eps, ...",
-        "left out 1 file(s) .png, no format of pictures that is read: pipe.png",
+        "left out 1 file(s) without a suffix, which is not a picture format that is read: notes",
+        "left out 5 file(s) .eps, which is not a picture format that is read: 0.eps, 1.eps, 2.eps, ...",
+        "left out 1 file(s) .png, which is not a picture format that is read: pipe.png",
     )
     assert all(line in caplog.text for line in found.left_out)
 
@@ -329,7 +329,7 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "a.png", "prompt": "What?", "anwser": "red"}', "has a key anwser that means nothing here"),
+        ('{"image": "a.png", "prompt": "What?", "anwser": "red"}', "has an unknown key anwser"),
         ("[" * 99999, "line 1: not JSON"),
         ('{"image": "a.png", "prompt": "\\ud800"}', "line 1: not JSON"),
         ("null", "line 1: expected"),
@@ -367,7 +367,7 @@ def test_a_disk_that_fails_in_the_middle(
             patch.setattr(os, "fsync", failing(os.fsync))
         else:
             patch.setattr(np, "fromfile", failing(np.fromfile))
-        with pytest.raises(CalibrationError, match=r"(disk is full; make room|cannot be written).*goes on where it"):
+        with pytest.raises(CalibrationError, match=r"(disk is full; make room|cannot be written).*continue where it"):
             calibrate(NANO, None, tmp_path / "cache", count=1)
     assert not list((tmp_path / "cache").rglob("*.part"))
     calibrate(NANO, None, tmp_path / "cache", count=1)

@@ -136,7 +136,7 @@ def test_a_pipe_is_no_file(copy: Path, name: str) -> None:
     """It would be waited for, for ever."""
     (copy / name).unlink()
     os.mkfifo(copy / name)
-    with pytest.raises(BundleError, match=r"named pipe|no regular file"):
+    with pytest.raises(BundleError, match=r"named pipe|not a regular file"):
         Bundle(copy)
 
 
@@ -218,7 +218,7 @@ def test_a_token_beyond_the_embedding_table(copy: Path, token: int) -> None:
     data["model"]["vocab"]["zzz"] = token
     replace(copy / TOKENIZER, json.dumps(data).encode())
     seal(copy)
-    with pytest.raises(BundleError, match=f"token {token}, and the embedding table 801 rows"):
+    with pytest.raises(BundleError, match=f"token {token}, but the embedding table of this model has 801 rows"):
         Runtime(copy)
 
 
@@ -424,5 +424,5 @@ def test_engines_are_files_of_their_folder(copy: Path, file: str) -> None:
     key = engines.Key("rtx", "", "", "", "")
     one = engines.EngineInfo(file, 1, "", "", 0, {}, (), 0.0)
     engines.write(folder, engines.EngineSet(2, "", key, "", "", dict.fromkeys(engines.ENGINES, one)))
-    with pytest.raises(BundleError, match="no engine of rtx"):
+    with pytest.raises(BundleError, match="not an engine of rtx"):
         engines.read(Bundle(copy), "rtx")

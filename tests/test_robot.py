@@ -248,7 +248,7 @@ def test_a_session_serves_one_answer_at_a_time(rt: Runtime) -> None:
     with rt.session() as session:
         stream = rt.stream(DESCRIBE, SCENE, session=session)
         next(stream)
-        with pytest.raises(UsageError, match="under another answer"):
+        with pytest.raises(UsageError, match="another answer uses this session"):
             rt.generate(QUESTION, SCENE, session=session)
         stream.close()
         assert rt.generate(QUESTION, SCENE, session=session).finish_reason == "stop"

@@ -105,7 +105,7 @@ class LatestOnly(Generic[T]):
                     self._readers.remove(waits)
 
     def _wake(self) -> None:
-        """Let every reader look: one that was meant to may have been interrupted."""
+        """Wake every reader, because a single one may have been interrupted."""
         while self._readers:
             self._readers.popleft().release()
 

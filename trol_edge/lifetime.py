@@ -1,8 +1,8 @@
 """Tells whether a Runtime can still be used, and how a program ends while threads use it.
 
-Python ends daemon threads where they are. One that is inside an inference library then takes the whole process down
-("terminate called without an active exception", exit status 134), so the end waits until none is. In the child of a
-fork there are no threads of that library: what would wait for them, its destructors among it, must not run.
+Python ends daemon threads at any point. If one is inside an inference library, it crashes the whole process ("terminate
+called without an active exception", exit status 134), so the end waits until none is. The child of a fork has no
+threads of that library, so code that would wait for them, such as its destructors, must not run there.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 from trol_edge.errors import UnfinishedError, UsageError
 
-LONGEST_END_S = 60.0  # that the end of the program waits for a call into a library
+LONGEST_END_S = 60.0  # longest wait of the end of the program for a call into a library
 
 
 class Native:
-    """`with native:` stands around every call that enters an inference library."""
+    """The guard of every call into an inference library, as `with native:`."""
 
     def __init__(self) -> None:
-        self._threads: set[int] = set()  # that are inside; changed by single operations, as Ctrl-C may come
+        self._threads: set[int] = set()  # threads that are inside; changed by single operations, because of Ctrl-C
         self._ending = False
 
     def __enter__(self) -> None:
@@ -37,14 +37,14 @@ class Native:
         self._threads.discard(threading.get_ident())
 
     def end(self) -> None:
-        """Let nobody in any more, and wait until all are out; other threads' answers end with "stopped"."""
+        """Let no thread in any more, and wait until all are out; other threads' answers end with "stopped"."""
         self._ending = True
         latest = time.monotonic() + LONGEST_END_S
         while self._threads - {threading.get_ident()} and time.monotonic() < latest:
             time.sleep(0.001)
 
     def forked(self) -> None:
-        """In the child, which has one thread, and that is not inside."""
+        """Reset in the child of a fork, which has only one thread, outside of any call."""
         self._threads.clear()
 
 
@@ -53,7 +53,7 @@ os.register_at_fork(after_in_child=native.forked)
 
 
 def end_calls_at_exit() -> None:
-    """Register the end, after the libraries that are loaded so far: it has to come before what they registered."""
+    """Register the end, after the libraries that are loaded so far, because it must run before what they registered."""
     atexit.unregister(native.end)
     atexit.register(native.end)
 
@@ -62,7 +62,7 @@ _kept: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def keep_in_forks(owner: Any) -> None:
-    """In the child of a fork never destroy this object, not even when the child ends."""
+    """Never destroy this object in the child of a fork, not even when the child ends."""
     _kept.add(owner)
 
 

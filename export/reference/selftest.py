@@ -192,7 +192,7 @@ def _run(source: Checkpoint, context: int, room: int, tokenizer: Tokenizer | Non
 
 
 def _words(tokenizer: Tokenizer, file: Path, source: Checkpoint) -> dict[str, Any]:
-    """What tokenizer (its file in the bundle, too) and prompt template make of fixed texts."""
+    """The results of tokenizer (in its bundled file, too) and prompt template for fixed texts."""
     spec, template = source.spec, source.family.prompt(source.spec)
     prompts = probe.prompt_ids(tokenizer, template)
     return {

@@ -50,7 +50,7 @@ def synth(
     with new_folder(folder, overwrite, FILES) as target:
         (target / "config.json").write_text(json.dumps(known.config, indent=1), encoding="utf-8")
         gate = {"weight": torch.from_numpy(pool[: spec.hidden_size].copy())[None].half(), "bias": torch.zeros(1).half()}
-        saved = io.BytesIO()  # torch's own writer says of a full disk no more than that it failed
+        saved = io.BytesIO()  # torch's own writer does not say that the disk is full
         torch.save({f"{i}.{key}": t for i in range(spec.num_layers) for key, t in gate.items()}, saved)
         (target / "trol_gating.pt").write_bytes(saved.getvalue())
         text = json.dumps(header, separators=(",", ":")).encode()

@@ -137,8 +137,8 @@ class TrtBackend:
         self._require_memory(device)
         self.lock = threading.RLock()
         self.garbage: deque[_Garbage] = deque()
-        keep_in_forks(self)  # CUDA, too, is of no use in a child, and its destructors fail there
-        end_calls_at_exit()  # after the libraries, which are loaded by now
+        keep_in_forks(self)  # CUDA cannot be used in a child either, and its destructors fail there
+        end_calls_at_exit()  # registered after the libraries, which are loaded by now
         self._engines = {name: self.library.open(path) for name, path in paths.items()}
         self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
         self.contexts = {name: self.new_context(name) for name in ("vision", "traverse")}

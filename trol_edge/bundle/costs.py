@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from trol_edge.errors import UsageError
 
 Polynomial = dict[str, int]
-KINDS = ("linear", "convolution", "attention", "norm", "pointwise", "move")  # of operations
+KINDS = ("linear", "convolution", "attention", "norm", "pointwise", "move")  # kinds of operations
 ARITHMETIC = ("float32", "float16", "int8", "int4", "fp8")
 
 

@@ -121,7 +121,7 @@ class Bundle:
                     "make one with `make engine` or `trol-edge export`"
                 )
             if not stays_inside(path):
-                raise BundleError(f"{path}: is a link to a place outside of the bundle; copy the bundle again")
+                raise BundleError(f"{path}: is a link to a place outside the bundle; copy the bundle again")
         data = read_json_value(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(f"{path}: not a trol-edge bundle; make one with `trol-edge export`")
@@ -259,7 +259,7 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
         yield from wrong_sizes(spec.long_rope, "spec.long_rope.")
     operations = [o for info in manifest.graphs.values() if info.costs for o in info.costs.operations]
     if any(o.kind not in KINDS or o.arithmetic not in ARITHMETIC or o.count < 1 for o in operations):
-        yield "the costs of a graph name work that is not known here"
+        yield "the costs of a graph name unknown kinds of work"
     if not 2 <= manifest.context <= min(most, max(2, spec.max_position_embeddings)):
         yield f"context {manifest.context} is not 2..{spec.max_position_embeddings} (max_position_embeddings)"
     if not 1 <= manifest.prompt.tokens_per_image == spec.vision.tokens_per_image:

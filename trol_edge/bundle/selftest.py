@@ -56,12 +56,12 @@ class SelfTest:
     rope: Float32  # [2, rows, E/2] cos and sin
     embeddings: Float32  # [n, D] embeddings of the stepped tokens
     cases: dict[str, SelfTestCase]  # "picture", and "long" if the rotary embedding has two factor sets
-    # What tokenizer and prompt template make of fixed texts, see trol_edge.prompt.probe. None: there is no tokenizer,
-    # or the bundle is of a version that did not record it.
+    # Results of tokenizer and prompt template for fixed texts, see trol_edge.prompt.probe. None without a tokenizer, or
+    # in bundles of versions that did not record them.
     token_digests: NDArray[np.uint8] | None = None  # [B, 32]
-    prompt_ids: Int32 | None = None  # of all prompts, one after another
-    prompt_lengths: Int32 | None = None  # ids of each
-    end_ids: Int32 | None = None  # that end an answer, in rising order
+    prompt_ids: Int32 | None = None  # ids of all prompts, one after another
+    prompt_lengths: Int32 | None = None  # number of ids of each
+    end_ids: Int32 | None = None  # ids that end an answer, in rising order
 
 
 def read(bundle: Bundle) -> SelfTest:

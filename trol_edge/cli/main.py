@@ -28,10 +28,10 @@ app = typer.Typer(
 
 
 class _Verb(TyperCommand):
-    """A verb; its numbers are finite."""
+    """A verb whose numbers must be finite."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it. BadParameter for NaN and infinity, which the terminal library takes for numbers."""
+        """Run the verb. Raises BadParameter for NaN and infinity, which the terminal library accepts as numbers."""
         for name, given in ctx.params.items():
             for value in given if isinstance(given, (list, tuple)) else (given,):
                 if isinstance(value, float) and not math.isfinite(value):
@@ -51,7 +51,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What stands before the verb."""
+    """Handle the options before the verb."""
 
 
 def version() -> None:
@@ -88,13 +88,14 @@ for verb, example in VERBS:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code.
 
-    It is 0 (also where whoever read the output has gone), 1 for an error of ours, 2 for bad usage, 130 after Ctrl-C.
+    It is 0 (also if the reader of the output has gone), 1 for an error of this package, 2 for bad usage, 130 after
+    Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if arguments is None:  # this process is the command line's
+    if arguments is None:  # the command line owns this process
         warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # of any encoding: what it lacks is escaped
+        if isinstance(stream, io.TextIOWrapper):  # characters that its encoding lacks are escaped
             stream.reconfigure(errors="backslashreplace")
     code = 0
     try:
@@ -111,11 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    """The exit code of one command line; errors are printed."""
+    """Run one command line and return its exit code; errors are printed."""
     as_json = "--json" in words
     try:
         command = typer.main.get_command(app)
-        with command.make_context("trol-edge", list(words)) as context:  # not main(), which exits with 1 for a pipe
+        with command.make_context("trol-edge", list(words)) as context:  # main() would exit with 1 for a broken pipe
             command.invoke(context)
     except TrolEdgeError as error:
         print_error(type(error).__name__, str(error), as_json)
@@ -129,19 +130,19 @@ def _run(words: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         raise
-    except OSError as error:  # a full disk, no permission: of the machine, not of the program
+    except OSError as error:  # a full disk or no permission, which are no faults of the program
         print_error(type(error).__name__, str(error), as_json)
         return 1
     except Exception as error:
         if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
             raise
-        print_error("UsageError", _usage(error.format_message()), as_json)  # the terminal library's own
+        print_error("UsageError", _usage(error.format_message()), as_json)  # the terminal library's own error
         return int(error.exit_code)
     return 0
 
 
 def _usage(message: str) -> str:
-    """A message about bad usage: one guess of what was meant (two libraries may add theirs), and where to look."""
+    """A message about bad usage, with one guess of what was meant (two libraries may add theirs), and where to look."""
     said, mean, guess = message.partition("Did you mean")
     if mean:
         message = said + mean + guess.partition("?")[0] + ("?)" if said.endswith("(") else "?")
@@ -149,15 +150,15 @@ def _usage(message: str) -> str:
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
-    """A warning on one line, without the source that it came from."""
+    """Print a warning on one line, without its source."""
     err.print("warning: " + " ".join(str(message).split()), soft_wrap=True)
 
 
 def _drop_output() -> None:
-    """Let what is still to be written go nowhere, also at the end of the process."""
+    """Discard output that is still to be written, also at the end of the process."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-    except (OSError, ValueError):  # it has no file: then nothing is written at the end, either
+    except (OSError, ValueError):  # without a file nothing is written at the end, either
         pass

@@ -18,7 +18,7 @@ from trol_edge.errors import UsageError
 from trol_edge.prompt.images import Picture
 
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
-PROMPT_BYTES, PICTURE_BYTES = 16 << 20, 1 << 30  # read from standard input at most
+PROMPT_BYTES, PICTURE_BYTES = 16 << 20, 1 << 30  # most bytes that are read from standard input
 
 
 def run(
@@ -98,7 +98,7 @@ def run(
 
 
 def _given(prompt: str, images: list[Path]) -> tuple[str, list[Picture]]:
-    """The question and the pictures, where they are on standard input or come through a pipe of the shell, read."""
+    """The question and the pictures; those on standard input or in a pipe of the shell are read."""
     if sum(str(given) in STDIN for given in [prompt, *images]) > 1:
         raise UsageError("standard input holds one thing: give - once, for the prompt or for one picture")
     if prompt in STDIN:
@@ -110,7 +110,7 @@ def _given(prompt: str, images: list[Path]) -> tuple[str, list[Picture]]:
     for path in images:
         if str(path) in STDIN:
             pictures.append(_standard_input(PICTURE_BYTES))
-        elif path.is_fifo():  # as of <(...), which can be read once
+        elif path.is_fifo():  # such as <(...), which can be read only once
             with path.open("rb") as pipe:
                 pictures.append(pipe.read(PICTURE_BYTES))
         else:
@@ -120,10 +120,10 @@ def _given(prompt: str, images: list[Path]) -> tuple[str, list[Picture]]:
 
 def _standard_input(limit: int) -> bytes:
     if sys.stdin is None:
-        raise UsageError("standard input is closed, and - reads from it")
+        raise UsageError("standard input is closed, but - reads from it; give the value itself")
     data = sys.stdin.buffer.read(limit + 1)
     if len(data) > limit:
-        raise UsageError(f"standard input holds more than {limit} bytes; give less")
+        raise UsageError(f"standard input has more than {limit} bytes; give less")
     return data
 
 

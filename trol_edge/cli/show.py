@@ -23,22 +23,22 @@ from rich.progress import (
 
 from trol_edge.errors import BackendError
 
-LINE = 1 << 20  # columns of what is no terminal: a line stays a line, and a table keeps every column
+LINE = 1 << 20  # columns without a terminal, so that a line stays a line and a table keeps every column
 
 
 class _Console(Console):
-    """A console whose typography is for terminals; a pipe or a file gets the text as it is."""
+    """A console with typography for terminals only; a pipe or a file gets the plain text."""
 
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
     @property  # type: ignore[misc]  # nobody sets it
     def size(self) -> ConsoleDimensions:
-        """Columns and lines."""
+        """The size in columns and lines."""
         return super().size if self.file.isatty() else ConsoleDimensions(LINE, 25)
 
     def on_broken_pipe(self) -> None:
-        """Whoever read has gone: main ends quietly, where the library would exit with 1."""
+        """Let main end quietly if the reader has gone; the library would exit with 1."""
         raise BrokenPipeError
 
 
@@ -57,7 +57,7 @@ def print_json(data: Any) -> None:
 
 
 def print_error(kind: str, text: str, as_json: bool) -> None:
-    """Say what went wrong on standard error, in a pipe on one line; as JSON on standard output, too."""
+    """Print an error on standard error, in a pipe on one line, and if asked as JSON on standard output, too."""
     if as_json:
         print_json({"error": {"type": kind, "message": text}})
     lines = text if err.is_terminal else " ".join(line.strip() for line in text.splitlines() if line.strip())

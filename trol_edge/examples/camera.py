@@ -23,18 +23,18 @@ import trol_edge
 from trol_edge.errors import ImageError
 
 Frame = NDArray[np.uint8]
-FAILED_READS = 10  # in a row, that end a camera
-RETRY_S = 0.1  # between them
-JOIN_S = 5.0  # that a camera may take for its last frame
+FAILED_READS = 10  # failed reads in a row that end a camera
+RETRY_S = 0.1  # time between them
+JOIN_S = 5.0  # longest wait for a camera's last frame
 
 
 def frames_of(source: str) -> Iterator[Frame]:
     """Yield frames, uint8 [H, W, 3] in BGR, of a camera or of a video file, the latter at the file's own speed.
 
     A camera is a number ("0", "1", ...), a device (/dev/video0) or the address of a stream (rtsp://...). Its frames are
-    read as they come, whatever rate it reports: with waits they would pile up, and answers lag behind more and more.
-    Exits with a message if there is no such camera or file. Raises ImageError if a camera gives no frames any more, or
-    a file none at all.
+    read as they come, whatever rate it reports. With waits they would pile up, and answers would be late more and more.
+    Exits with a message if there is no such camera or file. Raises ImageError if a camera stops giving frames, or if
+    a file has none.
     """
     import cv2
 
@@ -43,7 +43,7 @@ def frames_of(source: str) -> Iterator[Frame]:
     if not capture.isOpened():
         sys.exit(f"cannot open {'camera ' if source.isdigit() else ''}{source}")
     if live:
-        capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # where the driver lets us: no frame waits there, either
+        capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # if the driver allows it, so that no frame waits there, either
         return _live(capture, source)
     return _file(capture, source, 1 / (capture.get(cv2.CAP_PROP_FPS) or 30.0))
 
@@ -115,7 +115,7 @@ def answer_frames(
                 break
     finally:
         over.set()
-        reader.join(JOIN_S)  # a camera that hangs does not keep the program
+        reader.join(JOIN_S)  # a camera that hangs must not block the program
     if ended:
         raise ended[0]
     return newest.counts

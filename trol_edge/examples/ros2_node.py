@@ -55,7 +55,7 @@ def array_from_image(height: int, width: int, step: int, encoding: str, data: An
     return (np.broadcast_to(pixels, (height, width, 3)) if channels == 1 else pixels[:, :, :3]), color
 
 
-# Parameters of the node and their defaults; a value is of the same type, or a whole number where that has a fraction.
+# Parameters of the node and their defaults. A value has the same type, but may be an int for a float.
 PARAMETERS: dict[str, Any] = {
     "bundle": "build/trol-nano",
     "question": "Describe the scene.",
@@ -123,14 +123,14 @@ class FrameAnswerer:
 
     @property
     def healthy(self) -> bool:
-        """Whether the newest frame that was tried was answered, and the thread is there for the next."""
+        """Whether the newest frame that was tried was answered, and the thread still runs."""
         return not self._failing and self._thread.is_alive()
 
     def close(self) -> None:
         """Stop the current answer at once, and end the thread."""
         self._newest.close()
         while self._thread.is_alive():
-            self._runtime.stop()  # again: a frame that waited may have been taken meanwhile
+            self._runtime.stop()  # again, because a waiting frame may have been taken meanwhile
             self._thread.join(0.05)
 
     def _work(self) -> None:
@@ -241,10 +241,10 @@ def run(rclpy: Any) -> None:
 
 
 def declared(node: Any, name: str) -> Any:
-    """The value of a parameter as the node was started with. Raises UsageError for one of a wrong type."""
+    """The value of a parameter at the start of the node. Raises UsageError for a wrong type."""
     try:
         value = node.declare_parameter(name, PARAMETERS[name]).value
-    except Exception as error:  # rclpy's own refusal of a type
+    except Exception as error:  # rclpy itself refuses a type
         if type(error).__name__ == "ExternalShutdownException":
             raise
         raise UsageError(f"parameter {name}: {error}") from error

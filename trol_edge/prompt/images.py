@@ -243,7 +243,7 @@ def _rgb_from_stream(stream: str | os.PathLike[str] | io.BytesIO, name: str, bit
 
 @functools.lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow opens (MPO by way of JPEG, AVIF in newer ones)."""
+    """The FORMATS that this Pillow opens by name (MPO opens as JPEG, AVIF in newer versions only)."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

@@ -1,7 +1,7 @@
-"""What a tokenizer and a prompt template make of fixed texts: recorded at export, compared by the self-test.
+"""Digests of a tokenizer's and a prompt template's results for fixed texts.
 
-The hash of a file says that it is the one of the manifest. These say that the text which it makes, and the ids, are
-those of the checkpoint, whoever wrote both.
+Export records them, and the self-test compares them. The hash of a file says only that the file is the manifest's.
+These digests say that its texts and ids are those of the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from trol_edge.prompt.template import IMAGE, Prompt, PromptSpec, build_prompt
 from trol_edge.prompt.tokenizer import Tokenizer
 
-BLOCK = 256  # tokens that share a digest
-BEFORE = 2  # digests before those of blocks
-# Questions with what tokenizers differ in: case, digits, spaces, marks, other scripts, code, the names of tokens.
+BLOCK = 256  # number of tokens that share a digest
+BEFORE = 2  # number of digests before those of blocks
+# Questions in which tokenizers differ: case, digits, spaces, marks, other scripts, code, the names of tokens.
 TEXTS = (
     "What is left of the red star?",
     "how many objects ARE there, and which of them is the 2nd largest?",
@@ -43,16 +43,16 @@ PROMPTS: tuple[tuple[Prompt, tuple[int, ...]], ...] = (  # and the tiles of thei
 
 
 def prompt_ids(tokenizer: Tokenizer, spec: PromptSpec) -> list[list[int]]:
-    """Token ids of each of PROMPTS, with the template."""
+    """The token ids of each of PROMPTS, with the template."""
     return [build_prompt(tokenizer, spec, prompt, tiles, answer="yes") for prompt, tiles in PROMPTS]
 
 
 def token_digests(tokenizer: Tokenizer, json_text: str, vocabulary: int) -> NDArray[np.uint8]:
-    """A sha256 of what tokenizer.json says, one of TEXTS, and one for each BLOCK of token ids, uint8 [B, 32].
+    """A sha256 of the content of tokenizer.json, one of TEXTS, and one for each BLOCK of token ids, uint8 [B, 32].
 
-    The first finds every edit, also of a merge that few texts meet. The others find a library that computes something
-    else of the same file: a block's says which bytes its tokens stand for, and into which ids these texts are cut, one
-    to a line and joined with those of tokens from all over the vocabulary.
+    The first finds every edit, even of a merge that few texts use. The others find a library that computes something
+    else from the same file. A block's digest covers the bytes of its tokens, and the ids into which these texts are
+    cut, one to a line and joined with those of tokens from all over the vocabulary.
     """
     shown = [tokenizer.token_bytes(token) for token in range(vocabulary)]
     texts = [data.decode("utf-8", "ignore") for data, _ in shown]
@@ -71,5 +71,5 @@ def token_digests(tokenizer: Tokenizer, json_text: str, vocabulary: int) -> NDAr
 
 
 def _digest(parts: Sequence[object]) -> bytes:
-    """Of plain lists, texts, bytes and numbers, whose repr is the same in every version of Python."""
+    """Hash plain lists, texts, bytes and numbers, whose repr is the same in every version of Python."""
     return hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).digest()

@@ -139,7 +139,7 @@ class Tokenizer:
     def encode(self, parts: str | Sequence[str | int]) -> list[int]:
         """Return the ids of a text, or of text and ids in order. Text is literal, ids are kept as they are.
 
-        Raises UsageError for a text with lone surrogates, which has no UTF-8 form, and BundleError where the tokenizer
+        Raises UsageError for a text with lone surrogates, which has no UTF-8 form, and BundleError if the tokenizer
         fails at it.
         """
         with guard(self._where, BundleError, "export the bundle again", "fails at this text"):

@@ -184,11 +184,11 @@ def _case_stages(
 
 
 def _text_stages(model: Model, test: SelfTest) -> Iterator[Stage]:
-    """Tokenizer and template, where they were recorded: a count of what differs."""
+    """Compare tokenizer and template, if they were recorded, by a count of differences."""
     if test.token_digests is None or test.prompt_ids is None or test.prompt_lengths is None or test.end_ids is None:
         return
     if model.tokenizer is None:
-        yield Stage("tokenizer", math.inf, ALWAYS["tokenizer"], "the bundle has none, and had one when it was exported")
+        yield Stage("tokenizer", math.inf, ALWAYS["tokenizer"], "the bundle has none, but had one when it was exported")
         return
     manifest = model.bundle.manifest
     text = model.bundle.path(TOKENIZER).read_text(encoding="utf-8")
