@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.manifest import Bundle
-from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.names import EMBEDDING, WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
 from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
@@ -38,6 +37,8 @@ except ImportError as error:
 
 end_calls_at_exit()
 Float32 = NDArray[np.float32]
+# Whether a session copies constants that it is given; older ones refer to them, so they have to stay.
+COPIES_CONSTANTS = hasattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory")
 OLDEST = (1, 23)  # first version with RMSNormalization, RotaryEmbedding and Attention of opset 23
 # The user's name of a provider -> ONNX Runtime's name, and its name of the memory that the provider computes in.
 PROVIDERS = {
@@ -76,6 +77,7 @@ class OrtBackend:
         self.prefix_reuse, self.provider, self.memory = prefix_reuse, provider, PROVIDERS[provider][1]
         self.identity = f"onnxruntime {ort.__version__}" + ("" if provider == "cpu" else f", {provider}")
         file = bundle.weights()
+        self._tensors = file.tensors
         used = {name for graph in manifest.graphs.values() for name in graph.weights}
         constants = {name for graph in manifest.graphs.values() for name in graph.constants}
         inputs = used - constants  # ONNX Runtime finds the constants in the file itself
@@ -93,16 +95,20 @@ class OrtBackend:
             self.weight_bytes = sum(file.tensors[name].nbytes for names in held for name in names)
         self._require_memory()
         share_arenas()
-        arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None)
+        stored = {EMBEDDING} - kept
+        if manifest.target == "cpu":
+            stored |= constants - kept - sources
+        arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None, stored)
+        self.embedding = arrays.pop(EMBEDDING) if EMBEDDING in stored else None
+        # What ONNX Runtime would otherwise read from the file by itself, after the hash was checked.
+        self._constants = {name: arrays[name] for name in constants if name in arrays}
+        for name in self._constants.keys() - kept - sources:
+            del arrays[name]
         derive_int8(arrays, derived, keep=kept)
         self.weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        self._options = ort.SessionOptions()
-        self._options.log_severity_level = 3
-        self._options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `placement`
-        self._options.intra_op_num_threads = threads or 0
-        if any(linear.precision == "fp8" for linear in manifest.plan.linears.values()):
-            # No kernels multiply FP8, so nothing is lost; and 1.31 moves the rounding past operators without FP8.
-            self._options.add_session_config_entry("session.disable_quant_qdq", "1")
+        self._threads = threads or 0
+        # Read now, because they may be changed until their first use. They are small: they hold no weights.
+        self._models = {name: bundle.read(graph.file) for name, graph in manifest.graphs.items()}
         self._lock = threading.Lock()
         self.sessions: dict[str, Any] = {}
         keep_in_forks(self)
@@ -111,6 +117,10 @@ class OrtBackend:
         self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
         for name in ("traverse", "step"):
             self.graph(name)
+        if COPIES_CONSTANTS:
+            unloaded = [graph for name, graph in manifest.graphs.items() if name not in self.sessions]
+            needed = {weight for graph in unloaded for weight in graph.constants}
+            self._constants = {name: array for name, array in self._constants.items() if name in needed}
 
     @property
     def cache_bytes(self) -> int:
@@ -134,15 +144,42 @@ class OrtBackend:
         """The session of a graph, made on first use, because vision and traverse_text may never be used."""
         with self._lock:
             if name not in self.sessions:
-                path = self.bundle.path(self.bundle.manifest.graphs[name].file)
                 # ONNX Runtime plans memory once per combination of input shapes and never forgets a plan. With
                 # prefixes and chunks of any length that would be a leak.
-                self._options.enable_mem_pattern = name == "step"
-                self.sessions[name] = _call(
-                    f"load {path.name}", open_session, path, self._options, self.providers_of(name)
-                )
+                options = self._session_options(mem_pattern=name == "step")
+                graph = self.bundle.manifest.graphs[name]
+                model: str | bytes = self._models[name]
+                if graph.constants and self._constants:
+                    self._give_constants(options, graph.constants)
+                elif graph.constants:
+                    model = os.fspath(self.bundle.path(graph.file))  # its constants are found beside it
+                providers = self.providers_of(name)
+                self.sessions[name] = _call(f"load {graph.file}", open_session, model, options, providers)
                 self._require_used(self.sessions[name])
             return self.sessions[name]
+
+    def _give_constants(self, options: Any, names: Sequence[str]) -> None:
+        """Let a graph take its constants from memory, instead of the file that it names."""
+        if not COPIES_CONSTANTS:
+            values = [ort.OrtValue.ortvalue_from_numpy(self._constants[name]) for name in names]
+            options.add_external_initializers(list(names), values)
+            return
+        size = self.bundle.manifest.files[WEIGHTS].bytes
+        image = np.zeros(size, np.uint8)  # of the file; pages of it that are never touched take no memory
+        for name in names:
+            start = self._tensors[name].offset
+            image[start : start + self._constants[name].nbytes] = self._constants[name].reshape(-1).view(np.uint8)
+        options.add_external_initializers_from_files_in_memory([WEIGHTS], [image], [size])
+
+    def _session_options(self, mem_pattern: bool) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `placement`
+        options.intra_op_num_threads, options.enable_mem_pattern = self._threads, mem_pattern
+        if any(linear.precision == "fp8" for linear in self.bundle.manifest.plan.linears.values()):
+            # No kernels multiply FP8, so nothing is lost; and 1.31 moves the rounding past operators without FP8.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return options
 
     def placement(self) -> dict[str, dict[str, dict[str, int]]]:
         """Where operators run: graph -> ONNX Runtime's name of a provider -> operator -> count.
@@ -397,8 +434,8 @@ def value_of(array: NDArray[Any], memory: str = "cpu") -> Any:
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), memory, 0)
 
 
-def open_session(path: Path, options: Any, providers: list[Any]) -> Any:
-    return ort.InferenceSession(os.fspath(path), options, providers=providers)
+def open_session(model: str | bytes, options: Any, providers: list[Any]) -> Any:
+    return ort.InferenceSession(model, options, providers=providers)
 
 
 def _call(what: str, function: Any, *args: Any) -> Any:

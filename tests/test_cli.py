@@ -27,7 +27,7 @@ SCENE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
 VERBS = (
     *("export", "run", "inspect", "synth", "calibrate", "mix", "outliers", "evaluate", "compare", "demo", "verify"),
-    *("soak", "profile", "plan", "targets", "build", "doctor", "version"),
+    *("soak", "sign", "profile", "plan", "targets", "build", "doctor", "version"),
 )
 
 

@@ -85,7 +85,7 @@ class Model:
                     RuntimeWarning,
                     stacklevel=3,  # the caller who made the Runtime
                 )
-        self.embeddings = Embeddings(self.bundle)
+        self.embeddings = Embeddings(self.bundle, self.backend.embedding, verify)
         self.lifetime = Lifetime()
 
     def session(self, long_context: bool = False, prefill_chunk: int | None = None) -> Session:

@@ -121,6 +121,7 @@ class _ScriptedBackend:
 
     identity = "script"
     weight_bytes = 0
+    embedding: NDArray[Any] | None = None
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trol_edge.backend import Features
 from trol_edge.errors import UsageError
+from trol_edge.numeric import shown, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,12 @@ class VisionCache:
 
     def __init__(self, capacity_bytes: int) -> None:
         """capacity_bytes: of all features together; 0 keeps none. Raises UsageError for other than an int >= 0."""
-        if not isinstance(capacity_bytes, int) or isinstance(capacity_bytes, bool) or capacity_bytes < 0:
-            raise UsageError(f"vision_cache_bytes should be a whole number >= 0 (0: off), found {capacity_bytes!r}")
-        self._capacity = capacity_bytes
+        capacity = whole(capacity_bytes, 0)
+        if capacity is None:
+            raise UsageError(
+                f"vision_cache_bytes should be a whole number >= 0 (0: off), found {shown(capacity_bytes)}"
+            )
+        self._capacity = capacity
         self._hits = self._misses = 0
         self._entries: OrderedDict[bytes, Features] = OrderedDict()
         self._lock = threading.Lock()

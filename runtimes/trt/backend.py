@@ -90,6 +90,7 @@ class TrtBackend:
     """The engines of one bundle, which are loaded on the first GPU."""
 
     prefix_reuse = True
+    embedding: NDArray[Any] | None = None
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from trol_edge.bundle.weights import TensorInfo, WeightsFile
 from trol_edge.errors import BundleError
 from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
-from trol_edge.reading import guard, is_plain_name, printable, read_json_value, stays_inside
+from trol_edge.reading import guard, is_plain_name, printable, read_json_value, read_plain, stays_inside
 
 FORMAT = "trol-edge-bundle"
 # 2: traverse continues from a prefix (slots, and a cache of the second pass), and there is a plan of precisions
@@ -176,6 +177,13 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.folder}: the manifest lists no {name}; export the bundle again")
         return self.folder / name
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file, which are those that the manifest has the hash of, whatever became of the file since."""
+        data = read_plain(self.path(name), most=self.manifest.files[name].bytes)
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+            raise BundleError(f"{self.folder}: {name} was altered (sha256 differs); copy the bundle again")
+        return data
 
     def weights(self) -> WeightsFile:
         """Open the weights file; its header is read and checked."""

@@ -1,4 +1,4 @@
-"""Reads `weights.safetensors` on the robot with numpy only, one tensor at a time; only the embedding table is mapped.
+"""Reads `weights.safetensors` on the robot with numpy only, one block at a time.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian length of a JSON header, the header
 {name: {dtype, shape, data_offsets}}, then the bytes of all tensors, without holes.
@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,25 +76,35 @@ class WeightsFile:
             raise ValueError(f"{name!r:.80} says {entry!r:.200}")
         return info
 
-    def rows(self, name: str) -> NDArray[Any]:
-        """Map a 2-D tensor read-only; `to_float32` turns its rows into numbers."""
-        t = self.tensors[name]
-        return np.memmap(self.path, dtype=_STORED[t.dtype], mode="r", offset=t.offset, shape=t.shape)
-
-    def load(self, names: Collection[str], sha256: str | None = None) -> dict[str, NDArray[Any]]:
+    def load(
+        self, names: Collection[str], sha256: str | None = None, stored: Collection[str] = ()
+    ) -> dict[str, NDArray[Any]]:
         """Load floating point tensors as float32, converted block by block; quantized ones (I8, U8, F8_E4M3) as stored.
 
-        With sha256 the whole file is read and hashed meanwhile. Raises BundleError if the hash differs.
+        stored: more tensors, all as they are stored. With sha256 the whole file is read and hashed meanwhile.
+        Raises BundleError if the hash differs.
         """
         arrays = {n: np.empty(self.tensors[n].shape, loaded_dtype(self.tensors[n].dtype)) for n in names}
+        arrays |= {n: np.empty(self.tensors[n].shape, _STORED[self.tensors[n].dtype]) for n in stored}
+        for name, first, block in self.blocks(arrays, sha256):
+            dtype = self.tensors[name].dtype
+            values = to_float32(block, dtype) if dtype in FLOATS and name not in stored else block
+            arrays[name].reshape(-1)[first : first + block.size] = values
+        return arrays
+
+    def blocks(self, names: Collection[str], sha256: str | None) -> Iterator[tuple[str, int, NDArray[Any]]]:
+        """Read tensors in the order of the file: name, index of a block's first value, and the block as stored.
+
+        A block is overwritten by the next. Nothing is mapped: a mapped file that somebody shortens ends the process,
+        and what is hashed is what is used. With sha256 everything else is read, too, and a BundleError comes last.
+        """
         digest = hashlib.sha256()
         buffer = bytearray(BLOCK_BYTES)
         with self.path.open("rb") as f:
             if sha256:
                 digest.update(f.read(self.header_bytes))
             for name, t in sorted(self.tensors.items(), key=lambda item: item[1].offset):
-                flat = arrays[name].reshape(-1) if name in arrays else None
-                if flat is None and not sha256:
+                if name not in names and not sha256:
                     continue
                 f.seek(t.offset)
                 done = 0
@@ -105,15 +115,11 @@ class WeightsFile:
                         raise BundleError(f"{self.path}: {name} ends early; copy the bundle again")
                     if sha256:
                         digest.update(view)
-                    if flat is not None:
-                        first = done // ITEM_BYTES[t.dtype]
-                        block = np.frombuffer(view, _STORED[t.dtype])
-                        block = to_float32(block, t.dtype) if t.dtype in FLOATS else block
-                        flat[first : first + block.size] = block
+                    if name in names:
+                        yield name, done // ITEM_BYTES[t.dtype], np.frombuffer(view, _STORED[t.dtype])
                     done += got
         if sha256 and digest.hexdigest() != sha256:
             raise BundleError(f"{self.path}: altered since export (sha256 differs); copy the bundle again")
-        return arrays
 
 
 _STORED: dict[str, np.dtype[Any]] = {

@@ -135,7 +135,8 @@ def _stages(model: Model, test: SelfTest) -> Iterator[Stage]:
     noted = pixels[:, :, test.pixel_rows][..., test.pixel_rows]
     yield _stage("preprocess", noted, test.pixels, ALWAYS["preprocess"])
     file = bundle.weights()
-    tables = np.stack([to_float32(file.rows(name)[test.rope_rows], file.tensors[name].dtype) for name in ROPE])
+    stored = file.load((), stored=ROPE)
+    tables = np.stack([to_float32(stored[name][test.rope_rows], file.tensors[name].dtype) for name in ROPE])
     yield _stage("rope", tables, test.rope, ALWAYS["rope"])
     features = np.asarray(backend.encode_image(pixels)).reshape(-1, manifest.spec.hidden_size)[test.feature_rows]
     allowed = at_depth(manifest.spec.vision.num_layers, budget_of(manifest, "vision.").vision)
