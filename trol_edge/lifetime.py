@@ -21,7 +21,7 @@ LONGEST_END_S = 60.0  # that the end of the program waits for a call into a libr
 
 
 class Native:
-    """`with native:` stands around every call that enters an inference library."""
+    """Every call that enters an inference library is made inside `with native:`."""
 
     def __init__(self) -> None:
         self._threads: set[int] = set()  # that are inside; changed by single operations, as Ctrl-C may come

@@ -32,7 +32,7 @@ def frames_of(source: str) -> Iterator[Frame]:
     """Yield frames, uint8 [H, W, 3] in BGR, of a camera or of a video file, the latter at the file's own speed.
 
     A camera is a number ("0", "1", ...), a device (/dev/video0) or the address of a stream (rtsp://...). Its frames are
-    read as they come, whatever rate it reports: with waits they would pile up, and answers lag behind more and more.
+    read as they come, whatever rate it reports: with waits they would pile up, and answers would be later and later.
     Exits with a message if there is no such camera or file. Raises ImageError if a camera gives no frames any more, or
     a file none at all.
     """
