@@ -91,7 +91,7 @@ COMMAND: Any = typer.main.get_command(app)
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M))
 TARGETS = set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, re.M))
 # What comes from elsewhere, and is not looked into.
-OTHERS = {"git", "twine", "unzip", "pre-commit"}
+OTHERS = {"openssl", "git", "twine", "unzip", "pre-commit"}
 
 
 def wrong_command(line: str) -> str | None:
@@ -236,7 +236,7 @@ def test_every_link_leads_to_a_file() -> None:
             assert not re.search(r"\]\((?!https://)", PAGES.get(included, "")), f"{included} is shown at another place"
     assert missing == []
     menu = set(re.findall(r'= "(\S+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8")))
-    assert menu == {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert menu == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
 
 
 PATH = re.compile(r"(?:\.ci|\.github|calibration|deploy|docs|export|runtimes|tests|trol_edge)/[\w./*-]*")
