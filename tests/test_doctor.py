@@ -101,7 +101,11 @@ def test_a_bare_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.metadata, "version", missing)
+    def unloadable(name: str) -> None:
+        raise BackendError(f"{name} is not here")
+
     monkeypatch.setattr(doctor, "is_there", lambda name: False)
+    monkeypatch.setattr(doctor, "load", unloadable)
     monkeypatch.setattr(doctor, "devices", lambda: "there is no NVIDIA driver")
     checks = {check.what: check for check in doctor.examine(root=tmp_path)}
     for name in ("cpu", "formats", "camera", "export"):

@@ -433,7 +433,7 @@ def test_engines_of_another_machine(what: str, changes: dict[str, str], message:
     rewrite(machine, **changes)
     with pytest.raises(BundleError, match=re.escape(message)) as caught:
         machine.open()
-    assert "build them again on this machine: `trol-edge build" in str(caught.value)
+    assert "build them again on this machine with `trol-edge build" in str(caught.value)
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
@@ -498,7 +498,7 @@ def test_a_plan_that_tensorrt_refuses(machine: Machine) -> None:
 def test_too_little_memory(machine: Machine) -> None:
     """Said before anything is loaded, with the figures; and where it runs out later, by the call that failed."""
     machine.cuda.total = 1 << 20
-    with pytest.raises(BackendError, match=r"needs 0\.\d\d GB of GPU memory \(K/V cache 0\.\d\d\), 0\.00 of 0\.00 are"):
+    with pytest.raises(BackendError, match=r"needs 0\.\d\d GB of GPU memory \(K/V cache 0\.\d\d\), but 0\.00 of 0\.00 are"):
         machine.open()
     machine.cuda.total = 1 << 34
     runtime = machine.open()
