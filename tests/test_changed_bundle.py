@@ -156,7 +156,7 @@ def test_what_no_context_can_hold_is_refused_before_it_is_read() -> None:
         "characters of parts": lambda: rt.generate([TEXT, TEXT]),
         "option": lambda: rt.choose("?", ["yes", TEXT.strip()]),
         "texts": lambda: rt.generate("?", stop=["x" * n for n in range(1, 2000)]),
-        "allowed": lambda: rt.generate("?", stop=TEXT),
+        "at most 256": lambda: rt.generate("?", stop=TEXT),
         "pictures": lambda: rt.generate("?", [load_rgb(SCENE)] * 10_000),
     }
     for what, call in calls.items():
