@@ -101,6 +101,7 @@ def test_a_bare_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor.metadata, "version", missing)
+
     def unloadable(name: str) -> None:
         raise BackendError(f"{name} is not here")
 

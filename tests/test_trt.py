@@ -498,7 +498,9 @@ def test_a_plan_that_tensorrt_refuses(machine: Machine) -> None:
 def test_too_little_memory(machine: Machine) -> None:
     """Said before anything is loaded, with the figures; and where it runs out later, by the call that failed."""
     machine.cuda.total = 1 << 20
-    with pytest.raises(BackendError, match=r"needs 0\.\d\d GB of GPU memory \(K/V cache 0\.\d\d\), but 0\.00 of 0\.00 are"):
+    with pytest.raises(
+        BackendError, match=r"needs 0\.\d\d GB of GPU memory \(K/V cache 0\.\d\d\), but 0\.00 of 0\.00 are"
+    ):
         machine.open()
     machine.cuda.total = 1 << 34
     runtime = machine.open()

@@ -133,6 +133,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("types")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ALL)
 def test_every_use_exists(version: str, folder: Path) -> None:
     """The whole file type-checks against the real classes of a version, and nothing in it has an unknown type."""
@@ -161,6 +162,7 @@ PLANTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ours", "wrong"), PLANTED)
 def test_planted_mistakes_are_seen(ours: str, wrong: str, folder: Path) -> None:
     """The check can fail, in each of the ways that a version drifts."""
@@ -196,6 +198,7 @@ for call in (library.parse, library.open):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "streams", "attention"),
     [("10.3.0", False, False), ("10.13.3", True, False), ("10.16.1", True, True), ("11.4.0", True, True)],
