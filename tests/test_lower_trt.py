@@ -37,14 +37,16 @@ def lowered_bundle(source: Path, folder: Path, target: str = "jetson-jp6") -> Pa
     """A copy of a cpu bundle with its graphs lowered for a target; weights stay inputs, so ONNX Runtime runs it."""
     shutil.copytree(source, folder)
     manifest = Bundle(source).manifest
-    files = dict(manifest.files)
-    for graph in manifest.graphs.values():
+    files, graphs = dict(manifest.files), dict(manifest.graphs)
+    for name, graph in manifest.graphs.items():
         model = lower(ir.load(source / graph.file), TARGETS[target])
         path = folder / graph.file
         path.write_bytes(ir.to_proto(model).SerializeToString())
         onnx.checker.check_model(path, full_check=True)
         files[graph.file] = FileInfo(path.stat().st_size, sha256_of(path))
-    write_manifest(folder, dataclasses.replace(manifest, files=files))
+        operators = dict(Counter(node.op_type for node in model.graph))
+        graphs[name] = dataclasses.replace(graph, operators=operators)
+    write_manifest(folder, dataclasses.replace(manifest, files=files, graphs=graphs))
     return folder
 
 

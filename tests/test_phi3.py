@@ -473,7 +473,7 @@ def test_token_ids_come_from_the_tokenizer_files(phi3_checkpoint: Callable[..., 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "'yarn' with factor None is not supported"),
         ({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "needs 8 of each"),
         ({"sliding_window": 64}, "sliding_window 64"),
         ({"hidden_size": None}, "a size in config.json is missing or unusable"),

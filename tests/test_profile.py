@@ -395,8 +395,15 @@ def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answers_are_those_of_the_runtime(each_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens as `generate`; stages add up; the second question reuses picture and prefix; case by case."""
     pushed: list[int] = []
-    push = bench.TextStream.push
-    monkeypatch.setattr(bench.TextStream, "push", lambda self, token: pushed.append(token) or push(self, token))
+
+    class Noted(bench.TextStream):
+        """The stream of the answers that are measured; opening a bundle decodes text, too."""
+
+        def push(self, token: int) -> str:
+            pushed.append(token)
+            return super().push(token)
+
+    monkeypatch.setattr(bench, "TextStream", Noted)
     measured = bench.measure(job(each_bundle, image=str(NANO / "scene.png"), sizes=()))
     run = measured.runs[0]
     with Runtime(each_bundle) as runtime:
