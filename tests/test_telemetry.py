@@ -39,6 +39,14 @@ def sandboxed() -> bool:
 needs_sandbox = pytest.mark.skipif(not sandboxed(), reason="needs strace and unshare, allowed to make a namespace")
 
 
+@pytest.fixture(scope="module")
+def nano_bundle(nano_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, because these processes replay the self-test as a user's do, and note it in the bundle."""
+    folder = tmp_path_factory.mktemp("own") / "bundle"
+    shutil.copytree(nano_bundle, folder)
+    return folder
+
+
 def traced(program: str, bundle: Path, work: Path, **environment: str) -> tuple[list[str], list[str]]:
     """Run a program without a network; the lines of internet sockets, and the paths written outside of bundle."""
     (work / "home").mkdir()
