@@ -287,8 +287,10 @@ FAULTS = (
     ),
     Fault(
         "trol_edge/cli/main.py",
-        "except TrolEdgeError as error:\n        print_error(type(error).__name__, str(error), as_json)\n        return 1",
-        "except TrolEdgeError as error:\n        print_error(type(error).__name__, str(error), as_json)\n        return 0",
+        "except TrolEdgeError as error:\n"
+        "        print_error(type(error).__name__, str(error), as_json)\n        return 1",
+        "except TrolEdgeError as error:\n"
+        "        print_error(type(error).__name__, str(error), as_json)\n        return 0",
         "a failed command ends with 0",
         ("tests/test_cli.py",),
     ),
