@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -599,3 +600,10 @@ def test_the_command(copy: Path, replays: list[str], capsys: pytest.CaptureFixtu
     data = json.loads(capsys.readouterr().out)
     assert (data["passed"], data["first_wrong"]) == (False, "traverse.logits")
     assert next(s["name"] for s in data["stages"] if not s["good"]) == "traverse.logits"
+
+
+def test_a_drift_that_is_no_number_is_not_within_a_budget() -> None:
+    """A back end that computes NaN must not pass, whatever the budget."""
+    for drift in (math.nan, math.inf, 0.2):
+        assert not budgets.Stage("traverse.logits", drift, 0.1).good
+    assert budgets.Stage("traverse.logits", 0.1, 0.1).good

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 from tests.faults.catalogue import FAULTS, ROOT, Fault
 
-FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", re.MULTILINE)
+FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 MINUTES = 10  # for the tests of one fault; a fault that makes them hang is seen, too
 
 

@@ -110,8 +110,8 @@ FAULTS = (
     Fault(
         "trol_edge/answering/turns.py",
         "if self._deadline_ms is not None and self.remaining_s <= needs_s:",
-        "if self._deadline_ms is not None and self.remaining_s <= needs_s - 1e6:",
-        "deadlines are ignored",
+        "if self._deadline_ms is not None and self.remaining_s <= 0:",
+        "work that is sure to miss its deadline is begun",
         ("tests/test_turns.py",),
     ),
     Fault(
@@ -238,8 +238,8 @@ FAULTS = (
     Fault(
         "trol_edge/prompt/tiles.py",
         "fills = width * height > 0.5 * size * size * columns * rows",
-        "fills = width * height >= 0.5 * size * size * columns * rows",
-        "a picture that half fills a grid takes it",
+        "fills = width * height > 0.25 * size * size * columns * rows",
+        "a small picture takes the larger of two grids of equal shape",
         ("tests/test_tiles.py",),
     ),
     Fault(
