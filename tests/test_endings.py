@@ -67,6 +67,7 @@ def test_threads_that_python_waits_for_may_finish(nano_bundle: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "stop")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_soak(nano_bundle: Path) -> None:
     """With the exit code of an interrupted command; its threads are inside calls."""
     command = [sys.executable, "-m", "trol_edge", "soak", str(nano_bundle), "--minutes", "5"]

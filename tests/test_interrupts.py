@@ -84,7 +84,11 @@ CALLS: dict[str, Callable[[ScriptedRuntime], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+# One kind of call is part of `make test`; the others take the same ways, at hundreds of places each.
+KINDS = [name if i == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CALLS)]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_calls(name: str) -> None:
     """Of every kind, with a picture that is not yet in the cache."""
     rt = runtime()
@@ -92,6 +96,7 @@ def test_calls(name: str) -> None:
         check(rt, where)
 
 
+@pytest.mark.slow
 def test_calls_in_a_session_of_the_user() -> None:
     """It is free again, and what it holds is what it says."""
     rt = runtime()
@@ -101,6 +106,7 @@ def test_calls_in_a_session_of_the_user() -> None:
         assert rt.generate("a?", session=session).text == "yes", where
 
 
+@pytest.mark.slow
 def test_streams() -> None:
     """Interrupted anywhere, it goes on or is closed; meanwhile it blocks nobody."""
     rt, streams = runtime(), list[Any]()
@@ -119,6 +125,7 @@ def test_streams() -> None:
         check(rt, where)
 
 
+@pytest.mark.slow
 def test_sessions() -> None:
     """Every change of what is cached: the rows are those of the tokens that the session says it holds."""
     rt = runtime()
@@ -157,6 +164,7 @@ def test_sessions() -> None:
         check(rt, where)
 
 
+@pytest.mark.slow
 def test_close() -> None:
     """It is open and works, or it is closed; a second close ends what the first began."""
     runtimes: list[ScriptedRuntime] = []
