@@ -153,7 +153,7 @@ def called(command: Sequence[str], what: str, **more: Any) -> str:
 
 def bundles(cache: Path, jetson: bool, engines: bool, only: Sequence[str]) -> Path:
     """Make one tar file of all bundles and their pictures, in which equal weights are stored once."""
-    out = cache / "bundles"
+    out = cache / f"bundles-{sources()}"  # another exporter makes other bundles
     wanted = [
         (model, target, precision)
         for precision in PRECISIONS
@@ -174,8 +174,12 @@ def bundles(cache: Path, jetson: bool, engines: bool, only: Sequence[str]) -> Pa
         if target == "rtx" and engines:
             note(f"engines of {name} ...")
             cli("build", os.fspath(folder))
-    packed = cache / ("bundles-jetson.tar.xz" if jetson else "bundles.tar.xz")
-    if packed.is_file() and all(path.stat().st_mtime <= packed.stat().st_mtime for path in out.rglob("*")):
+    chosen = hashlib.sha256(" ".join(only or names).encode()).hexdigest()[:12]
+    packed = out / f"packed-{chosen}" / "bundles.tar.xz"
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    if packed.is_file() and all(
+        path.stat().st_mtime <= packed.stat().st_mtime for name in only or names for path in (out / name).rglob("*")
+    ):
         return packed  # compressing it again would take minutes
     share(out)
     with lzma.open(packed, "wb", filters=FILTERS) as out_file, tarfile.open(fileobj=out_file, mode="w") as tar:
@@ -188,10 +192,19 @@ def bundles(cache: Path, jetson: bool, engines: bool, only: Sequence[str]) -> Pa
     return packed
 
 
+def sources() -> str:
+    """A digest of all code that has a part in a bundle or an engine."""
+    digest = hashlib.sha256()
+    for room in ("trol_edge", "export", "calibration", "runtimes"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def share(folder: Path) -> None:
     """Hard-link equal files, which a tar file then holds once; bundles of two targets may have equal weights."""
     seen: dict[str, Path] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".xz"):
         first = seen.setdefault(sha256_of(path), path)
         if not path.samefile(first):
             path.unlink()
