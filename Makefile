@@ -49,8 +49,8 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 test: $(VENV)/test.stamp lint  ## lint, types and the test suite, on all cores
 	$(PYTEST) -m "not slow" $(ARGS)
 
-check: $(VENV)/test.stamp lint  ## lint, types and the tests that need no bundle: a minute
-	$(PYTEST) -m "not slow and not bundle" $(ARGS)
+check: $(VENV)/test.stamp lint  ## lint, types and the tests that need no bundle and no process of their own: a minute
+	$(PYTEST) -m "not slow and not bundle and not heavy" $(ARGS)
 
 test-slow: $(VENV)/test.stamp  ## only what `make test` leaves out: more variants, browsers, other people's bindings
 	$(PYTEST) -m slow $(ARGS)

@@ -33,6 +33,8 @@ from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.model import Decoder, EagerAttention, LoraLinear, rope_tables
 from trol_edge.prompt.images import preprocess
 
+pytestmark = pytest.mark.heavy
+
 COUNT = 3
 
 

@@ -33,6 +33,8 @@ from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.synth import synth
 from trol_edge.runtime import Runtime
 
+pytestmark = pytest.mark.heavy
+
 CASE = GOLDEN / "internlm2-text"
 POSITIONS = "vit.vision_tower.vision_model.embeddings.position_embedding.weight"
 EMBEDDING = "model.tok_embeddings.weight"

@@ -22,6 +22,8 @@ from trol_edge.calibration.evaluate import heading
 from trol_edge.cli.main import app, main
 from trol_edge.runtime import Runtime
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parents[1]
 SCENE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"

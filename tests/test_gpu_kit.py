@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 KIT = Path(__file__).resolve().parents[1] / "deploy" / "gpu_kit"
 RECORDS = Path(__file__).resolve().parents[1] / "docs" / "results"
 # What the fake stages do, by the first word of a name.

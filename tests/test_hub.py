@@ -18,6 +18,8 @@ import pytest
 
 from tests.golden import GOLDEN
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).resolve().parents[1]
 CASE = GOLDEN / "internlm2-text"
 REPOSITORY = "BK-Lee/TroL-1.8B"

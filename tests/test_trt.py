@@ -37,6 +37,8 @@ from trol_edge.runtimes.trt import backend as trt_module
 from trol_edge.runtimes.trt import build as trt_build
 from trol_edge.runtimes.trt.api import Library
 
+pytestmark = pytest.mark.heavy
+
 PICTURE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
 GPU = Gpu("stand-in for Orin", "8.7", 8 << 30, (12, 6))
