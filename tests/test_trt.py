@@ -83,17 +83,22 @@ class Machine:
 def machine(
     request: pytest.FixtureRequest, plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Machine:
-    """Classic TensorRT of two versions, and the RTX kind with its runtime config and kernel cache."""
+    """Classic TensorRT without and with KVCacheUpdate, and the RTX kind with its runtime config and kernel cache."""
     folder = tmp_path / "bundle"
-    shutil.copytree(plain_bundle, folder)
     rtx = request.param == "rtx"
+    target = {"10.16.1": "jetson-jp72", "rtx": "rtx"}.get(request.param, "tensorrt")
+    exported = target != "tensorrt" and not os.environ.get("TROL_EDGE_TENSORRT_BUNDLE")
+    source = request.getfixturevalue("exported")(NANO, target=target) if exported else plain_bundle
+    shutil.copytree(source, folder)
+    target = Bundle(folder).manifest.target
     stand_in = CudaRuntime()
     module = trt_standin.module(RTX if rtx else "tensorrt", "1.7.1.1" if rtx else request.param, stand_in)
     library = Library(module)
-    add_engines(folder, Key("tensorrt", library.title, GPU.name, GPU.capability, "12.6"))
+    gpu = dataclasses.replace(GPU, capability="8.9") if rtx else GPU
+    add_engines(folder, Key(target, library.title, gpu.name, gpu.capability, "12.6"))
     monkeypatch.setattr(trt_module, "load", lambda name: library)
     monkeypatch.setattr(trt_module, "open_cuda", lambda: CudaPython(stand_in))
-    monkeypatch.setattr(trt_module, "devices", lambda: [GPU])
+    monkeypatch.setattr(trt_module, "devices", lambda: [gpu])
     return Machine(stand_in, lambda: Runtime(folder), folder)
 
 
@@ -649,6 +654,8 @@ def test_the_stand_ins_signatures_are_the_real_ones(version: str) -> None:
     """Every method that it has exists in the real class, with these parameter names in this order."""
     classes = described(version)["classes"]
     later = {"IRuntimeConfig", "IRuntimeCache", "is_stream_capturable", "create_runtime_config"}  # of RTX alone
+    if version.startswith(("10.3.", "10.13.")):
+        later.add("get_aliased_input_tensor")  # since 10.15
     seen = 0
     for name in ("ILogger", "Runtime", "ICudaEngine", "IRuntimeConfig", "IRuntimeCache", "IExecutionContext"):
         if version != RTX and name in later:
