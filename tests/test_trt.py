@@ -78,6 +78,11 @@ class Machine:
     open: Callable[..., Runtime]
     folder: Path
 
+    @property
+    def engines(self) -> Path:
+        """The folder of its engines, named for their target."""
+        return folder_of(Bundle(self.folder), Bundle(self.folder).manifest.target)
+
 
 @pytest.fixture(params=["10.3.0", "10.16.1", "rtx"])
 def machine(
@@ -393,7 +398,7 @@ def test_kernels_are_kept_in_the_bundle(machine: Machine) -> None:
     """TensorRT for RTX: what the first run compiled is there for the second start, if it is as it was written."""
     runtime = machine.open()
     runtime.generate(QUESTION, PICTURE, max_new_tokens=3)
-    kept = sorted(p.name for p in (machine.folder / "engines" / "tensorrt").glob("*.cache"))
+    kept = sorted(p.name for p in machine.engines.glob("*.cache"))
     if not backend(runtime).library.rtx:
         assert kept == []
         return
@@ -402,7 +407,7 @@ def test_kernels_are_kept_in_the_bundle(machine: Machine) -> None:
     again = machine.open()
     again.session()
     assert len(IRuntimeCache.loaded) == 3
-    for path in (machine.folder / "engines" / "tensorrt").glob("*.cache"):
+    for path in machine.engines.glob("*.cache"):
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     IRuntimeCache.loaded.clear()
     machine.open().session()
@@ -412,8 +417,8 @@ def test_kernels_are_kept_in_the_bundle(machine: Machine) -> None:
 def rewrite(machine: Machine, **changes: Any) -> None:
     """Change the key of a bundle's engines."""
     bundle = Bundle(machine.folder)
-    engines = read(bundle, "tensorrt")
-    write(folder_of(bundle, "tensorrt"), dataclasses.replace(engines, key=dataclasses.replace(engines.key, **changes)))
+    engines = read(bundle, machine.engines.name)
+    write(folder_of(bundle, machine.engines.name), dataclasses.replace(engines, key=dataclasses.replace(engines.key, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -460,7 +465,7 @@ def test_harmed_engines_are_not_loaded(
     harm: str, message: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hash is checked before anything is deserialised."""
-    folder = machine.folder / "engines" / "tensorrt"
+    folder = machine.engines
     path = folder / "step.engine"
     if harm == "truncate":
         path.write_bytes(path.read_bytes()[:-1])
@@ -476,10 +481,10 @@ def test_harmed_engines_are_not_loaded(
     elif harm == "nothing":
         shutil.rmtree(folder)
     elif harm == "weights":
-        write(folder, dataclasses.replace(read(Bundle(machine.folder), "tensorrt"), weights_sha256="0" * 64))
+        write(folder, dataclasses.replace(read(Bundle(machine.folder), machine.engines.name), weights_sha256="0" * 64))
     else:
         bundle = Bundle(machine.folder)
-        engines = read(bundle, "tensorrt")
+        engines = read(bundle, machine.engines.name)
         step = dataclasses.replace(engines.engines["step"], graph_sha256="0" * 64)
         write(folder, dataclasses.replace(engines, engines=engines.engines | {"step": step}))
     monkeypatch.setattr(Library, "open", lambda self, path: pytest.fail("it was deserialised"))
@@ -491,9 +496,9 @@ def test_harmed_engines_are_not_loaded(
 def test_a_plan_that_tensorrt_refuses(machine: Machine) -> None:
     """Right by its hash, and yet none: what TensorRT said is in the error."""
     bundle = Bundle(machine.folder)
-    folder = folder_of(bundle, "tensorrt")
+    folder = folder_of(bundle, machine.engines.name)
     (folder / "step.engine").write_bytes(b"no plan")
-    engines = read(bundle, "tensorrt")
+    engines = read(bundle, machine.engines.name)
     info = dataclasses.replace(engines.engines["step"], bytes=7, sha256=sha256_of(folder / "step.engine"))
     write(folder, dataclasses.replace(engines, engines=engines.engines | {"step": info}))
     with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0 could not load step.engine: .*magic tag") as caught:
@@ -532,11 +537,11 @@ def test_too_little_memory(machine: Machine) -> None:
 def test_shapes_beyond_every_profile(machine: Machine) -> None:
     """Engines that were built for less than the bundle's context."""
     bundle = Bundle(machine.folder)
-    folder = folder_of(bundle, "tensorrt")
+    folder = folder_of(bundle, machine.engines.name)
     graph = machine.folder / bundle.manifest.graphs["traverse"].file
     path = folder / "traverse.engine"
     path.write_bytes(trt_standin.engine_file(graph, [{"tokens": [1, 8, 16], "slots": [1, 16, 32]}]))
-    engines = read(bundle, "tensorrt")
+    engines = read(bundle, machine.engines.name)
     info = dataclasses.replace(engines.engines["traverse"], bytes=path.stat().st_size, sha256=sha256_of(path))
     write(folder, dataclasses.replace(engines, engines=engines.engines | {"traverse": info}))
     session = machine.open().session()
