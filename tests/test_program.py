@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import small_engines
+from tests import small_engines, trt_standin
+from tests.conftest import NANO
 from tests.small_engines import INNER, OUTER, ROWS, engine_of, stored
-from trol_edge.errors import BundleError, TrolEdgeError, UsageError
+from trol_edge.bundle.engines import ENGINES, FORMAT_VERSION, EngineInfo, EngineSet, Key, folder_of, read, write
+from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
+from trol_edge.cli.main import main
+from trol_edge.errors import BackendError, BundleError, TrolEdgeError, UsageError
 from trol_edge.program import inspector, text
 from trol_edge.program.model import Program
 from trol_edge.program.traffic import COPY, REARRANGED, UNFILLED, WIDENED, Traffic, count
+from trol_edge.runtimes.trt import build as trt_build
+from trol_edge.runtimes.trt.api import Library
+from trol_edge.runtimes.trt.programs import programs as programs_of
 
 ROW = 4 * 64 * 2  # bytes of one row of a cache
 CACHE = 256 * ROW
@@ -31,7 +42,7 @@ def traffic(program: Program, **more: Any) -> Traffic:
     return count(program, shapes, **({"caches": CACHES, "filled": FILLED} | more))
 
 
-def programs(name: str, tmp_path: Path, really: bool) -> Program:
+def program_of(name: str, tmp_path: Path, really: bool) -> Program:
     """The program of a small network: of an engine built here, or the committed text."""
     if really:
         pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (make test-rtx installs it)")
@@ -47,7 +58,7 @@ def programs(name: str, tmp_path: Path, really: bool) -> Program:
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.rtx)], ids=["stored", "built"])
 def program(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """A function from the name of a network to its program."""
-    return lambda name: programs(name, tmp_path, request.param)
+    return lambda name: program_of(name, tmp_path, request.param)
 
 
 # -- known answers -----------------------------------------------------------------------------------------------------
@@ -310,3 +321,110 @@ def test_the_inspector_gives_the_same_report() -> None:
 def test_what_an_inspector_leaves_open(said: str, problem: str) -> None:
     with pytest.raises(BundleError, match=problem):
         inspector.parse(said, "TensorRT 10.3.0", "step.engine")
+
+
+# -- engines of a bundle -----------------------------------------------------------------------------------------------
+
+
+def put_engines(folder: Path, target: str, library: str, files: dict[str, bytes]) -> Bundle:
+    """Put files into a bundle as its engines."""
+    bundle = Bundle(folder)
+    place = folder_of(bundle, target)
+    place.mkdir(parents=True)
+    infos = {}
+    for name in ENGINES:
+        graph = bundle.manifest.graphs[name]
+        path = place / f"{name}.engine"
+        path.write_bytes(files[name])
+        ranges = trt_build.profiles(bundle, graph)
+        sha = bundle.manifest.files[graph.file].sha256
+        infos[name] = EngineInfo(path.name, path.stat().st_size, sha256_of(path), sha, 1, {}, ranges, 0.0)
+    weights = bundle.manifest.files[WEIGHTS].sha256
+    write(place, EngineSet(FORMAT_VERSION, "a test", Key(target, library, "", "", ""), "fp32", weights, infos))
+    return bundle
+
+
+@pytest.fixture
+def rtx_bundle(exported: Callable[..., Path], tmp_path: Path) -> Path:
+    """trol-nano exported for TensorRT for RTX, without engines."""
+    return Path(shutil.copytree(exported(NANO, target="rtx", context=256), tmp_path / "bundle"))
+
+
+def test_inspect_prints_programs(rtx_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One readable engine, one of another TensorRT and one whose program is absent: each says what is known of it."""
+    assert main(["inspect", str(rtx_bundle), "--program"]) == 1
+    assert "has no engines; make them with `trol-edge build`" in capsys.readouterr().err
+    files = {"vision": b"ftrt" + bytes(200), "traverse": engine_of(), "step": engine_of(stored("copy"))}
+    put_engines(rtx_bundle, "rtx", "TensorRT for RTX 1.7.1", files)
+    assert main(["inspect", str(rtx_bundle), "--program", "--tokens", "20", "--filled", "30", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["tokens"], data["filled"], data["images"]) == (20, 30, 1)
+    found = data["engines"]["rtx"]
+    assert "an engine of classic TensorRT" in found["vision"]["unknown"]
+    assert "absent or compressed" in found["traverse"]["unknown"]
+    assert found["step"]["moved"] == 2 * CACHE + 2 * ROW + 96
+    assert [kernel["name"] for kernel in found["step"]["kernels"]] == ["__myl_Move", "__myl_Scat"]
+    assert found["step"]["avoidable"] == [{"kind": COPY, "what": "past.1 to present.1", "bytes": 2 * CACHE}]
+    assert main(["inspect", str(rtx_bundle), "--program"]) == 0
+    shown = capsys.readouterr().out
+    assert "vision: nothing is known of its program" in shown
+    assert "step: moves 0.3 MB" in shown and "avoidable, cache copy: 0.3 MB: past.1 to present.1" in shown
+    assert main(["inspect", str(rtx_bundle), "--program", "--tokens", "257"]) == 1
+    assert "257 tokens and 257 filled rows: the bundle's context is 256" in capsys.readouterr().err
+    assert main(["inspect", str(rtx_bundle), "--tokens", "20"]) == 1
+    assert "are for --program" in capsys.readouterr().err
+    (rtx_bundle / "engines" / "rtx" / "step.engine").write_bytes(b"vtrt")
+    assert main(["inspect", str(rtx_bundle), "--program", "--json"]) == 0
+    assert "build it again" in json.loads(capsys.readouterr().out)["engines"]["rtx"]["step"]["unknown"]
+
+
+@pytest.mark.rtx
+def test_programs_of_real_engines(rtx_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """trol-nano: constants are the engine's weights, caches those of its ports, and every size is computed."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (make test-rtx installs it)")
+    bundle = Bundle(rtx_bundle)
+    trt_build.build(bundle)
+    spec = bundle.manifest.spec
+    row = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * 4  # float32, as this bundle computes
+    for tokens, filled in ((20, 30), (100, 200)):
+        given = ["--tokens", str(tokens), "--filled", str(filled)]
+        assert main(["inspect", str(rtx_bundle), "--program", *given, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["engines"]["rtx"]
+        assert found["step"]["cache"] == filled * row
+        assert found["traverse"]["cache"] == 2 * filled * row
+        assert found["step"]["results"] == pytest.approx(4 * spec.vocab_size, abs=64)
+        engines = read(bundle, "rtx").engines
+        for name in ENGINES:
+            assert found[name]["constants"] == pytest.approx(
+                engines[name].weight_bytes, rel=0.1
+            )  # some are stored in two layouts
+            assert found[name]["moved"] > found[name]["ideal"]
+            products = [kernel for kernel in found[name]["kernels"] if kernel["product"]]
+            assert len(products) > spec.num_layers
+            assert {kernel["product"] for kernel in products} <= {"float32", "float16", "attention"}
+
+
+def test_classic_engines_are_asked(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inspector of classic TensorRT gets a context with the shapes, and its report is the same."""
+    folder = Path(shutil.copytree(exported(NANO, target="tensorrt", context=256), tmp_path / "bundle"))
+    bundle = Bundle(folder)
+    plans = {
+        name: trt_standin.engine_file(
+            folder / graph.file, [{k: list(v) for k, v in r.items()} for r in trt_build.profiles(bundle, graph)]
+        )
+        for name, graph in bundle.manifest.graphs.items()
+    }
+    put_engines(folder, "tensorrt", "TensorRT 10.3.0", plans)
+    engines = read(bundle, "tensorrt")
+    library = Library(trt_standin.module("tensorrt", "10.3.0", trt_standin.CudaRuntime()))
+    dims = {"images": 1, "tokens": 100, "slots": 120}
+    with pytest.raises(BundleError, match="by their names only"):
+        programs_of(bundle, engines, "step", dims, library)
+    monkeypatch.setattr(trt_standin.EngineInspector, "said", described())
+    for name in ENGINES:
+        (program,) = programs_of(bundle, engines, name, dims, library)
+        assert (len(program.kernels), program.library) == (3, "TensorRT 10.3.0")
+    with pytest.raises(BackendError, match="none of its profiles takes"):
+        programs_of(bundle, engines, "traverse", dims | {"tokens": 1000}, library)
