@@ -335,12 +335,38 @@ class ICudaEngine:
     def create_runtime_config(self) -> Any:
         return IRuntimeConfig()
 
+    def create_engine_inspector(self) -> Any:
+        return EngineInspector(self)
+
     def create_execution_context(self, strategy: Any = None) -> Any:
         if self.cuda.scratch > self.cuda.total - self.cuda.held():
             why = f"[executionContext.cpp] OutOfMemory: Requested size was {self.cuda.scratch} bytes."
             self.logger.log(ILogger.Severity.ERROR, why)
             return None
         return IExecutionContext(self, strategy)
+
+
+class LayerInformationFormat(enum.Enum):
+    """trt.LayerInformationFormat."""
+
+    ONELINE = 0
+    JSON = 1
+
+
+class EngineInspector:
+    """trt.EngineInspector: says what a test wants, once a context with all shapes is set."""
+
+    said: ClassVar[str] = '{"Layers": ["a name", "another"], "Bindings": []}'
+
+    def __init__(self, engine: ICudaEngine) -> None:
+        self.engine = engine
+        self.execution_context: IExecutionContext | None = None
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        context = self.execution_context
+        if context is None or any(context.shape_of(name) is None for name in self.engine.inputs):
+            return "{}"
+        return self.said if format is LayerInformationFormat.JSON else ""
 
 
 class IRuntimeConfig:
@@ -416,7 +442,7 @@ class IExecutionContext:
     def is_stream_capturable(self, stream: int) -> bool:
         return self.runs > 0
 
-    def _shape(self, name: str) -> tuple[int, ...] | None:
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
         shape = self.engine.get_tensor_shape(name)
         return self.shapes.get(name) if -1 in shape else shape
 
@@ -426,7 +452,7 @@ class IExecutionContext:
         missing = [name for name in engine.names if name not in self.addresses]
         if missing:
             return self._refuse(f"address not set for {', '.join(missing)}")
-        shapes = {name: self._shape(name) for name in engine.inputs}
+        shapes = {name: self.shape_of(name) for name in engine.inputs}
         if None in shapes.values():
             return self._refuse(f"shape not set for {[n for n, s in shapes.items() if s is None]}")
         apart = [
@@ -478,6 +504,7 @@ def module(name: str, version: str, cuda: CudaRuntime) -> Any:
     """A stand-in for `import tensorrt` (or tensorrt_rtx) of a version."""
     runtime = type("Runtime", (Runtime,), {"cuda": cuda})
     members = {"__version__": version, "ILogger": ILogger, "Runtime": runtime, "TensorIOMode": TensorIOMode}
+    members |= {"LayerInformationFormat": LayerInformationFormat}
     stand_in = types.ModuleType(name)
     vars(stand_in).update(members)
     return stand_in

@@ -224,6 +224,8 @@ class Network:
                 self.library.fail(f"take the profile {dict(shapes)}", "please report this")
         if self.library.has(Network.let_attention_decompose):
             self.let_attention_decompose()
+        if not self.library.rtx:  # whose engines hold their programs as text
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for `Engine.described`
         stopped: list[BaseException] = []
         config.progress_monitor = self._monitor(progress, stopped)
         if self.library.has(Network._stream):
@@ -337,6 +339,16 @@ class Engine:
         if context is None:
             self.library.fail("make an execution context", "free GPU memory, or export with a smaller --context")
         return Context(self, context, kept)
+
+    def described(self, context: Context) -> str:
+        """What the library's inspector says about the engine at the shapes of a context, as JSON.
+
+        That is names of layers only, unless the engine was built with details, as `Network.build` asks for.
+        """
+        trt = self.module
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = context.raw
+        return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
     @only(rtx=(1, 7))
     def _with_cache(self, blob: bytes | None) -> tuple[trt.IExecutionContext, Any]:

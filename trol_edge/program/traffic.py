@@ -1,0 +1,293 @@
+"""Counts the bytes that a program reads and writes in one run, and names those that it could do without.
+
+Rules. They count each kernel by itself, because between two kernels nothing is sure to stay in a cache.
+
+- A kernel reads each of its inputs once and writes each output once, in the types and shapes of the program. What it
+  reads again after its caches lost it, and the workspace of a product, is unknown and not counted. So the sum is a
+  lower bound for what the kernels of the program do.
+- A constant counts in the bytes in which it is stored. Numbers that the host passes count nothing.
+- A scatter into a tensor in place writes its new rows and reads nothing of the tensor. The rows follow from the indices
+  (ScatterND) or from an input of the same shape but for one dimension (TensorScatter). Otherwise they are at most what
+  the kernel's other inputs hold.
+- A slice or a gather reads no more numbers of a tensor than its kernel writes, once per use and per slice in the
+  kernel's name. This holds for kernels without a reduction; others read the whole tensor.
+- Attention reads the keys and values that it is given as a whole. The code of the kernels in engines of 1.7 shows that
+  they read every row, and that a mask saves none.
+- A pass over the weights counts each time: a traverse reads them twice.
+
+What is avoidable, by kind: "cache copy" (a kernel that only moves a cache: what it reads and writes), "weight widened"
+and "weight rearranged" (a tensor that depends on constants only, made at every run: what is moved more than if each
+kernel that needs it read the constants; widened, if it is larger than these), "unfilled rows" (of a cache, read by
+attention).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+from trol_edge.errors import UsageError
+from trol_edge.program.model import BITS, MOVES, Kernel, Program, Tensor
+
+COPY, WIDENED, REARRANGED, UNFILLED = "cache copy", "weight widened", "weight rearranged", "unfilled rows"
+_SLICES = {"Slic", "Spli", "Gath"}
+# Types of products, widest first, by the names that this library uses elsewhere.
+_ARITHMETIC = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp8": "fp8", "int8": "int8"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """What one kernel moves: bytes by tensor. product: type of the factors of a matrix product, "attention" or ""."""
+
+    kernel: Kernel
+    reads: dict[str, int]
+    writes: dict[str, int]
+    product: str = ""
+    operations: int = 0  # of the product with weights; a multiply-add is two
+
+    @property
+    def read(self) -> int:
+        """Bytes read."""
+        return sum(self.reads.values())
+
+    @property
+    def written(self) -> int:
+        """Bytes written."""
+        return sum(self.writes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Avoidable:
+    """Bytes that a program moves and could do without. what: which tensor, in words."""
+
+    kind: str
+    what: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """One run of a program. constants: bytes of those that kernels read, each once. cache: of the filled rows.
+
+    results: bytes of the outputs that are no caches. scratch: bytes that the engine holds for its largest shapes.
+    """
+
+    kernels: tuple[Moved, ...]
+    constants: int
+    cache: int
+    results: int
+    scratch: int
+    avoidable: tuple[Avoidable, ...]
+
+    @property
+    def moved(self) -> int:
+        """All bytes read and written."""
+        return sum(kernel.read + kernel.written for kernel in self.kernels)
+
+    @property
+    def ideal(self) -> int:
+        """What any program must move: constants once, filled rows of the caches, and results."""
+        return self.constants + self.cache + self.results
+
+    @property
+    def ratio(self) -> float:
+        """How many times what it must move this program moves."""
+        return self.moved / max(1, self.ideal)
+
+
+def count(
+    program: Program,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    *,
+    caches: Mapping[str, int] | None = None,
+    filled: int | None = None,
+    weights: Collection[str] = (),
+) -> Traffic:
+    """Count one run. shapes: of inputs (and outputs) with dynamic dimensions, by port.
+
+    caches: ports that are caches -> the axis of their rows (both past and present ones). filled: rows of a cache in
+    use (default: all). weights: inputs that hold weights, which count as constants.
+    Raises UsageError for shapes that do not fit, and BundleError if something's size cannot be known.
+    """
+    sizes = program.sizes(shapes or {})
+    held = {program.inputs[name] for name in weights if name in program.inputs}
+    tensors = program.tensors | {
+        name: dataclasses.replace(program.tensors[name], place="constant") for name in held & program.tensors.keys()
+    }
+    return _Counter(program, tensors, sizes, caches or {}, filled).traffic()
+
+
+class _Counter:
+    """One count. roots: the tensor that a part belongs to."""
+
+    def __init__(
+        self,
+        program: Program,
+        tensors: dict[str, Tensor],
+        sizes: dict[str, int],
+        caches: Mapping[str, int],
+        filled: int | None,
+    ) -> None:
+        self.program, self.tensors, self.sizes, self.filled = program, tensors, sizes, filled
+        named = {**program.inputs, **program.outputs}
+        self.caches = {named[port]: axis for port, axis in caches.items() if named.get(port) in tensors}
+        for name, axis in self.caches.items():
+            if not 0 <= axis < len(tensors[name].dims):
+                raise UsageError(f"cache {name} has no dimension {axis}")
+        self.fixed: dict[str, int] = {}  # scratch that depends on constants only -> bytes of these
+
+    def root(self, name: str) -> str:
+        for _ in range(len(self.tensors)):
+            base = self.tensors[name].base
+            if not base:
+                break
+            name = base
+        return name
+
+    def bytes(self, name: str) -> int:
+        return self.tensors[name].bytes(self.sizes)
+
+    def numbers(self, name: str) -> int:
+        return self.tensors[name].numbers(self.sizes)
+
+    def rows(self, name: str) -> int:
+        """The rows of a cache, of which `filled` are in use."""
+        dim = self.tensors[name].dims[self.caches[name]]
+        return self.sizes[dim] if isinstance(dim, str) else dim
+
+    def traffic(self) -> Traffic:
+        kernels, avoidable = [], []
+        for kernel in self.program.kernels:
+            moved = self.moved(kernel)
+            kernels.append(moved)
+            avoidable += self.waste(moved)
+        for name, size in self.fixed.items():
+            wrote = sum(k.writes[n] for k in kernels for n in k.writes if self.root(n) == name)
+            read = [k.reads[n] for k in kernels for n in k.reads if self.root(n) == name]
+            kind = WIDENED if self.bytes(name) > size else REARRANGED
+            extra = wrote + sum(read) - (len(read) - 1) * size
+            avoidable.append(Avoidable(kind, f"{self.source(name)}, in {name}", max(0, extra)))
+        used = {self.root(name) for kernel in self.program.kernels for name in kernel.reads}
+        stored = {
+            self.tensors[name].stored or name: self.bytes(name)
+            for name in used
+            if self.tensors[name].place == "constant"
+        }
+        results = [n for n in self.program.outputs.values() if n in self.tensors and n not in self.caches]
+        return Traffic(
+            kernels=tuple(kernels),
+            constants=sum(stored.values()),
+            cache=self.filled_bytes(),
+            results=sum(self.bytes(name) for name in results),
+            scratch=self.program.scratch_bytes,
+            avoidable=tuple(a for a in avoidable if a.bytes),
+        )
+
+    def filled_bytes(self) -> int:
+        """Bytes of the filled rows of all caches; a cache that is both past and present counts once."""
+        outputs = set(self.program.outputs.values())
+        held = [n for n in self.caches if n in outputs] or list(self.caches)
+        return sum(self.bytes(n) * self.share(n)[0] // max(1, self.share(n)[1]) for n in held)
+
+    def share(self, name: str) -> tuple[int, int]:
+        """Rows in use and all rows of a cache."""
+        rows = self.rows(name)
+        return (rows if self.filled is None else min(self.filled, rows)), rows
+
+    # -- one kernel
+
+    def moved(self, kernel: Kernel) -> Moved:
+        scattered = {n for n in kernel.reads if n in kernel.writes} if self.scatters(kernel) else set()
+        writes = {n: self.new_rows(n, kernel) if n in scattered else self.bytes(n) for n in kernel.writes}
+        reads = {n: 0 if n in scattered else self.bytes(n) for n in kernel.reads}
+        if kernel.form in ("pointwise", "scatter"):
+            numbers = sum(8 * size // BITS.get(self.tensors[n].dtype, 8) for n, size in writes.items())
+            words = kernel.words
+            slices = sum(word in _SLICES for word in words) + (len(words) if words[-1:] == ("Etc",) else 0)
+            for name in reads if slices else ():
+                uses = max(kernel.reads.count(name), slices)
+                most = -(-uses * numbers * BITS.get(self.tensors[name].dtype, 64) // 8)
+                reads[name] = min(reads[name], most)
+        product, operations = self.product(kernel)
+        self.mark_fixed(kernel)
+        return Moved(kernel, reads, writes, product, operations)
+
+    @staticmethod
+    def scatters(kernel: Kernel) -> bool:
+        return kernel.form == "scatter" or (not kernel.form and "Scat" in kernel.words)
+
+    def new_rows(self, name: str, kernel: Kernel) -> int:
+        """Bytes of the rows that a scatter writes."""
+        target = self.tensors[name]
+        others = list(dict.fromkeys(n for n in kernel.reads if n not in kernel.writes))
+        # ScatterND's indices have more than one number per row, and the most dimensions; those of a gather have one.
+        indices = [n for n in others if self.tensors[n].dtype == "int64" and 1 < self.depth(n) <= len(target.dims)]
+        if indices:
+            chosen = max(indices, key=lambda n: len(self.tensors[n].dims))
+            row = Tensor(chosen, target.dims[self.depth(chosen) :], target.dtype, "scratch")
+            return min(self.bytes(name), self.numbers(chosen) // self.depth(chosen) * row.bytes(self.sizes))
+        for other in others:
+            tensor = self.tensors[other]
+            alike = tensor.dtype == target.dtype and len(tensor.dims) == len(target.dims)
+            if alike and sum(a != b for a, b in zip(tensor.dims, target.dims, strict=True)) == 1:
+                return self.bytes(other)
+        return min(self.bytes(name), sum(map(self.bytes, others)))
+
+    def depth(self, name: str) -> int:
+        """The last dimension of a tensor, if it is static."""
+        dims = self.tensors[name].dims
+        return dims[-1] if len(dims) > 1 and isinstance(dims[-1], int) else 0
+
+    def product(self, kernel: Kernel) -> tuple[str, int]:
+        """The type of a matrix product, and its operations, if it is one."""
+        if kernel.form == "attention" or "_mha" in kernel.name:
+            return "attention", 0
+        fused = kernel.what == "runtime_fusion" and any(w.startswith(("Fc", "Conv")) for w in kernel.words)
+        if kernel.what not in ("fully_connected", "corrltn", "gemm", "conv") and not fused:
+            return "", 0
+        on_device = [n for n in kernel.reads if self.tensors[n].place != "host" and self.numbers(n) > 1]
+        heavy = [n for n in on_device if self.root(n) in self.fixed or self.tensors[self.root(n)].place == "constant"]
+        weight = max(heavy, key=self.numbers, default="") if fused else (on_device[1:] or [""])[0]
+        if not weight:
+            return "", 0
+        factors = [n for n in on_device if n not in heavy] if fused else on_device[:1]
+        types = [self.tensors[n].dtype for n in (*factors, weight)]
+        arithmetic = next((name for kind, name in _ARITHMETIC.items() if any(t.startswith(kind) for t in types)), "")
+        dims, numbers = self.tensors[weight].dims, self.numbers(weight)
+        if kernel.what in ("corrltn", "conv"):
+            depth = numbers // dims[0] if isinstance(dims[0], int) else 0
+        else:
+            depth = dims[-2] if len(dims) > 1 and isinstance(dims[-2], int) else 0
+        return arithmetic, 2 * self.numbers(kernel.writes[0]) * depth if kernel.writes else 0
+
+    def mark_fixed(self, kernel: Kernel) -> None:
+        """Note the outputs of a kernel that reads nothing but constants."""
+        given = {self.root(n) for n in kernel.reads if self.tensors[n].place != "host"}
+        if given and all(n in self.fixed or self.tensors[n].place == "constant" for n in given):
+            size = sum(self.fixed.get(n, 0) or self.bytes(n) for n in given)
+            self.fixed |= {self.root(n): size for n in kernel.writes if self.tensors[self.root(n)].place == "scratch"}
+
+    def source(self, name: str) -> str:
+        """What a fixed tensor is made from: nodes of the graph, or names of constants."""
+        maker = next(k for k in self.program.kernels if any(self.root(n) == name for n in k.writes))
+        return ", ".join(maker.layers) or ", ".join(maker.reads)
+
+    def waste(self, moved: Moved) -> list[Avoidable]:
+        """What of a kernel is avoidable, but for tensors that depend on constants only."""
+        kernel, found = moved.kernel, []
+        moves = bool(kernel.words) and set(kernel.words) <= MOVES
+        ports = {*self.program.inputs.values(), *self.program.outputs.values()}
+        for name in moved.reads if moves else ():
+            tensor = self.tensors[name]
+            targets = [n for n in kernel.writes if n not in kernel.reads]
+            alike = [n for n in targets if self.tensors[n].dims == tensor.dims and self.tensors[n].place == "output"]
+            copied = targets if name in self.caches else alike if tensor.place == "input" else []
+            if copied and moved.reads[name]:
+                size = moved.reads[name] + sum(moved.writes[n] for n in copied)
+                to = ", ".join(n if n in ports else f"scratch {n}" for n in copied)
+                found.append(Avoidable(COPY, f"{name} to {to}", size))
+        for name in moved.reads if moved.product == "attention" else ():
+            if name in self.caches:
+                used, rows = self.share(name)
+                found.append(Avoidable(UNFILLED, name, moved.reads[name] * (rows - used) // max(1, rows)))
+        return found
