@@ -596,6 +596,9 @@ def test_the_stand_in_refuses(context: tuple[Any, CudaRuntime, Library]) -> None
         assert refused is False
         return library.messages.pop()
 
+    assert "shape not set for ['slots']" in said(step.execute_async_v3(7))
+    assert "not within profile" in said(step.set_input_shape("slots", (0,)))
+    assert step.set_input_shape("slots", (256,)) is True
     assert step.execute_async_v3(7) is True
     assert cuda.cudaStreamSynchronize(7) == (trt_standin.OK,)
     assert "not aligned" in said(step.set_tensor_address("logits", good["logits"] + 8))
