@@ -48,7 +48,9 @@ def graph(model: str, options: RecipeOptions, name: str, folder: Path, layers: i
     plan = make_plan(options, shapes, target)
     dtypes = {n: IR_TYPES[stored_dtype(n, s, PUBLISHED, plan, False)] for n, s in shapes.items()}
     dtypes |= dict.fromkeys(canonical.ROPE, ir.DataType.FLOAT)
-    dtypes |= {scale_name(n): ir.DataType.FLOAT16 if plan.compute == "fp16" else ir.DataType.FLOAT for n in plan.linears}
+    dtypes |= {
+        scale_name(n): ir.DataType.FLOAT16 if plan.compute == "fp16" else ir.DataType.FLOAT for n in plan.linears
+    }
     made = canonical.trace(name, whole.family, spec, whole.context)
     pipeline.prepare(name, made, target, plan, defaultdict(lambda: 0.03), dtypes)
     inputs, outputs = pipeline.ports(made.graph.inputs), pipeline.ports(made.graph.outputs)
