@@ -229,6 +229,63 @@ def test_a_step_moves_little_and_allocates_nothing(machine: Machine) -> None:
     assert len(machine.cuda.host) == pinned
 
 
+def test_a_step_reads_filled_rows(machine: Machine, nano: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded up, and a CUDA graph for each number of rows: where it changes, one plain run and a new capture."""
+    monkeypatch.setattr(trt_module, "ROWS", 8)
+    runtime = machine.open()
+    ids = runtime.tokenize(QUESTION)[:5]
+    sessions = [r.session() for r in (runtime, nano)]
+    found = [[session.prefill(ids)] for session in sessions]
+    machine.cuda.calls.clear()
+    shapes = []
+    for token in range(20):
+        for session, logits in zip(sessions, found, strict=True):
+            logits.append(session.step(token).copy())
+        shapes.append(sessions[0].state.execution.raw.shapes["slots"][0])  # type: ignore[attr-defined]
+    assert shapes == [8] * 3 + [16] * 8 + [24] * 8 + [32]
+    assert machine.cuda.calls.count("launch") == 20 - 4  # the first run of each is not captured
+    assert max(difference(a, b) for a, b in zip(*found, strict=True)) <= 1e-5
+    sessions[0].truncate(5)
+    sessions[1].truncate(5)
+    assert difference(sessions[0].step(7), sessions[1].step(7)) <= 1e-5
+    assert sum(graph is not None for graph in machine.cuda.graphs) <= 1
+
+
+@pytest.mark.parametrize("machine", ["10.16.1", "rtx"], indirect=True)
+def test_caches_are_written_in_place(machine: Machine) -> None:
+    """KVCacheUpdate: the engine says which input each present is; another address, or a row too many, fails."""
+    runtime = machine.open()
+    trt = backend(runtime)
+    for name in ("traverse", "step"):
+        aliases = {n: info.alias for n, info in trt.infos[name].items() if n.startswith("present_")}
+        assert aliases and aliases == {n: n.replace("present_", "past_", 1) for n in aliases}
+    state = trt.new_state()
+    rows = runtime.model.embeddings[np.arange(3)]
+    state.traverse(rows, None)
+    before = state.rows(np.arange(3, dtype=np.int32), 0)
+    state.step(rows[0], 3)
+    assert all(np.array_equal(a, b) for a, b in zip(before, state.rows(np.arange(3, dtype=np.int32), 0), strict=True))
+    raw: Any = state.execution.raw
+    raw.addresses["present_key_0"] = raw.addresses["present_key_1"]
+    assert raw.execute_async_v3(7) is False
+    raw.addresses["present_key_0"] = raw.addresses["past_key_0"]
+    state._host["position_ids"][0, 0] = trt.context  # the runtime never gives such a position
+    trt.cuda.upload(state._own["position_ids"], state._host["position_ids"])
+    assert raw.execute_async_v3(7) is True
+    assert machine.cuda.cudaStreamSynchronize(7) == (trt_standin.Status.cudaErrorIllegalAddress,)
+
+
+def test_an_alias_of_another_tensor(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that would write a cache elsewhere is not used."""
+    wrong = {"present_key_0": "past_value_0"}
+    monkeypatch.setattr(trt_standin.ICudaEngine, "get_aliased_input_tensor", lambda self, name: wrong.get(name))
+    if machine.engines.name == "tensorrt":
+        machine.open()  # 10.3 has no aliases
+        return
+    with pytest.raises(BundleError, match=r"other inputs or outputs than the graph \(present_key_0\)"):
+        machine.open()
+
+
 def test_without_cuda_graphs(machine: Machine, nano: Runtime, plain_bundle: Path) -> None:
     """The switch: every step is enqueued call by call, with the same logits."""
     bundle = Bundle(machine.folder)

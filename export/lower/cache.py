@@ -77,7 +77,8 @@ def scatter(build: Build, node: ir.Node) -> ir.Value:
 def is_step(node: ir.Node) -> bool:
     """Whether an Attention has a single query, so that it is a matter of reading the cache."""
     query = node.inputs[0] if node.op_type == "Attention" else None
-    return query is not None and query.shape is not None and query.shape[2] == 1 and query.shape[0] == 1
+    causal = "is_causal" in node.attributes and node.attributes["is_causal"].as_int()
+    return query is not None and query.shape is not None and query.shape.dims[::2] == (1, 1) and not causal
 
 
 def attend(build: Build, node: ir.Node) -> ir.Value:
