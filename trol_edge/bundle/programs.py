@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trol_edge.bundle.engines import EngineSet, folder_of
+from trol_edge.bundle.engines import EngineSet, Range, folder_of
 from trol_edge.bundle.manifest import Bundle, GraphInfo
+from trol_edge.bundle.program_counts import ProgramCounts, take
 from trol_edge.bundle.sizes import shared_weights
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.program.model import Program
@@ -68,3 +69,25 @@ def traffic_of(
         except UsageError as error:
             problems.append(str(error))
     raise UsageError(f"{graph.file}: no profile of its engine takes {dict(dims)}: {'; '.join(problems)}")
+
+
+def counts_of(
+    bundle: Bundle, name: str, profiles: tuple[Program, ...], ranges: Sequence[Mapping[str, Range]]
+) -> tuple[ProgramCounts, ...]:
+    """The counts of a graph's engine, for each optimization profile. ranges: of each, as the engine was built.
+
+    Raises BundleError if they cannot be taken.
+    """
+    graph, context = bundle.manifest.graphs[name], bundle.manifest.context
+    if len(profiles) != max(1, len(ranges)):
+        raise BundleError(
+            f"{graph.file}: {len(ranges)} profiles were built, and its engine has {len(profiles)} programs"
+        )
+    found = []
+    for program, sizes in zip(profiles, ranges or ({},), strict=True):
+
+        def count_at(dims: Mapping[str, int], program: Program = program) -> Traffic:
+            return traffic_of(bundle, name, (program,), dims, None)
+
+        found.append(take(count_at, {dim: (low, high) for dim, (low, _, high) in sizes.items()}, context))
+    return tuple(found)

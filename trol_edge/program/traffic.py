@@ -44,6 +44,7 @@ class Moved:
     writes: dict[str, int]
     product: str = ""
     operations: int = 0  # of the product with weights; a multiply-add is two
+    whole_caches: int = 0  # bytes of caches that are read or written as a whole, so as many as their capacity
 
     @property
     def read(self) -> int:
@@ -200,17 +201,30 @@ class _Counter:
         scattered = {n for n in kernel.reads if n in kernel.writes} if self.scatters(kernel) else set()
         writes = {n: self.new_rows(n, kernel) if n in scattered else self.bytes(n) for n in kernel.writes}
         reads = {n: 0 if n in scattered else self.bytes(n) for n in kernel.reads}
-        if kernel.form in ("pointwise", "scatter"):
+        slices = self.slices(kernel)
+        if slices:
             numbers = sum(8 * size // BITS.get(self.tensors[n].dtype, 8) for n, size in writes.items())
-            words = kernel.words
-            slices = sum(word in _SLICES for word in words) + (len(words) if words[-1:] == ("Etc",) else 0)
-            for name in reads if slices else ():
+            for name in reads:
                 uses = max(kernel.reads.count(name), slices)
                 most = -(-uses * numbers * BITS.get(self.tensors[name].dtype, 64) // 8)
                 reads[name] = min(reads[name], most)
         product, operations = self.product(kernel)
         self.mark_fixed(kernel)
-        return Moved(kernel, reads, writes, product, operations)
+        whole = [n for part in (writes, {} if slices else reads) for name, n in part.items() if self.is_whole(name, n)]
+        return Moved(kernel, reads, writes, product, operations, sum(whole))
+
+    @staticmethod
+    def slices(kernel: Kernel) -> int:
+        """The most slices and gathers of one tensor in a kernel, if these bound what it reads; 0 if they do not."""
+        words = kernel.words
+        if kernel.form not in ("pointwise", "scatter"):
+            return 0
+        return sum(word in _SLICES for word in words) + (len(words) if words[-1:] == ("Etc",) else 0)
+
+    def is_whole(self, name: str, size: int) -> bool:
+        """Whether these are the bytes of all rows of a cache of fixed capacity."""
+        dims = self.tensors[name].dims
+        return name in self.caches and isinstance(dims[self.caches[name]], int) and size == self.bytes(name)
 
     @staticmethod
     def scatters(kernel: Kernel) -> bool:

@@ -1,0 +1,201 @@
+"""Counts what the engines of the published models move, from engines with one layer and with two.
+
+    python -m tests.bench.programs count                  # builds them, and writes trol_edge/plan/programs.json
+    python -m tests.bench.programs count --only trol-3.8b/int4 -o before.json
+    python -m tests.bench.programs table before.json      # bytes a token and planned speeds: before, now, ideal
+
+TensorRT for RTX builds them, without a GPU, at the models' true width and with random weights. A build takes half a
+minute, all of them take half an hour on two quiet cores, and 6 GB of memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tests.bench.speed import run_python
+from trol_edge._version import __version__
+from trol_edge.bundle.engines import ENGINES
+from trol_edge.bundle.strict import from_dict
+from trol_edge.errors import UsageError
+from trol_edge.export import unbuilt
+from trol_edge.export.quantize.recipes import RecipeOptions
+from trol_edge.machine import devices
+from trol_edge.plan import shipped
+from trol_edge.plan.duration import graph_time
+from trol_edge.plan.rates import platform_of
+from trol_edge.plan.shipped import Shipped
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+err = Console(stderr=True, highlight=False)
+FOLDER = Path("build/programs")
+MODELS = ("trol-3.8b", "trol-1.8b", "trol-7b")
+RECIPES = ("fp16", "int8", "int4", "fp8")
+# A target for which graphs are exported -> the targets that get the same ones.
+TARGETS = {"rtx": ("rtx", "jetson-trt11"), "tensorrt": ("tensorrt", "jetson-jp6", "jetson-jp7")}
+BOARDS = ("orin-nano-8gb:MAXN_SUPER", "orin-nx-16gb", "agx-orin-64gb", "agx-thor")
+FILLED = 1000  # rows, of the table
+
+
+def counts_of(model: str, recipe: str, target: str, layers: int, folder: Path) -> dict[str, Any]:
+    """The counts of the engines of a model with this number of layers, by graph; what is written is removed again."""
+    given = json.dumps([model, recipe, target, layers, str(folder.resolve())])
+    said = run_python("-c", "from tests.bench.programs import measure; measure()", stdin=given)
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found
+
+
+def measure() -> None:
+    """Entry point of a process of its own, whose memory is given back; it reads [model, ...] as JSON from stdin."""
+    from trol_edge.bundle.manifest import Bundle
+    from trol_edge.export.pipeline import export
+    from trol_edge.export.quantize.made_up import made_up_statistics
+    from trol_edge.export.reference.synth import synth
+    from trol_edge.runtimes.trt.api import load
+    from trol_edge.runtimes.trt.build import build_one
+
+    model, recipe, target, layers, folder = json.load(sys.stdin)
+    checkpoint, bundle = Path(folder) / f"{model}-{layers}", Path(folder) / f"{model}-{layers}-{recipe}-{target}"
+    if not (checkpoint / "config.json").is_file():
+        synth(model, checkpoint, layers=layers, overwrite=True)
+    options = RecipeOptions(recipe=recipe, scaling=False, clipping=False, sensitive=None, observer="minmax")
+    try:
+        export(
+            checkpoint,
+            bundle,
+            model=model,
+            target=target,
+            options=options,
+            calibration=made_up_statistics,
+            record_selftest=False,
+            overwrite=True,
+        )
+        opened, library = Bundle(bundle), load("tensorrt_rtx")
+        found = {}
+        for name in ENGINES:
+            info = build_one(opened, name, library, bundle, None, lambda what, done, total: None)
+            (bundle / info.file).unlink()
+            found[name] = [dataclasses.asdict(counts) for counts in info.programs]
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
+    print(json.dumps({"library": library.title, "graphs": found}))
+
+
+@app.command()
+def count(
+    only: Annotated[str, typer.Option(help="Engines (MODEL/RECIPE or MODEL/RECIPE/TARGET), by commas.")] = "",
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File to write; counts in it are kept.")
+    ] = shipped.FILE,
+    folder: Annotated[Path, typer.Option(help="Folder for checkpoints and bundles; it needs 8 GB.")] = FOLDER,
+) -> None:
+    """Build engines with one layer and with two, and write the counts of their programs."""
+    wanted = [
+        (model, recipe, target)
+        for model in MODELS
+        for recipe in RECIPES
+        for target in TARGETS
+        if not only or {f"{model}/{recipe}", f"{model}/{recipe}/{target}"} & set(only.split(","))
+    ]
+    if not wanted:
+        raise UsageError(f"{only}: no engines of that name; there are {', '.join(MODELS)} in {', '.join(RECIPES)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    known = json.loads(output.read_text(encoding="utf-8"))["engines"] if output.exists() else []
+    for model, recipe, target in wanted:
+        start = time.perf_counter()
+        one, two = (counts_of(model, recipe, target, layers, folder) for layers in (1, 2))
+        if not all(one["graphs"].values()):
+            raise UsageError(f"{model} {recipe} {target}: the programs of {one['library']} could not be counted")
+        entry = {"model": model, "recipe": recipe, "targets": list(TARGETS[target])}
+        known = [e for e in known if {k: e[k] for k in entry} != entry]
+        known.append(entry | {"one": one["graphs"], "two": two["graphs"]})
+        made = f"trol-edge {__version__}, {datetime.date.today().isoformat()}"
+        data = {
+            "library": one["library"],
+            "made": made,
+            "engines": sorted(known, key=lambda e: str(list(e.values())[:3])),
+        }
+        from_dict(Shipped, data, "these counts")
+        rows = ",\n".join(json.dumps(e, separators=(",", ":")) for e in data["engines"])
+        head = json.dumps({k: v for k, v in data.items() if k != "engines"})[:-1]
+        output.write_text(f'{head}, "engines": [\n{rows}\n]}}\n', encoding="utf-8")
+        err.print(f"{model} {recipe} {target}: {time.perf_counter() - start:.0f} s", style="dim")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model in one recipe on one board. Bytes are those of a token, speeds are tokens per second."""
+
+    model: str
+    recipe: str
+    board: str
+    ideal: int
+    bytes: tuple[int | None, int | None]  # counted in the engines before, and now
+    speeds: tuple[float | None, float | None]
+    graph_speed: float  # without an engine's program: weights and cache only
+
+
+def rows_of(model: str, recipe: str, before: Shipped | None, now: Shipped) -> list[Row]:
+    """A row for each board that supports the recipe."""
+    shape, found = unbuilt.published(model), []
+    for name in BOARDS:
+        board = platform_of(*devices.find(name))
+        if recipe not in board.precisions:
+            continue
+        subject = shape.subject(board.target, RecipeOptions(recipe=recipe))
+        costs, weights, context = subject.graphs["step"], subject.weights["step"], subject.context
+        layers, tower = shape.spec.num_layers, shape.spec.vision.num_layers
+        counted = [
+            shipped.programs(model, board.target, recipe, layers, tower, counts) if counts else {}
+            for counts in (before, now)
+        ]
+        times = [
+            graph_time("step", costs, weights, board, of["step"], context, slots=FILLED) if of else None
+            for of in counted
+        ]
+        plain = graph_time("step", costs, weights, board, slots=FILLED)
+        constants = next((of["step"][0].constants for of in reversed(counted) if of), weights)
+        ideal = constants + FILLED * (subject.cache_bytes // context) + 4 * shape.spec.vocab_size
+        moved, speeds = [t.moved if t else None for t in times], [1 / t.expected if t else None for t in times]
+        row = Row(model, recipe, name, ideal, (moved[0], moved[1]), (speeds[0], speeds[1]), 1 / plain.expected)
+        found.append(row)
+    return found
+
+
+@app.command()
+def table(
+    before: Annotated[Path | None, typer.Argument(help="File of an earlier count.")] = None,
+    models: Annotated[str, typer.Option(help="Models, by commas.")] = "trol-1.8b,trol-3.8b",
+) -> None:
+    """Print bytes a token and planned speeds as a table in Markdown: before, now and ideal."""
+    now = shipped.shipped()
+    earlier = shipped.read(before) if before else None
+    boards = " | ".join(name.split(":")[0] for name in BOARDS)
+    print(f"| model, recipe | ideal, GB | before, GB | now, GB | {boards} |")
+    print("|---" * (4 + len(BOARDS)) + "|")
+    for model in models.split(","):
+        for recipe in RECIPES:
+            rows = {row.board: row for row in rows_of(model, recipe, earlier, now)}
+            first = next(iter(rows.values()))
+            sizes = [f"{size / 1e9:.2f}" if size else "-" for size in (first.ideal, *first.bytes)]
+            speeds = []
+            for name in BOARDS:
+                known = [f"{speed:.1f}" if speed else "-" for speed in rows[name].speeds] if name in rows else ["-"]
+                speeds.append(" → ".join(known))
+            print(f"| {model} {recipe} | {' | '.join(sizes)} | {' | '.join(speeds)} |")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    app()
