@@ -188,6 +188,20 @@ def test_counts_of_more_layers() -> None:
     assert found.avoidable == {"cache copy": {"1": 4000 * 2048}}
 
 
+def test_shipped_counts() -> None:
+    """Of each model that they name, for the precisions and graphs that a plan has; other models have none."""
+    found = shipped.shipped()
+    assert found.library.startswith("TensorRT for RTX 1.7")
+    names = {(c.model, c.recipe, target) for c in found.engines for target in c.targets}
+    assert ("trol-3.8b", "int4", "jetson-jp6") in names
+    assert shipped.programs("trol-9b", "jetson-jp6", "int4", 4, 4) == {}
+    for model, recipe, target in names:
+        engines = shipped.programs(model, target, recipe, 4, 4)
+        assert engines.keys() == {"vision", "traverse", "step"}
+        step = engines["step"][0]
+        assert step.moved({"capacity": 2048, "slots": 2048, "tokens": 1}) > step.constants > 0
+
+
 def test_element_wise_operators_wait_for_memory(nano: rates_module.Platform) -> None:
     """On a CPU, where they take time; what a product reads and writes adds to its arithmetic there."""
     peak = dataclasses.replace(nano.peak, touches=((1, 1e9),))
