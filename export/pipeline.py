@@ -25,6 +25,7 @@ from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import CalibrationError, CheckpointError, ExportError, UsageError
 from trol_edge.export import storage
 from trol_edge.export.graphs import canonical, counts
+from trol_edge.export.lower import cache as lower_cache
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.lower import trt as lower_trt
 from trol_edge.export.quantize import half, qdq
@@ -233,6 +234,7 @@ def prepare(
         half.convert(model, plan.kept_fp32, dtypes)
     if is_gpu(target) and name == "step":
         lower_trt.add_token(model)
+        lower_cache.read_filled(model)
     return LOWERINGS[target](name, model) if target in LOWERINGS else {}
 
 

@@ -428,9 +428,9 @@ def test_targets_and_machines_that_do_not_fit(nano_bundle: Path, plain_bundle: P
     with pytest.raises(
         BackendError, match=r"compute capability 8\.7 and 11\.0, but this machine has RTX 4090 \(8\.9\)"
     ):
-        trt_build.key_here(TARGETS["jetson-jp7"], library, desktop)
-    assert trt_build.key_here(TARGETS["jetson-jp7"], library, ORIN) == Key(
-        "jetson-jp7", "TensorRT 10.16.1", "Orin", "8.7", "12.6"
+        trt_build.key_here(TARGETS["jetson-jp72"], library, desktop)
+    assert trt_build.key_here(TARGETS["jetson-jp72"], library, ORIN) == Key(
+        "jetson-jp72", "TensorRT 10.16.1", "Orin", "8.7", "12.6"
     )
 
 
@@ -465,4 +465,4 @@ def test_what_this_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     jetson = machine({"tensorrt": MadeUpLibrary((10, 3, 0))}, [ORIN])
     assert [n for n, s in jetson.items() if s.runs] == ["cpu", "tensorrt", "jetson-jp6"]
     assert doctor.best()[0] == "jetson-jp6"
-    assert jetson["jetson-jp7"].why_no_run == "TensorRT 10.3.0 is installed, but this target is for 10.13 to below 11"
+    assert jetson["jetson-jp7"].why_no_run == "TensorRT 10.3.0 is installed, but this target is for 10.13 to below 10.15"

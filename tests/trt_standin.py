@@ -5,6 +5,10 @@ waited for, so that whoever reads too early reads old values. Broken rules (an a
 shape outside its profile, past and present at two addresses, a wrong stream) make a call fail as the real one would:
 TensorRT's return False and log an error, CUDA's return a status.
 
+A graph with TensorScatter is one with KVCacheUpdate layers: each present is an alias of its past, which the engine
+says (`get_aliased_input_tensor`), both must be bound to one address, and of the cache only the new rows are written.
+New rows beyond the capacity fail the run, as an access beyond the memory would.
+
 tests/test_trt.py compares its signatures with the real bindings'.
 """
 
@@ -298,6 +302,9 @@ class ICudaEngine:
         self.inputs = {t.name: t for t in self.session.get_inputs()}
         self.outputs = {t.name: t for t in self.session.get_outputs()}
         self.names = [*self.inputs, *self.outputs]
+        # KVCacheUpdate writes its cache input; no other kind of output shares memory with an input.
+        in_place = b"TensorScatter" in Path(plan["graph"]).read_bytes()
+        self.aliases = {n: n.replace("present_", "past_", 1) for n in self.outputs if in_place and "present_" in n}
         self.device_memory_size_v2 = 0
         self.num_io_tensors = len(self.names)
         self.num_optimization_profiles = max(1, len(self.profiles))
@@ -321,6 +328,9 @@ class ICudaEngine:
         sizes = self.profiles[profile_index] if self.profiles else {}
         shape = self._tensor(name).shape
         return [tuple(d if isinstance(d, int) else sizes[d][i] for d in shape) for i in range(3)]
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self.aliases.get(name)
 
     def create_runtime_config(self) -> Any:
         return IRuntimeConfig()
@@ -467,8 +477,23 @@ class IExecutionContext:
                 assert shape is not None
                 size = int(np.prod(shape)) * dtype.itemsize
                 feeds[name] = self.cuda._find(addresses[name], size).view(dtype).reshape(shape)
-            for name, value in zip(engine.outputs, engine.session.run(None, feeds), strict=True):
-                self.cuda._put(addresses[name], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            for name, past in engine.aliases.items():
+                positions = feeds["position_ids"]
+                if positions.max() >= feeds[past].shape[2]:
+                    raise IllegalAddress(f"row {positions.max()} of {name}, which has {feeds[past].shape[2]}")
+            binding = engine.session.io_binding()
+            values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(array) for n, array in feeds.items()}
+            for name, value in values.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in engine.outputs:
+                if name in engine.aliases:
+                    binding.bind_ortvalue_output(name, values[engine.aliases[name]])  # the same memory
+                else:
+                    binding.bind_output(name)
+            engine.session.run_with_iobinding(binding)
+            for name, value in zip(engine.outputs, binding.get_outputs(), strict=True):
+                if name not in engine.aliases:
+                    self.cuda._put(addresses[name], np.ascontiguousarray(value.numpy()).reshape(-1).view(np.uint8))
 
         if not self.cuda.enqueue(work, stream_handle):
             return self._refuse(f"stream {stream_handle} does not exist")

@@ -51,6 +51,7 @@ class EngineTensor:
     """An input or output. dtype is numpy's name; dynamic dimensions of the shape are -1.
 
     profiles: smallest, best and largest shape in each optimization profile (for inputs of an engine only).
+    alias: the input whose memory an output is written to, if TensorRT says that there is one.
     """
 
     name: str
@@ -58,6 +59,7 @@ class EngineTensor:
     dtype: str
     shape: Shape
     profiles: tuple[tuple[Shape, Shape, Shape], ...] = ()
+    alias: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,8 +319,14 @@ class Engine:
                 smallest, best, largest = engine.get_tensor_profile_shape(name, number)
                 profiles.append((tuple(smallest), tuple(best), tuple(largest)))
             dtype = DTYPES[engine.get_tensor_dtype(name).name]
-            found.append(EngineTensor(name, is_input, dtype, tuple(engine.get_tensor_shape(name)), tuple(profiles)))
+            alias = None if is_input or not self.library.has(Engine._alias) else self._alias(name)
+            shape = tuple(engine.get_tensor_shape(name))
+            found.append(EngineTensor(name, is_input, dtype, shape, tuple(profiles), alias))
         return found
+
+    @only(classic=(10, 15), rtx=(1, 7))
+    def _alias(self, output: str) -> str | None:
+        return self._engine.get_aliased_input_tensor(output) or None
 
     def context(self, cache: bytes | None = None) -> Context:
         """Make an execution context. cache: compiled kernels from an earlier run (TensorRT for RTX only)."""

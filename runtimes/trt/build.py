@@ -159,6 +159,8 @@ def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
         return ({"images": (1, tiles, tiles)},)
     if not names <= {"tokens", "slots"}:
         raise BundleError(f"{bundle.folder}: {graph.file} has unknown dynamic dimensions {sorted(names)}")
+    if names == {"slots"}:
+        return ({"slots": (1, max(1, context // 2), context)},)
     short = min(SHORT, context)
     ranges = [(1, max(1, short // 2), short)]
     if context > short:

@@ -11,6 +11,8 @@ Rules. They count each kernel by itself, because between two kernels nothing is 
   the kernel's other inputs hold.
 - A slice or a gather reads no more numbers of a tensor than its kernel writes, once per use and per slice in the
   kernel's name. This holds for kernels without a reduction; others read the whole tensor.
+- A sum over a slice of a cache reads as many rows as its other tensors have in their largest dynamic dimension. The
+  code of the kernels in engines of 1.7 shows that their loops end there.
 - Attention reads the keys and values that it is given as a whole. The code of the kernels in engines of 1.7 shows that
   they read every row, and that a mask saves none.
 - A pass over the weights counts each time: a traverse reads them twice.
@@ -208,6 +210,9 @@ class _Counter:
                 uses = max(kernel.reads.count(name), slices)
                 most = -(-uses * numbers * BITS.get(self.tensors[name].dtype, 64) // 8)
                 reads[name] = min(reads[name], most)
+        if kernel.form == "reduction" and _SLICES & set(kernel.words):
+            for name in (n for n in reads if n in self.caches):
+                reads[name] = reads[name] * self.sliced(kernel, name) // max(1, self.rows(name))
         product, operations = self.product(kernel)
         self.mark_fixed(kernel)
         whole = [n for part in (writes, {} if slices else reads) for name, n in part.items() if self.is_whole(name, n)]
@@ -225,6 +230,13 @@ class _Counter:
         """Whether these are the bytes of all rows of a cache of fixed capacity."""
         dims = self.tensors[name].dims
         return name in self.caches and isinstance(dims[self.caches[name]], int) and size == self.bytes(name)
+
+    def sliced(self, kernel: Kernel, cache: str) -> int:
+        """Rows of a cache that a sum over a slice of it reads."""
+        others = [n for n in (*kernel.reads, *kernel.writes) if n != cache]
+        sizes = [self.sizes[d] for n in others for d in self.tensors[n].dims if isinstance(d, str) and d in self.sizes]
+        rows = self.rows(cache)
+        return max((size for size in sizes if size <= rows), default=rows)
 
     @staticmethod
     def scatters(kernel: Kernel) -> bool:
