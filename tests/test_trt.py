@@ -418,7 +418,10 @@ def rewrite(machine: Machine, **changes: Any) -> None:
     """Change the key of a bundle's engines."""
     bundle = Bundle(machine.folder)
     engines = read(bundle, machine.engines.name)
-    write(folder_of(bundle, machine.engines.name), dataclasses.replace(engines, key=dataclasses.replace(engines.key, **changes)))
+    write(
+        folder_of(bundle, machine.engines.name),
+        dataclasses.replace(engines, key=dataclasses.replace(engines.key, **changes)),
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,7 @@ class Build:
         self.graph.insert_before(self.anchor, node)
         return self._named(node.outputs[0], dtype or (inputs[0].dtype if inputs[0] is not None else None))
 
-    def parts(
-        self, op: str, inputs: Sequence[ir.Value | None], count: int, **attributes: Any
-    ) -> list[ir.Value]:
+    def parts(self, op: str, inputs: Sequence[ir.Value | None], count: int, **attributes: Any) -> list[ir.Value]:
         """Add one node with `count` outputs of its first input's type."""
         node = ir.node(op, inputs, attributes=attributes, num_outputs=count)
         self.graph.insert_before(self.anchor, node)

@@ -229,8 +229,9 @@ def _counts(
     bundle: Bundle, name: str, library: Library, path: Path, ranges: tuple[dict[str, Range], ...]
 ) -> tuple[ProgramCounts, ...]:
     """What the engine moves, if its file says so; the inspector of classic TensorRT would have to load it for that."""
+    graph, context = bundle.manifest.graphs[name], bundle.manifest.context
     try:
-        return counts_of(bundle, name, text.read(path), ranges) if library.rtx else ()
+        return counts_of(graph, context, text.read(path), ranges, shared_weights(bundle)) if library.rtx else ()
     except (BundleError, UsageError):
         return ()
 

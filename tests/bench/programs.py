@@ -14,8 +14,8 @@ import dataclasses
 import datetime
 import json
 import os
-import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +23,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tests import one_layer
 from tests.bench.speed import run_python
 from trol_edge._version import __version__
 from trol_edge.bundle.engines import ENGINES
+from trol_edge.bundle.programs import counts_of
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
 from trol_edge.export import unbuilt
@@ -35,21 +37,22 @@ from trol_edge.plan import shipped
 from trol_edge.plan.duration import graph_time
 from trol_edge.plan.rates import platform_of
 from trol_edge.plan.shipped import Shipped
+from trol_edge.program import text
+from trol_edge.runtimes.trt.api import load
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 err = Console(stderr=True, highlight=False)
-FOLDER = Path("build/programs")
 MODELS = ("trol-3.8b", "trol-1.8b", "trol-7b")
 RECIPES = ("fp16", "int8", "int4", "fp8")
 # A target for which graphs are exported -> the targets that get the same ones.
-TARGETS = {"rtx": ("rtx", "jetson-trt11"), "tensorrt": ("tensorrt", "jetson-jp6", "jetson-jp7")}
+TARGETS = {"rtx": ("rtx", "jetson-jp72", "jetson-trt11"), "tensorrt": ("tensorrt", "jetson-jp6", "jetson-jp7")}
 BOARDS = ("orin-nano-8gb:MAXN_SUPER", "orin-nx-16gb", "agx-orin-64gb", "agx-thor")
 FILLED = 1000  # rows, of the table
 
 
-def counts_of(model: str, recipe: str, target: str, layers: int, folder: Path) -> dict[str, Any]:
-    """The counts of the engines of a model with this number of layers, by graph; what is written is removed again."""
-    given = json.dumps([model, recipe, target, layers, str(folder.resolve())])
+def measured(model: str, recipe: str, target: str, layers: int) -> dict[str, Any]:
+    """The counts of the engines of a model with this number of layers, by graph, and the library that built them."""
+    given = json.dumps([model, recipe, target, layers])
     said = run_python("-c", "from tests.bench.programs import measure; measure()", stdin=given)
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
@@ -57,37 +60,16 @@ def counts_of(model: str, recipe: str, target: str, layers: int, folder: Path) -
 
 def measure() -> None:
     """Entry point of a process of its own, whose memory is given back; it reads [model, ...] as JSON from stdin."""
-    from trol_edge.bundle.manifest import Bundle
-    from trol_edge.export.pipeline import export
-    from trol_edge.export.quantize.made_up import made_up_statistics
-    from trol_edge.export.reference.synth import synth
-    from trol_edge.runtimes.trt.api import load
-    from trol_edge.runtimes.trt.build import build_one
-
-    model, recipe, target, layers, folder = json.load(sys.stdin)
-    checkpoint, bundle = Path(folder) / f"{model}-{layers}", Path(folder) / f"{model}-{layers}-{recipe}-{target}"
-    if not (checkpoint / "config.json").is_file():
-        synth(model, checkpoint, layers=layers, overwrite=True)
-    options = RecipeOptions(recipe=recipe, scaling=False, clipping=False, sensitive=None, observer="minmax")
-    try:
-        export(
-            checkpoint,
-            bundle,
-            model=model,
-            target=target,
-            options=options,
-            calibration=made_up_statistics,
-            record_selftest=False,
-            overwrite=True,
-        )
-        opened, library = Bundle(bundle), load("tensorrt_rtx")
-        found = {}
-        for name in ENGINES:
-            info = build_one(opened, name, library, bundle, None, lambda what, done, total: None)
-            (bundle / info.file).unlink()
-            found[name] = [dataclasses.asdict(counts) for counts in info.programs]
-    finally:
-        shutil.rmtree(bundle, ignore_errors=True)
+    model, recipe, target, layers = json.load(sys.stdin)
+    library, found = load("tensorrt_rtx"), {}
+    for name in ENGINES:
+        with tempfile.TemporaryDirectory() as folder:
+            made = one_layer.graph(model, RecipeOptions(recipe=recipe), name, Path(folder), layers, target)
+            programs = text.read(one_layer.engine(made, library))
+        found[name] = [
+            dataclasses.asdict(counts)
+            for counts in counts_of(made.info, made.context, programs, one_layer.profiles_of(made))
+        ]
     print(json.dumps({"library": library.title, "graphs": found}))
 
 
@@ -97,7 +79,6 @@ def count(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="File to write; counts in it are kept.")
     ] = shipped.FILE,
-    folder: Annotated[Path, typer.Option(help="Folder for checkpoints and bundles; it needs 8 GB.")] = FOLDER,
 ) -> None:
     """Build engines with one layer and with two, and write the counts of their programs."""
     wanted = [
@@ -109,11 +90,10 @@ def count(
     ]
     if not wanted:
         raise UsageError(f"{only}: no engines of that name; there are {', '.join(MODELS)} in {', '.join(RECIPES)}")
-    folder.mkdir(parents=True, exist_ok=True)
     known = json.loads(output.read_text(encoding="utf-8"))["engines"] if output.exists() else []
     for model, recipe, target in wanted:
         start = time.perf_counter()
-        one, two = (counts_of(model, recipe, target, layers, folder) for layers in (1, 2))
+        one, two = (measured(model, recipe, target, layers) for layers in (1, 2))
         if not all(one["graphs"].values()):
             raise UsageError(f"{model} {recipe} {target}: the programs of {one['library']} could not be counted")
         entry = {"model": model, "recipe": recipe, "targets": list(TARGETS[target])}
@@ -130,7 +110,6 @@ def count(
         head = json.dumps({k: v for k, v in data.items() if k != "engines"})[:-1]
         output.write_text(f'{head}, "engines": [\n{rows}\n]}}\n', encoding="utf-8")
         err.print(f"{model} {recipe} {target}: {time.perf_counter() - start:.0f} s", style="dim")
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)

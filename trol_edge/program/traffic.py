@@ -210,12 +210,14 @@ class _Counter:
                 uses = max(kernel.reads.count(name), slices)
                 most = -(-uses * numbers * BITS.get(self.tensors[name].dtype, 64) // 8)
                 reads[name] = min(reads[name], most)
-        if kernel.form == "reduction" and _SLICES & set(kernel.words):
+        summed = kernel.form == "reduction" and bool(_SLICES & set(kernel.words))
+        if summed:
             for name in (n for n in reads if n in self.caches):
                 reads[name] = reads[name] * self.sliced(kernel, name) // max(1, self.rows(name))
         product, operations = self.product(kernel)
         self.mark_fixed(kernel)
-        whole = [n for part in (writes, {} if slices else reads) for name, n in part.items() if self.is_whole(name, n)]
+        parts = (writes, {} if slices or summed else reads)
+        whole = [size for part in parts for name, size in part.items() if self.is_whole(name, size)]
         return Moved(kernel, reads, writes, product, operations, sum(whole))
 
     @staticmethod
