@@ -104,7 +104,7 @@ def export(
             )
         scales = None
         if plan.quantized and statistics is not None:
-            scales = find_scales(source, plan, statistics, options.sensitive, progress)
+            scales = find_scales(source, plan, statistics, options.sensitive, progress, is_gpu(target))
             plan = scales.plan
         if plan.compute == "fp16" and statistics is not None:
             plan = dataclasses.replace(plan, kept_fp32=half.find_overflows(statistics))
