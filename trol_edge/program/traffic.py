@@ -7,8 +7,8 @@ Rules. They count each kernel by itself, because between two kernels nothing is 
   lower bound for what the kernels of the program do.
 - A constant counts in the bytes in which it is stored. Numbers that the host passes count nothing.
 - A scatter into a tensor in place writes its new rows and reads nothing of the tensor. The rows follow from the indices
-  (ScatterND) or from an input of the same shape but for one dimension (TensorScatter). Otherwise they are at most what
-  the kernel's other inputs hold.
+  (ScatterND), from an input of the same shape but for one dimension (TensorScatter), or from the dynamic dimension of
+  the largest other input. Otherwise they are at most what the kernel's other inputs hold.
 - A slice or a gather reads no more numbers of a tensor than its kernel writes, once per use and per slice in the
   kernel's name. This holds for kernels without a reduction; others read the whole tensor.
 - A sum over a slice of a cache reads as many rows as its other tensors have in their largest dynamic dimension. The
@@ -216,7 +216,8 @@ class _Counter:
                 reads[name] = reads[name] * self.sliced(kernel, name) // max(1, self.rows(name))
         product, operations = self.product(kernel)
         self.mark_fixed(kernel)
-        parts = (writes, {} if slices or summed else reads)
+        written = {n: size for n, size in writes.items() if n not in scattered}
+        parts = (written, {} if slices or summed else reads)
         whole = [size for part in parts for name, size in part.items() if self.is_whole(name, size)]
         return Moved(kernel, reads, writes, product, operations, sum(whole))
 
@@ -259,7 +260,16 @@ class _Counter:
             alike = tensor.dtype == target.dtype and len(tensor.dims) == len(target.dims)
             if alike and sum(a != b for a, b in zip(tensor.dims, target.dims, strict=True)) == 1:
                 return self.bytes(other)
-        return min(self.bytes(name), sum(map(self.bytes, others)))
+        return min(self.bytes(name), self.tokens_of(name, others), sum(map(self.bytes, others)))
+
+    def tokens_of(self, name: str, others: Sequence[str]) -> int:
+        """Bytes of a cache's new rows, if a dynamic dimension of what a kernel computes them from says how many."""
+        dynamic = [n for n in others if any(isinstance(d, str) for d in self.tensors[n].dims)]
+        if name not in self.caches or not dynamic:
+            return self.bytes(name)
+        largest = self.tensors[max(dynamic, key=self.numbers)]
+        rows = next(self.sizes[d] for d in largest.dims if isinstance(d, str))
+        return self.bytes(name) * rows // max(1, self.rows(name))
 
     def depth(self, name: str) -> int:
         """The last dimension of a tensor, if it is static."""
