@@ -611,8 +611,8 @@ FAULTS = (
     ),
     Fault(
         "trol_edge/program/traffic.py",
-        "extra = wrote + sum(read) - (len(read) - 1) * size",
-        "extra = wrote",
+        "extra = wrote[name] + sum(read[name]) - (len(read[name]) - 1) * size",
+        "extra = wrote[name]",
         "what reads a widened weight is not avoidable",
         ("tests/test_program.py::test_a_dequantization_into_scratch",),
     ),

@@ -26,6 +26,7 @@ attention).
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from trol_edge.errors import UsageError
@@ -140,12 +141,7 @@ class _Counter:
         self.fixed: dict[str, int] = {}  # scratch that depends on constants only -> bytes of these
 
     def root(self, name: str) -> str:
-        for _ in range(len(self.tensors)):
-            base = self.tensors[name].base
-            if not base:
-                break
-            name = base
-        return name
+        return self.tensors[name].base or name
 
     def bytes(self, name: str) -> int:
         return self.tensors[name].bytes(self.sizes)
@@ -159,17 +155,26 @@ class _Counter:
         return self.sizes[dim] if isinstance(dim, str) else dim
 
     def traffic(self) -> Traffic:
-        kernels, avoidable = [], []
+        kernels: list[Moved] = []
+        avoidable: list[Avoidable] = []
         for kernel in self.program.kernels:
             moved = self.moved(kernel)
             kernels.append(moved)
             avoidable += self.waste(moved)
+        wrote: Counter[str] = Counter()
+        read: defaultdict[str, list[int]] = defaultdict(list)
+        makers: dict[str, Kernel] = {}
+        for moved in kernels:
+            for name, size in moved.writes.items():
+                wrote[self.root(name)] += size
+                makers.setdefault(self.root(name), moved.kernel)
+            for name, size in moved.reads.items():
+                read[self.root(name)].append(size)
         for name, size in self.fixed.items():
-            wrote = sum(k.writes[n] for k in kernels for n in k.writes if self.root(n) == name)
-            read = [k.reads[n] for k in kernels for n in k.reads if self.root(n) == name]
             kind = WIDENED if self.bytes(name) > size else REARRANGED
-            extra = wrote + sum(read) - (len(read) - 1) * size
-            avoidable.append(Avoidable(kind, f"{self.source(name)}, in {name}", max(0, extra)))
+            maker = ", ".join(makers[name].layers) or ", ".join(makers[name].reads)
+            extra = wrote[name] + sum(read[name]) - (len(read[name]) - 1) * size
+            avoidable.append(Avoidable(kind, f"{maker}, in {name}", max(0, extra)))
         used = {self.root(name) for kernel in self.program.kernels for name in kernel.reads}
         stored = {
             self.tensors[name].stored or name: self.bytes(name)
@@ -200,14 +205,15 @@ class _Counter:
     # -- one kernel
 
     def moved(self, kernel: Kernel) -> Moved:
-        scattered = {n for n in kernel.reads if n in kernel.writes} if self.scatters(kernel) else set()
+        scattered = set(kernel.reads) & set(kernel.writes) if self.scatters(kernel) else set()
         writes = {n: self.new_rows(n, kernel) if n in scattered else self.bytes(n) for n in kernel.writes}
         reads = {n: 0 if n in scattered else self.bytes(n) for n in kernel.reads}
         slices = self.slices(kernel)
         if slices:
             numbers = sum(8 * size // BITS.get(self.tensors[n].dtype, 8) for n, size in writes.items())
+            times = Counter(kernel.reads)
             for name in reads:
-                uses = max(kernel.reads.count(name), slices)
+                uses = max(times[name], slices)
                 most = -(-uses * numbers * BITS.get(self.tensors[name].dtype, 64) // 8)
                 reads[name] = min(reads[name], most)
         summed = kernel.form == "reduction" and bool(_SLICES & set(kernel.words))
@@ -248,7 +254,8 @@ class _Counter:
     def new_rows(self, name: str, kernel: Kernel) -> int:
         """Bytes of the rows that a scatter writes."""
         target = self.tensors[name]
-        others = list(dict.fromkeys(n for n in kernel.reads if n not in kernel.writes))
+        written = set(kernel.writes)
+        others = [n for n in dict.fromkeys(kernel.reads) if n not in written]
         # ScatterND's indices have more than one number per row, and the most dimensions; those of a gather have one.
         indices = [n for n in others if self.tensors[n].dtype == "int64" and 1 < self.depth(n) <= len(target.dims)]
         if indices:
@@ -305,11 +312,6 @@ class _Counter:
             size = sum(self.fixed.get(n, 0) or self.bytes(n) for n in given)
             self.fixed |= {self.root(n): size for n in kernel.writes if self.tensors[self.root(n)].place == "scratch"}
 
-    def source(self, name: str) -> str:
-        """What a fixed tensor is made from: nodes of the graph, or names of constants."""
-        maker = next(k for k in self.program.kernels if any(self.root(n) == name for n in k.writes))
-        return ", ".join(maker.layers) or ", ".join(maker.reads)
-
     def waste(self, moved: Moved) -> list[Avoidable]:
         """What of a kernel is avoidable, but for tensors that depend on constants only."""
         kernel, found = moved.kernel, []
@@ -317,7 +319,7 @@ class _Counter:
         ports = {*self.program.inputs.values(), *self.program.outputs.values()}
         for name in moved.reads if moves else ():
             tensor = self.tensors[name]
-            targets = [n for n in kernel.writes if n not in kernel.reads]
+            targets = [n for n in kernel.writes if n not in moved.reads]
             alike = [n for n in targets if self.tensors[n].dims == tensor.dims and self.tensors[n].place == "output"]
             copied = targets if name in self.caches else alike if tensor.place == "input" else []
             if copied and moved.reads[name]:
