@@ -418,10 +418,8 @@ def rewrite(machine: Machine, **changes: Any) -> None:
     """Change the key of a bundle's engines."""
     bundle = Bundle(machine.folder)
     engines = read(bundle, machine.engines.name)
-    write(
-        folder_of(bundle, machine.engines.name),
-        dataclasses.replace(engines, key=dataclasses.replace(engines.key, **changes)),
-    )
+    key = dataclasses.replace(engines.key, **changes)
+    write(machine.engines, dataclasses.replace(engines, key=key))
 
 
 @pytest.mark.parametrize(

@@ -465,6 +465,5 @@ def test_what_this_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     jetson = machine({"tensorrt": MadeUpLibrary((10, 3, 0))}, [ORIN])
     assert [n for n, s in jetson.items() if s.runs] == ["cpu", "tensorrt", "jetson-jp6"]
     assert doctor.best()[0] == "jetson-jp6"
-    assert (
-        jetson["jetson-jp7"].why_no_run == "TensorRT 10.3.0 is installed, but this target is for 10.13 to below 10.15"
-    )
+    why = "TensorRT 10.3.0 is installed, but this target is for 10.13 to below 10.15"
+    assert jetson["jetson-jp7"].why_no_run == why

@@ -1,9 +1,9 @@
-"""Rewrites of the K/V cache for TensorRT: new rows are written in place, and a step reads only the rows that are filled.
+"""Rewrites of the K/V cache for TensorRT: new rows are written in place, and a step reads the filled rows only.
 
 What TensorRT for RTX 1.7 does with each form was read in the programs of its engines (docs/decisions.md):
 ScatterND makes a new tensor, so a cache that is bound as past and as present is copied onto itself at every run.
 TensorScatter becomes TensorRT's KVCacheUpdate, which writes the new rows only. A product with the first T rows of a
-cache, written as MatMul or Attention, copies these rows first. Written as Mul and ReduceSum it reads them where they are.
+cache, written as MatMul or Attention, copies these rows first. Written as Mul and ReduceSum it reads them in place.
 """
 
 from __future__ import annotations

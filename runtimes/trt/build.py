@@ -2,7 +2,8 @@
 
 Before anything is parsed, the operators are checked against what this TensorRT supports. Before anything is built, it
 is checked that every input is read, and that the layers compute in the types that the bundle asks for. Afterwards it is
-checked that the engine fits the memory of its target. Engines of classic TensorRT are built on the GPU that runs them.
+checked that the engine multiplies in these types, where its file says so, and that it fits the memory of its target.
+Engines of classic TensorRT are built on the GPU that runs them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from trol_edge.machine.identity import available_memory
 from trol_edge.program import text
 from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import Library, Network, Shape, load
+from trol_edge.runtimes.trt.products import require_products
 
 SHORT = 64  # length of a follow-up question in tokens; longer chunks use the second profile
 COUNTED = ("MATRIX_MULTIPLY", "CONVOLUTION", "DEQUANTIZE", "QUANTIZE", "ATTENTION_INPUT")
@@ -212,6 +214,8 @@ def build_one(
         workspace_bytes,
         lambda phase, done, steps: progress(f"{name}: {phase}", done, steps),
     )
+    if library.rtx:  # the file of another TensorRT does not say
+        require_products(bundle, name, folder / file, ranges)
     return EngineInfo(
         file=file,
         bytes=(folder / file).stat().st_size,
