@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,11 +49,13 @@ RECIPES = ("fp16", "int8", "int4", "fp8")
 TARGETS = {"rtx": ("rtx", "jetson-jp72", "jetson-trt11"), "tensorrt": ("tensorrt", "jetson-jp6", "jetson-jp7")}
 BOARDS = ("orin-nano-8gb:MAXN_SUPER", "orin-nx-16gb", "agx-orin-64gb", "agx-thor")
 FILLED = 1000  # rows, of the table
+GRAPHS = ",".join(ENGINES)
+EARLIER = {"jetson-jp72": "jetson-jp7"}  # what Thor's target was called when its caches were copied
 
 
-def measured(model: str, recipe: str, target: str, layers: int) -> dict[str, Any]:
+def measured(model: str, recipe: str, target: str, layers: int, graphs: Sequence[str]) -> dict[str, Any]:
     """The counts of the engines of a model with this number of layers, by graph, and the library that built them."""
-    given = json.dumps([model, recipe, target, layers])
+    given = json.dumps([model, recipe, target, layers, graphs])
     said = run_python("-c", "from tests.bench.programs import measure; measure()", stdin=given)
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
@@ -60,9 +63,9 @@ def measured(model: str, recipe: str, target: str, layers: int) -> dict[str, Any
 
 def measure() -> None:
     """Entry point of a process of its own, whose memory is given back; it reads [model, ...] as JSON from stdin."""
-    model, recipe, target, layers = json.load(sys.stdin)
+    model, recipe, target, layers, graphs = json.load(sys.stdin)
     library, found = load("tensorrt_rtx"), {}
-    for name in ENGINES:
+    for name in graphs:
         with tempfile.TemporaryDirectory() as folder:
             made = one_layer.graph(model, RecipeOptions(recipe=recipe), name, Path(folder), layers, target)
             programs = text.read(one_layer.engine(made, library))
@@ -76,6 +79,7 @@ def measure() -> None:
 @app.command()
 def count(
     only: Annotated[str, typer.Option(help="Engines (MODEL/RECIPE or MODEL/RECIPE/TARGET), by commas.")] = "",
+    graphs: Annotated[str, typer.Option(help="Graphs, by commas; a plan takes others from themselves.")] = GRAPHS,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="File to write; counts in it are kept.")
     ] = shipped.FILE,
@@ -93,7 +97,7 @@ def count(
     known = json.loads(output.read_text(encoding="utf-8"))["engines"] if output.exists() else []
     for model, recipe, target in wanted:
         start = time.perf_counter()
-        one, two = (measured(model, recipe, target, layers) for layers in (1, 2))
+        one, two = (measured(model, recipe, target, layers, graphs.split(",")) for layers in (1, 2))
         if not all(one["graphs"].values()):
             raise UsageError(f"{model} {recipe} {target}: the programs of {one['library']} could not be counted")
         entry = {"model": model, "recipe": recipe, "targets": list(TARGETS[target])}
@@ -124,6 +128,12 @@ class Row:
     speeds: tuple[float | None, float | None]
     graph_speed: float  # without an engine's program: weights and cache only
 
+    @property
+    def gigabytes(self) -> tuple[float | None, float | None]:
+        """The bytes, in GB."""
+        before, now = (None if size is None else size / 1e9 for size in self.bytes)
+        return before, now
+
 
 def rows_of(model: str, recipe: str, before: Shipped | None, now: Shipped) -> list[Row]:
     """A row for each board that supports the recipe."""
@@ -136,8 +146,8 @@ def rows_of(model: str, recipe: str, before: Shipped | None, now: Shipped) -> li
         costs, weights, context = subject.graphs["step"], subject.weights["step"], subject.context
         layers, tower = shape.spec.num_layers, shape.spec.vision.num_layers
         counted = [
-            shipped.programs(model, board.target, recipe, layers, tower, counts) if counts else {}
-            for counts in (before, now)
+            shipped.programs(model, target, recipe, layers, tower, counts) if counts else {}
+            for counts, target in ((before, EARLIER.get(board.target, board.target)), (now, board.target))
         ]
         times = [
             graph_time("step", costs, weights, board, of["step"], context, slots=FILLED) if of else None
@@ -161,18 +171,21 @@ def table(
     now = shipped.shipped()
     earlier = shipped.read(before) if before else None
     boards = " | ".join(name.split(":")[0] for name in BOARDS)
-    print(f"| model, recipe | ideal, GB | before, GB | now, GB | {boards} |")
+    print(f"| model, recipe | must, GB | Orin moves, GB | Thor moves, GB | {boards} |")
     print("|---" * (4 + len(BOARDS)) + "|")
+
+    def change(values: tuple[float | None, float | None], form: str) -> str:
+        return " → ".join("-" if value is None else format(value, form) for value in values)
+
     for model in models.split(","):
         for recipe in RECIPES:
             rows = {row.board: row for row in rows_of(model, recipe, earlier, now)}
-            first = next(iter(rows.values()))
-            sizes = [f"{size / 1e9:.2f}" if size else "-" for size in (first.ideal, *first.bytes)]
-            speeds = []
-            for name in BOARDS:
-                known = [f"{speed:.1f}" if speed else "-" for speed in rows[name].speeds] if name in rows else ["-"]
-                speeds.append(" → ".join(known))
-            print(f"| {model} {recipe} | {' | '.join(sizes)} | {' | '.join(speeds)} |")
+            if not any(size for row in rows.values() for size in row.bytes):
+                continue
+            sizes = [change(rows[name].gigabytes, ".2f") if name in rows else "-" for name in (BOARDS[0], BOARDS[-1])]
+            speeds = [change(rows[name].speeds, ".1f") if name in rows else "-" for name in BOARDS]
+            must = next(iter(rows.values())).ideal / 1e9
+            print(f"| {model} {recipe} | {must:.2f} | {' | '.join([*sizes, *speeds])} |")
 
 
 if __name__ == "__main__":
