@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trol_edge.bundle.costs import Costs
+from trol_edge.bundle.engines import Range
 from trol_edge.bundle.manifest import GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.targets import TARGETS
@@ -90,13 +91,17 @@ def _write(made: ir.Model, weights: tuple[str, ...], dtypes: dict[str, ir.DataTy
     canonical.weights_from_file(made, WEIGHTS, places)
 
 
+def profiles_of(made: Graph) -> tuple[dict[str, Range], ...]:
+    """The optimization profiles that a bundle's engine of this graph has."""
+    sizes = SimpleNamespace(context=made.context, image=SimpleNamespace(most_tiles=made.tiles))
+    bundle: Any = SimpleNamespace(manifest=sizes, folder=made.path.parent)  # all that is read of one
+    return trt_build.profiles(bundle, made.info)
+
+
 def engine(made: Graph, library: Library) -> Path:
     """Build a graph's engine beside it, with the optimization profiles that a bundle's engine has."""
     path = made.path.with_suffix(".engine")
-    sizes = SimpleNamespace(context=made.context, image=SimpleNamespace(most_tiles=made.tiles))
-    bundle: Any = SimpleNamespace(manifest=sizes, folder=made.path.parent)  # all that is read of one
-    ranges = trt_build.profiles(bundle, made.info)
-    profiles = [trt_build.shapes_of(made.info, each) for each in ranges]
+    profiles = [trt_build.shapes_of(made.info, each) for each in profiles_of(made)]
     library.parse(made.path).build(path, profiles, None, lambda *progress: None)
     return path
 

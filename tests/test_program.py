@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -227,14 +228,22 @@ def test_bounded_on_hostile_files(tmp_path: Path) -> None:
     lying = whole[: place + 8] + (1 << 60).to_bytes(8, "little") + whole[place + 16 :]
     assert "does not fit its section" in refused(tmp_path, lying)
     assert "table of sections" in refused(tmp_path, whole[:80] + (1 << 62).to_bytes(8, "little") + whole[88:])
+    marks = engine_of("-" * 8 * 110_000).replace(b"-" * 8, b"NLYM\xa1\xda\x1e\0")
+    assert "more than 100000 parts" in refused(tmp_path, marks)
+    operands = '"past.1" ' * 300
+    many = stored("copy").replace('input_args={ "past.1" }', f"input_args={{ {operands}}}")
+    assert "more than 256 operands" in refused(tmp_path, engine_of(many))
     assert "more than 16 programs" in refused(tmp_path, engine_of(*[stored("scatter")] * 17))
     start = time.perf_counter()
+    widens = re.search(r"  function=.*__myl_CastMulCast .*", stored("widened"))
+    assert widens
+    many = stored("widened").replace(widens[0], "\n".join([widens[0]] * 5_000))
+    assert len(count(text.parse(many, "a test")).kernels) == 5_001
     for filler in (
-        "{" * 200_000,
-        '"' * 200_001,
-        "a=" * 200_000,
+        "{" * 100_000,
+        '"' * 100_001,
+        "a=" * 100_000,
         "[ONNX Layer: " * 100_000,
-        "NLYM\xa1\xda\x1e\0" * 100_000,
     ):
         refused(tmp_path, engine_of(f"header {{\n  version = 5\n{filler}"))
     growing = "".join(

@@ -14,13 +14,11 @@ import torch
 from trol_edge.bundle.folder import new_folder
 from trol_edge.errors import UsageError
 from trol_edge.export.reference.hub import find
-from trol_edge.export.reference.internlm2 import CLIP_L_14_336
 from trol_edge.export.storage import Progress
 
 # Random values repeat after this many, because drawing billions would take minutes. A prime, so that rows differ.
 POOL = 8_388_593
-CLIP_FILE = "clip_vision_config.json"
-FILES = ("config.json", CLIP_FILE, "trol_gating.pt", "model.safetensors")
+FILES = ("config.json", "trol_gating.pt", "model.safetensors")
 
 
 def synth(
@@ -28,26 +26,19 @@ def synth(
     folder: str | os.PathLike[str],
     *,
     seed: int = 0,
-    layers: int | None = None,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Write random FP16 weights of a published model's shapes; returns {"tensors", "parameters", "bytes"}.
 
     There is no tokenizer, so its bundles serve the token level only. Peak memory is that of one block, for any model.
-    layers: number of decoder layers, and of the tower's, instead of the model's own.
     Raises UsageError for an unknown model and ExportError if the folder cannot be written.
     """
     known = find(model)
     if not known.config:
         raise UsageError(f"{model} ships with its trained weights; give synth the name of a published model")
-    config, clip, tensors = known.config, None, known.family.published(known.config)
-    if layers is not None:
-        config, clip = _with_layers(known.config, layers)
-    spec = known.family.model_spec(config, clip, tensors)
-    if layers is not None:
-        kept = {source.name for source in known.family.sources(spec).values()}
-        tensors = {name: shape for name, shape in tensors.items() if name in kept}
+    tensors = known.family.published(known.config)
+    spec = known.family.model_spec(known.config, None, tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
@@ -57,9 +48,7 @@ def synth(
     pool = rng.standard_normal(POOL, dtype=np.float32)
     pools: dict[tuple[float, float], Any] = {}
     with new_folder(folder, overwrite, FILES) as target:
-        (target / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        if clip is not None:
-            (target / CLIP_FILE).write_text(json.dumps(clip, indent=1), encoding="utf-8")
+        (target / "config.json").write_text(json.dumps(known.config, indent=1), encoding="utf-8")
         gate = {"weight": torch.from_numpy(pool[: spec.hidden_size].copy())[None].half(), "bias": torch.zeros(1).half()}
         saved = io.BytesIO()  # torch's own writer does not say that the disk is full
         torch.save({f"{i}.{key}": t for i in range(spec.num_layers) for key, t in gate.items()}, saved)
@@ -79,14 +68,6 @@ def synth(
                     count, offset = count - len(part), 0
                 progress("synth", f.tell(), 8 + len(text) + end)
     return {"tensors": len(tensors), "parameters": sum(map(math.prod, tensors.values())), "bytes": end}
-
-
-def _with_layers(config: dict[str, Any], layers: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The config files of a model with this number of layers in decoder and tower; the second one may not exist."""
-    shorter = {"num_hidden_layers": layers}
-    if "llm_config" in config:
-        return config | {part: config[part] | shorter for part in ("llm_config", "vision_config")}, None
-    return config | shorter, CLIP_L_14_336 | shorter
 
 
 def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

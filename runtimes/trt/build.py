@@ -30,11 +30,14 @@ from trol_edge.bundle.engines import (
 from trol_edge.bundle.folder import new_folder, sha256_of
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.program_counts import ProgramCounts
+from trol_edge.bundle.programs import counts_of
 from trol_edge.bundle.sizes import build_bytes, cache_bytes, engine_weight_bytes, shared_weights
 from trol_edge.bundle.targets import Target, is_gpu, refusals
 from trol_edge.bundle.targets import target as target_of
-from trol_edge.errors import BackendError, BundleError
+from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.machine.identity import available_memory
+from trol_edge.program import text
 from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import Library, Network, Shape, load
 from trol_edge.runtimes.trt.products import require_products
@@ -222,7 +225,19 @@ def build_one(
         layers=layers,
         profiles=ranges,
         seconds=time.perf_counter() - start,
+        programs=_counts(bundle, name, library, folder / file, ranges),
     )
+
+
+def _counts(
+    bundle: Bundle, name: str, library: Library, path: Path, ranges: tuple[dict[str, Range], ...]
+) -> tuple[ProgramCounts, ...]:
+    """What the engine moves, if its file says so; the inspector of classic TensorRT would have to load it for that."""
+    graph, context = bundle.manifest.graphs[name], bundle.manifest.context
+    try:
+        return counts_of(graph, context, text.read(path), ranges, shared_weights(bundle)) if library.rtx else ()
+    except (BundleError, UsageError):
+        return ()
 
 
 def _require_room(bundle: Bundle, graph: GraphInfo) -> None:

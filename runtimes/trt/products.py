@@ -14,6 +14,7 @@ from trol_edge.bundle.costs import evaluate
 from trol_edge.bundle.engines import Range
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.programs import traffic_of
+from trol_edge.bundle.sizes import shared_weights
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.program import text
 from trol_edge.program.traffic import Traffic
@@ -56,11 +57,11 @@ def require_products(bundle: Bundle, name: str, path: Path, ranges: tuple[dict[s
     Raises BackendError if its 8-bit products are not those of the plan.
     """
     dims = {dim: best for dim, (_, best, _) in (ranges[-1] if ranges else {}).items()}
+    graph, context = bundle.manifest.graphs[name], bundle.manifest.context
     try:
-        found = products(traffic_of(bundle, name, text.read(path), dims, None))
+        found = products(traffic_of(graph, context, text.read(path), dims, None, shared_weights(bundle)))
     except (BundleError, UsageError):
         return {}  # an engine whose program cannot be read: nothing is known
-    graph = bundle.manifest.graphs[name]
     if graph.costs is not None and (wrong := differences(operations(graph, dims), found)):
         raise BackendError(
             f"{graph.file}: the engine does not multiply in the precision of its plan ({'; '.join(wrong)}), so it "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from trol_edge.bundle.engines import EngineSet, folder_of
+from trol_edge.bundle.engines import EngineSet, Range, folder_of
 from trol_edge.bundle.manifest import Bundle, GraphInfo
-from trol_edge.bundle.sizes import shared_weights
+from trol_edge.bundle.program_counts import ProgramCounts, take
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.program.model import Program
 from trol_edge.program.traffic import Traffic, count
@@ -48,23 +48,48 @@ def shapes_of(graph: GraphInfo, dims: Mapping[str, int]) -> dict[str, tuple[int,
 
 
 def traffic_of(
-    bundle: Bundle, name: str, profiles: tuple[Program, ...], dims: Mapping[str, int], filled: int | None
+    graph: GraphInfo,
+    context: int,
+    profiles: Sequence[Program],
+    dims: Mapping[str, int],
+    filled: int | None,
+    weights: Collection[str] = (),
 ) -> Traffic:
     """Count one run of a graph's engine by the profile that takes these sizes (tokens, slots, images).
 
-    Raises UsageError if none takes them, and BundleError if the program leaves something open.
+    context: rows of its caches, of which `filled` are in use (None: all). weights: inputs that hold weights.
+    Raises UsageError if no profile takes the sizes, and BundleError if the program leaves something open.
     """
-    graph = bundle.manifest.graphs[name]
     problems = []
     for program in profiles:
         try:
-            return count(
-                program,
-                shapes_of(graph, dims),
-                caches=caches_of(graph, bundle.manifest.context),
-                filled=filled,
-                weights=shared_weights(bundle),
-            )
+            caches = caches_of(graph, context)
+            return count(program, shapes_of(graph, dims), caches=caches, filled=filled, weights=weights)
         except UsageError as error:
             problems.append(str(error))
     raise UsageError(f"{graph.file}: no profile of its engine takes {dict(dims)}: {'; '.join(problems)}")
+
+
+def counts_of(
+    graph: GraphInfo,
+    context: int,
+    profiles: Sequence[Program],
+    ranges: Sequence[Mapping[str, Range]],
+    weights: Collection[str] = (),
+) -> tuple[ProgramCounts, ...]:
+    """The counts of a graph's engine, for each optimization profile. ranges: of each, as the engine was built.
+
+    Raises BundleError if they cannot be taken.
+    """
+    if len(profiles) != max(1, len(ranges)):
+        raise BundleError(
+            f"{graph.file}: {len(ranges)} profiles were built, and its engine has {len(profiles)} programs"
+        )
+    found = []
+    for program, sizes in zip(profiles, ranges or ({},), strict=True):
+
+        def count_at(dims: Mapping[str, int], program: Program = program) -> Traffic:
+            return traffic_of(graph, context, (program,), dims, None, weights)
+
+        found.append(take(count_at, {dim: (low, high) for dim, (low, _, high) in sizes.items()}, context))
+    return tuple(found)

@@ -12,6 +12,7 @@ from rich.table import Table
 from trol_edge.bundle.engines import ENGINES, EngineSet, folder_of, read
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.programs import traffic_of
+from trol_edge.bundle.sizes import shared_weights
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli.show import out, print_json
 from trol_edge.errors import BackendError, BundleError, UsageError
@@ -63,7 +64,9 @@ def _traffic(bundle: Bundle, engines: EngineSet, name: str, dims: dict[str, int]
     from trol_edge.runtimes.trt.programs import programs
 
     try:
-        return traffic_of(bundle, name, programs(bundle, engines, name, dims), dims, filled)
+        graph, context = bundle.manifest.graphs[name], bundle.manifest.context
+        profiles = programs(bundle, engines, name, dims)
+        return traffic_of(graph, context, profiles, dims, filled, shared_weights(bundle))
     except (BundleError, BackendError) as error:
         return str(error)
 

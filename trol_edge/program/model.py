@@ -28,7 +28,7 @@ class Tensor:
     place: str  # one of PLACES
     payload: int | None = None
     stored: str = ""  # where the constant is stored; tensors with the same value are one
-    base: str = ""  # the tensor that this one is a part of
+    base: str = ""  # the whole tensor that this one is a part of
 
     def numbers(self, sizes: Mapping[str, int]) -> int:
         """The count of its numbers. Raises BundleError for a dimension that the program's arithmetic does not give."""

@@ -20,9 +20,11 @@ from trol_edge.program.model import Assignment, Kernel, Program, Tensor
 from trol_edge.reading import guard, open_plain, printable
 
 KNOWN = (1, 7)  # versions of the library whose text was seen
-MOST_SECTION = 4 << 30  # bytes of a file that are searched for programs
-MOST_TEXT = 64 << 20  # bytes of one program; the largest of TroL-7B has 8 million
+MOST_SECTION = 1 << 30  # bytes of a file that are searched for programs
+MOST_TEXT = 32 << 20  # bytes of all programs; those of a traverse with 32 layers have a third of that
 MOST_PROGRAMS = 16  # optimization profiles
+MOST_MARKS = 100_000  # programs and their parts, of which a layer has ten
+MOST_OPERANDS = 256  # of one kernel
 DEPTH = 8  # of braces in each other
 MARK, KIND = b"NLYM", bytes((0xA1, 0xDA, 0x1E, 0))
 BLOCK = 1 << 20
@@ -67,14 +69,18 @@ def _texts(file: BinaryIO, path: Path) -> tuple[str, list[str]]:
     if head[64:68] != b"NGNE" or start < 112 or start + length > size or length > MOST_SECTION:
         raise BundleError(f"{path}: its table of sections is not as in the engines of 1.7; {ADVICE}")
     texts: list[str] = []
-    for place in _marks(file, start, start + length):
+    total = 0
+    for number, place in enumerate(_marks(file, start, start + length)):
+        if number == MOST_MARKS:
+            raise BundleError(f"{path}: has more than {MOST_MARKS} parts of programs; {ADVICE}")
         file.seek(place + len(MARK) + len(KIND))
         count = int.from_bytes(file.read(8), "little")
         beginning = file.read(40)
         if not re.match(rb"header \{\s+version = 5\s", beginning):
             continue
-        if count > MOST_TEXT or place + 16 + count > start + length:
-            raise BundleError(f"{path}: a program of {count} bytes does not fit its section; {ADVICE}")
+        total += count
+        if total > MOST_TEXT or place + 16 + count > start + length:
+            raise BundleError(f"{path}: a program of {count} bytes does not fit its section, or is too large; {ADVICE}")
         if len(texts) == MOST_PROGRAMS:
             raise BundleError(f"{path}: has more than {MOST_PROGRAMS} programs; {ADVICE}")
         file.seek(place + 16)
@@ -226,7 +232,7 @@ def _tensor(
     if base:
         if base not in known:
             raise BundleError(f"tensor {printable(name)[:80]} is a part of {printable(base)[:80]}, which is unknown")
-        place = known[base].place
+        place, base = known[base].place, known[base].base or base
     elif region in regions:
         where = regions[region]
         on_device = where.word("place") == "accelerator"
@@ -252,6 +258,8 @@ def _kernel(key: str, entry: _Statement) -> Kernel:
     reads, writes = ("input_args", "input"), ("output_args", "output")
     if not entry.has(*reads) or not entry.has(*writes):
         raise BundleError(f"an unknown statement {printable(key)[:40]!r}, which says neither input nor output")
+    if max(len(entry.words(*reads)), len(entry.words(*writes))) > MOST_OPERANDS:
+        raise BundleError(f"kernel {printable(entry.word('name'))[:80]} has more than {MOST_OPERANDS} operands")
     parts = entry.word("layers").split("[ONNX Layer: ")[1:]
     layers = [_PROFILE.sub("", part.rstrip("\x1f").removesuffix("]")) for part in parts]
     return Kernel(

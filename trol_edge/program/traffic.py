@@ -7,8 +7,8 @@ Rules. They count each kernel by itself, because between two kernels nothing is 
   lower bound for what the kernels of the program do.
 - A constant counts in the bytes in which it is stored. Numbers that the host passes count nothing.
 - A scatter into a tensor in place writes its new rows and reads nothing of the tensor. The rows follow from the indices
-  (ScatterND) or from an input of the same shape but for one dimension (TensorScatter). Otherwise they are at most what
-  the kernel's other inputs hold.
+  (ScatterND), from an input of the same shape but for one dimension (TensorScatter), or from the dynamic dimension of
+  the largest other input. Otherwise they are at most what the kernel's other inputs hold.
 - A slice or a gather reads no more numbers of a tensor than its kernel writes, once per use and per slice in the
   kernel's name. This holds for kernels without a reduction; others read the whole tensor.
 - A sum over a slice of a cache reads as many rows as its other tensors have in their largest dynamic dimension. The
@@ -26,6 +26,7 @@ attention).
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from trol_edge.errors import UsageError
@@ -46,6 +47,7 @@ class Moved:
     writes: dict[str, int]
     product: str = ""
     operations: int = 0  # of the product with weights; a multiply-add is two
+    whole_caches: int = 0  # bytes of caches that are read or written as a whole, so as many as their capacity
 
     @property
     def read(self) -> int:
@@ -139,12 +141,7 @@ class _Counter:
         self.fixed: dict[str, int] = {}  # scratch that depends on constants only -> bytes of these
 
     def root(self, name: str) -> str:
-        for _ in range(len(self.tensors)):
-            base = self.tensors[name].base
-            if not base:
-                break
-            name = base
-        return name
+        return self.tensors[name].base or name
 
     def bytes(self, name: str) -> int:
         return self.tensors[name].bytes(self.sizes)
@@ -158,17 +155,26 @@ class _Counter:
         return self.sizes[dim] if isinstance(dim, str) else dim
 
     def traffic(self) -> Traffic:
-        kernels, avoidable = [], []
+        kernels: list[Moved] = []
+        avoidable: list[Avoidable] = []
         for kernel in self.program.kernels:
             moved = self.moved(kernel)
             kernels.append(moved)
             avoidable += self.waste(moved)
+        wrote: Counter[str] = Counter()
+        read: defaultdict[str, list[int]] = defaultdict(list)
+        makers: dict[str, Kernel] = {}
+        for moved in kernels:
+            for name, size in moved.writes.items():
+                wrote[self.root(name)] += size
+                makers.setdefault(self.root(name), moved.kernel)
+            for name, size in moved.reads.items():
+                read[self.root(name)].append(size)
         for name, size in self.fixed.items():
-            wrote = sum(k.writes[n] for k in kernels for n in k.writes if self.root(n) == name)
-            read = [k.reads[n] for k in kernels for n in k.reads if self.root(n) == name]
             kind = WIDENED if self.bytes(name) > size else REARRANGED
-            extra = wrote + sum(read) - (len(read) - 1) * size
-            avoidable.append(Avoidable(kind, f"{self.source(name)}, in {name}", max(0, extra)))
+            maker = ", ".join(makers[name].layers) or ", ".join(makers[name].reads)
+            extra = wrote[name] + sum(read[name]) - (len(read[name]) - 1) * size
+            avoidable.append(Avoidable(kind, f"{maker}, in {name}", max(0, extra)))
         used = {self.root(name) for kernel in self.program.kernels for name in kernel.reads}
         stored = {
             self.tensors[name].stored or name: self.bytes(name)
@@ -199,23 +205,40 @@ class _Counter:
     # -- one kernel
 
     def moved(self, kernel: Kernel) -> Moved:
-        scattered = {n for n in kernel.reads if n in kernel.writes} if self.scatters(kernel) else set()
+        scattered = set(kernel.reads) & set(kernel.writes) if self.scatters(kernel) else set()
         writes = {n: self.new_rows(n, kernel) if n in scattered else self.bytes(n) for n in kernel.writes}
         reads = {n: 0 if n in scattered else self.bytes(n) for n in kernel.reads}
-        if kernel.form in ("pointwise", "scatter"):
+        slices = self.slices(kernel)
+        if slices:
             numbers = sum(8 * size // BITS.get(self.tensors[n].dtype, 8) for n, size in writes.items())
-            words = kernel.words
-            slices = sum(word in _SLICES for word in words) + (len(words) if words[-1:] == ("Etc",) else 0)
-            for name in reads if slices else ():
-                uses = max(kernel.reads.count(name), slices)
+            times = Counter(kernel.reads)
+            for name in reads:
+                uses = max(times[name], slices)
                 most = -(-uses * numbers * BITS.get(self.tensors[name].dtype, 64) // 8)
                 reads[name] = min(reads[name], most)
-        if kernel.form == "reduction" and _SLICES & set(kernel.words):
+        summed = kernel.form == "reduction" and bool(_SLICES & set(kernel.words))
+        if summed:
             for name in (n for n in reads if n in self.caches):
                 reads[name] = reads[name] * self.sliced(kernel, name) // max(1, self.rows(name))
         product, operations = self.product(kernel)
         self.mark_fixed(kernel)
-        return Moved(kernel, reads, writes, product, operations)
+        written = {n: size for n, size in writes.items() if n not in scattered}
+        parts = (written, {} if slices or summed else reads)
+        whole = [size for part in parts for name, size in part.items() if self.is_whole(name, size)]
+        return Moved(kernel, reads, writes, product, operations, sum(whole))
+
+    @staticmethod
+    def slices(kernel: Kernel) -> int:
+        """The most slices and gathers of one tensor in a kernel, if these bound what it reads; 0 if they do not."""
+        words = kernel.words
+        if kernel.form not in ("pointwise", "scatter"):
+            return 0
+        return sum(word in _SLICES for word in words) + (len(words) if words[-1:] == ("Etc",) else 0)
+
+    def is_whole(self, name: str, size: int) -> bool:
+        """Whether these are the bytes of all rows of a cache of fixed capacity."""
+        dims = self.tensors[name].dims
+        return name in self.caches and isinstance(dims[self.caches[name]], int) and size == self.bytes(name)
 
     def sliced(self, kernel: Kernel, cache: str) -> int:
         """Rows of a cache that a sum over a slice of it reads."""
@@ -231,7 +254,8 @@ class _Counter:
     def new_rows(self, name: str, kernel: Kernel) -> int:
         """Bytes of the rows that a scatter writes."""
         target = self.tensors[name]
-        others = list(dict.fromkeys(n for n in kernel.reads if n not in kernel.writes))
+        written = set(kernel.writes)
+        others = [n for n in dict.fromkeys(kernel.reads) if n not in written]
         # ScatterND's indices have more than one number per row, and the most dimensions; those of a gather have one.
         indices = [n for n in others if self.tensors[n].dtype == "int64" and 1 < self.depth(n) <= len(target.dims)]
         if indices:
@@ -243,7 +267,16 @@ class _Counter:
             alike = tensor.dtype == target.dtype and len(tensor.dims) == len(target.dims)
             if alike and sum(a != b for a, b in zip(tensor.dims, target.dims, strict=True)) == 1:
                 return self.bytes(other)
-        return min(self.bytes(name), sum(map(self.bytes, others)))
+        return min(self.bytes(name), self.tokens_of(name, others), sum(map(self.bytes, others)))
+
+    def tokens_of(self, name: str, others: Sequence[str]) -> int:
+        """Bytes of a cache's new rows, if a dynamic dimension of what a kernel computes them from says how many."""
+        dynamic = [n for n in others if any(isinstance(d, str) for d in self.tensors[n].dims)]
+        if name not in self.caches or not dynamic:
+            return self.bytes(name)
+        largest = self.tensors[max(dynamic, key=self.numbers)]
+        rows = next(self.sizes[d] for d in largest.dims if isinstance(d, str))
+        return self.bytes(name) * rows // max(1, self.rows(name))
 
     def depth(self, name: str) -> int:
         """The last dimension of a tensor, if it is static."""
@@ -279,11 +312,6 @@ class _Counter:
             size = sum(self.fixed.get(n, 0) or self.bytes(n) for n in given)
             self.fixed |= {self.root(n): size for n in kernel.writes if self.tensors[self.root(n)].place == "scratch"}
 
-    def source(self, name: str) -> str:
-        """What a fixed tensor is made from: nodes of the graph, or names of constants."""
-        maker = next(k for k in self.program.kernels if any(self.root(n) == name for n in k.writes))
-        return ", ".join(maker.layers) or ", ".join(maker.reads)
-
     def waste(self, moved: Moved) -> list[Avoidable]:
         """What of a kernel is avoidable, but for tensors that depend on constants only."""
         kernel, found = moved.kernel, []
@@ -291,7 +319,7 @@ class _Counter:
         ports = {*self.program.inputs.values(), *self.program.outputs.values()}
         for name in moved.reads if moves else ():
             tensor = self.tensors[name]
-            targets = [n for n in kernel.writes if n not in kernel.reads]
+            targets = [n for n in kernel.writes if n not in moved.reads]
             alike = [n for n in targets if self.tensors[n].dims == tensor.dims and self.tensors[n].place == "output"]
             copied = targets if name in self.caches else alike if tensor.place == "input" else []
             if copied and moved.reads[name]:
