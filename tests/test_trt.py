@@ -269,8 +269,8 @@ def test_caches_are_written_in_place(machine: Machine) -> None:
     raw.addresses["present_key_0"] = raw.addresses["present_key_1"]
     assert raw.execute_async_v3(7) is False
     raw.addresses["present_key_0"] = raw.addresses["past_key_0"]
-    state._host["position_ids"][0, 0] = trt.context  # the runtime never gives such a position
-    trt.cuda.upload(state._own["position_ids"], state._host["position_ids"])
+    beyond = np.full((1, 1), trt.context, np.int64)  # the runtime never gives such a position
+    trt.cuda.upload(raw.addresses["position_ids"], beyond)
     assert raw.execute_async_v3(7) is True
     assert machine.cuda.cudaStreamSynchronize(7) == (trt_standin.Status.cudaErrorIllegalAddress,)
 

@@ -91,7 +91,7 @@ class _Walker:
         self.defaults: dict[str, int] = {}
         step = [v for v in model.graph.inputs if v.name == "position_ids" and v.shape is not None and v.shape[1] == 1]
         rows = {v.shape[2] for v in self.cached if v.shape is not None}
-        if step and len(rows) == 1:  # a step that is not told otherwise reads a full cache
+        if step and len(rows) == 1:  # a step reads a full cache where nobody says how many rows
             self.defaults["slots"] = int(str(rows.pop()))
         self.found: Counter[Any] = Counter()
         self.operations: dict[Any, Operation] = {}
