@@ -214,7 +214,7 @@ $(VENV)/engine.stamp: pyproject.toml
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/engine.stamp
-	@$(PIP) -e '.[cpu,export,sign,dev]'
+	@$(PIP) -e '.[cpu,export,sign,serve,dev]'
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/engine.stamp
