@@ -9,7 +9,6 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -23,6 +22,7 @@ from trol_edge.serve.host import Host, Job, Outcome
 from trol_edge.serve.journal import Journal
 from trol_edge.serve.line import Line
 from trol_edge.serve.metrics import CONTENT_TYPE, Metrics
+from trol_edge.serve.page import read_page
 from trol_edge.serve.pictures import Sources
 from trol_edge.serve.schema import ChatRequest, parse
 from trol_edge.serve.security import check_key, check_origin, request_id
@@ -34,16 +34,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 BODY_S = 30.0  # time in which a request's body has to arrive
-PAGE = Path(__file__).with_name("page.html")
 COMPLETIONS, MODELS, READY, LIVE = "/v1/chat/completions", "/v1/models", "/health/ready", "/health/live"
-# Everything the page needs is in it, and nothing else is let in.
-PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; media-src blob: mediastream:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
-    "form-action 'none'",
-    "x-frame-options": "DENY",
-    "permissions-policy": "camera=(self)",
-}
 
 
 class App:
@@ -54,6 +45,7 @@ class App:
         self.line = Line(settings.queue)
         self.metrics = Metrics(host, self.line, settings.name)
         self._sources = Sources(settings.folders, settings.fetch_hosts)
+        self._page_file = read_page()
         self._since = int(time.time())
         self._routes: dict[str, tuple[str, Callable[[Exchange], Awaitable[None]]]] = {
             "/": ("GET", self._page),
@@ -135,7 +127,7 @@ class App:
     # -- small answers -----------------------------------------------------------------------------------------------
 
     async def _page(self, exchange: Exchange) -> None:
-        await exchange.answer(PAGE.read_bytes(), "text/html; charset=utf-8", headers=PAGE_HEADERS)
+        await exchange.answer(self._page_file.body, "text/html; charset=utf-8", headers=self._page_file.headers)
 
     async def _models(self, exchange: Exchange) -> None:
         await exchange.answer_json({"object": "list", "data": [self._described]})
