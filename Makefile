@@ -23,7 +23,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test check test-slow test-all test-golden faults browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
+.PHONY: help engine test check test-slow test-all test-golden faults load browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -78,6 +78,10 @@ bench: $(VENV)/engine.stamp  ## prefill, decode, memory: our precisions beside t
 soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)
 	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
 	@$(BIN)/trol-edge soak $(BUNDLE) --minutes $(MINUTES)
+
+load: $(VENV)/test.stamp  ## 16 clients of all kinds against trol-edge serve for five minutes: answers, memory, waiting, overhead (BUNDLE=, ARGS=--help)
+	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
+	$(BIN)/python -m tests.bench.load $(BUNDLE) $(ARGS)
 
 profile: $(VENV)/engine.stamp  ## stages, memory, energy of a bundle, and a page about it in build/profile (BUNDLE=, BUNDLES="a b", ARGS=--help)
 	@test -n "$(BUNDLES)" || test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)

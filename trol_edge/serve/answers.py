@@ -94,6 +94,7 @@ def usage(outcome: Outcome) -> dict[str, Any]:
 def details(outcome: Outcome) -> dict[str, Any]:
     """What OpenAI's fields have no place for."""
     found: dict[str, Any] = {"finish_reason": outcome.finish_reason, "dropped_turns": outcome.dropped}
+    found["queue_ms"] = outcome.queue_ms
     timings = None
     if outcome.last is not None:
         timings, found["rope"] = outcome.last.timings, outcome.last.rope

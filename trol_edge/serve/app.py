@@ -183,10 +183,11 @@ class App:
         job = Job(request, pictures, deadline, reply.deliver if request.stream else None)
         try:
             async with self.line.turn(deadline - time.perf_counter()):
-                waited = time.perf_counter()
-                self.metrics.wait.add(waited - exchange.arrived)
-                exchange.log["wait_ms"] = round(1e3 * (waited - exchange.arrived), 2)
+                waited = time.perf_counter() - exchange.arrived
+                self.metrics.wait.add(waited)
+                exchange.log["wait_ms"] = round(1e3 * waited, 2)
                 outcome = await self.host.run(job)
+                outcome.queue_ms = 1e3 * waited
         except UnfinishedError as error:
             if request.choose is not None or request.yes_no:
                 raise

@@ -36,6 +36,7 @@ class Outcome:
     yes_no: YesNo | None = None
     first_s: float | None = None  # when the first token came, by time.perf_counter
     dropped: int = 0  # turns that truncation dropped
+    queue_ms: float = 0.0  # from arrival to its turn
 
 
 class Job:
