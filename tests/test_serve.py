@@ -350,3 +350,23 @@ def test_log_lines_have_ids_and_no_prompts(served: Served, client: Any) -> None:
     with serving(scripted, log_prompts=True) as loud:
         httpx.post(f"{loud.url}/v1/chat/completions", json={"messages": [asking("One?")]})
     assert [line["prompt"] for line in loud.requests()] == ["One?"]
+
+
+def test_the_verb_refuses_what_cannot_be_served(
+    nano_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded: no bundle, an open door, half of a certificate, a folder that is none."""
+    from trol_edge.cli.main import main
+
+    for words, said in (
+        ([str(tmp_path)], "bundle.json"),
+        ([str(nano_bundle), "--host", "0.0.0.0"], "--keys"),
+        ([str(nano_bundle), "--tls-cert", "cert.pem"], "--tls-key"),
+        ([str(nano_bundle), "--files", str(tmp_path / "none")], "is not a folder"),
+        ([str(nano_bundle), "--keys", str(tmp_path / "none")], "cannot be read"),
+        ([str(nano_bundle), "--queue", "0"], "at least 1"),
+        ([str(nano_bundle), "--max-body-mb", "0"], "at least 1024"),
+        ([str(nano_bundle), "--sessions", "0"], "at least 1"),
+    ):
+        assert main(["serve", *words]) == 1, words
+        assert said in capsys.readouterr().err, words
