@@ -162,7 +162,7 @@ test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime
 	TROL_EDGE_LOWERED_OUT=build/test-oldest-lowered $(BIN)/python -m pytest -q tests/test_lower_ort.py
 	build/venv-oldest/bin/python tests/replay_lowered.py build/test-oldest-lowered
 	TROL_EDGE_GOLDEN=$$($(BIN)/python -m tests.golden) TROL_EDGE_NANO_BUNDLES=build/test-oldest-bundles build/venv-oldest/bin/python -m pytest -q \
-		tests/test_runtime.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
+		tests/test_runtime.py tests/test_chat.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
 		tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
 
 # Not part of CI: it needs root, and Debian's arm64 packages (once, 3 minutes).

@@ -11,8 +11,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from starlette.datastructures import Headers
-
 from trol_edge._version import __version__
 from trol_edge.answering.results import Piece
 from trol_edge.errors import RequestError, UnfinishedError
@@ -43,7 +41,7 @@ class App:
     def __init__(self, settings: Settings, host: Host, journal: Journal) -> None:
         self.settings, self.host, self.journal = settings, host, journal
         self.line = Line(settings.queue)
-        self.metrics = Metrics(host, self.line, settings.name)
+        self.metrics = Metrics(host, self.line)
         self._sources = Sources(settings.folders, settings.fetch_hosts)
         self._page_file = read_page()
         self._since = int(time.time())
@@ -110,7 +108,9 @@ class App:
             if not exchange.gone:
                 raise
         except Exception as error:  # the server lives on, whatever a request does
-            exchange.log["error"] = f"{type(error).__name__}: {error}"
+            exchange.log["error"] = type(error).__name__
+            if self.journal.with_prompts or answers.error_status(error) >= 500:  # others may quote the question
+                exchange.log["error"] += f": {error}"
             await exchange.fail(error)
         finally:
             self.metrics.requests[label, exchange.status] += 1
@@ -158,9 +158,8 @@ class App:
     # -- completions -------------------------------------------------------------------------------------------------
 
     async def _complete(self, exchange: Exchange) -> None:
-        runtime = self.host.require_ready() if self.host.state != "stopping" else None
+        runtime = self.host.require_ready()
         with self.line.admitted():
-            assert runtime is not None
             kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise RequestError(
@@ -272,7 +271,7 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.arrived = time.perf_counter()
         self.method, self.path = str(scope["method"]), str(scope["path"])
-        self.headers: Mapping[str, str] = Headers(scope=scope)
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.id = request_id(self.headers.get("x-request-id"), uuid.uuid4().hex)
         self.status = 0  # of the answer, once it has begun
         self.gone = False  # whether the client went away

@@ -43,8 +43,8 @@ class Histogram:
 class Metrics:
     """Everything that is counted, and the gauges that are read when somebody asks."""
 
-    def __init__(self, host: Host, line: Line, model: str) -> None:
-        self._host, self._line, self._model = host, line, model
+    def __init__(self, host: Host, line: Line) -> None:
+        self._host, self._line = host, line
         self._sensors = Sensors()
         self.requests: Counter[tuple[str, int]] = Counter()  # (path, status)
         self.left = 0  # calls whose client went away
