@@ -52,6 +52,8 @@ HOME: dict[str, tuple[str, ...]] = {
     "typer": ("trol_edge/cli/",),
     "rich": ("trol_edge/cli/",),
     "PIL": ("trol_edge/prompt/images.py", "trol_edge/prompt/tiles.py", "export/scenes.py", "export/nano/"),
+    "uvicorn": ("trol_edge/serve/door.py",),
+    "h11": ("trol_edge/serve/door.py",),  # uvicorn's own
     "llguidance": ("trol_edge/answering/constrain.py",),
     "cryptography": ("trol_edge/bundle/signature.py",),
     "cv2": ("trol_edge/examples/camera.py",),
@@ -356,7 +358,7 @@ def python(code: str, **more: Any) -> str:
 
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "safetensors", "sentencepiece"}
-HEAVY |= {"huggingface_hub", "typer", "rich", "llguidance", "cv2", "cryptography"}
+HEAVY |= {"huggingface_hub", "typer", "rich", "llguidance", "cv2", "cryptography", "uvicorn"}
 
 
 def test_import_loads_little() -> None:

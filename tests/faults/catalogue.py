@@ -21,6 +21,98 @@ class Fault:
 
 
 FAULTS = (
+    # -- conversations and the server ---------------------------------------------------------------------------------
+    Fault(
+        "trol_edge/answering/chat.py",
+        "self._size([*self._turns, new], call) > KEPT_SHARE * room",
+        "self._size([*self._turns, new], call) > 2 * room",
+        "a full conversation drops no turn",
+        ("tests/test_chat.py::test_the_oldest_turns_are_dropped",),
+    ),
+    Fault(
+        "trol_edge/answering/chat.py",
+        "            del self._turns[self._pinned]",
+        "            del self._turns[0]",
+        "pinned turns are dropped, too",
+        ("tests/test_chat.py::test_the_oldest_turns_are_dropped",),
+    ),
+    Fault(
+        "trol_edge/prompt/template.py",
+        "*([turn.answer] if turn.answer else [])]",
+        "*([answer] if turn.answer else [])]",
+        "earlier answers are left out of the prompt",
+        ("tests/test_chat.py::test_the_template_of_two_turns",),
+    ),
+    Fault(
+        "trol_edge/answering/asking.py",
+        "[picture for turn in before for picture in turn.pictures] + pictures",
+        "pictures + [picture for turn in before for picture in turn.pictures]",
+        "pictures of a conversation are in the wrong order",
+        ("tests/test_chat.py::test_turns_equal_a_fresh_prefill",),
+    ),
+    Fault(
+        "trol_edge/serve/fetch.py",
+        "return found.is_global and not",
+        "return True or not",
+        "a picture may be fetched from a private address",
+        ("tests/test_serve_bad_input.py::test_addresses_that_are_not_public",),
+    ),
+    Fault(
+        "trol_edge/serve/fetch.py",
+        "if limit.over or (answer.length and len(data) <= most_bytes):",
+        "if limit.over:",
+        "a picture that was cut off counts as whole",
+        ("tests/test_serve_bad_input.py::test_a_picture_by_http",),
+    ),
+    Fault(
+        "trol_edge/serve/pictures.py",
+        "os.O_RDONLY | os.O_NOFOLLOW |",
+        "os.O_RDONLY |",
+        "a link leads out of the folder that may be read",
+        ("tests/test_serve_bad_input.py::test_files_below_named_folders",),
+    ),
+    Fault(
+        "trol_edge/serve/security.py",
+        "found = [hmac.compare_digest(digest, known) for known in self._digests]",
+        "found = [digest == known for known in self._digests]",
+        "keys are compared in a time that tells how much of one is right",
+        ("tests/test_serve_bad_input.py::test_every_key_is_compared",),
+    ),
+    Fault(
+        "trol_edge/serve/settings.py",
+        "if not self.keys and not is_loopback(self.host):",
+        "if not self.keys and not self.host:",
+        "a server without keys listens to other machines",
+        ("tests/test_serve_bad_input.py::test_settings_that_are_refused",),
+    ),
+    Fault(
+        "trol_edge/serve/line.py",
+        "if self.inside >= self.most:",
+        "if self.inside > 1000 * self.most:",
+        "the line has no end",
+        ("tests/test_serve.py::test_a_full_queue",),
+    ),
+    Fault(
+        "trol_edge/serve/app.py",
+        "            inside.cancel()",
+        "            pass",
+        "a call goes on after its client has gone",
+        ("tests/test_serve.py::test_a_client_that_leaves",),
+    ),
+    Fault(
+        "trol_edge/serve/app.py",
+        "deadline = exchange.arrived + seconds",
+        "deadline = time.perf_counter() + seconds if self.line.waiting > 99 else math.inf",
+        "deadlines are not kept",
+        ("tests/test_serve.py::test_deadlines_count_from_arrival",),
+    ),
+    Fault(
+        "trol_edge/serve/schema.py",
+        "        elif name not in KNOWN and name not in LABELS:",
+        "        elif name not in KNOWN and name not in LABELS and not name:",
+        "an unknown field is ignored",
+        ("tests/test_serve_bad_input.py::test_bad_bodies",),
+    ),
     # -- trol_edge: cache and session ---------------------------------------------------------------------------------
     Fault(
         "trol_edge/session.py",
