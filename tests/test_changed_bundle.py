@@ -15,6 +15,8 @@ import pytest
 
 from trol_edge import Runtime
 from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import SELFTEST, TOKENIZER
+from trol_edge.bundle.selftest import read as read_selftest
 from trol_edge.errors import BundleError, TrolEdgeError, UsageError
 from trol_edge.prompt.images import load_rgb
 from trol_edge.testing import ScriptedRuntime
@@ -69,6 +71,39 @@ def test_a_bundle_changed_under_a_runtime(
     done = subprocess.run([sys.executable, "-c", program, bundle, SCENE], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [nano.generate(QUESTION, SCENE).text, nano.generate("Is there a star?").text]
+
+
+@pytest.mark.parametrize("change", [shorten, scramble])
+def test_a_bundle_for_a_gpu_changed_under_a_provider(
+    change: Callable[[Path], None], exported: Callable[..., Path], nano: Runtime, tmp_path: Path
+) -> None:
+    """Its graphs point into the weights file, and yet ONNX Runtime reads nothing from it after the check."""
+    ort = pytest.importorskip("trol_edge.runtimes.ort")
+    if not ort.COPIES_CONSTANTS:
+        pytest.skip("this onnxruntime maps the file itself")
+    bundle = tmp_path / "bundle"
+    shutil.copytree(exported(ROOT / "export" / "checkpoints" / "trol-nano", target="tensorrt"), bundle)
+    program = PROGRAM.replace("selftest=False", 'selftest=False, provider="cpu"')
+    program = program.format(root=str(ROOT), change=change.__name__, question=QUESTION)
+    done = subprocess.run([sys.executable, "-c", program, bundle, SCENE], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [nano.generate(QUESTION, SCENE).text, nano.generate("Is there a star?").text]
+
+
+def test_a_tokenizer_and_a_self_test_changed_after_the_check_are_refused(nano_bundle: Path, tmp_path: Path) -> None:
+    """They are read again for use, and their hash is checked again."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(nano_bundle, bundle)
+    opened = Bundle(bundle)
+    for name in (TOKENIZER, SELFTEST):
+        path = bundle / name
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(bytes(data))
+    with pytest.raises(BundleError, match="altered"):
+        opened.text(TOKENIZER)
+    with pytest.raises(BundleError, match="altered"):
+        read_selftest(opened)
 
 
 def test_a_graph_changed_between_its_check_and_its_use_is_refused(nano_bundle: Path, tmp_path: Path) -> None:

@@ -40,14 +40,15 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def campaign(name: str, seed: int, place: Path, seconds: float, trials: int | None, quiet: bool) -> list[Outcome]:
     """Trials 0, 1, ... of a campaign, until the time is over or there are as many as asked for."""
-    start, shown, outcomes, failures = time.monotonic(), 0.0, list[Outcome](), 0
-    child: Child | None = None
+    shown, outcomes, failures = 0.0, list[Outcome](), 0
+    child: Child | None = Child(name, place)
+    start = time.monotonic()  # not counting what the campaign makes first
     try:
         while failures < MOST_FAILURES:
             passed, number = time.monotonic() - start, len(outcomes)
             if (passed >= seconds) if trials is None else (number >= trials):
                 break
-            if child is None or not child.alive or number % TRIALS_PER_CHILD == 0:
+            if child is None or not child.alive or number % TRIALS_PER_CHILD == TRIALS_PER_CHILD - 1:
                 if child is not None:
                     child.close()
                 child = Child(name, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ def scene(model: str) -> Path:
     return CHECKPOINTS / model / "scene.png"
 
 
+@functools.cache
 def remember_traces() -> None:
     """Let exports of this process take traces that were made before."""
     from trol_edge.export.graphs import canonical

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -72,6 +73,7 @@ def work(name: str, place: Path) -> None:
     os.dup2(2, 1)  # what libraries print must not come between
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_BYTES, ADDRESS_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with who asked for it
     make: type[Campaign] = importlib.import_module(f"tests.fuzz.{name}").Trials
     campaign = make(place)
     print(json.dumps({"ready": True}), file=answers, flush=True)

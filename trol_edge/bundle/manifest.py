@@ -185,6 +185,11 @@ class Bundle:
             raise BundleError(f"{self.folder}: {name} was altered (sha256 differs); copy the bundle again")
         return data
 
+    def text(self, name: str) -> str:
+        """The text of a file in UTF-8, which is the one that the manifest has the hash of (see `read`)."""
+        with guard(self.path(name), BundleError, "copy or export the bundle again", "not readable as text"):
+            return self.read(name).decode("utf-8-sig")
+
     def weights(self) -> WeightsFile:
         """Open the weights file; its header is read and checked."""
         return WeightsFile(self.path(WEIGHTS))

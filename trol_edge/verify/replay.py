@@ -191,7 +191,7 @@ def _text_stages(model: Model, test: SelfTest) -> Iterator[Stage]:
         yield Stage("tokenizer", math.inf, ALWAYS["tokenizer"], "the bundle has none, but had one when it was exported")
         return
     manifest = model.bundle.manifest
-    text = model.bundle.path(TOKENIZER).read_text(encoding="utf-8")
+    text = model.bundle.text(TOKENIZER)
     here = probe.token_digests(model.tokenizer, text, manifest.spec.vocab_size)
     if here.shape != test.token_digests.shape:
         yield _stage("tokenizer", here, test.token_digests, ALWAYS["tokenizer"])
