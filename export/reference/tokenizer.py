@@ -325,7 +325,8 @@ def _normalizer(model: _Model) -> normalizers.Sequence:
         steps.append(normalizers.Prepend("▁"))
     steps.append(normalizers.Replace(" ", "▁"))
     if model.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(tokenizers.Regex(r"▁+\z"), ""))
+        # Without the look behind, a search begins at each of many ▁ in a row: seconds for a text that a context holds.
+        steps.append(normalizers.Replace(tokenizers.Regex(r"(?<!▁)▁+\z"), ""))
     return normalizers.Sequence(steps)
 
 
