@@ -29,6 +29,7 @@ from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, embedding_bytes
 from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory, share_arenas
+from trol_edge.numeric import is_one_of, shown
 
 try:
     import onnxruntime as ort
@@ -404,8 +405,8 @@ class OrtState:
 
 def _require_provider(bundle: Bundle, provider: str) -> None:
     """Raise if there is no such provider, it is not installed, or it cannot take the bundle's graphs."""
-    if provider not in PROVIDERS:
-        raise UsageError(f"provider {provider!r} is not one of {', '.join(PROVIDERS)}")
+    if not is_one_of(provider, tuple(PROVIDERS)):
+        raise UsageError(f"provider {shown(provider)} is not one of {', '.join(PROVIDERS)}")
     if provider == "cpu":
         return
     if bundle.manifest.target == "cpu":

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +179,20 @@ def test_patterns_and_schemas_of_megabytes_are_refused() -> None:
     for response_format in (re.compile("(" + "ab|" * 100_000 + "c)"), {"enum": [TEXT]}):
         with pytest.raises(UsageError, match=r"response_format has .* characters"):
             ScriptedRuntime("yes").generate("?", response_format=response_format)
+
+
+def test_the_grammar_library_works_a_tenth_of_a_second_at_a_time() -> None:
+    """Nothing interrupts it, so that a pattern which explodes would be waited for past the deadline."""
+    pytest.importorskip("llguidance", reason="pip install 'trol-edge[formats]'")
+    rt = ScriptedRuntime("yes")
+    assert rt.generate("?", response_format=re.compile("yes|no")) == "yes"
+    start = time.process_time()
+    with pytest.raises(UsageError, match="response_format"):
+        rt.generate("?", response_format=re.compile("(a{1000}){1000}"))
+    assert time.process_time() - start < 2
+    days = {f"day {i}": {"type": "string", "format": "date"} for i in range(100)}
+    answer = rt.generate("?", response_format={"type": "object", "properties": days}, max_new_tokens=3)
+    assert answer.finish_reason == "length"
 
 
 def test_what_no_context_can_hold_is_refused_before_it_is_read() -> None:

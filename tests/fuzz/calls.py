@@ -112,7 +112,8 @@ class Trials:
     def __init__(self, place: Path) -> None:
         self.frame = load_rgb(scene(NANOS[0]))
         self.scripted = ScriptedRuntime("yes")
-        self.real = Runtime(bundle(), threads=1)
+        self.folder = bundle()
+        self.real = Runtime(self.folder, threads=1)
         self.clean = {rt: rt.generate(QUESTION, self.frame).text for rt in (self.scripted, self.real)}
 
     def trial(self, rng: Random) -> str:
@@ -268,8 +269,21 @@ class Trials:
     def others(self, rt: Runtime, rng: Random) -> None:
         """What else takes arguments."""
         value, other = rng.choice(arguments()), rng.choice(arguments())
-        how = rng.randrange(5)
+        how = rng.randrange(6)
         say(f"{how}: {shown(value)}, {shown(other)}")
+        if how == 5:
+            names = [
+                "threads",
+                "vision_cache_bytes",
+                "selftest",
+                "provider",
+                "fallback",
+                "trusted_keys",
+                "prefix_reuse",
+            ]
+            given = {name: rng.choice(arguments()) for name in rng.sample(names, rng.choice([0, 1, 1, 2]))}
+            say(f"{given.keys()}, {shown(list(given.values()))}")
+            Runtime(rng.choice([self.folder, self.folder, value]), **{"threads": 1, "selftest": False, **given}).close()
         if how == 0:
             rt.tokenize(self.prompt(rng), value, rng.choice(["", "yes", other]))
         elif how == 1:

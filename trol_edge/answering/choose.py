@@ -59,7 +59,7 @@ def _answer_ids(desk: Desk, prompt_text: Prompt, question: Question, text: str, 
     ids = desk.model.tokenize(prompt_text, [picture.tiles for picture in question.pictures], text)
     prompt = len(question.ids)
     if ids[:prompt] != question.ids or len(ids) == prompt:
-        raise UsageError(f"option {text!r} has no tokens of its own after the prompt; word it differently")
+        raise UsageError(f"option {reprlib.repr(text)} has no tokens of its own after the prompt; word it differently")
     return ids[prompt:]
 
 

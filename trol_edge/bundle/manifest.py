@@ -32,7 +32,8 @@ from trol_edge.bundle.signature import PublicKey, bundle_statement, public_keys,
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.weights import TensorInfo, WeightsFile
-from trol_edge.errors import BundleError
+from trol_edge.errors import BundleError, UsageError
+from trol_edge.numeric import shown
 from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
 from trol_edge.reading import guard, is_plain_name, printable, read_json_value, read_plain, stays_inside
@@ -111,7 +112,8 @@ class Bundle:
 
     def __init__(self, folder: str | os.PathLike[str], trusted_keys: Sequence[PublicKey] | None = None) -> None:
         """Open a bundle. trusted_keys: ed25519 public keys, one of which must have signed it; None accepts any."""
-        self.folder = Path(folder)
+        with guard(shown(folder), UsageError, "give the folder of a bundle", "not a path"):
+            self.folder = Path(folder)
         self.trusted_keys = () if trusted_keys is None else public_keys(trusted_keys)
         path = self.folder / MANIFEST
         with guard(self.folder, BundleError, "give the folder of a bundle"):
