@@ -36,7 +36,7 @@ from trol_edge.errors import BundleError, UsageError
 from trol_edge.numeric import shown
 from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
-from trol_edge.reading import guard, is_plain_name, printable, read_json_value, read_plain, stays_inside
+from trol_edge.reading import MOST_SHOWN, guard, is_plain_name, printable, read_json_value, read_plain, stays_inside
 
 FORMAT = "trol-edge-bundle"
 # 2: traverse continues from a prefix (slots, and a cache of the second pass), and there is a plan of precisions
@@ -119,7 +119,7 @@ class Bundle:
         with guard(self.folder, BundleError, "give the folder of a bundle"):
             if not path.exists() and not (taken_back(self.folder) and path.exists()):
                 raise BundleError(
-                    f"{self.folder}: no {MANIFEST} here, so this is not a (complete) bundle; "
+                    f"{printable(self.folder)[:MOST_SHOWN]}: no {MANIFEST} here, so this is not a (complete) bundle; "
                     "make one with `make engine` or `trol-edge export`"
                 )
             if not stays_inside(path):
