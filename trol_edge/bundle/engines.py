@@ -27,6 +27,10 @@ from trol_edge.reading import guard, is_plain_name, open_plain, printable, read_
 
 FORMAT_VERSION = 2
 ENGINES = ("vision", "traverse", "step")  # without traverse_text, which would be another copy of the weights
+_ALTERED = (
+    "altered since the build (sha256 differs); it was not used, because an engine is a program; "
+    "build the engines again with `trol-edge build --force`"
+)
 FOLDER, MANIFEST, KERNELS = "engines", "engines.json", "kernels.cache"
 Range = tuple[int, int, int]  # smallest, best and largest size of a dynamic dimension
 
@@ -142,7 +146,7 @@ def verified(bundle: Bundle, engines: EngineSet, name: str) -> Path:
     """The path of an engine file, after checking its size and sha256. Raises BundleError if they differ."""
     path = _path_of(bundle, engines, name)
     if sha256_of(path) != engines.engines[name].sha256:
-        raise _altered(path)
+        raise BundleError(f"{path}: {_ALTERED}")
     return path
 
 
@@ -156,13 +160,13 @@ def mapped(bundle: Bundle, engines: EngineSet, name: str) -> Iterator[mmap.mmap]
     info, path = engines.engines[name], _path_of(bundle, engines, name)
     with open_plain(path) as file:
         if os.fstat(file.fileno()).st_size != info.bytes:
-            raise _altered(path)
+            raise BundleError(f"{path}: {_ALTERED}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             if hashlib.sha256(plan).hexdigest() != info.sha256:
-                raise _altered(path)
+                raise BundleError(f"{path}: {_ALTERED}")
             yield plan
             if hashlib.sha256(plan).hexdigest() != info.sha256:
-                raise _altered(path)
+                raise BundleError(f"{path}: {_ALTERED}")
 
 
 def _path_of(bundle: Bundle, engines: EngineSet, name: str) -> Path:
@@ -179,10 +183,3 @@ def _path_of(bundle: Bundle, engines: EngineSet, name: str) -> Path:
             "build the engines again with `trol-edge build --force`"
         )
     return path
-
-
-def _altered(path: Path) -> BundleError:
-    return BundleError(
-        f"{path}: altered since the build (sha256 differs); it was not used, because an engine is a program; "
-        "build the engines again with `trol-edge build --force`"
-    )
