@@ -25,6 +25,7 @@ from trol_edge.errors import TrolEdgeError
 ROOT = Path(__file__).resolve().parents[2]
 CAMPAIGNS = ("bundles", "pictures", "checkpoints", "signals", "kills", "calls")
 CPU_S = 10  # most processor time of a trial
+START_S = 3600  # for what a campaign makes first, such as bundles
 WALL_S = 120  # most time of a trial, which may have to wait for a processor
 MEMORY_BYTES = 1 << 30  # most memory that a trial may take beyond what the child had before
 ADDRESS_BYTES = 24 << 30  # address space of a child: what is asked for beyond it is refused by the system
@@ -126,7 +127,7 @@ class Child:
             env=environment,
             start_new_session=True,  # so that whatever a trial started ends with it
         )
-        if self._answer(600) is None:
+        if self._answer(START_S) is None:
             raise RuntimeError(f"the campaign {name} does not start:\n{self._tail()}")
 
     def run(self, seed: int, number: int) -> Outcome:
