@@ -613,8 +613,8 @@ FAULTS = (
     ),
     Fault(
         "runtimes/ort.py",
-        'self._image = file.image(sha256) if manifest.target != "cpu" and COPIES_CONSTANTS else None',
-        "self._image = None",
+        "self._image = file.image(sha256) if manifest",
+        "self._image = None if manifest",
         "ONNX Runtime maps the weights of a bundle for a GPU itself",
         ("tests/test_changed_bundle.py::test_a_bundle_for_a_gpu_changed_under_a_provider",),
     ),
