@@ -594,7 +594,7 @@ FAULTS = (
         "doctor does not see a TensorRT beside JetPack's",
         ("tests/test_doctor.py",),
     ),
-    # -- trust: what is used is what was hashed, and texts take no longer than their length ------------------------------
+    # -- trust: what is used is what was hashed, and texts take no longer than their length ------------------------
     Fault(
         "trol_edge/bundle/engines.py",
         """            yield plan
