@@ -25,10 +25,11 @@ from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, deriv
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import EMBEDDING, WEIGHTS
-from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
+from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, embedding_bytes
 from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory, share_arenas
+from trol_edge.numeric import is_one_of, shown
 
 try:
     import onnxruntime as ort
@@ -91,6 +92,8 @@ class OrtBackend:
         held = [used] if manifest.target == "cpu" else [inputs, *(manifest.graphs[name].constants for name in ENGINES)]
         if self.memory == "cpu":
             self.weight_bytes = sum(cpu_bytes(bundle, names) for names in held)
+            self.weight_bytes += embedding_bytes(bundle) if EMBEDDING not in kept else 0
+            self.weight_bytes += 0 if manifest.target == "cpu" else manifest.files[WEIGHTS].bytes
         else:
             self.weight_bytes = sum(file.tensors[name].nbytes for names in held for name in names)
         self._require_memory()
@@ -98,7 +101,11 @@ class OrtBackend:
         stored = {EMBEDDING} - kept
         if manifest.target == "cpu":
             stored |= constants - kept - sources
-        arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None, stored)
+        sha256 = manifest.files[WEIGHTS].sha256 if verify else None
+        # Graphs for a GPU take all weights from one image of the file, which sessions may refer to. Older versions of
+        # ONNX Runtime cannot, and map the file themselves.
+        self._image = file.image(sha256) if manifest.target != "cpu" and COPIES_CONSTANTS else None
+        arrays = file.load(kept | sources, sha256, stored)
         self.embedding = arrays.pop(EMBEDDING) if EMBEDDING in stored else None
         # What ONNX Runtime would otherwise read from the file by itself, after the hash was checked.
         self._constants = {name: arrays[name] for name in constants if name in arrays}
@@ -150,7 +157,7 @@ class OrtBackend:
                 graph = self.bundle.manifest.graphs[name]
                 model: str | bytes = self._models[name]
                 given: Any = None  # what the options point to
-                if graph.constants and self._constants:
+                if graph.constants and (self._constants or self._image is not None):
                     given = self._give_constants(options, graph.constants)
                 elif graph.constants:
                     model = os.fspath(self.bundle.path(graph.file))  # its constants are found beside it
@@ -169,12 +176,14 @@ class OrtBackend:
             values = [ort.OrtValue.ortvalue_from_numpy(self._constants[name]) for name in names]
             options.add_external_initializers(list(names), values)
             return values
-        size = self.bundle.manifest.files[WEIGHTS].bytes
-        image = np.zeros(size, np.uint8)  # of the file; pages of it that are never touched take no memory
-        for name in names:
-            start = self._tensors[name].offset
-            image[start : start + self._constants[name].nbytes] = self._constants[name].reshape(-1).view(np.uint8)
-        options.add_external_initializers_from_files_in_memory([WEIGHTS], [image], [size])
+        image = self._image
+        if image is None:
+            size = self.bundle.manifest.files[WEIGHTS].bytes
+            image = np.zeros(size, np.uint8)  # of the file; pages of it that are never touched take no memory
+            for name in names:
+                start = self._tensors[name].offset
+                image[start : start + self._constants[name].nbytes] = self._constants[name].reshape(-1).view(np.uint8)
+        options.add_external_initializers_from_files_in_memory([WEIGHTS], [image], [image.nbytes])
         return image
 
     def _session_options(self, mem_pattern: bool) -> Any:
@@ -402,8 +411,8 @@ class OrtState:
 
 def _require_provider(bundle: Bundle, provider: str) -> None:
     """Raise if there is no such provider, it is not installed, or it cannot take the bundle's graphs."""
-    if provider not in PROVIDERS:
-        raise UsageError(f"provider {provider!r} is not one of {', '.join(PROVIDERS)}")
+    if not is_one_of(provider, tuple(PROVIDERS)):
+        raise UsageError(f"provider {shown(provider)} is not one of {', '.join(PROVIDERS)}")
     if provider == "cpu":
         return
     if bundle.manifest.target == "cpu":

@@ -516,6 +516,7 @@ def test_errors_that_are_raised_are_ours() -> None:
             "trol_edge/bundle/selftest.py",
             "trol_edge/bundle/signature.py",
             "trol_edge/bundle/weights.py",
+            "trol_edge/prompt/charsmap.py",
             "export/quantize/stats.py",
         },
         "OSError": {"trol_edge/bundle/folder.py"},  # caught by `writing`

@@ -53,7 +53,7 @@ def subject(weights: float = 1.0, precision: str = "fp16", **changes: Any) -> su
         decoder_bytes=size,
         shareable_bytes=0,
         shared=False,
-        embedding_bytes=GB // 5,
+        embedding_bytes=GB // 100,
         cache_bytes=GB // 2,
     )
     return dataclasses.replace(given, **changes)
@@ -149,7 +149,11 @@ def test_verdicts(nano: rates_module.Platform) -> None:
     memory = fits.memory
     assert memory.weights == 2.1 * GB, "traverse and step hold their weights each"
     assert (memory.cache, memory.activations) == (GB, GB // 10 + GB // 20)
-    assert memory.remains == memory.usable - memory.system - 3_250_000_000 - memory_module.RUNTIME_BYTES["gpu"]
+    assert memory.embedding == GB // 100, "a Jetson's GPU shares the memory in which the table is"
+    assert memory.remains == memory.usable - memory.system - 3_260_000_000 - memory_module.RUNTIME_BYTES["gpu"]
+    assert (
+        plan.plan(subject(1.0, target="rtx"), rates_module.platform_of(*devices.find("rtx-4090"))).memory.embedding == 0
+    )
 
     desktop = plan.plan(subject(1.9, cache_bytes=GB), nano, desktop=True)
     assert desktop.verdict == "fits with these changes"
@@ -188,7 +192,7 @@ def test_one_set_on_a_cpu() -> None:
     found = plan.plan(
         subject(1.0, target="cpu", cache_bytes=GB), rates_module.platform_of_host(rates, 4 * GB, 3_000_000_000)
     )
-    assert found.memory.weights == 1.1 * GB
+    assert (found.memory.weights, found.memory.embedding) == (1.1 * GB, GB // 100)
     assert [text.split(" (")[0] for text in found.changes] == ["one K/V set"]
     assert found.memory.build == 0
     assert found.next_question is not None

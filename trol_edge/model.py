@@ -57,7 +57,7 @@ class Model:
         self.tokenizer: Tokenizer | None = None
         self.ends = frozenset({manifest.spec.eos_token_id, *manifest.spec.more_end_ids})
         if TOKENIZER in manifest.files:
-            self.tokenizer = Tokenizer.from_file(self.bundle.path(TOKENIZER))
+            self.tokenizer = Tokenizer(self.bundle.text(TOKENIZER), str(self.bundle.path(TOKENIZER)))
             self.tokenizer.require_ids_below(manifest.spec.embedding_rows)
             self.ends |= end_ids(self.tokenizer, manifest.prompt)
             image_id = self.tokenizer.special_id(manifest.prompt.image)

@@ -134,7 +134,7 @@ class Runtime:
         errors are those of generate; all questions are checked before the first is answered.
         """
         if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or not prompts:
-            raise UsageError(f"ask_many takes a list of one or more questions, found {prompts!r}")
+            raise UsageError(f"ask_many takes a list of one or more questions, found {shown(prompts)}")
         checked = options_from_keywords(options)
         desk = self.desk
         call, start = desk.call(checked), desk.now()

@@ -686,4 +686,64 @@ FAULTS = (
         "doctor does not see a TensorRT beside JetPack's",
         ("tests/test_doctor.py",),
     ),
+    # -- trust: what is used is what was hashed, and texts take no longer than their length ------------------------
+    Fault(
+        "trol_edge/bundle/engines.py",
+        """            yield plan
+            if hashlib.sha256(plan).hexdigest() != info.sha256:""",
+        """            yield plan
+            if not hashlib.sha256(plan).hexdigest():""",
+        "an engine that was changed while it was loaded is used",
+        ("tests/test_trt.py::test_an_engine_changed_while_it_is_loaded_is_not_used",),
+    ),
+    Fault(
+        "trol_edge/bundle/selftest.py",
+        "arrays = file.load(file.tensors, bundle.manifest.files[SELFTEST].sha256)",
+        "arrays = file.load(file.tensors)",
+        "a self-test is replayed that was changed after its check",
+        ("tests/test_changed_bundle.py::test_a_tokenizer_and_a_self_test_changed_after_the_check_are_refused",),
+    ),
+    Fault(
+        "runtimes/ort.py",
+        "self._image = file.image(sha256) if manifest",
+        "self._image = None if manifest",
+        "ONNX Runtime maps the weights of a bundle for a GPU itself",
+        ("tests/test_changed_bundle.py::test_a_bundle_for_a_gpu_changed_under_a_provider",),
+    ),
+    Fault(
+        "trol_edge/prompt/tokenizer.py",
+        "[step for step in steps[first:] if step not in _STEPS]",
+        "[step for step in steps[first:] if not step]",
+        "a tokenizer may have any regular expression",
+        ("tests/test_foreign_files.py::test_a_tokenizer_has_only_steps_that_export_writes",),
+    ),
+    Fault(
+        "trol_edge/prompt/charsmap.py",
+        "if len(out) > MOST_GROWTH * at:",
+        "if not out:",
+        "a character map may make a text as long as it likes",
+        ("tests/test_foreign_files.py::test_a_character_map_that_makes_texts_endless",),
+    ),
+    Fault(
+        "export/reference/checkpoint.py",
+        "if _is_read(p.name) and not stays_inside(p)]:",
+        "if _is_read(p.name) and not p.name]:",
+        "a link under a fixed name leads out of a checkpoint's folder",
+        ("tests/test_checkpoint.py::test_links_under_fixed_names",),
+    ),
+    Fault(
+        "trol_edge/plan/memory.py",
+        "return self.weights + self.embedding + self.cache",
+        "return self.weights + self.cache",
+        "the plan forgets the embedding table",
+        ("tests/test_plan.py::test_verdicts",),
+    ),
+    Fault(
+        "trol_edge/cli/run.py",
+        "trusted_keys=trusted_key or None,\n    ) as runtime:",
+        "trusted_keys=None,\n    ) as runtime:",
+        "the command line does not heed its trusted keys",
+        ("tests/test_signatures.py::test_the_command_line_opens_what_its_keys_signed",),
+        "test-all",
+    ),
 )

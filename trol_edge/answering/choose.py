@@ -89,7 +89,7 @@ def _answer_ids(desk: Desk, poll: Poll, question: Question, text: str) -> list[i
     ids = desk.model.tokenize(poll.prompt, tiles, text, before)
     prompt = len(question.ids)
     if ids[:prompt] != question.ids or len(ids) == prompt:
-        raise UsageError(f"option {text!r} has no tokens of its own after the prompt; word it differently")
+        raise UsageError(f"option {reprlib.repr(text)} has no tokens of its own after the prompt; word it differently")
     return ids[prompt:]
 
 

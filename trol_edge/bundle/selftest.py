@@ -73,7 +73,7 @@ def read(bundle: Bundle) -> SelfTest:
         )
     file = WeightsFile(bundle.path(SELFTEST))
     with guard(file.path, BundleError, "export the bundle again", "not a self-test of this version"):
-        arrays = file.load(file.tensors)
+        arrays = file.load(file.tensors, bundle.manifest.files[SELFTEST].sha256)
         cases = {}
         for name in sorted({name.split(".")[0] for name in arrays if "." in name}, reverse=True):  # the picture first
             cases[name] = SelfTestCase(

@@ -38,6 +38,7 @@ from trol_edge.backend import FIRST, SECOND
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import SELFTEST, TOKENIZER
 from trol_edge.bundle.selftest import SelfTest, SelfTestCase, read
+from trol_edge.bundle.signature import PublicKey
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, VerifyError
 from trol_edge.machine import identity
@@ -53,16 +54,22 @@ log = logging.getLogger(__name__)
 ROPE = ("rope.cos", "rope.sin")
 
 
-def verify(folder: str | os.PathLike[str], threads: int | None = None, provider: Provider | None = None) -> Report:
+def verify(
+    folder: str | os.PathLike[str],
+    threads: int | None = None,
+    provider: Provider | None = None,
+    trusted_keys: Sequence[PublicKey] | None = None,
+) -> Report:
     """Load a bundle and replay its self-test; a pass is recorded for later loads, see `first_load`.
 
-    threads and provider are what Runtime takes. Raises BundleError for a bundle that is damaged or has no self-test,
-    and BackendError if its target does not run here. Engines that cannot be used here (stale ones) make a stage fail.
+    threads, provider and trusted_keys are what Runtime takes. Raises BundleError for a bundle that is damaged or has no
+    self-test, and BackendError if its target does not run here. Engines that cannot be used here (stale ones) make a
+    stage fail.
     """
-    bundle = Bundle(folder)
+    bundle = Bundle(folder, trusted_keys)
     test = read(bundle)
     try:
-        model = Model(folder, threads=threads, provider=provider)
+        model = Model(folder, threads=threads, provider=provider, trusted_keys=trusted_keys)
     except BundleError as error:
         if bundle.manifest.target == "cpu" or provider is not None:
             raise
@@ -191,7 +198,7 @@ def _text_stages(model: Model, test: SelfTest) -> Iterator[Stage]:
         yield Stage("tokenizer", math.inf, ALWAYS["tokenizer"], "the bundle has none, but had one when it was exported")
         return
     manifest = model.bundle.manifest
-    text = model.bundle.path(TOKENIZER).read_text(encoding="utf-8")
+    text = model.bundle.text(TOKENIZER)
     here = probe.token_digests(model.tokenizer, text, manifest.spec.vocab_size)
     if here.shape != test.token_digests.shape:
         yield _stage("tokenizer", here, test.token_digests, ALWAYS["tokenizer"])
