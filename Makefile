@@ -125,7 +125,7 @@ bindings: $(VENV)/test.stamp  ## fetch TensorRT's Python bindings (4 MB, no libr
 
 test-rtx: $(VENV)/test.stamp  ## real engine builds by TensorRT for RTX (1.7, about 500 MB to fetch; needs no GPU)
 	@$(PIP) -e '.[rtx]'
-	$(BIN)/python -m pytest -q tests/test_trt_build.py tests/test_trt_api.py tests/test_targets.py tests/test_trt.py
+	$(BIN)/python -m pytest -q tests/test_trt_build.py tests/test_trt_api.py tests/test_targets.py tests/test_trt.py tests/test_program.py
 
 # Checkpoints of random weights, bundles and engines of five builds, one after the other: 25 GB of disk, half an hour.
 engines-full: $(VENV)/engine.stamp  ## full-size engines (1.8B, 3.8B, random weights) by TensorRT for RTX, held to limits (ARGS=--help)

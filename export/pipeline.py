@@ -25,6 +25,7 @@ from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import CalibrationError, CheckpointError, ExportError, UsageError
 from trol_edge.export import storage
 from trol_edge.export.graphs import canonical, counts
+from trol_edge.export.lower import cache as lower_cache
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.lower import trt as lower_trt
 from trol_edge.export.quantize import half, qdq
@@ -104,7 +105,7 @@ def export(
             )
         scales = None
         if plan.quantized and statistics is not None:
-            scales = find_scales(source, plan, statistics, options.sensitive, progress)
+            scales = find_scales(source, plan, statistics, options.sensitive, progress, is_gpu(target))
             plan = scales.plan
         elif plan.quantized:
             scales = scales_of_norms(source, plan, progress)
@@ -236,6 +237,7 @@ def prepare(
         half.convert(model, plan.kept_fp32, dtypes)
     if is_gpu(target) and name == "step":
         lower_trt.add_token(model)
+        lower_cache.read_filled(model)
     return LOWERINGS[target](name, model) if target in LOWERINGS else {}
 
 

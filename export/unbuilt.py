@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from typing import Any
 
 import onnx_ir as ir
 
@@ -26,6 +27,7 @@ from trol_edge.export.quantize.stored import IR_TYPES, stored_dtype
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import find, shipped_folder
+from trol_edge.plan import shipped
 from trol_edge.plan.subject import Subject
 
 PUBLISHED = "F16"  # dtype of the published checkpoints
@@ -42,11 +44,11 @@ class Unbuilt:
 
     def subject(self, target: str, options: RecipeOptions) -> Subject:
         """The subject of a plan for one target and precision. Raises UsageError if they do not go together."""
-        layers = self.spec.num_layers
+        layers, tower = self.spec.num_layers, self.spec.vision.num_layers
         if options.linears:
-            return self._subject(target, options, layers, self.spec.vision.num_layers)
+            return self._subject(target, options, layers, tower)
         one, two = (self._subject(target, options, n, n) for n in (1, 2))
-        towers = {"vision": self.spec.vision.num_layers}
+        towers = {"vision": tower}
         depth = {name: towers.get(name, layers) for name in one.graphs}
 
         def grown(a: int, b: int, count: int) -> int:
@@ -59,7 +61,17 @@ class Unbuilt:
             decoder_bytes=grown(one.decoder_bytes, two.decoder_bytes, layers),
             shareable_bytes=grown(one.shareable_bytes, two.shareable_bytes, layers),
             cache_bytes=grown(one.cache_bytes, two.cache_bytes, layers),
+            **self._programs(target, options),
         )
+
+    def _programs(self, target: str, options: RecipeOptions) -> dict[str, Any]:
+        """What engines of this model move, if it was counted for the plain recipe that is asked for."""
+        recipe = options.recipe
+        if options != RecipeOptions(recipe=recipe):
+            return {}
+        layers, tower = self.spec.num_layers, self.spec.vision.num_layers
+        found = shipped.programs(self.name, target, recipe, layers, tower)
+        return {"programs": found, "programs_of": f"{shipped.shipped().library}, one layer and two"} if found else {}
 
     def _subject(self, target: str, options: RecipeOptions, layers: int, tower: int) -> Subject:
         vision = dataclasses.replace(self.spec.vision, num_layers=tower)

@@ -104,7 +104,7 @@ def best() -> tuple[str, str]:
     """The default target on this machine, and why."""
     runs = {s.target: s for s in statuses() if s.runs}
     # JetPack's own target comes before the general one, TensorRT for RTX suits a desktop GPU, and a CPU is last.
-    for name in ("jetson-trt11", "jetson-jp7", "jetson-jp6", "rtx", "tensorrt"):
+    for name in ("jetson-trt11", "jetson-jp72", "jetson-jp7", "jetson-jp6", "rtx", "tensorrt"):
         if name in runs:
             return name, f"{runs[name].found} and a GPU are here ({NOT_YET})"
     why = {s.target: s.why_no_run for s in statuses()}

@@ -325,7 +325,8 @@ class OrtState:
 
     def _bind(self, name: str, feeds: Mapping[str, Any]) -> Any:
         graph = self._backend.bundle.manifest.graphs[name]
-        given = {**self.past, **feeds, "rope_offset": value_of(self.rope_offset)}
+        # A step for TensorRT says how many rows it reads; here it reads all of them.
+        given = {"slots": value_of(self._slots), **self.past, **feeds, "rope_offset": value_of(self.rope_offset)}
         binding = self._backend.bind(name, {p.name: given[p.name] for p in graph.inputs if p.name in given})
         binding.bind_ortvalue_output("logits", value_of(self._logits))
         for port in graph.outputs:

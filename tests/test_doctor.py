@@ -68,7 +68,7 @@ def test_an_orin_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TensorRT of JetPack" not in found and not found["tensorrt_rtx"].good
 
 
-@pytest.mark.parametrize(("name", "target"), [("agx-orin", "jetson-jp7"), ("thor", "jetson-jp7")])
+@pytest.mark.parametrize(("name", "target"), [("agx-orin", "jetson-jp72"), ("thor", "jetson-jp7")])
 def test_other_jetsons(name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both on JetPack 7; without TensorRT in this Python nothing but a CPU runs."""
     found = examine(monkeypatch, tree(tmp_path, name), {}, "there is no NVIDIA driver")

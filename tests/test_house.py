@@ -419,7 +419,7 @@ def test_packages_are_the_folders() -> None:
     for room in ROOMS:
         assert (ROOT / "trol_edge" / room).resolve() == ROOT / room
         assert os.readlink(ROOT / "trol_edge" / room) == f"../{room}"
-    assert settings["package-data"]["trol_edge"] == ["py.typed", "API.md"]
+    assert settings["package-data"]["trol_edge"] == ["py.typed", "API.md", "plan/programs.json"]
     assert (ROOT / "trol_edge" / "py.typed").is_file()
     names = {re.split(r"[><=~ ;\[]", line)[0] for line in project["project"]["dependencies"]}
     assert names == {"numpy", "pillow", "tokenizers", "typer", "rich"}

@@ -16,11 +16,12 @@ from tests.bench import plan_check
 from trol_edge.bundle.costs import Costs, Operation
 from trol_edge.bundle.manifest import Bundle, write_manifest
 from trol_edge.bundle.names import MANIFEST
+from trol_edge.bundle.program_counts import ProgramCounts, Work, grown
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli.main import main
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.machine import devices
-from trol_edge.plan import compare, duration
+from trol_edge.plan import compare, duration, shipped
 from trol_edge.plan import estimate as plan
 from trol_edge.plan import memory as memory_module
 from trol_edge.plan import rates as rates_module
@@ -120,6 +121,85 @@ def test_times(nano: rates_module.Platform) -> None:
     assert prompt.floor == pytest.approx(flops / peak)
     assert prompt.bound == "arithmetic"
     assert prompt.expected > prompt.floor / rates_module.ARITHMETIC["float16"]
+
+
+def counts(weights: int, scratch: int = 0, **ranges: tuple[int, int]) -> ProgramCounts:
+    """A step's program that reads all weights in 8-bit products, a cache of 2000 bytes a row, and copies that."""
+    work = (
+        Work("attention", {}, {"capacity": 2000}),
+        Work("int8", {"1": 2 * weights}, {"1": weights}),
+        Work("rest", {}, {"capacity": 4000, "1": 1000}),
+    )
+    return ProgramCounts(ranges, 30, weights, scratch, work, {"cache copy": {"1": 4000 * 2048}})
+
+
+def test_times_of_a_program(nano: rates_module.Platform) -> None:
+    """By hand: what the engine moves at 68.3 GB/s; the floor and what it takes to start operators stay the graph's."""
+    plain = duration.graph_time("step", graph(GB), GB, nano, slots=1000)
+    found = duration.graph_time("step", graph(GB), GB, nano, [counts(GB)], 2048, slots=1000)
+    moved = GB + 1000 + 6000 * 2048
+    start = 5 * rates_module.OPERATOR_CYCLES / 612e6
+    assert (found.moved, plain.moved) == (moved, None)
+    assert found.expected == pytest.approx(moved / (68.3e9 * rates_module.BANDWIDTH) + start, rel=1e-3)
+    assert (found.floor, found.bytes, found.bound) == (plain.floor, plain.bytes, "memory")
+    wider = dataclasses.replace(counts(GB), work=(Work("int8", {"1": GB}, {"1": GB}), Work("rest", {}, {"1": 2 * GB})))
+    slow = duration.graph_time("step", graph(GB), GB, nano, [wider], 2048, slots=1000)
+    assert slow.moved == 3 * GB
+    assert slow.expected == pytest.approx(3 * GB / (68.3e9 * rates_module.BANDWIDTH) + start, rel=1e-3)
+
+
+def test_products_of_a_program(nano: rates_module.Platform) -> None:
+    """The types in which the engine multiplies count, not those that were asked for; the profile is chosen by size."""
+    many = {"tokens": 2 * GB}
+
+    def program(kind: str, low: int, high: int) -> ProgramCounts:
+        return ProgramCounts({"tokens": (low, high)}, 1, 0, 0, (Work(kind, many, {"1": 8}),), {})
+
+    both = [program("int8", 1, 64), program("float16", 65, 2048)]
+    short, long = (
+        duration.graph_time("traverse", graph(GB), GB, nano, both, 2048, tokens=n, slots=n) for n in (64, 1280)
+    )
+    starts = 5 * rates_module.OPERATOR_CYCLES / 612e6
+    rates = {kind: nano.reached.arithmetic[kind][0][1] for kind in ("int8", "float16")}
+    assert short.expected == pytest.approx(64 * 2 * GB / rates["int8"] + starts, rel=1e-3)
+    assert long.expected == pytest.approx(1280 * 2 * GB / rates["float16"] + starts, rel=1e-3)
+    assert (short.bound, long.bound) == ("arithmetic", "arithmetic")
+
+
+def test_plan_of_a_subject_with_programs(nano: rates_module.Platform) -> None:
+    """A graph whose engine was counted is planned from it, and the others from their own counts."""
+    plain, known = plan.plan(subject(), nano), plan.plan(subject(programs={"step": (counts(2 * GB),)}), nano)
+    assert known.tokens_per_second[0] == plain.tokens_per_second[0]
+    assert known.tokens_per_second[1] < 0.55 * plain.tokens_per_second[1]
+    assert known.first_token == plain.first_token
+    assert [stage.moved is None for stage in known.stages] == [True, True, False]
+
+
+def test_counts_of_more_layers() -> None:
+    """Each further layer counts as much as the second one adds; a kind that one engine lacks is none there."""
+    one, two = counts(5, 100), counts(8, 130)
+    two = dataclasses.replace(two, work=(*two.work, Work("float16", {"1": 7}, {"tokens": 3})))
+    found = grown(one, two, 4)
+    assert (found.constants, found.scratch, found.kernels) == (14, 190, 30)
+    work = {w.kind: (w.operations, w.bytes) for w in found.work}
+    assert work["int8"] == ({"1": 28}, {"1": 14})
+    assert work["float16"] == ({"1": 21}, {"tokens": 9})
+    assert work["attention"] == ({}, {"capacity": 2000})
+    assert found.avoidable == {"cache copy": {"1": 4000 * 2048}}
+
+
+def test_shipped_counts() -> None:
+    """Of each model that they name, for the precisions and graphs that a plan has; other models have none."""
+    found = shipped.shipped()
+    assert found.library.startswith("TensorRT for RTX 1.7")
+    names = {(c.model, c.recipe, target) for c in found.engines for target in c.targets}
+    assert ("trol-3.8b", "int4", "jetson-jp6") in names
+    assert shipped.programs("trol-9b", "jetson-jp6", "int4", 4, 4) == {}
+    for model, recipe, target in names:
+        engines = shipped.programs(model, target, recipe, 4, 4)
+        assert engines.keys() == {"vision", "traverse", "step"}
+        step = engines["step"][0]
+        assert step.moved({"capacity": 2048, "slots": 2048, "tokens": 1}) > step.constants > 0
 
 
 def test_element_wise_operators_wait_for_memory(nano: rates_module.Platform) -> None:

@@ -15,7 +15,7 @@ NEW = ("Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Swi
 
 def test_names_and_versions_are_sound() -> None:
     """Each entry under its own name, its range not empty, its operators those of the oldest version served."""
-    assert list(TARGETS) == ["cpu", "rtx", "tensorrt", "jetson-jp6", "jetson-jp7", "jetson-trt11"]
+    assert list(TARGETS) == ["cpu", "rtx", "tensorrt", "jetson-jp6", "jetson-jp7", "jetson-jp72", "jetson-trt11"]
     for name, entry in TARGETS.items():
         assert entry.name == name
         oldest, end = entry.versions
@@ -36,7 +36,7 @@ def test_names_and_versions_are_sound() -> None:
 def test_a_jetson_finds_itself_in_one_target_per_version() -> None:
     """JetPack's versions: 6.2, 7.0, 7.1, 7.2, and TensorRT 11 on top."""
     jetsons = [entry for entry in TARGETS.values() if entry.name.startswith("jetson")]
-    for version, name in (((10, 3, 0), "jp6"), ((10, 7, 0), "jp6"), ((10, 13, 3), "jp7"), ((10, 16, 1), "jp7")):
+    for version, name in (((10, 3, 0), "jp6"), ((10, 7, 0), "jp6"), ((10, 13, 3), "jp7"), ((10, 16, 1), "jp72")):
         assert [entry.name for entry in jetsons if entry.serves(version)] == [f"jetson-{name}"]
         assert TARGETS["tensorrt"].serves(version)
     assert [entry.name for entry in jetsons if entry.serves((11, 4, 0))] == ["jetson-trt11"]

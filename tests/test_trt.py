@@ -78,22 +78,32 @@ class Machine:
     open: Callable[..., Runtime]
     folder: Path
 
+    @property
+    def engines(self) -> Path:
+        """The folder of its engines, named for their target."""
+        return folder_of(Bundle(self.folder), Bundle(self.folder).manifest.target)
+
 
 @pytest.fixture(params=["10.3.0", "10.16.1", "rtx"])
 def machine(
     request: pytest.FixtureRequest, plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Machine:
-    """Classic TensorRT of two versions, and the RTX kind with its runtime config and kernel cache."""
+    """Classic TensorRT without and with KVCacheUpdate, and the RTX kind with its runtime config and kernel cache."""
     folder = tmp_path / "bundle"
-    shutil.copytree(plain_bundle, folder)
     rtx = request.param == "rtx"
+    target = {"10.16.1": "jetson-jp72", "rtx": "rtx"}.get(request.param, "tensorrt")
+    exported = target != "tensorrt" and not os.environ.get("TROL_EDGE_TENSORRT_BUNDLE")
+    source = request.getfixturevalue("exported")(NANO, target=target) if exported else plain_bundle
+    shutil.copytree(source, folder)
+    target = Bundle(folder).manifest.target
     stand_in = CudaRuntime()
     module = trt_standin.module(RTX if rtx else "tensorrt", "1.7.1.1" if rtx else request.param, stand_in)
     library = Library(module)
-    add_engines(folder, Key("tensorrt", library.title, GPU.name, GPU.capability, "12.6"))
+    gpu = dataclasses.replace(GPU, capability="8.9") if rtx else GPU
+    add_engines(folder, Key(target, library.title, gpu.name, gpu.capability, "12.6"))
     monkeypatch.setattr(trt_module, "load", lambda name: library)
     monkeypatch.setattr(trt_module, "open_cuda", lambda: CudaPython(stand_in))
-    monkeypatch.setattr(trt_module, "devices", lambda: [GPU])
+    monkeypatch.setattr(trt_module, "devices", lambda: [gpu])
     return Machine(stand_in, lambda: Runtime(folder), folder)
 
 
@@ -241,6 +251,63 @@ def test_a_step_moves_little_and_allocates_nothing(machine: Machine) -> None:
     assert machine.cuda.calls[40:] == ["launch", "DeviceToHost", "wait"] * 20
     assert machine.cuda.memory.keys() == held.keys() and machine.cuda.next == reached
     assert len(machine.cuda.host) == pinned
+
+
+def test_a_step_reads_filled_rows(machine: Machine, nano: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded up, and a CUDA graph for each number of rows: where it changes, one plain run and a new capture."""
+    monkeypatch.setattr(trt_module, "ROWS", 8)
+    runtime = machine.open()
+    ids = runtime.tokenize(QUESTION)[:5]
+    sessions = [r.session() for r in (runtime, nano)]
+    found = [[session.prefill(ids)] for session in sessions]
+    machine.cuda.calls.clear()
+    shapes = []
+    for token in range(20):
+        for session, logits in zip(sessions, found, strict=True):
+            logits.append(session.step(token).copy())
+        shapes.append(sessions[0].state.execution.raw.shapes["slots"][0])  # type: ignore[attr-defined]
+    assert shapes == [8] * 3 + [16] * 8 + [24] * 8 + [32]
+    assert machine.cuda.calls.count("launch") == 20 - 4  # the first run of each is not captured
+    assert max(difference(a, b) for a, b in zip(*found, strict=True)) <= 1e-5
+    sessions[0].truncate(5)
+    sessions[1].truncate(5)
+    assert difference(sessions[0].step(7), sessions[1].step(7)) <= 1e-5
+    assert sum(graph is not None for graph in machine.cuda.graphs) <= 1
+
+
+@pytest.mark.parametrize("machine", ["10.16.1", "rtx"], indirect=True)
+def test_caches_are_written_in_place(machine: Machine) -> None:
+    """KVCacheUpdate: the engine says which input each present is; another address, or a row too many, fails."""
+    runtime = machine.open()
+    trt = backend(runtime)
+    for name in ("traverse", "step"):
+        aliases = {n: info.alias for n, info in trt.infos[name].items() if n.startswith("present_")}
+        assert aliases and aliases == {n: n.replace("present_", "past_", 1) for n in aliases}
+    state = trt.new_state()
+    rows = runtime.model.embeddings[np.arange(3)]
+    state.traverse(rows, None)
+    before = state.rows(np.arange(3, dtype=np.int32), 0)
+    state.step(rows[0], 3)
+    assert all(np.array_equal(a, b) for a, b in zip(before, state.rows(np.arange(3, dtype=np.int32), 0), strict=True))
+    raw: Any = state.execution.raw
+    raw.addresses["present_key_0"] = raw.addresses["present_key_1"]
+    assert raw.execute_async_v3(7) is False
+    raw.addresses["present_key_0"] = raw.addresses["past_key_0"]
+    beyond = np.full((1, 1), trt.context, np.int64)  # the runtime never gives such a position
+    trt.cuda.upload(raw.addresses["position_ids"], beyond)
+    assert raw.execute_async_v3(7) is True
+    assert machine.cuda.cudaStreamSynchronize(7) == (trt_standin.Status.cudaErrorIllegalAddress,)
+
+
+def test_an_alias_of_another_tensor(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that would write a cache elsewhere is not used."""
+    wrong = {"present_key_0": "past_value_0"}
+    monkeypatch.setattr(trt_standin.ICudaEngine, "get_aliased_input_tensor", lambda self, name: wrong.get(name))
+    if machine.engines.name == "tensorrt":
+        machine.open()  # 10.3 has no aliases
+        return
+    with pytest.raises(BundleError, match=r"other inputs or outputs than the graph \(present_key_0\)"):
+        machine.open()
 
 
 def test_without_cuda_graphs(machine: Machine, nano: Runtime, plain_bundle: Path) -> None:
@@ -412,7 +479,7 @@ def test_kernels_are_kept_in_the_bundle(machine: Machine) -> None:
     """TensorRT for RTX: what the first run compiled is there for the second start, if it is as it was written."""
     runtime = machine.open()
     runtime.generate(QUESTION, PICTURE, max_new_tokens=3)
-    kept = sorted(p.name for p in (machine.folder / "engines" / "tensorrt").glob("*.cache"))
+    kept = sorted(p.name for p in machine.engines.glob("*.cache"))
     if not backend(runtime).library.rtx:
         assert kept == []
         return
@@ -421,7 +488,7 @@ def test_kernels_are_kept_in_the_bundle(machine: Machine) -> None:
     again = machine.open()
     again.session()
     assert len(IRuntimeCache.loaded) == 3
-    for path in (machine.folder / "engines" / "tensorrt").glob("*.cache"):
+    for path in machine.engines.glob("*.cache"):
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     IRuntimeCache.loaded.clear()
     machine.open().session()
@@ -431,8 +498,9 @@ def test_kernels_are_kept_in_the_bundle(machine: Machine) -> None:
 def rewrite(machine: Machine, **changes: Any) -> None:
     """Change the key of a bundle's engines."""
     bundle = Bundle(machine.folder)
-    engines = read(bundle, "tensorrt")
-    write(folder_of(bundle, "tensorrt"), dataclasses.replace(engines, key=dataclasses.replace(engines.key, **changes)))
+    engines = read(bundle, machine.engines.name)
+    key = dataclasses.replace(engines.key, **changes)
+    write(machine.engines, dataclasses.replace(engines, key=key))
 
 
 @pytest.mark.parametrize(
@@ -479,7 +547,7 @@ def test_harmed_engines_are_not_loaded(
     harm: str, message: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hash is checked before anything is deserialised."""
-    folder = machine.folder / "engines" / "tensorrt"
+    folder = machine.engines
     path = folder / "step.engine"
     if harm == "truncate":
         path.write_bytes(path.read_bytes()[:-1])
@@ -495,10 +563,10 @@ def test_harmed_engines_are_not_loaded(
     elif harm == "nothing":
         shutil.rmtree(folder)
     elif harm == "weights":
-        write(folder, dataclasses.replace(read(Bundle(machine.folder), "tensorrt"), weights_sha256="0" * 64))
+        write(folder, dataclasses.replace(read(Bundle(machine.folder), machine.engines.name), weights_sha256="0" * 64))
     else:
         bundle = Bundle(machine.folder)
-        engines = read(bundle, "tensorrt")
+        engines = read(bundle, machine.engines.name)
         step = dataclasses.replace(engines.engines["step"], graph_sha256="0" * 64)
         write(folder, dataclasses.replace(engines, engines=engines.engines | {"step": step}))
     monkeypatch.setattr(Library, "open", lambda self, plan, name: pytest.fail("it was deserialised"))
@@ -528,9 +596,9 @@ def test_an_engine_changed_while_it_is_loaded_is_not_used(machine: Machine, monk
 def test_a_plan_that_tensorrt_refuses(machine: Machine) -> None:
     """Right by its hash, and yet none: what TensorRT said is in the error."""
     bundle = Bundle(machine.folder)
-    folder = folder_of(bundle, "tensorrt")
+    folder = folder_of(bundle, machine.engines.name)
     (folder / "step.engine").write_bytes(b"no plan")
-    engines = read(bundle, "tensorrt")
+    engines = read(bundle, machine.engines.name)
     info = dataclasses.replace(engines.engines["step"], bytes=7, sha256=sha256_of(folder / "step.engine"))
     write(folder, dataclasses.replace(engines, engines=engines.engines | {"step": info}))
     with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0 could not load step.engine: .*magic tag") as caught:
@@ -569,11 +637,11 @@ def test_too_little_memory(machine: Machine) -> None:
 def test_shapes_beyond_every_profile(machine: Machine) -> None:
     """Engines that were built for less than the bundle's context."""
     bundle = Bundle(machine.folder)
-    folder = folder_of(bundle, "tensorrt")
+    folder = folder_of(bundle, machine.engines.name)
     graph = machine.folder / bundle.manifest.graphs["traverse"].file
     path = folder / "traverse.engine"
     path.write_bytes(trt_standin.engine_file(graph, [{"tokens": [1, 8, 16], "slots": [1, 16, 32]}]))
-    engines = read(bundle, "tensorrt")
+    engines = read(bundle, machine.engines.name)
     info = dataclasses.replace(engines.engines["traverse"], bytes=path.stat().st_size, sha256=sha256_of(path))
     write(folder, dataclasses.replace(engines, engines=engines.engines | {"traverse": info}))
     session = machine.open().session()
@@ -628,6 +696,9 @@ def test_the_stand_in_refuses(context: tuple[Any, CudaRuntime, Library]) -> None
         assert refused is False
         return library.messages.pop()
 
+    assert "shape not set for ['slots']" in said(step.execute_async_v3(7))
+    assert "not within profile" in said(step.set_input_shape("slots", (0,)))
+    assert step.set_input_shape("slots", (256,)) is True
     assert step.execute_async_v3(7) is True
     assert cuda.cudaStreamSynchronize(7) == (trt_standin.OK,)
     assert "not aligned" in said(step.set_tensor_address("logits", good["logits"] + 8))
@@ -691,6 +762,8 @@ def test_the_stand_ins_signatures_are_the_real_ones(version: str) -> None:
     """Every method that it has exists in the real class, with these parameter names in this order."""
     classes = described(version)["classes"]
     later = {"IRuntimeConfig", "IRuntimeCache", "is_stream_capturable", "create_runtime_config"}  # of RTX alone
+    if version.startswith(("10.3.", "10.13.")):
+        later.add("get_aliased_input_tensor")  # since 10.15
     seen = 0
     for name in ("ILogger", "Runtime", "ICudaEngine", "IRuntimeConfig", "IRuntimeCache", "IExecutionContext"):
         if version != RTX and name in later:

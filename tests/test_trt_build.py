@@ -116,6 +116,17 @@ def test_every_precision_is_really_built(model: str, precision: str, traces: dic
     bundle = recipe(model, precision, tmp_path / "bundle")
     done = trt_build.build(bundle)
     assert done.built and done.engines.precision == precision
+    assert read(bundle, "rtx") == done.engines, "the counts of programs are kept as they were taken"
+    planned = subject_of(bundle).programs
+    for name, engine in done.engines.engines.items():
+        assert planned[name] == engine.programs and len(engine.programs) == max(1, len(engine.profiles))
+        kinds = {work.kind for counts in engine.programs for work in counts.work}
+        assert {"attention", "rest", "float16"} <= kinds | {"float16"}
+        assert ("int8" in kinds) == (precision == "int8")
+        for counts, ranges in zip(engine.programs, engine.profiles or ({},), strict=True):
+            assert counts.ranges == {dim: (low, high) for dim, (low, _, high) in ranges.items()}
+            most = {"capacity": 256, "images": 1, "tokens": 64, "slots": 256}
+            assert counts.moved(most) > counts.constants > 0.9 * engine.weight_bytes
     quantized = [linear.precision for linear in bundle.manifest.plan.linears.values() if linear.precision in BITS]
     stored = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
     assert bool(quantized) == (precision != "fp16")
@@ -363,8 +374,13 @@ def test_limits_of_full_size_builds() -> None:
     """Each limit that a build misses is said, and none that it keeps."""
     case = engines_full.FullSize("trol-1.8b", "fp16", seconds=240, peak_bytes=14e9)
     engine = {"bytes": 1030, "weight_bytes": 1000}
-    good = engines_full.Built("trol-1.8b", "fp16", "", 1.0, 240.0, 14 * 10**9, {"step": engine}, ())
+    step = {"moved": 1100, "ideal": 1000, "ratio": 1.1}
+    good = engines_full.Built("trol-1.8b", "fp16", "", 1.0, 240.0, 14 * 10**9, {"step": engine}, {"step": step}, ())
     assert engines_full.misses(case, good) == []
+    more = dataclasses.replace(good, programs={"step": step | {"ratio": 1.8}})
+    assert engines_full.misses(case, more) == ["step: moves 1.80 times what it must, at most 1.1"]
+    unseen = dataclasses.replace(good, programs={"step": {"unknown": "it is absent"}})
+    assert engines_full.misses(case, unseen) == ["step: its program cannot be counted: it is absent"]
     bad = dataclasses.replace(good, seconds=241.0, peak_bytes=15 * 10**9, engines={"step": engine | {"bytes": 1031}})
     assert engines_full.misses(case, bad) == [
         "241 s, at most 240",
@@ -412,9 +428,9 @@ def test_targets_and_machines_that_do_not_fit(nano_bundle: Path, plain_bundle: P
     with pytest.raises(
         BackendError, match=r"compute capability 8\.7 and 11\.0, but this machine has RTX 4090 \(8\.9\)"
     ):
-        trt_build.key_here(TARGETS["jetson-jp7"], library, desktop)
-    assert trt_build.key_here(TARGETS["jetson-jp7"], library, ORIN) == Key(
-        "jetson-jp7", "TensorRT 10.16.1", "Orin", "8.7", "12.6"
+        trt_build.key_here(TARGETS["jetson-jp72"], library, desktop)
+    assert trt_build.key_here(TARGETS["jetson-jp72"], library, ORIN) == Key(
+        "jetson-jp72", "TensorRT 10.16.1", "Orin", "8.7", "12.6"
     )
 
 
@@ -449,4 +465,5 @@ def test_what_this_machine_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     jetson = machine({"tensorrt": MadeUpLibrary((10, 3, 0))}, [ORIN])
     assert [n for n, s in jetson.items() if s.runs] == ["cpu", "tensorrt", "jetson-jp6"]
     assert doctor.best()[0] == "jetson-jp6"
-    assert jetson["jetson-jp7"].why_no_run == "TensorRT 10.3.0 is installed, but this target is for 10.13 to below 11"
+    why = "TensorRT 10.3.0 is installed, but this target is for 10.13 to below 10.15"
+    assert jetson["jetson-jp7"].why_no_run == why

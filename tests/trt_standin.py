@@ -5,6 +5,10 @@ waited for, so that whoever reads too early reads old values. Broken rules (an a
 shape outside its profile, past and present at two addresses, a wrong stream) make a call fail as the real one would:
 TensorRT's return False and log an error, CUDA's return a status.
 
+A graph with TensorScatter is one with KVCacheUpdate layers: each present is an alias of its past, which the engine
+says (`get_aliased_input_tensor`), both must be bound to one address, and of the cache only the new rows are written.
+New rows beyond the capacity fail the run, as an access beyond the memory would.
+
 tests/test_trt.py compares its signatures with the real bindings'.
 """
 
@@ -298,6 +302,9 @@ class ICudaEngine:
         self.inputs = {t.name: t for t in self.session.get_inputs()}
         self.outputs = {t.name: t for t in self.session.get_outputs()}
         self.names = [*self.inputs, *self.outputs]
+        # KVCacheUpdate writes its cache input; no other kind of output shares memory with an input.
+        in_place = b"TensorScatter" in Path(plan["graph"]).read_bytes()
+        self.aliases = {n: n.replace("present_", "past_", 1) for n in self.outputs if in_place and "present_" in n}
         self.device_memory_size_v2 = 0
         self.num_io_tensors = len(self.names)
         self.num_optimization_profiles = max(1, len(self.profiles))
@@ -322,8 +329,14 @@ class ICudaEngine:
         shape = self._tensor(name).shape
         return [tuple(d if isinstance(d, int) else sizes[d][i] for d in shape) for i in range(3)]
 
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self.aliases.get(name)
+
     def create_runtime_config(self) -> Any:
         return IRuntimeConfig()
+
+    def create_engine_inspector(self) -> Any:
+        return EngineInspector(self)
 
     def create_execution_context(self, strategy: Any = None) -> Any:
         if self.cuda.scratch > self.cuda.total - self.cuda.held():
@@ -331,6 +344,29 @@ class ICudaEngine:
             self.logger.log(ILogger.Severity.ERROR, why)
             return None
         return IExecutionContext(self, strategy)
+
+
+class LayerInformationFormat(enum.Enum):
+    """trt.LayerInformationFormat."""
+
+    ONELINE = 0
+    JSON = 1
+
+
+class EngineInspector:
+    """trt.EngineInspector: says what a test wants, once a context with all shapes is set."""
+
+    said: ClassVar[str] = '{"Layers": ["a name", "another"], "Bindings": []}'
+
+    def __init__(self, engine: ICudaEngine) -> None:
+        self.engine = engine
+        self.execution_context: IExecutionContext | None = None
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        context = self.execution_context
+        if context is None or any(context.shape_of(name) is None for name in self.engine.inputs):
+            return "{}"
+        return self.said if format is LayerInformationFormat.JSON else ""
 
 
 class IRuntimeConfig:
@@ -406,7 +442,7 @@ class IExecutionContext:
     def is_stream_capturable(self, stream: int) -> bool:
         return self.runs > 0
 
-    def _shape(self, name: str) -> tuple[int, ...] | None:
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
         shape = self.engine.get_tensor_shape(name)
         return self.shapes.get(name) if -1 in shape else shape
 
@@ -416,7 +452,7 @@ class IExecutionContext:
         missing = [name for name in engine.names if name not in self.addresses]
         if missing:
             return self._refuse(f"address not set for {', '.join(missing)}")
-        shapes = {name: self._shape(name) for name in engine.inputs}
+        shapes = {name: self.shape_of(name) for name in engine.inputs}
         if None in shapes.values():
             return self._refuse(f"shape not set for {[n for n, s in shapes.items() if s is None]}")
         apart = [
@@ -441,8 +477,23 @@ class IExecutionContext:
                 assert shape is not None
                 size = int(np.prod(shape)) * dtype.itemsize
                 feeds[name] = self.cuda._find(addresses[name], size).view(dtype).reshape(shape)
-            for name, value in zip(engine.outputs, engine.session.run(None, feeds), strict=True):
-                self.cuda._put(addresses[name], np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            for name, past in engine.aliases.items():
+                positions = feeds["position_ids"]
+                if positions.max() >= feeds[past].shape[2]:
+                    raise IllegalAddress(f"row {positions.max()} of {name}, which has {feeds[past].shape[2]}")
+            binding = engine.session.io_binding()
+            values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(array) for n, array in feeds.items()}
+            for name, value in values.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in engine.outputs:
+                if name in engine.aliases:
+                    binding.bind_ortvalue_output(name, values[engine.aliases[name]])  # the same memory
+                else:
+                    binding.bind_output(name)
+            engine.session.run_with_iobinding(binding)
+            for name, value in zip(engine.outputs, binding.get_outputs(), strict=True):
+                if name not in engine.aliases:
+                    self.cuda._put(addresses[name], np.ascontiguousarray(value.numpy()).reshape(-1).view(np.uint8))
 
         if not self.cuda.enqueue(work, stream_handle):
             return self._refuse(f"stream {stream_handle} does not exist")
@@ -453,6 +504,7 @@ def module(name: str, version: str, cuda: CudaRuntime) -> Any:
     """A stand-in for `import tensorrt` (or tensorrt_rtx) of a version."""
     runtime = type("Runtime", (Runtime,), {"cuda": cuda})
     members = {"__version__": version, "ILogger": ILogger, "Runtime": runtime, "TensorIOMode": TensorIOMode}
+    members |= {"LayerInformationFormat": LayerInformationFormat}
     stand_in = types.ModuleType(name)
     vars(stand_in).update(members)
     return stand_in

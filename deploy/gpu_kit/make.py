@@ -39,7 +39,11 @@ WHEELS: tuple[dict[str, str], ...] = (
 FROM_THE_MACHINE = ("numpy", "pillow", "tokenizers", "typer", "rich", "flatbuffers", "protobuf", "CUDA 13", "cuDNN 9")
 FOR_EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "sentencepiece")
 GLIBC = ("2_39", "2_35", "2_34", "2_31", "2_28", "2_27", "2_24", "2_17")  # the versions in the names of wheels
-JETSON_TARGETS = {"jetson-jp6": ("fp16", "int8", "int4"), "jetson-jp7": ("fp16", "int8", "int4", "fp8")}
+JETSON_TARGETS = {
+    "jetson-jp6": ("fp16", "int8", "int4"),
+    "jetson-jp7": ("fp16", "int8", "int4", "fp8"),
+    "jetson-jp72": ("fp16", "int8", "int4", "fp8"),
+}
 COPY_BYTES = 1 << 20
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 64 << 20}]
 

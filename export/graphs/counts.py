@@ -89,6 +89,10 @@ class _Walker:
         self.root: dict[ir.Value, ir.Value] = {}  # view or restored input -> the value that is really read
         self.cached = {v for v in model.graph.inputs if v.name and v.name.startswith("past_")}
         self.defaults: dict[str, int] = {}
+        step = [v for v in model.graph.inputs if v.name == "position_ids" and v.shape is not None and v.shape[1] == 1]
+        rows = {v.shape[2] for v in self.cached if v.shape is not None}
+        if step and len(rows) == 1:  # a step reads a full cache where nobody says how many rows
+            self.defaults["slots"] = int(str(rows.pop()))
         self.found: Counter[Any] = Counter()
         self.operations: dict[Any, Operation] = {}
         self.workspace: dict[ir.Node, Polynomial] = {}

@@ -3,15 +3,13 @@
 What a target's parser supports stays as it is. Where it does not support Attention, RMSNormalization, RotaryEmbedding
 or Swish, they are written out in plain operators of the target's opset. Everything that does not depend on a layer
 (causal mask, rows of the rope tables) is in the graph once. Heads that share keys are stacked along the query axis,
-[B, G, r*S, E], so that keys and values are never repeated.
+[B, G, r*S, E], so that keys and values are never repeated. The cache and a step's attention are in `cache.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -20,9 +18,12 @@ from onnx_ir.passes import common
 from trol_edge.bundle.targets import Target
 from trol_edge.bundle.trt_operators import refusal
 from trol_edge.errors import ExportError
+from trol_edge.export.lower import cache
+from trol_edge.export.lower.making import Build, Shared
 
-IR_VERSIONS = {20: 9, 21: 10, 23: 11, 24: 11}  # opset -> the IR version of its onnx release
+IR_VERSIONS = {20: 9, 21: 10, 23: 11, 24: 12}  # opset -> the IR version of its onnx release
 INT4 = (ir.DataType.INT4, ir.DataType.UINT4)
+_HEADS = (0, 2, 1, 3)  # [N, S, heads, E] -> [N, heads, S, E]
 NAMES = {  # ONNX type -> its name in the parser tables
     ir.DataType.FLOAT: "FP32",
     ir.DataType.FLOAT16: "FP16",
@@ -41,11 +42,17 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
     """Return a lowered and checked copy of the model for one target. Raises ExportError for what cannot be lowered."""
     model = model.clone()
     takes = target.takes()
-    shared = _Shared()
+    shared = Shared()
+    _split_along_heads(model, shared)
     for node in list(model.graph):
-        if node.op_type in _LOWERINGS and node.op_type not in takes:
-            build = _Build(model.graph, node, shared)
-            result = _LOWERINGS[node.op_type](build, node)
+        lowering = _LOWERINGS.get(node.op_type) if node.op_type not in takes else None
+        if cache.is_step(node):
+            lowering = cache.attend
+        elif cache.is_write(node) and "TensorScatter" in takes:
+            lowering = cache.scatter
+        if lowering is not None:
+            build = Build(model.graph, node, shared)
+            result = lowering(build, node)
             old = node.outputs[0]
             result.shape, result.type = old.shape, old.type
             name = old.name
@@ -79,7 +86,7 @@ def add_token(model: ir.Model) -> None:
     assert isinstance(vocabulary, int)
     last = ir.node("Identity", [logits])  # marks the end of the graph and is removed again
     graph.append(last)
-    build = _Build(graph, last, _Shared(prefix="token"))
+    build = Build(graph, last, Shared(prefix="token"))
     ids, axis = build.constant(np.arange(vocabulary)[None], ir.DataType.INT64), build.ints(1)
     most = build.op("ReduceMax", [logits, axis], keepdims=1)
     largest = build.constant(np.finfo(logits.dtype.numpy()).max, logits.dtype)
@@ -136,67 +143,44 @@ def _restrictions(node: ir.Node) -> Iterator[str]:
         yield f"{node.name}: Resize with antialias is not supported"
 
 
-@dataclasses.dataclass
-class _Shared:
-    """State that the lowered nodes of one graph share: values by their meaning, and how many were made."""
+def _split_along_heads(model: ir.Model, shared: Shared) -> None:
+    """Split the output of a qkv product [N, S, (H+2G)*E] into q, k and v along its heads, not along its last axis.
 
-    values: dict[Any, ir.Value] = dataclasses.field(default_factory=dict)
-    made: int = 0
-    prefix: str = "lowered"  # begins the names of new values
-
-
-class _Build:
-    """Makes nodes before `anchor`; values that do not depend on the layer are made once, at the head of the graph."""
-
-    def __init__(self, graph: ir.Graph, anchor: ir.Node, shared: _Shared) -> None:
-        self.graph, self.anchor, self.shared = graph, anchor, shared
-
-    def op(
-        self, op: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes: Any
-    ) -> ir.Value:
-        """Add one node; its output has `dtype`, or that of its first input."""
-        node = ir.node(op, inputs, attributes=attributes)
-        self.graph.insert_before(self.anchor, node)
-        return self._named(node.outputs[0], dtype or (inputs[0].dtype if inputs[0] is not None else None))
-
-    def pair(self, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> tuple[ir.Value, ir.Value]:
-        """Add one node with two outputs of its first input's type."""
-        node = ir.node(op, inputs, attributes=attributes, num_outputs=2)
-        self.graph.insert_before(self.anchor, node)
-        first, second = (self._named(v, inputs[0].dtype if inputs[0] is not None else None) for v in node.outputs)
-        return first, second
-
-    def _named(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-        self.shared.made += 1
-        value.name = f"{self.shared.prefix}.{self.shared.made}"
-        value.type = None if dtype is None else ir.TensorType(dtype)
-        return value
-
-    def constant(self, numbers: Any, dtype: ir.DataType) -> ir.Value:
-        """Return an initializer; equal numbers share one."""
-        array = np.asarray(numbers, dtype.numpy())
-        key = ("constant", dtype, array.shape, array.tobytes())
-        if key not in self.shared.values:
-            self.shared.made += 1
-            name = f"{self.shared.prefix}.constant.{self.shared.made}"
-            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
-            value.const_value = ir.Tensor(array, name=name)
-            self.graph.register_initializer(value)
-            self.shared.values[key] = value
-        return self.shared.values[key]
-
-    def ints(self, *numbers: int) -> ir.Value:
-        """Return an int64 initializer."""
-        return self.constant(numbers, ir.DataType.INT64)
-
-    def once(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
-        """Make a value when it is first asked for; its operands must precede every user, as graph inputs do."""
-        if key not in self.shared.values:
-            self.shared.values[key] = make()
-        return self.shared.values[key]
+    With a Split of the last axis TensorRT for RTX 1.7 dequantizes the weight at every run and multiplies in FP16.
+    With Reshape, Transpose and a Split of the heads the same product is one of 8 bits.
+    """
+    for node in [node for node in model.graph if node.op_type == "Split"]:
+        (x, *_), reshapes = node.inputs, [_reader(value, "Reshape") for value in node.outputs]
+        turned = [_reader(reshape.outputs[0], "Transpose") if reshape else None for reshape in reshapes]
+        shapes = [t.outputs[0].shape for t in turned if t is not None and t.attributes["perm"].as_ints() == _HEADS]
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        if x is None or x.shape is None or axis not in (-1, len(x.shape) - 1) or len(shapes) != len(node.outputs):
+            continue
+        heads, sizes = ([s[i] for s in shapes if s is not None and len(s) == 4] for i in (1, 3))
+        if len(heads) != len(shapes) or len(set(sizes)) != 1 or not all(isinstance(n, int) for n in (*heads, *sizes)):
+            continue
+        build = Build(model.graph, node, shared)
+        counts, (size, *_) = [int(str(n)) for n in heads], [int(str(n)) for n in sizes]
+        whole = build.op("Reshape", [x, build.ints(0, 0, sum(counts), size)])  # 0: as it is
+        whole = build.op("Transpose", [whole], perm=list(_HEADS))  # [N, H+2G, S, E]
+        parts = build.parts("Split", [whole, build.ints(*counts)], len(counts), axis=1)
+        for part, transpose in zip(parts, turned, strict=True):
+            assert transpose is not None
+            old = transpose.outputs[0]
+            part.shape, part.type, name = old.shape, old.type, old.name
+            old.replace_all_uses_with(part)
+            model.graph.remove(transpose, safe=True)
+            part.name = name
+    common.RemoveUnusedNodesPass()(model)
 
 
-def _swish(build: _Build, node: ir.Node) -> ir.Value:
+def _reader(value: ir.Value, op: str) -> ir.Node | None:
+    """The one node that reads a value, if it is such an operator."""
+    readers = [node for node, _ in value.uses()]
+    return readers[0] if len(readers) == 1 and readers[0].op_type == op else None
+
+
+def _swish(build: Build, node: ir.Node) -> ir.Value:
     (x,) = node.inputs
     assert x is not None and x.dtype is not None
     inner = x
@@ -205,7 +189,7 @@ def _swish(build: _Build, node: ir.Node) -> ir.Value:
     return build.op("Mul", [x, build.op("Sigmoid", [inner])])
 
 
-def _rms_normalization(build: _Build, node: ir.Node) -> ir.Value:
+def _rms_normalization(build: Build, node: ir.Node) -> ir.Value:
     """Normalize x [.., D] with scale [D]; the mean of squares is float32, as the operator defines it (stash_type 1)."""
     x, scale = node.inputs
     assert x is not None and scale is not None and x.dtype is not None
@@ -222,7 +206,7 @@ def _rms_normalization(build: _Build, node: ir.Node) -> ir.Value:
     return build.op("Mul", [normal, scale])
 
 
-def _rotary_embedding(build: _Build, node: ir.Node) -> ir.Value:
+def _rotary_embedding(build: Build, node: ir.Node) -> ir.Value:
     """Rotate halves of x [B, H, S, E] with tables [rows, E/2] and positions [B, S]."""
     x, cos, sin, positions = node.inputs
     others = {k for k, v in node.attributes.items() if v.type == ir.AttributeType.INT and v.as_int()}
@@ -233,13 +217,13 @@ def _rotary_embedding(build: _Build, node: ir.Node) -> ir.Value:
         return build.op("Unsqueeze", [build.op("Gather", [table, positions], axis=0), build.ints(1)])  # [B, 1, S, E/2]
 
     c, s = (build.once(("rows", t, positions), lambda t=t: rows(t)) for t in (cos, sin))  # type: ignore[misc]
-    a, b = build.pair("Split", [x], axis=-1, num_outputs=2)
+    a, b = build.parts("Split", [x], 2, axis=-1, num_outputs=2)
     first = build.op("Sub", [build.op("Mul", [a, c]), build.op("Mul", [b, s])])
     second = build.op("Add", [build.op("Mul", [b, c]), build.op("Mul", [a, s])])
     return build.op("Concat", [first, second], axis=-1)
 
 
-def _attention(build: _Build, node: ir.Node) -> ir.Value:
+def _attention(build: Build, node: ir.Node) -> ir.Value:
     """Compute softmax(q k) v: q [B, H, S, E], k and v [B, G, T, E], mask [.., S, T] (bool or added), or causal."""
     q, k, v, mask = [*node.inputs, None][:4]
     if any(value is not None for value in node.inputs[4:]) or len([o for o in node.outputs if o.uses()]) > 1:
@@ -277,7 +261,7 @@ def _attention(build: _Build, node: ir.Node) -> ir.Value:
     return out
 
 
-def _causal(build: _Build, k: ir.Value) -> ir.Value:
+def _causal(build: Build, k: ir.Value) -> ir.Value:
     """Bool mask [S, S] in which token i sees tokens up to i. S is read from the keys, as long as the queries."""
     length = build.op("Shape", [k], ir.DataType.INT64, start=2, end=3)
     length = build.op("Squeeze", [length, build.ints(0)])
@@ -287,7 +271,7 @@ def _causal(build: _Build, k: ir.Value) -> ir.Value:
     return build.op("LessOrEqual", [positions, rows], ir.DataType.BOOL)
 
 
-def _added(build: _Build, mask: ir.Value, dtype: ir.DataType, share: int) -> ir.Value:
+def _added(build: Build, mask: ir.Value, dtype: ir.DataType, share: int) -> ir.Value:
     """The mask as added to scores: 0 where a token may attend, else the lowest number, r times along the queries."""
     if mask.dtype == ir.DataType.BOOL:
         lowest = float(np.finfo(dtype.numpy()).min) if dtype != ir.DataType.BFLOAT16 else -3.3e38
@@ -301,7 +285,7 @@ def _float(node: ir.Node, name: str, default: float = 0.0) -> float:
     return node.attributes[name].as_float() if name in node.attributes else default
 
 
-_LOWERINGS: dict[str, Callable[[_Build, ir.Node], ir.Value]] = {
+_LOWERINGS: dict[str, Callable[[Build, ir.Node], ir.Value]] = {
     "Attention": _attention,
     "RMSNormalization": _rms_normalization,
     "RotaryEmbedding": _rotary_embedding,

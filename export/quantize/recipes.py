@@ -10,9 +10,9 @@
 | fp8  | W8A8 in E4M3 | A: the same, B: FP16 | the same | the same | floating point |
 
 W8A8: 8-bit weights with a scale per output channel, inputs rounded to 8 bits with one static scale per tensor.
-W8 and W4 round weights only; on a CPU the input of a W8 product is rounded while it runs, with one scale per token, for
-which int8-dynamic needs no calibration. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the
-others.
+W8 and W4 round weights only. On a CPU the input of a W8 product is rounded while it runs, with one scale per token, for
+which int8-dynamic needs no calibration. TensorRT has no product for W8, so its targets get W8A8 instead, but for a
+low-rank B. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the others.
 Norms, biases, the gate, the patch convolution, rotary tables, attention and the embedding are never quantized.
 """
 
@@ -135,6 +135,8 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
         if linear.precision == "int4" and (shapes[name][1] % (linear.block or 1) or shapes[name][0] % 2):
             # A block may not end outside its row, which matters for the low-rank parts of a small model.
             linears[name] = LinearPlan("int8")
+    if targets.is_gpu(target):
+        linears = {name: _with_product(name, linear) for name, linear in linears.items()}
     used = {linear.precision for linear in linears.values()}
     if "fp8" in used and targets.is_gpu(target) and "fp8" not in targets.target(target).precisions:
         raise UsageError(f"precision fp8: target {target} has no FP8 units on its GPUs; choose int8 or int4")
@@ -155,6 +157,17 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
         scaling=options.scaling and bool(quantized),
         clipping=options.clipping and bool(quantized) and options.recipe != DYNAMIC,
     )
+
+
+def _with_product(name: str, linear: LinearPlan) -> LinearPlan:
+    """A treatment for which TensorRT has a product: with 8-bit weights it multiplies 8-bit inputs only.
+
+    Weights alone would be widened into scratch memory at every run. A low-rank B is left as it is: calibration does not
+    see its input, and no step reads it.
+    """
+    if linear.precision in ("int8", "fp8") and not name.endswith(".lora_b"):
+        return dataclasses.replace(linear, activations=True)
+    return linear
 
 
 def _recipe(name: str, shape: tuple[int, ...], options: RecipeOptions) -> LinearPlan:

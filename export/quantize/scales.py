@@ -48,9 +48,17 @@ class Scales:
 
 
 def find_scales(
-    source: Checkpoint, plan: PrecisionPlan, statistics: Statistics, sensitive: float | None, progress: Progress
+    source: Checkpoint,
+    plan: PrecisionPlan,
+    statistics: Statistics,
+    sensitive: float | None,
+    progress: Progress,
+    whole: bool = False,
 ) -> Scales:
-    """Search every group and every Linear that the plan quantizes. Raises CalibrationError if a point is missing."""
+    """Search every group and every Linear that the plan quantizes. Raises CalibrationError if a point is missing.
+
+    sensitive: int4 Linears with a larger error get 8 bits. whole: with rounded inputs, as TensorRT's products want.
+    """
     shapes = {name: source.shape(name) for name in source.names()}
     folding = Folding(shapes)
     linears = dict(plan.linears)
@@ -67,6 +75,11 @@ def find_scales(
                 if scale is not None:
                     folding.add(group, scale)
     inputs: dict[str, float] = {}
+
+    def input_scale(name: str, seen: _Seen, weight: Tensor) -> float:
+        threshold = torch.tensor(seen.threshold(plan.observer or "mse", weight))
+        return float(safe_scale(threshold, LEVELS[linears[name].precision], True))
+
     errors: dict[str, float] = {}
     importance: dict[str, Tensor] = {}
     for name in quantized:
@@ -79,12 +92,13 @@ def find_scales(
         importance[name] = seen.mean_square
         weight, _ = sample(source, name, folding)
         if linears[name].activations:
-            levels = LEVELS[linears[name].precision]
-            inputs[name] = float(safe_scale(torch.tensor(seen.threshold(plan.observer or "mse", weight)), levels, True))
+            inputs[name] = input_scale(name, seen, weight)
         errors[name] = seen.error(weight, linears[name], inputs.get(name), plan)
         if linears[name].precision == "int4" and sensitive is not None and errors[name] > sensitive:
-            linears[name] = LinearPlan("int8")
-            errors[name] = seen.error(weight, linears[name], None, plan)
+            linears[name] = LinearPlan("int8", activations=whole)
+            if whole:
+                inputs[name] = input_scale(name, seen, weight)
+            errors[name] = seen.error(weight, linears[name], inputs.get(name), plan)
     # Linears that share their input (gate and up, a weight and its low-rank part) share its rounding.
     shared: dict[tuple[str, str], list[str]] = {}
     for name in inputs:

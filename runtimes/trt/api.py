@@ -50,6 +50,7 @@ class EngineTensor:
     """An input or output. dtype is numpy's name; dynamic dimensions of the shape are -1.
 
     profiles: smallest, best and largest shape in each optimization profile (for inputs of an engine only).
+    alias: the input whose memory an output is written to, if TensorRT says that there is one.
     """
 
     name: str
@@ -57,6 +58,7 @@ class EngineTensor:
     dtype: str
     shape: Shape
     profiles: tuple[tuple[Shape, Shape, Shape], ...] = ()
+    alias: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +224,8 @@ class Network:
                 self.library.fail(f"take the profile {dict(shapes)}", "please report this")
         if self.library.has(Network.let_attention_decompose):
             self.let_attention_decompose()
+        if not self.library.rtx:  # whose engines hold their programs as text
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for `Engine.described`
         stopped: list[BaseException] = []
         config.progress_monitor = self._monitor(progress, stopped)
         if self.library.has(Network._stream):
@@ -315,8 +319,14 @@ class Engine:
                 smallest, best, largest = engine.get_tensor_profile_shape(name, number)
                 profiles.append((tuple(smallest), tuple(best), tuple(largest)))
             dtype = DTYPES[engine.get_tensor_dtype(name).name]
-            found.append(EngineTensor(name, is_input, dtype, tuple(engine.get_tensor_shape(name)), tuple(profiles)))
+            alias = None if is_input or not self.library.has(Engine._alias) else self._alias(name)
+            shape = tuple(engine.get_tensor_shape(name))
+            found.append(EngineTensor(name, is_input, dtype, shape, tuple(profiles), alias))
         return found
+
+    @only(classic=(10, 15), rtx=(1, 7))
+    def _alias(self, output: str) -> str | None:
+        return self._engine.get_aliased_input_tensor(output) or None
 
     def context(self, cache: bytes | None = None) -> Context:
         """Make an execution context. cache: compiled kernels from an earlier run (TensorRT for RTX only)."""
@@ -329,6 +339,16 @@ class Engine:
         if context is None:
             self.library.fail("make an execution context", "free GPU memory, or export with a smaller --context")
         return Context(self, context, kept)
+
+    def described(self, context: Context) -> str:
+        """What the library's inspector says about the engine at the shapes of a context, as JSON.
+
+        That is names of layers only, unless the engine was built with details, as `Network.build` asks for.
+        """
+        trt = self.module
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = context.raw
+        return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
     @only(rtx=(1, 7))
     def _with_cache(self, blob: bytes | None) -> tuple[trt.IExecutionContext, Any]:

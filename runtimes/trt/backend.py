@@ -1,11 +1,13 @@
 """TensorRT on a GPU: engines, device buffers, one stream. Not yet run on a GPU.
 
-Buffers are allocated once. The K/V cache is bound as past and as present, so an engine writes it in place. The
-ScatterND update is idempotent, so binding past and present to one address is safe. Two layers may not share a buffer,
-because TensorRT would not know about it, so both K/V sets are always kept.
+Buffers are allocated once. The K/V cache is bound as past and as present, so an engine writes it in place. From
+TensorRT 10.15 on that is the rule (KVCacheUpdate). Before, the update is a ScatterND, which puts the same rows at the
+same places however often it runs, so one address for both is safe there too. Two layers may not share a buffer, because
+TensorRT would not know about it, so both K/V sets are always kept.
 Image features stay in device memory, and are copied within it to their places among the embeddings. A step uploads one
 embedding and one position from page-locked memory, runs, and downloads the id of the best token; logits are downloaded
-only when asked for. From the second step on it is one CUDA graph. Calls from several threads take turns.
+only when asked for. A step reads the filled rows of the cache, rounded up to a multiple of ROWS. As long as that number
+stays, steps are one CUDA graph from the second on. Calls from several threads take turns.
 Finalizers of sessions and features only queue device memory. It is freed at the next allocation, because a garbage
 collection may run during a graph capture.
 """
@@ -41,6 +43,7 @@ from trol_edge.runtimes.trt import weights as trt_weights
 from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
 
 Float32 = NDArray[np.float32]
+ROWS = 256  # a step reads a multiple of so many rows: each number of rows needs a CUDA graph of its own
 MOST_KERNELS = 1 << 30  # most bytes of kernels from an earlier run
 _Garbage = tuple[list[int], list[Any]]  # blocks of device memory and captured graphs to be freed
 
@@ -150,10 +153,12 @@ class TrtBackend:
         ports = (p for name in ("vision", "traverse") for p in (*graphs[name].inputs, *graphs[name].outputs))
         self._lease = _Lease(self.garbage)
         own = [p for p in ports if not p.name.startswith(("past_", "present_"))]
-        self._shared = self.allocate(own, "what all sessions share", self._lease)
+        self.shared = self.allocate(own, "what all sessions share", self._lease)
         self.weights = trt_weights.upload(bundle, self.cuda, verify)
-        self._shared |= self.weights
+        self.shared |= self.weights
         self._slots = np.arange(self.context, dtype=np.int64)
+        self.cuda.upload(self.shared["slots"], self._slots)  # every run reads the first so many of them
+        self.cuda.wait()
         self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
         self._kept = False
         self._closing = weakref.finalize(self, _close, self.cuda, self.contexts, self._engines)
@@ -210,6 +215,7 @@ class TrtBackend:
         wrong = sorted(found.keys() ^ (wanted.keys() | weights)) + [
             n for n, info in found.items() if n in wanted and info.dtype != wanted[n].dtype
         ]
+        wrong += [n for n, info in found.items() if info.alias not in (None, n.replace("present_", "past_", 1))]
         if wrong:
             raise BundleError(
                 f"{self.bundle.folder}: the {name} engine has other inputs or outputs than the graph "
@@ -306,9 +312,9 @@ class TrtBackend:
             part = np.ascontiguousarray(pixel_values[start : start + most], np.float32)
             rows = features[start]
             with native, self.lock:
-                self.cuda.upload(self._shared["pixel_values"], part)
-                self.run("vision", {"pixel_values": part.shape}, self._shared)
-                self.cuda.copy(rows.pointer, self._shared["image_features"], len(part) * rows.nbytes)
+                self.cuda.upload(self.shared["pixel_values"], part)
+                self.run("vision", {"pixel_values": part.shape}, self.shared)
+                self.cuda.copy(rows.pointer, self.shared["image_features"], len(part) * rows.nbytes)
                 self.cuda.wait()  # `part` must live until the copy is done
         return features
 
@@ -328,7 +334,6 @@ class TrtBackend:
         given: dict[str, NDArray[Any]] = {
             "inputs_embeds": embeddings[None],
             "position_ids": self._slots[None, start:stop],
-            "slots": self._slots[:stop],
             "image_mask": mask[None, :, None],
             "rope_offset": np.array([rope_offset], np.int64),
         }
@@ -336,11 +341,11 @@ class TrtBackend:
         dynamic = {p.name for p in graph.inputs if any(isinstance(d, str) for d in p.shape)}
         with native, self.lock:
             for name, array in feeds.items():
-                self.cuda.upload(self._shared[name], array)
+                self.cuda.upload(self.shared[name], array)
             kept = [self._place(placed) for placed in pictures]
-            shapes = {name: array.shape for name, array in feeds.items() if name in dynamic}
-            self.run("traverse", shapes, {**self._shared, **cache})
-            self.cuda.download(self._logits, self._shared["logits"])
+            shapes = {name: array.shape for name, array in feeds.items() if name in dynamic} | {"slots": (stop,)}
+            self.run("traverse", shapes, {**self.shared, **cache})
+            self.cuda.download(self._logits, self.shared["logits"])
             self.cuda.wait()
             del kept
             return self._logits[0].astype(np.float32)
@@ -348,7 +353,7 @@ class TrtBackend:
     def _place(self, placed: Placed) -> Any:
         """Enqueue the copy of image features among the embeddings; returns what must live until the stream is idle."""
         features, width = placed.features, self.spec.hidden_size * 4
-        target, size = self._shared["inputs_embeds"] + placed.at * width, placed.count * width
+        target, size = self.shared["inputs_embeds"] + placed.at * width, placed.count * width
         if isinstance(features, DeviceFeatures):
             if features.backend is not self:
                 raise UsageError("these image features are in the memory of another Runtime; encode the picture here")
@@ -383,7 +388,7 @@ class TrtState:
         past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
         self._ports = {p.name: p for p in past}
         step = graphs["step"]
-        own = [p for p in (*step.inputs, *step.outputs) if not p.name.startswith(("past_", "present_"))]
+        own = [p for p in (*step.inputs, *step.outputs) if not p.name.startswith(("past_", "present_", "slots"))]
         self._lease = _Lease(backend.garbage)
         what = f"a session (both K/V sets for {backend.context} tokens)"
         found = backend.allocate((*past, *own), what, self._lease)
@@ -399,8 +404,10 @@ class TrtState:
         self._rope_offset = 0
         self.execution = backend.new_context("step")
         for name in backend.infos["step"]:
-            self.execution.address(name, {**backend.weights, **self._own, **self._cache}[name])
-        self._runs = 0
+            self.execution.address(name, {**backend.shared, **self._own, **self._cache}[name])
+        self._rows = 0  # that the next run reads
+        self._runs = 0  # with this number of rows
+        self._ran = False
         self._graph: Any = None
 
     def traverse(
@@ -437,7 +444,8 @@ class TrtState:
         self._host["position_ids"][0, 0] = position
         if "rope_offset" in self._host:
             self._host["rope_offset"][0] = self._rope_offset
-        # The first run is not captured, because TensorRT sets itself up in it. Later shapes and addresses never change.
+        self._read(min(backend.context, -(-(position + 1) // ROWS) * ROWS))
+        # The first run of a shape is not captured, because TensorRT sets itself up in it.
         if self._graph is None and self._runs and backend.cuda_graphs:
             self._capture()
         if self._graph is not None:
@@ -445,6 +453,17 @@ class TrtState:
         else:
             self._enqueue()
         self._runs += 1
+
+    def _read(self, rows: int) -> None:
+        """Let the next runs read this many rows of the cache."""
+        if rows == self._rows:
+            return
+        if self._graph is not None:  # a graph may not run any more when its context has another shape
+            self._lease.graphs.remove(self._graph)
+            self._backend.cuda.drop(self._graph)
+            self._graph = None
+        self.execution.shape("slots", (rows,))
+        self._rows, self._runs = rows, 0
 
     def _capture(self) -> None:
         """Make the step one CUDA graph, if TensorRT lets it."""
@@ -474,7 +493,8 @@ class TrtState:
 
     def _finish(self) -> None:
         self._backend.cuda.wait()
-        if self._runs == 1:
+        if not self._ran:
+            self._ran = True
             self._backend.keep_kernels({"step": self.execution})
 
     def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:

@@ -2,7 +2,8 @@
 
 Before anything is parsed, the operators are checked against what this TensorRT supports. Before anything is built, it
 is checked that every input is read, and that the layers compute in the types that the bundle asks for. Afterwards it is
-checked that the engine fits the memory of its target. Engines of classic TensorRT are built on the GPU that runs them.
+checked that the engine multiplies in these types, where its file says so, and that it fits the memory of its target.
+Engines of classic TensorRT are built on the GPU that runs them.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ from trol_edge.bundle.engines import (
 from trol_edge.bundle.folder import new_folder, sha256_of
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.program_counts import ProgramCounts
+from trol_edge.bundle.programs import counts_of
 from trol_edge.bundle.sizes import build_bytes, cache_bytes, engine_weight_bytes, shared_weights
 from trol_edge.bundle.targets import Target, is_gpu, refusals
 from trol_edge.bundle.targets import target as target_of
-from trol_edge.errors import BackendError, BundleError
+from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.machine.identity import available_memory
+from trol_edge.program import text
 from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import Library, Network, Shape, load
+from trol_edge.runtimes.trt.products import require_products
 
 SHORT = 64  # length of a follow-up question in tokens; longer chunks use the second profile
 COUNTED = ("MATRIX_MULTIPLY", "CONVOLUTION", "DEQUANTIZE", "QUANTIZE", "ATTENTION_INPUT")
@@ -156,6 +161,8 @@ def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
         return ({"images": (1, tiles, tiles)},)
     if not names <= {"tokens", "slots"}:
         raise BundleError(f"{bundle.folder}: {graph.file} has unknown dynamic dimensions {sorted(names)}")
+    if names == {"slots"}:
+        return ({"slots": (1, max(1, context // 2), context)},)
     short = min(SHORT, context)
     ranges = [(1, max(1, short // 2), short)]
     if context > short:
@@ -207,6 +214,8 @@ def build_one(
         workspace_bytes,
         lambda phase, done, steps: progress(f"{name}: {phase}", done, steps),
     )
+    if library.rtx:  # the file of another TensorRT does not say
+        require_products(bundle, name, folder / file, ranges)
     return EngineInfo(
         file=file,
         bytes=(folder / file).stat().st_size,
@@ -216,7 +225,19 @@ def build_one(
         layers=layers,
         profiles=ranges,
         seconds=time.perf_counter() - start,
+        programs=_counts(bundle, name, library, folder / file, ranges),
     )
+
+
+def _counts(
+    bundle: Bundle, name: str, library: Library, path: Path, ranges: tuple[dict[str, Range], ...]
+) -> tuple[ProgramCounts, ...]:
+    """What the engine moves, if its file says so; the inspector of classic TensorRT would have to load it for that."""
+    graph, context = bundle.manifest.graphs[name], bundle.manifest.context
+    try:
+        return counts_of(graph, context, text.read(path), ranges, shared_weights(bundle)) if library.rtx else ()
+    except (BundleError, UsageError):
+        return ()
 
 
 def _require_room(bundle: Bundle, graph: GraphInfo) -> None:

@@ -26,6 +26,8 @@ from trol_edge.export.quantize.recipes import RecipeOptions
 
 FOLDER = Path("build/engines-full")
 RATIO = 1.03  # an engine's bytes / those of its weights, each once
+FILLED = 1000  # rows of the K/V cache for which a step is counted
+MOVED = 1.10  # bytes that a step moves / those of its constants, the filled rows and the logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Built:
     seconds: float
     peak_bytes: int
     engines: dict[str, dict[str, Any]]  # graph -> bytes, weight_bytes, seconds, ...
+    programs: dict[str, dict[str, Any]]  # graph -> moved, ideal, ratio, scratch, ..., or unknown: why
     missed: tuple[str, ...]
 
 
@@ -80,6 +83,8 @@ def measure(
     try:
         report(f"{case.model} {case.precision}: build ...")
         said = json.loads(bench.run_python("-m", "trol_edge", "build", str(bundle), "--force", "--json"))
+        inspect = ("-m", "trol_edge", "inspect", str(bundle), "--program", "--filled", str(FILLED), "--json")
+        programs = json.loads(bench.run_python(*inspect))["engines"]["rtx"]
     finally:
         shutil.rmtree(bundle)
     built = Built(
@@ -90,6 +95,7 @@ def measure(
         seconds=said["seconds"],
         peak_bytes=said["peak_bytes"],
         engines=said["engines"],
+        programs={name: {k: v for k, v in p.items() if k != "kernels"} for name, p in programs.items()},
         missed=(),
     )
     return dataclasses.replace(built, missed=tuple(misses(case, built)))
@@ -126,6 +132,11 @@ def misses(case: FullSize, built: Built) -> list[str]:
     for name, engine in built.engines.items():
         if (ratio := engine["bytes"] / engine["weight_bytes"]) > RATIO:
             found.append(f"{name}: {ratio:.3f} times its weights, at most {RATIO}")
+    step = built.programs["step"]
+    if "unknown" in step:
+        found.append(f"step: its program cannot be counted: {step['unknown']}")
+    elif step["ratio"] > MOVED:
+        found.append(f"step: moves {step['ratio']:.2f} times what it must, at most {MOVED}")
     return found
 
 
@@ -133,14 +144,17 @@ def show(results: Sequence[Built], console: Console) -> None:
     """Print a table with a row per build, and the missed limits."""
     title = f"{results[0].library}, random weights, {os.cpu_count()} cores"
     table = Table(title=title, title_justify="left", box=None)
-    for column in ("model", "precision", "export s", "build s", "peak GB", "engines GB (times their weights)"):
+    columns = ("model", "precision", "export s", "build s", "peak GB", "engines GB (times their weights)")
+    for column in (*columns, f"a step moves GB (times what it must, {FILLED} filled rows)"):
         table.add_column(column, justify="left" if column in ("model", "precision") else "right")
     for built in results:
         sizes = ", ".join(
             f"{name} {e['bytes'] / 1e9:.3f} ({e['bytes'] / e['weight_bytes']:.3f})" for name, e in built.engines.items()
         )
         row = (f"{built.export_seconds:.0f}", f"{built.seconds:.0f}", f"{built.peak_bytes / 1e9:.2f}", sizes)
-        table.add_row(built.model, built.precision, *row)
+        step = built.programs["step"]
+        moves = f"{step['moved'] / 1e9:.3f} ({step['ratio']:.2f})" if "ratio" in step else "unknown"
+        table.add_row(built.model, built.precision, *row, moves)
     console.print(table)
     for built in results:
         for miss in built.missed:
@@ -180,7 +194,7 @@ def main(
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     out = Console(highlight=False)
-    out.width = max(out.width, 156)  # so that a row is one line, in a log file too
+    out.width = max(out.width, 210)  # so that a row is one line, in a log file too
     show(results, out)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)

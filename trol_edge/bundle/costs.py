@@ -2,8 +2,8 @@
 
 A polynomial is a dict from monomial to whole coefficient: {"tokens*slots": 4096, "tokens": 12, "1": 7} is
 4096*tokens*slots + 12*tokens + 7. Its variables are the dynamic dimensions of the graph's ports. Vision has images (or
-tiles). Traverse has tokens, and slots (tokens in the cache after the run). A step of the CPU target has slots, too; no
-port shows them, but its attention reads only the filled part of the cache.
+tiles). Traverse has tokens, and slots (tokens in the cache after the run). A step has slots, too, because its attention
+reads only the filled part of the cache; for the CPU target no port shows them.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from typing import Any
 from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.manifest import Bundle, FileInfo
 from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.bundle.signature import engines_statement
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError
@@ -48,7 +49,10 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class EngineInfo:
-    """One engine. profiles: dynamic dimension -> range, one entry per optimization profile (none if all is fixed)."""
+    """One engine. profiles: dynamic dimension -> range, one entry per optimization profile (none if all is fixed).
+
+    programs: what its kernels move, for each profile; empty if its program could not be read.
+    """
 
     file: str
     bytes: int
@@ -58,6 +62,7 @@ class EngineInfo:
     layers: dict[str, int]  # "MATRIX_MULTIPLY float16" -> count, as the parser made them
     profiles: tuple[dict[str, Range], ...]
     seconds: float
+    programs: tuple[ProgramCounts, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ _STANDARD = """
 Abs Add Attention Cast Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div DynamicQuantizeLinear Erf Expand
 Flatten Gather Gelu Identity LayerNormalization Less LessOrEqual MatMul MatMulInteger Max Min Mul Neg Pow QuantizeLinear
 RMSNormalization Range ReduceMax ReduceMean ReduceMin ReduceSum Reshape RotaryEmbedding ScatterND Shape Sigmoid Slice
-Softmax Split Sqrt Squeeze Sub Swish Tanh Transpose Unsqueeze Where
+Softmax Split Sqrt Squeeze Sub Swish Tanh TensorScatter Transpose Unsqueeze Where
 """
 _MICROSOFT = "GroupQueryAttention MatMulIntegerToFloat MatMulNBits QuantizeLinear DequantizeLinear"
 OPERATORS = {"": frozenset(_STANDARD.split()), MICROSOFT: frozenset(_MICROSOFT.split())}

@@ -155,11 +155,16 @@ def _print_plans(plans: Any) -> None:
             dims = ", ".join(f"{n} {name}" for name, n in s.dims.items())
             out.print(
                 f"  {s.graph} ({dims}): {s.expected * 1e3:.1f} ms expected, {s.floor * 1e3:.1f} at least; "
-                f"{s.flops / 1e9:.1f} G operations, {s.bytes / 1e9:.2f} GB; most of it is {s.bound}",
+                f"{s.flops / 1e9:.1f} G operations, {s.bytes / 1e9:.2f} GB"
+                + (f", of which its engine makes {s.moved / 1e9:.2f}" if s.moved is not None else "")
+                + f"; most of it is {s.bound}",
                 soft_wrap=True,
             )
         if p.next_question is not None:
             out.print(f"  a second question about the picture: {p.next_question * 1e3:.0f} ms")
+        if gpu:
+            counted = p.subject.programs_of or "no engines, so what these move beyond weights and cache is not planned"
+            out.print(f"  bytes counted in the programs of: {counted}", style="dim", soft_wrap=True)
         for note in p.machine.notes:
             out.print(f"  {note}", style="dim", soft_wrap=True)
         if gpu:

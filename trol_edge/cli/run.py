@@ -138,10 +138,30 @@ def _given(prompt: str, images: list[Path]) -> tuple[str, list[Picture]]:
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     trusted_key: TrustedKeys = None,
+    program: Annotated[
+        bool, typer.Option("--program", help="Show instead what the engines' kernels read and write.")
+    ] = False,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt for --program.  [default: one picture and a question]")
+    ] = None,
+    filled: Annotated[
+        int | None, typer.Option(help="Filled rows of the K/V cache for --program.  [default: those of the prompt]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is in a bundle: graphs, operators, inputs and outputs, weights and the bytes a step reads."""
+    """Show what is in a bundle: graphs, operators, inputs and outputs, weights and the bytes a step reads.
+
+    With --program, show for each engine what its kernels read and write, and what of it could be avoided.
+    """
     from trol_edge.bundle.manifest import Bundle
+
+    if program:
+        from trol_edge.cli.programs import show_programs
+
+        show_programs(Bundle(bundle, trusted_key or None), tokens, filled, as_json)
+        return
+    if tokens is not None or filled is not None:
+        raise UsageError("--tokens and --filled are for --program; add it")
     from trol_edge.bundle.sizes import device_bytes, loaded_bytes, shared_weights
     from trol_edge.bundle.targets import is_gpu
 

@@ -147,7 +147,7 @@ DEVICES = {
         Device(
             name="agx-thor",
             title="Jetson AGX Thor (T5000)",
-            target="jetson-jp7",
+            target="jetson-jp72",
             memory_bytes=125772 * MIB,
             os_bytes=1_500_000_000,
             desktop_bytes=1_600_000_000,
@@ -161,7 +161,7 @@ DEVICES = {
         Device(
             name="thor-t4000",
             title="Jetson T4000",
-            target="jetson-jp7",
+            target="jetson-jp72",
             memory_bytes=62817 * MIB,
             os_bytes=1_500_000_000,
             desktop_bytes=1_600_000_000,

@@ -297,6 +297,6 @@ def work(bundle: Bundle, ids: Sequence[int], tokens: int) -> dict[str, Work] | N
         chunk = ids[first : first + PREFILL_CHUNK]
         graph = "traverse" if image_id in chunk or "traverse_text" not in costs else "traverse_text"
         add("prefill", costs[graph].at(tokens=len(chunk), slots=first + len(chunk)))
-    # A step in the middle of the answer. A GPU's step reads the whole cache, so there its costs do not use `slots`.
+    # A step in the middle of the answer.
     add("step", costs["step"].at(slots=len(ids) + tokens // 2))
     return found

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from trol_edge.bundle.costs import Costs, Operation
+from trol_edge.bundle.costs import Costs, Operation, evaluate
+from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.errors import UsageError
 from trol_edge.plan.rates import Platform, Points, Rates
 
 
 @dataclasses.dataclass(frozen=True)
 class GraphTime:
-    """The work and the times of one run of one graph."""
+    """The work and the times of one run of one graph. moved: all bytes that its engine's program moves, if known."""
 
     graph: str
     dims: dict[str, int]
@@ -23,12 +24,35 @@ class GraphTime:
     floor: float  # seconds
     expected: float  # seconds
     bound: str  # takes most of the expected time: "arithmetic", "memory" or "starting operators"
+    moved: int | None = None
 
 
-def graph_time(graph: str, costs: Costs, weight_bytes: int, machine: Platform, **dims: int) -> GraphTime:
-    """Compute the times of one run of a graph whose weights take weight_bytes."""
+def graph_time(
+    graph: str,
+    costs: Costs,
+    weight_bytes: int,
+    machine: Platform,
+    programs: Sequence[ProgramCounts] = (),
+    capacity: int = 0,
+    /,
+    **dims: int,
+) -> GraphTime:
+    """Compute the times of one run of a graph whose weights take weight_bytes.
+
+    programs: what the kernels of its engine move, by optimization profile. Where it is known, the expected time is that
+    of these bytes and products; what only the graph says is taken from there (attention, operators that start). The
+    floor never depends on an engine. capacity: rows of a K/V cache.
+    """
     sizes, total = costs.dims(dims), costs.at(**dims)
-    parts = [_seconds(o, sizes, weight_bytes, machine.reached) for o in costs.operations]
+    moved = None
+    if programs:
+        program = next((p for p in programs if p.takes(sizes)), programs[-1])
+        every = {"capacity": capacity} | dict.fromkeys(("tokens", "slots", "images"), 1) | sizes
+        moved = program.moved(every)
+        parts = [*_of_program(program, costs, every, weight_bytes, machine.reached)]
+        parts += [(0.0, 0.0, _seconds(o, sizes, weight_bytes, machine.reached)[2]) for o in costs.operations]
+    else:
+        parts = [_seconds(o, sizes, weight_bytes, machine.reached) for o in costs.operations]
     sums = {
         "arithmetic": sum(c for c, m, _ in parts if c >= m),
         "memory": sum(m for c, m, _ in parts if c < m),
@@ -36,13 +60,38 @@ def graph_time(graph: str, costs: Costs, weight_bytes: int, machine: Platform, *
     }
     products = [(o, o.at(sizes)) for o in costs.operations if o.kind in ("linear", "convolution", "attention")]
     compute = sum(o.count * c.flops / _most(machine.peak, o.arithmetic) for o, c in products)
-    moved = total.weight_bytes + total.cache_bytes
-    floor = max(compute, moved / max(rate for _, rate in machine.peak.reads))
+    needed = total.weight_bytes + total.cache_bytes
+    floor = max(compute, needed / max(rate for _, rate in machine.peak.reads))
     bound = max(sums, key=lambda name: sums[name])
     shown = {name: size for name, size in sizes.items() if name in ("tokens", "slots", "images")}
     return GraphTime(
-        graph=graph, dims=shown, flops=total.flops, bytes=moved, floor=floor, expected=sum(sums.values()), bound=bound
+        graph=graph,
+        dims=shown,
+        flops=total.flops,
+        bytes=needed,
+        floor=floor,
+        expected=sum(sums.values()),
+        bound=bound,
+        moved=moved,
     )
+
+
+def _of_program(
+    program: ProgramCounts, costs: Costs, dims: Mapping[str, int], weight_bytes: int, rates: Rates
+) -> Iterator[tuple[float, float, float]]:
+    """Seconds of arithmetic and memory of the kernels of each kind; starting them is counted with the operators."""
+    attention = [o for o in costs.operations if o.kind == "attention"]
+    for work in program.work:
+        if work.kind == "attention":
+            arithmetic = sum(o.count * o.at(dims).flops / _reached(rates, o.arithmetic) for o in attention)
+        else:
+            operations = evaluate(work.operations, dims)
+            arithmetic = operations / _reached(rates, work.kind) if operations else 0.0
+        yield arithmetic, evaluate(work.bytes, dims) / rate_at(rates.reads, weight_bytes), 0.0
+
+
+def _reached(rates: Rates, arithmetic: str) -> float:
+    return _most(rates, "float16" if arithmetic == "bfloat16" else arithmetic)
 
 
 def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Rates) -> tuple[float, float, float]:

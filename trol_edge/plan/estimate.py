@@ -3,7 +3,8 @@
 Everything comes from the counts that export took from the graphs (`trol_edge.bundle.costs`), the device table, and the
 few numbers below. A floor is a time that no implementation can beat: all operations at the peak rate, or weights and
 cache at the peak bandwidth. The expected time is a sum over operators. Each takes the longer of its operations at the
-rate that is usually reached and its bytes at the bandwidth that is usually reached, plus a fixed time to start.
+rate that is usually reached and its bytes at the bandwidth that is usually reached, plus a fixed time to start. Where
+the program of an engine is known, its kernels take the place of the operators: they move more than the graph needs.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ def plan(
     text_graph = "traverse_text" if text_only else "traverse"
 
     def run(name: str, **given: int) -> GraphTime:
-        return graph_time(name, subject.graphs[name], subject.weights[name], machine, **given)
+        programs = subject.programs.get(name, ())
+        return graph_time(
+            name, subject.graphs[name], subject.weights[name], machine, programs, subject.context, **given
+        )
 
     vision = [run("vision", images=tiles)] if tiles else []
     prefill = run("traverse" if tiles else text_graph, tokens=prompt, slots=prompt)
@@ -153,6 +157,7 @@ def to_dict(planned: Planned) -> dict[str, Any]:
         "changes": list(planned.changes),
         "memory": dataclasses.asdict(memory)
         | {"needed": memory.needed, "remains": memory.remains, "build_remains": memory.build_remains},
+        "programs_of": subject.programs_of,
         "stages": [dataclasses.asdict(graph_time) for graph_time in planned.stages],
         "first_token": dict(zip(("floor", "expected"), planned.first_token, strict=True)),
         "next_question": planned.next_question,

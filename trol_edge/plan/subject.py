@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from trol_edge.bundle.costs import Costs
+from trol_edge.bundle.engines import folder_of, read
 from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.bundle.sizes import cache_bytes, device_bytes, loaded_bytes, shared_weights
 from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import BundleError
@@ -16,7 +18,11 @@ ANSWER_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A bundle, or a model as it would be exported. Bytes are those in the device's memory."""
+    """A bundle, or a model as it would be exported. Bytes are those in the device's memory.
+
+    programs: what the kernels of each graph's engine move, by optimization profile; a graph without it is planned from
+    its own counts. programs_of: which engines these are, in words.
+    """
 
     name: str
     target: str
@@ -32,6 +38,8 @@ class Subject:
     shared: bool  # whether they share it
     embedding_bytes: int  # size of the table, which is held as it is stored, in the CPU's memory
     cache_bytes: int  # size of one K/V set at full context
+    programs: dict[str, tuple[ProgramCounts, ...]] = dataclasses.field(default_factory=dict)
+    programs_of: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +67,8 @@ def subject_of(bundle: Bundle) -> Subject:
     sizes = {name: {w: size(w) for w in info.weights} for name, info in manifest.graphs.items()}
     decoder = {w: n for name, found in sizes.items() if name != "vision" for w, n in found.items()}
     apart, together = device_bytes(bundle) if on_gpu else (0, 0)
+    built = read(bundle, manifest.target) if folder_of(bundle, manifest.target).exists() else None
+    programs = {name: engine.programs for name, engine in built.engines.items() if engine.programs} if built else {}
     return Subject(
         name=manifest.model,
         target=manifest.target,
@@ -74,4 +84,6 @@ def subject_of(bundle: Bundle) -> Subject:
         shared=on_gpu and bool(shared_weights(bundle)),
         embedding_bytes=tensors["embedding"].nbytes,
         cache_bytes=cache_bytes(manifest.graphs["step"].inputs, manifest.context),
+        programs=programs,
+        programs_of=f"its own engines, {built.key.library}" if built and programs else "",
     )

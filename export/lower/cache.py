@@ -1,0 +1,120 @@
+"""Rewrites of the K/V cache for TensorRT: new rows are written in place, and a step reads the filled rows only.
+
+What TensorRT for RTX 1.7 does with each form was read in the programs of its engines (docs/decisions.md):
+ScatterND makes a new tensor, so a cache that is bound as past and as present is copied onto itself at every run.
+TensorScatter becomes TensorRT's KVCacheUpdate, which writes the new rows only. A product with the first T rows of a
+cache, written as MatMul or Attention, copies these rows first. Written as Mul and ReduceSum it reads them in place.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from trol_edge.errors import ExportError
+from trol_edge.export.lower.making import Build, Shared
+
+FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
+LOWEST = float(np.finfo(np.float32).min)  # added to the scores of tokens that may not be seen
+
+
+def read_filled(model: ir.Model) -> None:
+    """Give a step the input `slots` [T] int64, 0..T-1: its attention reads the first T rows of the cache.
+
+    T is above the position of the token, and at most the capacity. A graph for any T replaces one for the capacity.
+    """
+    graph = model.graph
+    slots = ir.Value(name="slots", shape=ir.Shape(["slots"]), type=ir.TensorType(INT64))
+    graph.inputs.insert(2, slots)  # where a traverse has it
+    positions = next(value for value in graph.inputs if value.name == "position_ids")
+    shared = Shared(prefix="filled")
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        build = Build(graph, node, shared)
+        end = build.once("end", lambda b=build: b.op("Shape", [slots], INT64))  # type: ignore[misc]
+        visible = build.once("visible", lambda b=build: _visible(b, slots, positions))  # type: ignore[misc]
+        for index in (1, 2):
+            present = node.inputs[index]
+            assert present is not None and present.shape is not None
+            rows = build.op("Slice", [present, build.ints(0), end, build.ints(2)])
+            batch, heads, _, size = present.shape.dims
+            rows.shape = ir.Shape([batch, heads, "slots", size])
+            node.replace_input_with(index, rows)
+        node.replace_input_with(3, visible)
+    for unused in [n for n in reversed(graph) if not any(o.uses() or o.is_graph_output() for o in n.outputs)]:
+        graph.remove(unused, safe=True)
+
+
+def _visible(build: Build, slots: ir.Value, positions: ir.Value) -> ir.Value:
+    """Bool mask [1, 1, 1, T]: True for the rows up to the token's own."""
+    rows = build.op("Unsqueeze", [slots, build.ints(0, 1, 2)])
+    own = build.op("Unsqueeze", [positions, build.ints(1, 2)])
+    rows.shape, own.shape = ir.Shape([1, 1, 1, "slots"]), ir.Shape([1, 1, 1, 1])
+    mask = build.op("LessOrEqual", [rows, own], BOOL)
+    mask.shape = rows.shape
+    return mask
+
+
+def is_write(node: ir.Node) -> bool:
+    """Whether a ScatterND writes new rows into a cache."""
+    past = node.inputs[0] if node.op_type == "ScatterND" else None
+    return past is not None and past.is_graph_input() and str(past.name).startswith("past_")
+
+
+def scatter(build: Build, node: ir.Node) -> ir.Value:
+    """Write new rows [1, G, S, E] with TensorScatter, from the first token's position on; positions are consecutive."""
+    past, _, new = node.inputs
+    positions = next(value for value in build.graph.inputs if value.name == "position_ids")
+
+    def first() -> ir.Value:
+        flat = build.op("Reshape", [positions, build.ints(-1)])
+        return build.op("Slice", [flat, build.ints(0), build.ints(1), build.ints(0)])
+
+    return build.op("TensorScatter", [past, new, build.once("first position", first)], axis=-2)
+
+
+def is_step(node: ir.Node) -> bool:
+    """Whether an Attention has a single query, so that it is a matter of reading the cache."""
+    query = node.inputs[0] if node.op_type == "Attention" else None
+    causal = "is_causal" in node.attributes and node.attributes["is_causal"].as_int()
+    return query is not None and query.shape is not None and query.shape.dims[::2] == (1, 1) and not causal
+
+
+def attend(build: Build, node: ir.Node) -> ir.Value:
+    """Attention of one query, q [1, H, 1, E], k and v [1, G, T, E], bool mask [1, 1, 1, T], as sums in float32.
+
+    Products and sums are fused with the Slice that makes k and v, so the rows are read once and nothing is written
+    but the scores.
+    """
+    q, k, v, mask = [*node.inputs, None][:4]
+    assert q is not None and k is not None and v is not None and q.shape is not None and k.shape is not None
+    dtype = q.dtype
+    assert dtype is not None
+    (_, heads, _, size), groups = q.shape.dims, k.shape[1]
+    more = [value for value in node.inputs[4:] if value is not None]
+    if not all(isinstance(n, int) for n in (heads, size, groups)) or heads % groups or more:  # type: ignore[operator]
+        raise ExportError(f"{node.name}: Attention with {heads} heads and {groups} key heads cannot be lowered")
+    assert isinstance(heads, int) and isinstance(size, int) and isinstance(groups, int)
+    scale = node.attributes["scale"].as_float() if "scale" in node.attributes else 1 / math.sqrt(size)
+    query = _wide(build, build.op("Reshape", [q, build.ints(1, groups, heads // groups, 1, size)]))
+    query = build.op("Mul", [query, build.constant(scale, FLOAT)])
+    keys, values = (_wide(build, build.op("Unsqueeze", [x, build.ints(2)])) for x in (k, v))  # [1, G, 1, T, E]
+    scores = build.op("ReduceSum", [build.op("Mul", [query, keys]), build.ints(-1)], keepdims=1)  # [1, G, r, T, 1]
+    if mask is not None:
+        scores = build.op("Add", [scores, build.once(("filled", mask), lambda: _column(build, mask))])
+    weights = build.op("Softmax", [scores], axis=3)
+    out = build.op("ReduceSum", [build.op("Mul", [weights, values]), build.ints(3)], keepdims=1)  # [1, G, r, 1, E]
+    if dtype != FLOAT:
+        out = build.op("Cast", [out], dtype, to=dtype)
+    return build.op("Reshape", [out, build.ints(1, heads, 1, size)])
+
+
+def _wide(build: Build, value: ir.Value) -> ir.Value:
+    return value if value.dtype == FLOAT else build.op("Cast", [value], FLOAT, to=FLOAT)
+
+
+def _column(build: Build, mask: ir.Value) -> ir.Value:
+    """What is added to scores [1, G, r, T, 1]: 0 where a token may attend, else the lowest number."""
+    added = build.op("Where", [mask, build.constant(0.0, FLOAT), build.constant(LOWEST, FLOAT)], FLOAT)
+    return build.op("Unsqueeze", [added, build.ints(4)])

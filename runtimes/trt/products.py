@@ -1,0 +1,70 @@
+"""Checks that a built engine multiplies in 8 bits where the plan says so, by the products in the engine's program.
+
+A network can hold every DequantizeLinear that was asked for and still multiply in FP16: whether a product and the
+rounding around it become one kernel is decided while the engine is built. Only the program shows it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from trol_edge.bundle.costs import evaluate
+from trol_edge.bundle.engines import Range
+from trol_edge.bundle.manifest import Bundle, GraphInfo
+from trol_edge.bundle.programs import traffic_of
+from trol_edge.bundle.sizes import shared_weights
+from trol_edge.errors import BackendError, BundleError, UsageError
+from trol_edge.program import text
+from trol_edge.program.traffic import Traffic
+
+EIGHT_BITS = ("int8", "fp8")
+TOLERANCE = 0.05  # share of the operations: a compiler pads rows, of a picture's 1025 tokens for example
+
+
+def operations(graph: GraphInfo, dims: Mapping[str, int]) -> dict[str, int]:
+    """Operations of the graph's products with weights, by the type that the plan multiplies in."""
+    found: Counter[str] = Counter()
+    costs = graph.costs
+    for operation in costs.operations if costs else ():
+        if operation.kind == "linear" and costs:
+            found[operation.arithmetic] += operation.count * evaluate(operation.flops, costs.dims(dims))
+    return dict(found)
+
+
+def products(traffic: Traffic) -> dict[str, int]:
+    """Operations of an engine's products with weights, by the type of their factors."""
+    found: Counter[str] = Counter()
+    for kernel in traffic.kernels:
+        if kernel.operations:
+            found[kernel.product] += kernel.operations
+    return dict(found)
+
+
+def differences(asked: Mapping[str, int], found: Mapping[str, int]) -> list[str]:
+    """The 8-bit types in which an engine multiplies less, or more, than the plan asks for, in words."""
+    return [
+        f"{kind}: {asked.get(kind, 0) / 1e9:.3f} billion operations asked for, {found.get(kind, 0) / 1e9:.3f} found"
+        for kind in EIGHT_BITS
+        if abs(found.get(kind, 0) - asked.get(kind, 0)) > TOLERANCE * asked.get(kind, 0)
+    ]
+
+
+def require_products(bundle: Bundle, name: str, path: Path, ranges: tuple[dict[str, Range], ...]) -> dict[str, int]:
+    """Return an engine's products by type, at the best sizes of its last profile; empty if the file does not say.
+
+    Raises BackendError if its 8-bit products are not those of the plan.
+    """
+    dims = {dim: best for dim, (_, best, _) in (ranges[-1] if ranges else {}).items()}
+    graph, context = bundle.manifest.graphs[name], bundle.manifest.context
+    try:
+        found = products(traffic_of(graph, context, text.read(path), dims, None, shared_weights(bundle)))
+    except (BundleError, UsageError):
+        return {}  # an engine whose program cannot be read: nothing is known
+    if graph.costs is not None and (wrong := differences(operations(graph, dims), found)):
+        raise BackendError(
+            f"{graph.file}: the engine does not multiply in the precision of its plan ({'; '.join(wrong)}), so it "
+            "would be slower than planned; please report this, with the version of TensorRT"
+        )
+    return found

@@ -1,0 +1,89 @@
+"""What the engines of full-width layers move, read in their programs: little more than weights and filled rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import one_layer
+from trol_edge.bundle.programs import caches_of, shapes_of
+from trol_edge.errors import UsageError
+from trol_edge.export.quantize.recipes import RecipeOptions
+from trol_edge.program import text
+from trol_edge.program.traffic import Traffic, count
+from trol_edge.runtimes.trt.api import load
+from trol_edge.runtimes.trt.products import differences, operations, products
+
+MODELS, RECIPES = ("trol-1.8b", "trol-3.8b"), ("fp16", "int8", "int4", "fp8")
+MOST = 1.10  # times constants, filled rows and logits
+SCRATCH = 32_000_000  # bytes
+
+
+def library_or_skip() -> Any:
+    """TensorRT for RTX, really."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed (make test-rtx installs it)")
+    return load("tensorrt_rtx")
+
+
+def traffic(made: one_layer.Graph, engine: Path, **dims: int) -> Traffic:
+    """One run of an engine at these sizes of its dynamic dimensions."""
+    problems = []
+    for program in text.read(engine):
+        try:
+            return count(
+                program,
+                shapes_of(made.info, dims),
+                caches=caches_of(made.info, made.context),
+                filled=dims.get("slots"),
+            )
+        except UsageError as error:  # the other profile
+            problems.append(str(error))
+    raise AssertionError(problems)
+
+
+@pytest.mark.rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_moves_what_it_must(model: str, recipe: str, layers: int, tmp_path: Path) -> None:
+    """At a few, half and all filled rows; no cache is copied, no weight widened, and scratch is small."""
+    library = library_or_skip()
+    made = one_layer.graph(model, RecipeOptions(recipe=recipe), "step", tmp_path, layers)
+    engine = one_layer.engine(made, library)
+    for slots in (256, 1024, made.context):
+        found = traffic(made, engine, slots=slots)
+        kinds = {a.kind: a.what for a in found.avoidable}
+        assert found.ratio <= MOST
+        assert not kinds
+        assert found.scratch < SCRATCH
+
+
+DIMS = {"step": {"slots": 1024}, "traverse": {"tokens": 1024, "slots": 1024}, "vision": {}}
+
+
+@pytest.mark.rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+@pytest.mark.parametrize("name", list(DIMS))
+@pytest.mark.parametrize("model", MODELS)
+def test_products_are_those_of_the_plan(model: str, name: str, recipe: str, tmp_path: Path) -> None:
+    """Operations by type, of the program and of the plan; qkv is among those of 8 bits."""
+    library = library_or_skip()
+    made = one_layer.graph(model, RecipeOptions(recipe=recipe), name, tmp_path)
+    dims = DIMS[name] or {"images": made.tiles}
+    found, asked = products(traffic(made, one_layer.engine(made, library), **dims)), operations(made.info, dims)
+    assert differences(asked, found) == []
+    assert found[recipe] > 0.8 * sum(asked.values())
+
+
+def test_products_of_another_type_are_seen() -> None:
+    """Half of the 8-bit operations in FP16, and the other way round; what a compiler pads passes."""
+    asked = {"int8": 1000, "float16": 100}
+    assert differences(asked, asked | {"int8": 1040, "float16": 5000}) == []
+    assert differences(asked, {"int8": 500, "float16": 600}) == [
+        "int8: 0.000 billion operations asked for, 0.000 found"
+    ]
+    assert len(differences({"float16": 1100}, {"fp8": 100, "float16": 1000})) == 1
