@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
+from trol_edge.bundle.graph_cut import cut
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import EMBEDDING, WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
@@ -150,7 +151,7 @@ class OrtBackend:
                 graph = self.bundle.manifest.graphs[name]
                 model: str | bytes = self._models[name]
                 if graph.constants and self._constants:
-                    self._give_constants(options, graph.constants)
+                    self._give_constants(options, graph.constants, self._constants)
                 elif graph.constants:
                     model = os.fspath(self.bundle.path(graph.file))  # its constants are found beside it
                 providers = self.providers_of(name)
@@ -158,17 +159,17 @@ class OrtBackend:
                 self._require_used(self.sessions[name])
             return self.sessions[name]
 
-    def _give_constants(self, options: Any, names: Sequence[str]) -> None:
+    def _give_constants(self, options: Any, names: Sequence[str], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Let a graph take its constants from memory, instead of the file that it names."""
         if not COPIES_CONSTANTS:
-            values = [ort.OrtValue.ortvalue_from_numpy(self._constants[name]) for name in names]
+            values = [ort.OrtValue.ortvalue_from_numpy(arrays[name]) for name in names]
             options.add_external_initializers(list(names), values)
             return
         size = self.bundle.manifest.files[WEIGHTS].bytes
         image = np.zeros(size, np.uint8)  # of the file; pages of it that are never touched take no memory
         for name in names:
             start = self._tensors[name].offset
-            image[start : start + self._constants[name].nbytes] = self._constants[name].reshape(-1).view(np.uint8)
+            image[start : start + arrays[name].nbytes] = arrays[name].reshape(-1).view(np.uint8)
         options.add_external_initializers_from_files_in_memory([WEIGHTS], [image], [size])
 
     def _session_options(self, mem_pattern: bool) -> Any:
@@ -265,6 +266,42 @@ class OrtBackend:
     def new_state(self) -> OrtState:
         """Make an empty KV cache."""
         return OrtState(self)
+
+    def run_cut(
+        self, name: str, cuts: Collection[str], feeds: Mapping[str, NDArray[Any]], state: Any
+    ) -> dict[str, NDArray[Any]] | None:
+        """See trol_edge.backend.Backend. The session lives as long as the call; it packs 4-bit weights once more."""
+        if self.memory != "cpu" or self.bundle.manifest.target != "cpu":
+            return None
+        graph = self.bundle.manifest.graphs[name]
+        options = self._session_options(mem_pattern=False)
+        if missing := [weight for weight in graph.constants if weight not in self._constants]:
+            arrays = self.bundle.weights().load((), stored=missing)
+            self._give_constants(options, graph.constants, {**self._constants, **arrays})
+        elif graph.constants:
+            self._give_constants(options, graph.constants, self._constants)
+        session = _call(
+            f"load {graph.file}", open_session, cut(self._models[name], cuts), options, ["CPUExecutionProvider"]
+        )
+        binding = session.io_binding()
+        for weight in (weight for weight in graph.weights if weight not in graph.constants):
+            binding.bind_ortvalue_input(weight, self.weights[weight])
+        for port in graph.inputs:
+            if port.name in state.past:
+                binding.bind_ortvalue_input(port.name, state.past[port.name])
+        values = {key: value_of(array) for key, array in feeds.items()}
+        for key, value in values.items():
+            binding.bind_ortvalue_input(key, value)
+        wanted = [f"{value}.computed" for value in cuts]
+        wanted += [port.name for port in graph.outputs if port.name not in state.present]
+        for port in graph.outputs:
+            if port.name in state.present:
+                binding.bind_ortvalue_output(port.name, state.present[port.name])
+        for output in wanted:
+            binding.bind_output(output)
+        _call(f"run {name}", session.run_with_iobinding, binding)
+        found = binding.get_outputs()[-len(wanted) :]
+        return {key: value.numpy() for key, value in zip(wanted, found, strict=True)}
 
 
 class OrtState:

@@ -401,7 +401,7 @@ FAULTS = (
         ("tests/test_checkpoint.py",),
     ),
     Fault(
-        "export/reference/selftest.py",
+        "export/selftest/record.py",
         "            step_cache=torch.stack(self.step_cache).numpy(),",
         "            step_cache=torch.stack(self.step_cache[::-1]).numpy(),",
         "the self-test records the layers of a step in the wrong order",
