@@ -31,7 +31,7 @@ STEP = "step"
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """The common input of some Linears: a value of the graph, the first Linear that reads it, the number of that use."""
+    """The common input of some Linears: a value of the graph, its first reader, the number of that use."""
 
     value: str
     weight: str

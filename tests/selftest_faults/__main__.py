@@ -9,12 +9,15 @@ installed here (another onnxruntime, without export)."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -106,53 +109,71 @@ def main() -> int:
     return catalogue(given)
 
 
-def catalogue(given: argparse.Namespace) -> int:
-    """Everything; returns the exit code."""
+@dataclasses.dataclass
+class Result:
+    """What became of one bundle's faults. counts: kind -> (planted, found, named, found by a cut graph's arithmetic)."""
+
+    counts: dict[str, list[int]]
+    wrong: list[str]
+    alarms: list[str]
+    runs: int
+
+
+def one_bundle(number: int, precision: str, model: str, target: str, folder: Path, every: int, times: int) -> Result:
+    """Run a bundle unharmed, on the stand-in if it is for a GPU, and plant every `every`-th fault of each kind."""
     from tests.selftest_faults import stand_in
     from tests.selftest_faults.catalogue import faults
-    from tests.selftest_faults.runs import Outcome, first_wrong, plant
+    from tests.selftest_faults.runs import first_wrong, plant
 
+    result = Result({}, [], [], 0)
+    with stand_in.machine() as build, tempfile.TemporaryDirectory(prefix="selftest-faults-") as scratch:
+        planted = list(faults(folder, number))
+        on_gpu = target != "cpu"
+        if on_gpu:
+            build(folder)
+            for _ in range(times):
+                result.runs += 1
+                if stage := first_wrong(folder):
+                    result.alarms.append(f"{folder.name} on the stand-in: {stage}")
+            planted += stand_in.stale(folder, Path(scratch, "others"), build)
+        seen: Counter[str] = Counter()
+        chosen = []
+        for fault in planted:
+            if seen[fault.kind] % every == number % every:
+                chosen.append(fault)
+            seen[fault.kind] += 1
+        ready = build if on_gpu else lambda copy: None
+        for outcome in plant(folder, Path(scratch, "copy"), chosen, ready):
+            row = (1, outcome.found, outcome.named, outcome.stage.startswith("arithmetic"))
+            old = result.counts.get(outcome.fault.kind, [0] * 4)
+            result.counts[outcome.fault.kind] = [a + b for a, b in zip(old, row, strict=True)]
+            if not outcome.named:
+                where = f"{'GPU' if on_gpu else 'CPU'} {precision} {model}: {outcome.fault.kind}, {outcome.fault.what}"
+                result.wrong.append(f"{where}: {outcome.stage or 'not found'}")
+    return result
+
+
+def catalogue(given: argparse.Namespace) -> int:
+    """Everything, in two processes; returns the exit code."""
     start = time.monotonic()
     bundles = export_all(given.precision or PRECISIONS)
     on_cpu = [folder for (_, _, target), folder in bundles.items() if target == "cpu"]
-    alarms, most, runs = clean(on_cpu, given.times)
-    counts: dict[tuple[str, str, str, str], np.ndarray] = {}
+    counts: dict[tuple[str, str, str, str], list[int]] = {}
     wrong: list[str] = []
-    with stand_in.machine() as build, tempfile.TemporaryDirectory(prefix="selftest-faults-") as scratch:
-        for number, ((precision, model, target), folder) in enumerate(bundles.items()):
-            work, others = Path(scratch, str(number)), Path(scratch, f"{number}-others")
-            on_gpu = target != "cpu"
-            if on_gpu:
-                build(folder)
-                for _ in range(given.times):
-                    runs += 1
-                    if stage := first_wrong(folder):
-                        alarms.append(f"{folder.name} on the stand-in: {stage}")
-            planted = [*faults(folder, number), *(stand_in.stale(folder, others, build) if on_gpu else ())]
-            place: Counter[str] = Counter()
-            chosen = []
-            for fault in planted:
-                if place[fault.kind] % given.every == number % given.every:
-                    chosen.append(fault)
-                place[fault.kind] += 1
-
-            def ready(copy: Path, on_gpu: bool = on_gpu) -> None:
-                if on_gpu:
-                    build(copy)
-
-            outcome: Outcome
-            for outcome in plant(folder, work, chosen, ready):
-                key = (outcome.fault.kind, precision, model, "GPU" if on_gpu else "CPU")
-                counts.setdefault(key, np.zeros(4, int))[:] += (
-                    1,
-                    outcome.found,
-                    outcome.named,
-                    outcome.stage.startswith("arithmetic"),
-                )
-                if not outcome.named:
-                    where = f"{key[3]} {precision} {model}"
-                    wrong.append(f"{where}: {outcome.fault.kind}, {outcome.fault.what}: {outcome.stage or 'not found'}")
-            print(f"{number + 1} of {len(bundles)}: {folder.name} on {target}, {len(chosen)} faults", flush=True)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        unharmed = pool.submit(clean, on_cpu, given.times)
+        jobs = {
+            key: pool.submit(one_bundle, number, *key, folder, given.every, given.times)
+            for number, (key, folder) in enumerate(bundles.items())
+        }
+        alarms, most, runs = unharmed.result()
+        for number, ((precision, model, target), job) in enumerate(jobs.items(), 1):
+            found = job.result()
+            alarms, wrong, runs = alarms + found.alarms, wrong + found.wrong, runs + found.runs
+            for kind, row in found.counts.items():
+                counts[kind, precision, model, "CPU" if target == "cpu" else "GPU"] = row
+            planted = sum(row[0] for row in found.counts.values())
+            print(f"{number} of {len(jobs)}: {model} {precision} {target}, {planted} faults", *found.wrong, flush=True)
     older = json.loads(given.oldest.read_text()) if given.oldest else None
     text = page(counts, alarms, runs, most, older, time.monotonic() - start)
     print(text, *wrong, *alarms, sep="\n")
