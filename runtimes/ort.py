@@ -11,6 +11,7 @@ The KV cache is bound as past and as present, so it is written in place and noth
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,7 +24,7 @@ from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
-from trol_edge.bundle.graph_cut import cut
+from trol_edge.bundle.graph_cut import cut, eight_bit_product
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import EMBEDDING, WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
@@ -267,6 +268,11 @@ class OrtBackend:
         """Make an empty KV cache."""
         return OrtState(self)
 
+    @property
+    def saturates(self) -> bool:
+        """Whether sums of two 8-bit products are clipped to 16 bits here: x86 without VNNI does that."""
+        return self.memory == "cpu" and _saturates()
+
     def run_cut(
         self, name: str, cuts: Collection[str], feeds: Mapping[str, NDArray[Any]], state: Any
     ) -> dict[str, NDArray[Any]] | None:
@@ -473,6 +479,14 @@ def value_of(array: NDArray[Any], memory: str = "cpu") -> Any:
 
 def open_session(model: str | bytes, options: Any, providers: list[Any]) -> Any:
     return ort.InferenceSession(model, options, providers=providers)
+
+
+@functools.cache
+def _saturates() -> bool:
+    session = open_session(eight_bit_product(), ort.SessionOptions(), ["CPUExecutionProvider"])
+    a, b = np.full((8, 64), 255, np.uint8), np.full((64, 32), 127, np.int8)
+    (found,) = session.run(None, {"a": a, "b": b})
+    return bool((found != 64 * 255 * 127).any())
 
 
 def _call(what: str, function: Any, *args: Any) -> Any:

@@ -111,6 +111,11 @@ class Backend(Protocol):
     embedding: NDArray[Any] | None
 
     @property
+    def saturates(self) -> bool:
+        """Whether sums of two 8-bit products are clipped here, so that INT8 computes something else than elsewhere."""
+        ...
+
+    @property
     def weight_bytes(self) -> int:
         """The bytes of memory that the weights take."""
         ...

@@ -121,6 +121,7 @@ class _ScriptedBackend:
 
     identity = "script"
     weight_bytes = 0
+    saturates = False
     embedding: NDArray[Any] | None = None
 
     def __init__(

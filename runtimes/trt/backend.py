@@ -91,6 +91,7 @@ class TrtBackend:
 
     prefix_reuse = True
     embedding: NDArray[Any] | None = None
+    saturates = False
 
     def __init__(
         self,

@@ -111,7 +111,7 @@ def main() -> int:
 
 @dataclasses.dataclass
 class Result:
-    """What became of one bundle's faults. counts: kind -> (planted, found, named, found by a cut graph's arithmetic)."""
+    """What became of one bundle's faults. counts: kind -> (planted, found, named, by arithmetic)."""
 
     counts: dict[str, list[int]]
     wrong: list[str]

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from trol_edge.bundle.derived import NBITS, NBITS_SCALE
-from trol_edge.bundle.folder import sha256_of
-from trol_edge.bundle.manifest import Bundle, FileInfo, Manifest, write_manifest
+from trol_edge.bundle.folder import digest_of, sha256_of
+from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST, TOKENIZER, WEIGHTS
-from trol_edge.bundle.strict import from_dict
-from trol_edge.bundle.weights import to_float32
+from trol_edge.bundle.weights import WeightsFile, to_float32
 
 STORED = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32, "I8": np.int8, "U8": np.uint8, "F8_E4M3": np.uint8}
 E4M3 = np.array(
@@ -39,14 +38,16 @@ class Fault:
 
 
 def rehash(folder: Path, *names: str, **changes: Any) -> None:
-    """Write the manifest again, with the present hashes of these files."""
+    """Write the manifest again, with the present hashes of these files, and with fields changed."""
     data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     del data["manifest_sha256"]
     for name in names:
         path = folder / name
-        data["files"][name] = dataclasses.asdict(FileInfo(path.stat().st_size, sha256_of(path)))
-    manifest: Manifest = from_dict(Manifest, data, str(folder))
-    write_manifest(folder, dataclasses.replace(manifest, **changes))
+        data["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    for field, value in changes.items():
+        data[field] = json.loads(json.dumps(dataclasses.asdict(value)))
+    data["manifest_sha256"] = digest_of(data)
+    (folder / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
 
 
 def faults(folder: Path, seed: int) -> Iterator[Fault]:
@@ -138,7 +139,7 @@ def _same(one: str, other: str, tensors: Any) -> bool:
 
 def stored(folder: Path, name: str) -> Any:
     """A stored tensor, to be changed in place."""
-    info = Bundle(folder).weights().tensors[name]
+    info = WeightsFile(folder / WEIGHTS).tensors[name]
     return np.memmap(folder / WEIGHTS, STORED[info.dtype], "r+", info.offset, info.shape)
 
 
@@ -147,7 +148,7 @@ def stored(folder: Path, name: str) -> Any:
 
 def flip(folder: Path, name: str, draw: int) -> None:
     """Change the sign of one weight of the largest hundredth."""
-    tensors = Bundle(folder).weights().tensors
+    tensors = WeightsFile(folder / WEIGHTS).tensors
     packed = name + NBITS in tensors
     array = stored(folder, name + NBITS if packed else name)
     info = tensors[name + NBITS if packed else name]
@@ -191,7 +192,7 @@ def flip(folder: Path, name: str, draw: int) -> None:
 
 def stored_floats(folder: Path, name: str) -> Any:
     """A stored tensor of F16 or F32 as float32."""
-    info = Bundle(folder).weights().tensors[name]
+    info = WeightsFile(folder / WEIGHTS).tensors[name]
     return np.array(stored(folder, name)).view({"F16": "<f2", "F32": "<f4"}[info.dtype]).astype(np.float32)
 
 
@@ -203,7 +204,7 @@ def _large(sizes: Any, draw: int) -> int:
 
 def scale(folder: Path, name: str, draw: int) -> None:
     """Multiply scales by 1.1: all of a Linear's, or those of one output; without scales, the weights of one output."""
-    tensors = Bundle(folder).weights().tensors
+    tensors = WeightsFile(folder / WEIGHTS).tensors
     found = _scale(name, tensors)
     info = tensors[found or name]
     array = stored(folder, found or name)
@@ -218,8 +219,7 @@ def scale(folder: Path, name: str, draw: int) -> None:
 
 def swap(folder: Path, name: str) -> None:
     """Exchange the outputs of keys and of values."""
-    bundle = Bundle(folder)
-    spec, tensors = bundle.manifest.spec, bundle.weights().tensors
+    spec, tensors = Bundle(folder).manifest.spec, WeightsFile(folder / WEIGHTS).tensors
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     outputs = q + 2 * kv
     for suffix in ("", ".scale", NBITS, NBITS_SCALE):
@@ -239,7 +239,7 @@ def swap(folder: Path, name: str) -> None:
 
 def take(folder: Path, name: str, other: str) -> None:
     """Give a Linear the weights and scales of another."""
-    tensors = Bundle(folder).weights().tensors
+    tensors = WeightsFile(folder / WEIGHTS).tensors
     for suffix in ("", ".scale", NBITS, NBITS_SCALE):
         if name + suffix in tensors:
             array = stored(folder, name + suffix)

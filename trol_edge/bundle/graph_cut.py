@@ -42,6 +42,16 @@ def cut(model: bytes, values: Collection[str]) -> bytes:
     return b"".join(out)
 
 
+def eight_bit_product() -> bytes:
+    """A graph "a" uint8 [m, k] times "b" int8 [k, n] -> "c" int32, to see how a processor multiplies them."""
+    names = _field(1, b"a") + _field(1, b"b") + _field(_NODE_OUTPUT, b"c")
+    node = names + _field(3, b"product") + _field(4, b"MatMulInteger")
+    ports = ((_INPUT, "a", 2), (_INPUT, "b", 3), (_OUTPUT, "c", 6))
+    graph = [_field(_NODE, node), _field(2, b"product")]
+    graph += [_field(field, _port(name, element, 2)) for field, name, element in ports]
+    return _field(1, 8) + _field(_GRAPH, b"".join(graph)) + _field(8, _field(2, 13))
+
+
 def _renamed(node: Any, names: Collection[str]) -> bytes:
     """A node whose outputs of these names become <name>.whole."""
     fields = []

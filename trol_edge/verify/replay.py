@@ -48,7 +48,7 @@ from trol_edge.prompt import probe
 from trol_edge.prompt.images import preprocess
 from trol_edge.verify.forced import forced_stages
 from trol_edge.verify.passed import SWITCH, Record
-from trol_edge.verify.report import ALWAYS, Budget, Report, Stage, budget_of, compared
+from trol_edge.verify.report import ALWAYS, OLDER, SATURATES, Budget, Report, Stage, budget_of, compared
 
 Float32 = NDArray[np.float32]
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def first_load(model: Model) -> None:
 # -- the replay --------------------------------------------------------------------------------------------------------
 
 
-def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: float) -> Report:
+def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: float, notes: Sequence[str] = ()) -> Report:
     here = identity.read()
     return Report(
         bundle=os.fspath(bundle.folder),
@@ -120,6 +120,7 @@ def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: floa
         machine=", ".join(text for text in (here.model, here.cpu, here.system) if text),
         stages=tuple(stages),
         seconds=seconds,
+        notes=tuple(notes),
     )
 
 
@@ -127,7 +128,10 @@ def replay(model: Model, test: SelfTest) -> Report:
     """Replay a self-test on a model and compare its stages."""
     start = time.perf_counter()
     stages = list(_stages(model, test))
-    return _report(model.bundle, model.backend.identity, stages, time.perf_counter() - start)
+    notes = [OLDER] if test.stored is None else []
+    if model.bundle.manifest.plan.quantized and model.backend.saturates:
+        notes.append(SATURATES)
+    return _report(model.bundle, model.backend.identity, stages, time.perf_counter() - start, notes)
 
 
 def _stages(model: Model, test: SelfTest) -> Iterator[Stage]:

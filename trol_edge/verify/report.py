@@ -44,6 +44,14 @@ class Budget:
         return at_depth(layers, budget) if self.grows else budget
 
 
+OLDER = (
+    "An earlier version recorded this self-test, with the FP32 reference only: rounding may hide a fault; export the "
+    "bundle again to have its own arithmetic checked"
+)
+SATURATES = (
+    "This processor clips sums of 8-bit products (x86 without VNNI does), so int8 and int4 are less exact here than "
+    "elsewhere; use fp32 here, or measure with `trol-edge compare`"
+)
 # Share of a precision's distance to FP32 that two machines may be apart where inputs are rounded: a last bit of float32
 # moves a number to the next step, which moves others. docs/verify.md has what was measured; no GPU was.
 SHARE = {"cpu": 0.6, "gpu": 1.0}
@@ -103,6 +111,7 @@ class Report:
     machine: str
     stages: tuple[Stage, ...]
     seconds: float
+    notes: tuple[str, ...] = ()  # what to know about this result
 
     @property
     def first_wrong(self) -> Stage | None:
@@ -112,19 +121,21 @@ class Report:
     @property
     def could_be_rounding(self) -> bool:
         """Whether rounding may explain everything, in a model that rounds worse than those that budgets are from."""
+        pattern = r"(long\.)?(vision$|traverse\.|step\.)" + (r"|arithmetic\." if SATURATES in self.notes else "")
         wrong = [stage for stage in self.stages if not stage.good]
-        rounded = [stage for stage in wrong if re.match(r"(long\.)?(vision$|traverse\.|step\.)", stage.name)]
+        rounded = [stage for stage in wrong if re.match(pattern, stage.name)]
         return wrong[:1] == rounded[:1] and all(stage.drift < UNRELATED for stage in rounded)
 
     @property
     def verdict(self) -> str:
         """The result in a sentence or two, with what to do."""
         wrong = self.first_wrong
+        notes = "".join(f". {note}" for note in self.notes)
         if wrong is None:
-            return f"the {len(self.stages)} stages of the self-test are within the budget of {self.precision}"
+            return f"the {len(self.stages)} stages of the self-test are within the budget of {self.precision}{notes}"
         found = wrong.text or f"drift {wrong.drift:.1e}, the budget of {self.precision} is {wrong.budget:.1e}"
         parts = wrong.name.removeprefix("long.").split(".")
-        return f"the self-test goes wrong at {wrong.name}: {found}. Look at: {HINTS[parts[0]]}"
+        return f"the self-test goes wrong at {wrong.name}: {found}. Look at: {HINTS[parts[0]]}{notes}"
 
     def lines(self, every: bool = False) -> list[tuple[str, Stage]]:
         """What to print, as (title, stage). A layer shows only the stage that used most of its budget, and so do the
