@@ -19,7 +19,7 @@ from trol_edge.bundle.names import MANIFEST, TOKENIZER, WEIGHTS
 from trol_edge.errors import BundleError
 from trol_edge.model import Model
 from trol_edge.runtimes import ort
-from trol_edge.verify.replay import replay
+from trol_edge.verify.replay import stages_of
 
 CHANGED = (MANIFEST, WEIGHTS, TOKENIZER)  # files that faults change
 
@@ -44,7 +44,7 @@ def first_wrong(folder: Path) -> str:
     """Where the self-test of a bundle goes wrong; "" if nowhere."""
     try:
         with Model(folder, threads=1) as model:
-            wrong = replay(model, selftest.read(model.bundle)).first_wrong
+            wrong = next((s for s in stages_of(model, selftest.read(model.bundle)) if not s.good), None)
     except BundleError as error:
         if "engine" in str(error):
             return "engines"  # as trol_edge.verify.replay.verify calls it

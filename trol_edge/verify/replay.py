@@ -127,14 +127,15 @@ def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: floa
 def replay(model: Model, test: SelfTest) -> Report:
     """Replay a self-test on a model and compare its stages."""
     start = time.perf_counter()
-    stages = list(_stages(model, test))
+    stages = list(stages_of(model, test))
     notes = [OLDER] if test.stored is None else []
     if model.bundle.manifest.plan.quantized and model.backend.saturates:
         notes.append(SATURATES)
     return _report(model.bundle, model.backend.identity, stages, time.perf_counter() - start, notes)
 
 
-def _stages(model: Model, test: SelfTest) -> Iterator[Stage]:
+def stages_of(model: Model, test: SelfTest) -> Iterator[Stage]:
+    """Compute the stages one after the other, so that a caller may stop at the first wrong one."""
     bundle, backend, embeddings = model.bundle, model.backend, model.embeddings
     manifest = bundle.manifest
     yield from _text_stages(model, test)
