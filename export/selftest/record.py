@@ -70,9 +70,11 @@ def record(
         return None
     weights = path.parent / WEIGHTS
     with torch.no_grad():
-        reference = _Run(source, source, context, room, tokenizer, None).test(progress)
+        reference = _Run(source, source, context, room, tokenizer, None).test(lambda w, d, t: progress(w, d, 2 * t))
         written = Written(weights, source, plan)
-        test = _Run(source, written, context, room, tokenizer, emulation).test(progress)
+        test = _Run(source, written, context, room, tokenizer, emulation).test(
+            lambda w, d, t: progress(w, t + d, 2 * t)
+        )
     file = WeightsFile(weights)
     sums = probes.stored_sums(file, sorted(file.tensors))
     test = dataclasses.replace(test, stored=np.stack([sums[name] for name in sorted(sums)]).view(np.int32))
