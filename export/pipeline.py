@@ -28,8 +28,8 @@ from trol_edge.export.graphs import canonical, counts
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.lower import trt as lower_trt
 from trol_edge.export.quantize import half, qdq
-from trol_edge.export.quantize.recipes import EXPORT_TARGETS, RecipeOptions, is_linear, make_plan
-from trol_edge.export.quantize.scales import find_scales
+from trol_edge.export.quantize.recipes import EXPORT_TARGETS, RecipeOptions, is_linear, make_plan, needs_statistics
+from trol_edge.export.quantize.scales import find_scales, scales_of_norms
 from trol_edge.export.quantize.stored import IR_TYPES, Place, StoredWeights, places
 from trol_edge.export.reference import tokenizer
 from trol_edge.export.reference.checkpoint import Checkpoint
@@ -72,8 +72,9 @@ def export(
     target "cpu" is what `trol_edge.Runtime` runs; "onnx" writes self-contained graphs whose initializers point into
     the weights file. context is the capacity of the KV cache in tokens (default: room for one picture and some
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
-    options choose the precision (default: the recipe fp32). All recipes but fp32, and fp16 on a CPU, need statistics of
-    this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all other checks have passed.
+    options choose the precision (default: the recipe fp32). All recipes but fp32, int8-dynamic, and fp16 on a CPU, need
+    statistics of this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all other checks
+    have passed.
     record_selftest: keep what the bundle's arithmetic gives on a small prompt, for `trol_edge.verify.replay`, and how
     far that is from the FP32 reference.
     shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on
@@ -93,7 +94,7 @@ def export(
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
     if shared_weights:
         _require_shareable(plan, target)
-    needed = plan.quantized or plan.compute == "fp16"
+    needed = needs_statistics(options, plan)
     if needed and calibration is None:
         raise UsageError(f"precision {plan.recipe} for target {target} needs the statistics of a calibration")
     with new_folder(bundle, overwrite) as folder:
@@ -108,6 +109,8 @@ def export(
         if plan.quantized and statistics is not None:
             scales = find_scales(source, plan, statistics, options.sensitive, progress)
             plan = scales.plan
+        elif plan.quantized:
+            scales = scales_of_norms(source, plan, progress)
         if plan.compute == "fp16" and statistics is not None:
             plan = dataclasses.replace(plan, kept_fp32=half.find_overflows(statistics))
         stored = StoredWeights(source, context, plan, scales)

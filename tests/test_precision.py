@@ -22,7 +22,16 @@ from trol_edge.bundle.weights import WeightsFile
 from trol_edge.cli import main as cli
 from trol_edge.errors import CalibrationError, UsageError
 from trol_edge.export import pipeline
-from trol_edge.export.quantize.recipes import GATE, RecipeOptions, is_linear, make_plan, read_options
+from trol_edge.export.quantize.recipes import (
+    GATE,
+    SMALL,
+    RecipeOptions,
+    default_recipe,
+    is_linear,
+    make_plan,
+    needs_statistics,
+    read_options,
+)
 from trol_edge.export.quantize.stats import Statistics
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
@@ -95,6 +104,42 @@ def test_patterns_apply_in_order(shapes: dict[str, tuple[int, ...]]) -> None:
         make_plan(RecipeOptions("int4", linears={"decoder.layer.*": LinearPlan("fp16")}), shapes, "cpu")
 
 
+def test_int8_without_calibration(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Every Linear rounds its weights only; a pattern that asks for rounded inputs needs calibration again."""
+    options = RecipeOptions("int8-dynamic")
+    plan = make_plan(options, shapes, "cpu")
+    assert set(plan.linears.values()) == {LinearPlan("int8")} and plan.scaling and not plan.clipping
+    assert not needs_statistics(options, plan)
+    mixed = RecipeOptions("int8-dynamic", linears={"vision.*": LinearPlan("int8", activations=True)})
+    assert needs_statistics(mixed, make_plan(mixed, shapes, "cpu"))
+    for target in ("rtx", "onnx"):
+        with pytest.raises(UsageError, match=r"int8-dynamic: only the target cpu .* choose int8"):
+            make_plan(options, shapes, target)
+    for recipe in ("fp32", "fp16", "int8", "int4"):
+        options = RecipeOptions(recipe)
+        assert needs_statistics(options, make_plan(options, shapes, "cpu")) == (recipe in ("int8", "int4"))
+
+
+def test_the_default_is_what_a_laptop_can_hold() -> None:
+    assert default_recipe("cpu", SMALL) == "fp32" == default_recipe("rtx", SMALL + 1)
+    assert default_recipe("cpu", SMALL + 1) == "int8-dynamic"
+
+
+def test_a_large_checkpoint_is_rounded_and_the_user_is_told(
+    tmp_path: Path, traces: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is calibrated, and the answer stays."""
+    monkeypatch.setattr("trol_edge.export.quantize.recipes.SMALL", 1_000_000)
+    assert cli.main(["export", str(NANO), "-o", str(tmp_path / "b"), "--no-selftest"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "precision int8-dynamic: 0.0 GB of weights instead of the 0.0 GB of fp32; no calibration needed" in said
+    assert not list(tmp_path.glob("calibration*"))
+    manifest = Bundle(tmp_path / "b").manifest
+    assert manifest.plan.recipe == "int8-dynamic" and manifest.calibration is None
+    with Runtime(tmp_path / "b", selftest=False) as rt:
+        assert rt.generate("What is left of the red star?", NANO / "scene.png").text == "cyan ring"
+
+
 def test_blocks_never_end_outside_a_row(shapes: dict[str, tuple[int, ...]]) -> None:
     """Low-rank parts of 16 inputs have no block of 32: they get eight bits."""
     plan = make_plan(RecipeOptions("int4", lora="int4"), shapes, "cpu")
@@ -148,7 +193,7 @@ def test_plan_files(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(UsageError, match="not readable as JSON"):
         read_options(path)
-    with pytest.raises(UsageError, match="neither one of fp32, fp16, int8, int4, fp8 nor a file"):
+    with pytest.raises(UsageError, match="neither one of fp32, fp16, int8, int4, fp8, int8-dynamic nor a file"):
         read_options(tmp_path / "nowhere.json")
 
 

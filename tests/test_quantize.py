@@ -17,12 +17,13 @@ from onnx import TensorProto, helper
 from tests.conftest import NANO
 from tests.golden import GOLDEN
 from tests.statistics import statistics_of
-from trol_edge.bundle.precision import LinearPlan
+from trol_edge.bundle.precision import LinearPlan, PrecisionPlan
+from trol_edge.calibration.outliers import make_outliers
 from trol_edge.errors import CalibrationError
 from trol_edge.export.quantize import folding, scales
 from trol_edge.export.quantize import rounding as quantize
 from trol_edge.export.quantize.folding import Folding, Group, groups
-from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
+from trol_edge.export.quantize.recipes import GATE, RecipeOptions, is_linear, make_plan
 from trol_edge.export.quantize.stats import Statistics
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.model import EagerAttention, rope_tables
@@ -348,6 +349,24 @@ def test_bad_statistics_are_refused(statistics: Statistics) -> None:
     fewer = {key: value for key, value in statistics.points.items() if key != name}
     with pytest.raises(CalibrationError, match=r"nothing about the input of decoder\.layers\.0\.qkv"):
         scales.find_scales(source, plan, Statistics(fewer, statistics.peaks, statistics.state), None, lambda *_: None)
+
+
+def test_weights_of_norms_tell_how_to_rescale(tmp_path: Path) -> None:
+    """Outlier channels that cancel are taken out: what is stored is what the checkpoint without them gives."""
+    outliers = tmp_path / "outliers"
+    make_outliers(NANO, outliers, factor=64)
+    plan = PrecisionPlan("int8-dynamic", "fp32", {}, scaling=True)
+    sources = Checkpoint(NANO), Checkpoint(outliers)
+    names = [name for name in sources[0].names() if is_linear(name, sources[0].shape(name)) and name != GATE]
+    plan = dataclasses.replace(plan, linears=dict.fromkeys(names, LinearPlan("int8")))
+    found = [scales.scales_of_norms(source, plan, lambda *_: None).folding for source in sources]
+    changed = 0
+    for name in names:
+        plain, outlying = (f.apply(name, s.tensor(name), 0) for f, s in zip(found, sources, strict=True))
+        factor = (outlying / plain)[plain != 0].median()
+        torch.testing.assert_close(outlying, plain * factor, rtol=1e-4, atol=1e-6)
+        changed += not torch.equal(sources[0].tensor(name), sources[1].tensor(name))
+    assert changed > 10
 
 
 def test_every_group_has_a_reader_and_a_maker() -> None:

@@ -39,6 +39,11 @@ class Group:
     head: int = 0  # 0: a column is a channel
     repeat: int = 1
 
+    @property
+    def made_by_norm(self) -> bool:
+        """Whether the channels are what a norm puts out: its weight, and its bias if it has one, make them."""
+        return bool(self.makers) and self.makers[0][0] == f"{self.name}.weight"
+
     def columns(self, scale: Tensor) -> Tensor:
         """Turn scales per channel [width] into scales per column [K]."""
         if self.repeat == 1:

@@ -5,11 +5,14 @@
 | fp32 | the checkpoint's dtype, multiplied in FP32 | same | same | same | FP32 |
 | fp16 | FP16 | FP16 | FP16 | FP16 | FP16, but FP32 where calibration saw values that FP16 cannot hold |
 | int8 | W8A8 | A: W8A8, B: W8 | W8A8 | W8A8 | floating point |
+| int8-dynamic (CPU only) | W8 | W8 | W8 | W8 | FP32 |
 | int4 | W4 in blocks; W8 where that costs too much | as int8 | W8 | W8A8 | floating point |
 | fp8  | W8A8 in E4M3 | A: the same, B: FP16 | the same | the same | floating point |
 
 W8A8: 8-bit weights with a scale per output channel, inputs rounded to 8 bits with one static scale per tensor.
-W8 and W4 round weights only. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the others.
+W8 and W4 round weights only; on a CPU the input of a W8 product is rounded while it runs, with one scale per token, for
+which int8-dynamic needs no calibration. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the
+others.
 Norms, biases, the gate, the patch convolution, rotary tables, attention and the embedding are never quantized.
 """
 
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from trol_edge.bundle import targets
-from trol_edge.bundle.precision import BLOCKS, PRECISIONS, QUANTIZED, LinearPlan, PrecisionPlan
+from trol_edge.bundle.precision import BLOCKS, DYNAMIC, PRECISIONS, QUANTIZED, RECIPES, LinearPlan, PrecisionPlan
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
 from trol_edge.reading import guard, read_json_value
@@ -31,13 +34,14 @@ from trol_edge.reading import guard, read_json_value
 OBSERVERS = ("minmax", "percentile", "entropy", "mse")
 EXPORT_TARGETS = ("cpu", "onnx", *filter(targets.is_gpu, targets.TARGETS))
 GATE = "decoder.gate.weight"  # never quantized, because one column that all layers share saves nothing
+SMALL = 500_000_000  # parameters, up to which FP32 is the default on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
 class RecipeOptions:
     """What a user can choose. A mixed plan file has these keys. None leaves the choice to the recipe."""
 
-    recipe: str = "fp32"  # one of PRECISIONS
+    recipe: str = "fp32"  # one of RECIPES
     block: int = 32  # block size of int4
     lm_head: str | None = None  # precision of the output layer
     vision: str | None = None  # precision of vision tower and projector
@@ -50,7 +54,7 @@ class RecipeOptions:
 
     def __post_init__(self) -> None:
         known = {
-            "recipe": (self.recipe, PRECISIONS),
+            "recipe": (self.recipe, RECIPES),
             "block": (self.block, BLOCKS),
             "lm_head": (self.lm_head, (None, *PRECISIONS)),
             "vision": (self.vision, (None, *PRECISIONS)),
@@ -76,12 +80,12 @@ def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> Recip
     Raises UsageError for unknown keys and values, naming them all.
     """
     given = {name: value for name, value in chosen.items() if value is not None}
-    if recipe_or_file in PRECISIONS:
+    if recipe_or_file in RECIPES:
         return RecipeOptions(recipe=str(recipe_or_file), **given)
     path = Path(recipe_or_file)
     if not path.is_file():
         raise UsageError(
-            f"precision {str(recipe_or_file)!r} is neither one of {', '.join(PRECISIONS)} nor a file with a plan"
+            f"precision {str(recipe_or_file)!r} is neither one of {', '.join(RECIPES)} nor a file with a plan"
         )
     data = read_json_value(path, UsageError, "give the file of a plan")
     if isinstance(data, dict):
@@ -89,6 +93,21 @@ def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> Recip
     advice = "See docs/quantization.md for the keys of a plan"
     with guard(path, UsageError, advice):
         return from_dict(RecipeOptions, data, str(path), UsageError, advice)
+
+
+def default_recipe(target: str, parameters: int) -> str:
+    """The recipe of an export whose user chooses none. parameters: numbers of the checkpoint.
+
+    On a CPU a published size is too large in FP32 for most laptops, and int8-dynamic needs no calibration.
+    """
+    return DYNAMIC if target == "cpu" and parameters > SMALL else "fp32"
+
+
+def needs_statistics(options: RecipeOptions, plan: PrecisionPlan) -> bool:
+    """Whether the plan that these options give needs calibration statistics."""
+    if plan.compute == "fp16" or any(linear.activations for linear in plan.linears.values()):
+        return True
+    return plan.quantized and options.recipe != DYNAMIC
 
 
 def is_linear(name: str, shape: Sequence[object]) -> bool:
@@ -124,6 +143,8 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
             "precision fp8: ONNX Runtime has no FP8 kernels on a CPU; choose int8, or --target onnx for a GPU that "
             "has FP8 (NVIDIA Ada, Hopper, Blackwell, Thor; not Orin)"
         )
+    if options.recipe == DYNAMIC and target != "cpu":
+        raise UsageError(f"precision {DYNAMIC}: only the target cpu rounds inputs while it runs; choose int8")
     compute = "fp16" if target != "cpu" and options.recipe != "fp32" else "fp32"
     quantized = [linear for linear in linears.values() if linear.precision in QUANTIZED]
     return PrecisionPlan(
@@ -132,23 +153,22 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
         linears=linears,
         observer=options.observer if any(linear.activations for linear in quantized) else None,
         scaling=options.scaling and bool(quantized),
-        clipping=options.clipping and bool(quantized),
+        clipping=options.clipping and bool(quantized) and options.recipe != DYNAMIC,
     )
 
 
 def _recipe(name: str, shape: tuple[int, ...], options: RecipeOptions) -> LinearPlan:
-    precision = options.recipe
+    recipe = precision = "int8" if options.recipe == DYNAMIC else options.recipe
+    calibrated = options.recipe != DYNAMIC
     if name.startswith("vision."):
-        precision = options.vision or {"int4": "int8"}.get(precision, precision)
-        return LinearPlan(precision, options.block if precision == "int4" else None, precision in ("int8", "fp8"))
-    if name == "decoder.lm_head.weight":
-        precision = options.lm_head or {"int4": "int8"}.get(precision, precision)
-        rounded = precision in ("int8", "fp8") and options.recipe == precision
-        return LinearPlan(precision, options.block if precision == "int4" else None, rounded)
-    if name.endswith((".lora_a", ".lora_b")):
-        precision = options.lora or {"int4": "int8"}.get(precision, precision)
-        if precision == "fp8" and name.endswith(".lora_b"):
-            precision = "fp16"  # the input is not calibrated, and FP8 weights alone have no kernels
-        rounded = name.endswith(".lora_a") and precision in ("int8", "fp8")
-        return LinearPlan(precision, options.block if precision == "int4" else None, rounded)
-    return LinearPlan(precision, options.block if precision == "int4" else None, precision in ("int8", "fp8"))
+        precision = options.vision or {"int4": "int8"}.get(recipe, recipe)
+    elif name == "decoder.lm_head.weight":
+        precision = options.lm_head or {"int4": "int8"}.get(recipe, recipe)
+        calibrated = calibrated and recipe == precision
+    elif name.endswith((".lora_a", ".lora_b")):
+        precision = options.lora or {"int4": "int8"}.get(recipe, recipe)
+        if name.endswith(".lora_b"):
+            calibrated = False  # no calibration sees its input
+            precision = "fp16" if precision == "fp8" else precision  # FP8 weights alone have no kernels
+    block = options.block if precision == "int4" else None
+    return LinearPlan(precision, block, calibrated and precision in ("int8", "fp8"))

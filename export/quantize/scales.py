@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SAMPLED = 384  # output channels of a Linear that the searches read
 EXPONENTS = (0.2, 0.35, 0.5, 0.65, 0.8)
 LARGEST_SCALE = 2.0**10  # bounds scales, and its inverse too; beyond them only noise would be left of a channel
+MARGIN = 3.0  # largest |value| of a normalized channel, in standard deviations, where no calibration saw one
 THRESHOLDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
@@ -93,6 +94,32 @@ def find_scales(
         inputs |= dict.fromkeys(names, largest)
     progress("scales", total, total)
     return Scales(dataclasses.replace(plan, linears=linears), folding, inputs, errors, importance)
+
+
+def scales_of_norms(source: Checkpoint, plan: PrecisionPlan, progress: Progress) -> Scales:
+    """Rescale what norms make, without calibration: a norm's weight tells how large its channels are.
+
+    s = size^0.5 / absmax(w)^0.5 with size = 3 |weight| + |bias|, because a norm's input has a mean square of 1 there.
+    """
+    shapes = {name: source.shape(name) for name in source.names()}
+    folding = Folding(shapes)
+    quantized = {name for name, linear in plan.linears.items() if linear.precision in QUANTIZED}
+    found = [g for g in groups(source.spec, shapes) if plan.scaling and g.made_by_norm and quantized & set(g.readers)]
+    for done, group in enumerate(found):
+        progress("scales", done, len(found))
+        size = torch.zeros(group.width)
+        for (name, _), factor in zip(group.makers, (MARGIN, 1.0), strict=False):
+            size += factor * source.tensor(name).float().abs()
+        largest = torch.stack([sample(source, name)[1] for name in group.readers if name in quantized]).amax(0)
+        folding.add(group, _normalized(size.sqrt() / largest.sqrt(), (size > 0) & (largest > 0)))
+    return Scales(plan, folding, {}, {}, {})
+
+
+def _normalized(scale: Tensor, usable: Tensor) -> Tensor:
+    """Bound scales, with a geometric mean of 1; 1 where they are not usable."""
+    scale = torch.where(usable & scale.isfinite() & (scale > 0), scale, torch.zeros(()))
+    middle = scale[scale > 0].log().mean().exp()
+    return torch.where(scale > 0, scale / middle, torch.ones(())).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
 
 
 def _input_of(name: str) -> str:
@@ -196,10 +223,7 @@ def _search_group(
     best_error = _group_error(seen, samples, linears, torch.ones(group.columns(size).shape), plan)
     for exponent in EXPONENTS:
         scale = size**exponent / (largest_weight ** (1 - exponent) if rounded else 1.0)
-        scale = torch.where(usable & scale.isfinite() & (scale > 0), scale, torch.zeros(()))
-        middle = scale[scale > 0].log().mean().exp()
-        scale = torch.where(scale > 0, scale / middle, torch.ones(()))
-        scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
+        scale = _normalized(scale, usable)
         error = _group_error(seen, samples, linears, group.columns(scale), plan)
         if error < best_error:
             best, best_error = scale, error

@@ -33,15 +33,15 @@ def copy(to: Path) -> None:
         shutil.copytree(ROOT / "build" / "tests", to / "build" / "tests", copy_function=os.link, dirs_exist_ok=True)
 
 
-def run(place: Path, suite: str, tests: Iterable[str]) -> tuple[int, str]:
+def run(place: Path, suite: str, tests: Iterable[str], minutes: int = MINUTES, *more: str) -> tuple[int, str]:
     """Exit code of pytest and what it printed, for the part of some tests that is in a suite."""
     marked = "slow" if suite == "test-all" else "not slow"
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marked, *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marked, *more, *tests]
     environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=60 * MINUTES)
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=60 * minutes)
     except subprocess.TimeoutExpired:
-        return 1, f"FAILED no end after {MINUTES} minutes"
+        return 1, f"FAILED no end after {minutes} minutes"
     return done.returncode, done.stdout + done.stderr
 
 
@@ -73,7 +73,8 @@ def main(words: list[str]) -> int:
         sound = places.get()
         for suite in ("test", "test-all"):  # a test that fails anyway would prove nothing
             tests = sorted({test for fault in faults if fault.suite == suite for test in fault.tests})
-            code, output = run(sound, suite, tests) if tests else (0, "")
+            both = ("-n", "2", "--dist", "worksteal")
+            code, output = run(sound, suite, tests, 6 * MINUTES, *both) if tests else (0, "")
             if code:
                 print(
                     output[-3000:], f"\nwithout any fault the tests of suite {suite} end with {code}", file=sys.stderr

@@ -6,6 +6,8 @@ import dataclasses
 import math
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8")
+DYNAMIC = "int8-dynamic"
+RECIPES = (*PRECISIONS, DYNAMIC)
 QUANTIZED = ("int8", "int4", "fp8")
 BLOCKS = (32, 64, 128)
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
@@ -42,7 +44,7 @@ class LinearPlan:
 class PrecisionPlan:
     """How every Linear of a bundle is treated, and the type in which everything else is computed."""
 
-    recipe: str  # "fp32", "fp16", "int8", "int4", "fp8", or "mixed"
+    recipe: str  # one of RECIPES, or "mixed"
     compute: str  # "fp32" or "fp16", for all but quantized Linears (norms, attention, residual stream)
     linears: dict[str, LinearPlan]  # parameter -> treatment; "decoder.layers.0.qkv.weight", "....qkv.lora_a", ...
     observer: str | None = None  # method for activation scales; None: no activation is rounded

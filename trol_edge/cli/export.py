@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -32,11 +33,12 @@ def export(
         ),
     ] = None,
     precision: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Recipe (fp32, fp16, int8, int4 or fp8), or a JSON file with a plan per layer (docs/quantization.md)."
+            help="Recipe (fp32, fp16, int8-dynamic, int8, int4 or fp8), or a JSON file with a plan per layer "
+            "(docs/quantization.md).  [default: fp32; int8-dynamic for the published sizes on a CPU]"
         ),
-    ] = "fp32",
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -77,9 +79,13 @@ def export(
     """Trace a checkpoint into ONNX graphs and write a bundle."""
     with extra("export"):
         from trol_edge.export import pipeline
-        from trol_edge.export.quantize.recipes import read_options
-    options = read_options(precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling)
+        from trol_edge.export.quantize import recipes
     folder, known = checkpoint_of(checkpoint, checkpoints, revision)
+    if precision is None:
+        precision = _default_precision(folder, target, quiet=as_json)
+    options = recipes.read_options(
+        precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling
+    )
     model = model or known
     start = time.perf_counter()
     with progress_bars(quiet=as_json) as progress:
@@ -111,6 +117,22 @@ def export(
     for note in manifest.notes:
         err.print(f"note: {note}")
     out.print(f"{manifest.model}: {size / 1e6:.1f} MB in {output}, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB")
+
+
+def _default_precision(checkpoint: Path, target: str, quiet: bool) -> str:
+    """Choose the recipe, and say why if it is not FP32."""
+    from trol_edge.export.quantize.recipes import default_recipe
+    from trol_edge.export.reference.checkpoint import Checkpoint
+
+    source = Checkpoint(checkpoint)
+    parameters = sum(math.prod(source.shape(name)) for name in source.names())
+    chosen = default_recipe(target, parameters)
+    if chosen != "fp32" and not quiet:
+        err.print(
+            f"precision {chosen}: {parameters / 1e9:.1f} GB of weights instead of the {4 * parameters / 1e9:.1f} GB of "
+            "fp32; no calibration needed (--precision fp32 is exact, int8 and int4 are calibrated)"
+        )
+    return chosen
 
 
 def synth(
