@@ -529,7 +529,7 @@ def test_worse_rounding_is_a_warning(
     copy = tmp_path / "bundle"
     shutil.copytree(rounded, copy, ignore=shutil.ignore_patterns("verified-*"))
     tight = budgets.Budget(embedding=1e-3, vision=1e-9, keys=1e-9, values=1e-9, logits=1e-9)
-    monkeypatch.setattr(budgets, "SHARE", {"cpu": 0.0})
+    monkeypatch.setattr(budgets, "APART", 0.0)
     monkeypatch.setattr(budgets, "BUDGETS", dict.fromkeys(budgets.BUDGETS, tight))
     with caplog.at_level(logging.WARNING):
         Runtime(copy).close()

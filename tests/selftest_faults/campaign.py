@@ -30,7 +30,7 @@ the tokenizer. `make fault-catalogue` does that, on a CPU and on the stand-in fo
 a CPU; it wrote this page. A cell says how many faults were put in: how many were found, how many were named right.
 """
 MODELS = ("trol-nano", "trol-nano-phi3")
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8", "int8-dynamic")
 
 
 def clean(folders: Iterable[Path], times: int) -> tuple[list[str], dict[str, list[float]], int]:
@@ -88,7 +88,7 @@ def export_all(precisions: Iterable[str], keep: bool) -> dict[tuple[str, str, st
     found = {}
     for model in MODELS:
         for precision in precisions:
-            for target in ("cpu", TARGET) if precision != "fp8" else (TARGET,):
+            for target in {"fp8": (TARGET,), "int8-dynamic": ("cpu",)}.get(precision, ("cpu", TARGET)):
                 folder = BUNDLES / target / f"{model}-{precision}"
                 found[precision, model, target] = folder
                 if keep and (folder / MANIFEST).exists():

@@ -52,9 +52,10 @@ SATURATES = (
     "This processor clips sums of 8-bit products (x86 without VNNI does), so int8 and int4 are less exact here than "
     "elsewhere; use fp32 here, or measure with `trol-edge compare`"
 )
-# Share of a precision's distance to FP32 that two machines may be apart where inputs are rounded: a last bit of float32
-# moves a number to the next step, which moves others. docs/verify.md has what was measured; no GPU was.
-SHARE = {"cpu": 0.6, "gpu": 1.0}
+# How many times a precision's distance to FP32 two machines may be apart where inputs are rounded. A last bit of
+# float32 moves a number to the next step, which moves others, until the errors of rounding are independent in the two.
+# They are then the square root of two times as far apart as each is from a machine that rounds nothing.
+APART = 2.0
 # Ordered from the loosest to the tightest. Measured on both small models, for a CPU and for a GPU (the latter on a
 # stand-in that computes on a CPU); docs/verify.md has the figures and the margins. fp16 also serves fp32 on a GPU,
 # where TensorRT multiplies in TF32, which has as many bits. In deeper models budgets grow, see `at_depth`.
@@ -185,7 +186,7 @@ def budget_of(manifest: Manifest, prefix: str) -> Budget:
     """The budget of the Linears under `prefix` and of what is between them.
 
     A bundle that recorded its own arithmetic is held to that: as float32 on a CPU, as FP16 on a GPU, and where inputs
-    are rounded to a share of the precision's distance to FP32. Older ones recorded the FP32 reference, and the budget
+    are rounded to twice the precision's distance to FP32. Older ones recorded the FP32 reference, and the budget
     is that of the loosest precision.
     """
     plan, far = manifest.plan, manifest.distance
@@ -197,9 +198,8 @@ def budget_of(manifest: Manifest, prefix: str) -> Budget:
     exact = BUDGETS["fp32" if manifest.target == "cpu" else "fp16"]
     if not used & set(QUANTIZED):
         return dataclasses.replace(exact, embedding=BUDGETS["fp32"].embedding)
-    share = SHARE["cpu" if manifest.target == "cpu" else "gpu"]
     kinds = {
-        kind: min(max(share * far[kind], getattr(exact, kind)), 0.9 * UNRELATED)
+        kind: min(max(APART * far[kind], getattr(exact, kind)), 0.9 * UNRELATED)
         for kind in ("vision", "keys", "values", "logits")
     }
     return Budget(embedding=BUDGETS["fp32"].embedding, **kinds, grows=False)
