@@ -23,7 +23,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test check test-slow test-all test-golden faults fuzz load browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
+.PHONY: help engine test check test-slow test-all test-golden faults fault-catalogue fuzz load browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -62,6 +62,11 @@ faults: $(VENV)/test.stamp  ## plant faults in a copy, one after the other, and 
 
 fuzz: $(VENV)/test.stamp  ## hostile trials: bundles, pictures, checkpoints, signals, kills, calls (MINUTES=10, ARGS=--help)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
+# The older onnxruntime beside this environment's own, for the runs that nothing may alarm.
+fault-catalogue: $(VENV)/test.stamp  ## put faults into bundles of both small models, every precision, and show that the self-test names each
+	$(PIP) --no-deps --target build/onnxruntime-oldest onnxruntime==$(ORT_OLDEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.selftest_faults --oldest build/onnxruntime-oldest --page docs/faults.md $(ARGS)
 
 GOLDEN_TESTS := $(addprefix tests/test_,$(addsuffix .py,reference phi3 graphs prefix beam lower_trt images text tiles checkpoint))
 

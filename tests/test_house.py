@@ -39,7 +39,7 @@ HOME: dict[str, tuple[str, ...]] = {
     "onnx": (),  # onnx_ir is what we use
     "onnx_ir": ("export/", "calibration/probes.py"),
     "onnxscript": ("export/graphs/canonical.py",),
-    "safetensors": ("export/nano/publish.py", "export/reference/checkpoint.py", "export/reference/selftest.py"),
+    "safetensors": ("export/nano/publish.py", "export/reference/checkpoint.py", "export/selftest/record.py"),
     "sentencepiece": ("export/nano/text.py", "export/reference/tokenizer.py"),
     "huggingface_hub": ("export/reference/hub.py",),
     "transformers": (),

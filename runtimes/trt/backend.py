@@ -20,7 +20,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ class TrtBackend:
 
     prefix_reuse = True
     embedding: NDArray[Any] | None = None
+    saturates = False
 
     def __init__(
         self,
@@ -367,6 +368,12 @@ class TrtBackend:
         """Make empty K/V buffers for one sequence."""
         with native, self.lock:
             return TrtState(self)
+
+    def run_cut(
+        self, name: str, cuts: Collection[str], feeds: Mapping[str, NDArray[Any]], state: Any
+    ) -> dict[str, NDArray[Any]] | None:
+        """Engines are compiled, so they cannot be cut."""
+        return None
 
     def require_open(self) -> None:
         """Raise BackendError after close, because a captured graph would use memory that was freed."""

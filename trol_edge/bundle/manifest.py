@@ -100,6 +100,9 @@ class Manifest:
     parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
     plan: PrecisionPlan  # how each Linear is stored and computed
     calibration: CalibrationInfo | None  # origin of the scales; None: nothing was calibrated
+    # How far this precision is from FP32 on the self-test, by kind of value (largest drift; "tokens" is the share of
+    # equal best tokens); None without a self-test, or in bundles that recorded the FP32 reference itself.
+    distance: dict[str, float] | None = None
 
 
 class Bundle:
