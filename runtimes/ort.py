@@ -151,27 +151,33 @@ class OrtBackend:
                 options = self._session_options(mem_pattern=name == "step")
                 graph = self.bundle.manifest.graphs[name]
                 model: str | bytes = self._models[name]
+                held = None
                 if graph.constants and self._constants:
-                    self._give_constants(options, graph.constants, self._constants)
+                    held = self._give_constants(options, graph.constants, self._constants)
                 elif graph.constants:
                     model = os.fspath(self.bundle.path(graph.file))  # its constants are found beside it
                 providers = self.providers_of(name)
                 self.sessions[name] = _call(f"load {graph.file}", open_session, model, options, providers)
+                del held  # the session has copied it
                 self._require_used(self.sessions[name])
             return self.sessions[name]
 
-    def _give_constants(self, options: Any, names: Sequence[str], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Let a graph take its constants from memory, instead of the file that it names."""
+    def _give_constants(self, options: Any, names: Sequence[str], arrays: Mapping[str, NDArray[Any]]) -> Any:
+        """Let a graph take its constants from memory, instead of the file that it names.
+
+        Returns what has to live until the session is made: ONNX Runtime reads it there, and not before.
+        """
         if not COPIES_CONSTANTS:
             values = [ort.OrtValue.ortvalue_from_numpy(arrays[name]) for name in names]
             options.add_external_initializers(list(names), values)
-            return
+            return values
         size = self.bundle.manifest.files[WEIGHTS].bytes
         image = np.zeros(size, np.uint8)  # of the file; pages of it that are never touched take no memory
         for name in names:
             start = self._tensors[name].offset
             image[start : start + arrays[name].nbytes] = arrays[name].reshape(-1).view(np.uint8)
         options.add_external_initializers_from_files_in_memory([WEIGHTS], [image], [size])
+        return image
 
     def _session_options(self, mem_pattern: bool) -> Any:
         options = ort.SessionOptions()
@@ -281,14 +287,16 @@ class OrtBackend:
             return None
         graph = self.bundle.manifest.graphs[name]
         options = self._session_options(mem_pattern=False)
+        held = None
         if missing := [weight for weight in graph.constants if weight not in self._constants]:
             arrays = self.bundle.weights().load((), stored=missing)
-            self._give_constants(options, graph.constants, {**self._constants, **arrays})
+            held = self._give_constants(options, graph.constants, {**self._constants, **arrays})
         elif graph.constants:
-            self._give_constants(options, graph.constants, self._constants)
+            held = self._give_constants(options, graph.constants, self._constants)
         session = _call(
             f"load {graph.file}", open_session, cut(self._models[name], cuts), options, ["CPUExecutionProvider"]
         )
+        del held  # the session has copied it
         binding = session.io_binding()
         for weight in (weight for weight in graph.weights if weight not in graph.constants):
             binding.bind_ortvalue_input(weight, self.weights[weight])
