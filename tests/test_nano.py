@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +33,22 @@ def test_short_questions_are_answered_right(each_nano: Runtime) -> None:
     score = evaluate(each_nano, QUESTIONS)
     check(score, QUESTIONS)
     assert (score.scale, score.tiles) == (1, 1)
+
+
+def test_only_a_whole_answer_is_right() -> None:
+    """A part of the right answer counts as a mistake, as does more than the right answer."""
+    right = {question: wanted for _, _, question, wanted in scenes.held_out(9)}
+
+    def score(change: Callable[[str], str]) -> Score:
+        runtime: Any = SimpleNamespace(
+            count_tiles=lambda image: (1,),
+            generate=lambda question, image, **_: SimpleNamespace(text=change(right[question])),
+        )
+        return evaluate(runtime, 9)
+
+    assert sum(score(str).right.values()) == 9 and score(str).mistakes == ()
+    for change in (lambda text: text[:-1], lambda text: f"{text}."):
+        assert sum(score(change).right.values()) == 0 and len(score(change).mistakes) == 9
 
 
 @pytest.fixture(scope="module")

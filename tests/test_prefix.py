@@ -15,6 +15,7 @@ import pytest
 
 from tests import cases, prompts
 from tests.cases import Array
+from tests.conftest import NANO as NANO_FOLDER
 from tests.prompts import STEPS, Prompt, Prompts
 from tests.test_phi3 import CONTEXT, ORIGINAL
 from trol_edge.errors import ContextError, UsageError
@@ -128,6 +129,14 @@ def test_chunks(name: str, chunk: int, load: Prompts) -> None:
     assert calls == [(done, prompt.length) for done in range(0, prompt.length, chunk)]
     assert off(logits, fresh) <= EXACT
     assert answer(chunked, logits) == greedy
+
+
+def test_chunks_without_fused_attention(exported: Callable[..., Path]) -> None:
+    """The graphs as they are traced read the positions, which fused attention counts by itself."""
+    with Runtime(exported(NANO_FOLDER, lowered=False)) as runtime:
+        ids = runtime.tokenize("What is left of the red star?")
+        fresh = runtime.session().prefill(ids)
+        assert off(runtime.session(prefill_chunk=7).prefill(ids), fresh) <= EXACT
 
 
 # --- what a robot asks -----------------------------------------------------------------------------------------------
@@ -257,6 +266,18 @@ def test_rope_sets_are_never_mixed(load: Prompts) -> None:
     assert (session.reused, session.rope) == (0, "long")
     fresh.long_context = True
     assert off(got, fresh.prefill(long.ids[:57])) <= EXACT
+
+
+def test_a_fork_keeps_the_rope_set(load: Prompts) -> None:
+    """The first step of a fork, which copies its parent's rows then, reads the same factors."""
+    prompt = load("phi3-su-rope/over/0")
+    session = prompt.runtime.session()
+    logits = session.prefill(prompt.ids)
+    fork = session.fork()
+    token = int(logits.argmax())
+    want = session.step(token)
+    assert (session.rope, fork.rope) == ("long", "long")
+    assert off(fork.step(token), want) <= EXACT
 
 
 def test_rope_change_with_pictures(

@@ -137,6 +137,30 @@ def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
         assert difference(ours, theirs) <= 1e-5
 
 
+def test_a_picture_in_several_chunks(machine: Machine, nano: Runtime) -> None:
+    """Each chunk copies its own rows of the features, which stay on the device."""
+    runtime = machine.open()
+    spec = runtime.bundle.manifest.spec
+    ids = [1, *[spec.image_token_id] * spec.vision.tokens_per_image, *runtime.tokenize("What is this?")]
+    pixels = nano.preprocess([PICTURE])
+    chunked = runtime.session(prefill_chunk=spec.vision.tokens_per_image // 3).prefill(ids, pixels)
+    assert difference(chunked, nano.session().prefill(ids, pixels)) <= 1e-5
+
+
+@pytest.mark.parametrize("machine", ["10.16.1"], indirect=True)
+def test_engines_that_must_be_built_again(machine: Machine) -> None:
+    """One that is truncated or missing is not up to date."""
+    bundle = Bundle(machine.folder)
+    key = read(bundle, "tensorrt").key
+    assert trt_build.why(bundle, key) is None
+    path = folder_of(bundle, "tensorrt") / "step.engine"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert trt_build.why(bundle, key) == "step.engine is missing or truncated"
+    path.unlink()
+    assert trt_build.why(bundle, key) == "step.engine is missing or truncated"
+
+
 @pytest.fixture(scope="module", params=["fp32", "int8"])
 def sharing_bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """trol-nano for classic TensorRT, its weights in both engines, and as inputs of both."""

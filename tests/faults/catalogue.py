@@ -528,7 +528,7 @@ FAULTS = (
         "right[kind] = right.get(kind, 0) + (given == wanted)",
         "right[kind] = right.get(kind, 0) + (given in wanted)",
         "a part of an answer counts as right",
-        ("tests/test_nano.py", "tests/test_cli.py"),
+        ("tests/test_nano.py::test_only_a_whole_answer_is_right",),
     ),
     # -- runtimes -----------------------------------------------------------------------------------------------------
     Fault(
@@ -543,14 +543,14 @@ FAULTS = (
         '"position_ids": value_of(self._slots[None, start:stop]),',
         '"position_ids": value_of(self._slots[None, : stop - start]),',
         "positions behind a prefix begin at zero again",
-        ("tests/test_prefix.py",),
+        ("tests/test_prefix.py::test_chunks_without_fused_attention",),
     ),
     Fault(
         "runtimes/ort.py",
         "            self.rope_offset[:] = source.rope_offset\n",
         "            pass\n",
         "a fork steps with the short rope factors behind a prompt with the long ones",
-        ("tests/test_prefix.py", "tests/test_phi3.py", "tests/test_beam.py"),
+        ("tests/test_prefix.py::test_a_fork_keeps_the_rope_set",),
     ),
     Fault(
         "runtimes/ort.py",
@@ -571,14 +571,14 @@ FAULTS = (
         "if not path.is_file() or path.stat().st_size != engine.bytes:",
         "if not path.is_file():",
         "a truncated engine is up to date",
-        ("tests/test_trt_build.py",),
+        ("tests/test_trt.py::test_engines_that_must_be_built_again",),
     ),
     Fault(
         "runtimes/trt/backend.py",
         "features.pointer + placed.first * width, size)",
         "features.pointer, size)",
         "each part of a picture gets the picture's first rows",
-        ("tests/test_trt.py",),
+        ("tests/test_trt.py::test_a_picture_in_several_chunks",),
     ),
     Fault(
         "runtimes/trt/backend.py",
