@@ -28,7 +28,7 @@ CPU_S = 10  # most processor time of a trial
 START_S = 3600  # for what a campaign makes first, such as bundles
 WALL_S = 300  # most time of a trial, which may have to wait for a processor
 MEMORY_BYTES = 1 << 30  # most memory that a trial may take beyond what the child had before
-ADDRESS_BYTES = 24 << 30  # address space of a child: what is asked for beyond it is refused by the system
+ADDRESS_BYTES = 6 << 30  # address space of a child: what is asked for beyond it is refused by the system
 GOOD = ("answered", "refused")
 
 

@@ -122,7 +122,7 @@ class Bundle:
         with guard(self.folder, BundleError, "give the folder of a bundle"):
             if not path.exists() and not (taken_back(self.folder) and path.exists()):
                 raise BundleError(
-                    f"{printable(self.folder)[:MOST_SHOWN]}: no {MANIFEST} here, so this is not a (complete) bundle; "
+                    f"{str(self.folder)[:MOST_SHOWN]}: no {MANIFEST} here, so this is not a (complete) bundle; "
                     "make one with `make engine` or `trol-edge export`"
                 )
             if not stays_inside(path):
