@@ -27,6 +27,7 @@ from trol_edge.runtimes.trt import build as trt_build
 from trol_edge.runtimes.trt.api import Library
 
 POOL = 1 << 20  # random numbers, which repeat
+STEP = 997  # numbers between the beginnings of two weights, because TensorRT stores equal weights once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _write(made: ir.Model, weights: tuple[str, ...], dtypes: dict[str, ir.DataTy
     numbers, raw = rng.standard_normal(POOL, dtype=np.float32) * 0.02, rng.integers(0, 256, POOL, dtype=np.uint8)
     places: dict[str, tuple[ir.DataType, int, int]] = {}
     with path.open("wb") as file:
-        for name in weights:
+        for index, name in enumerate(weights):
             value = made.graph.initializers[name]
             assert value.shape is not None and value.dtype is not None
             floats = value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -81,10 +82,10 @@ def _write(made: ir.Model, weights: tuple[str, ...], dtypes: dict[str, ir.DataTy
             count = int(np.prod(value.shape.numpy()))
             if floats:
                 block = np.abs(numbers) * 0.01 + 1e-4 if name.endswith(".scale") else numbers
-                data = np.resize(block, count).astype(dtype.numpy()).tobytes()
+                data = np.resize(np.roll(block, index * STEP), count).astype(dtype.numpy()).tobytes()
             else:
                 bits = raw & 0xBF if dtype == ir.DataType.FLOAT8E4M3FN else raw  # no NaN
-                data = np.resize(bits, round(count * dtype.itemsize)).tobytes()
+                data = np.resize(np.roll(bits, index * STEP), round(count * dtype.itemsize)).tobytes()
             file.write(bytes(-file.tell() % 64))
             places[name] = (dtype, file.tell(), len(data))
             file.write(data)

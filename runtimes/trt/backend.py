@@ -43,7 +43,7 @@ from trol_edge.runtimes.trt import weights as trt_weights
 from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
 
 Float32 = NDArray[np.float32]
-ROWS = 256  # a step reads a multiple of so many rows: each number of rows needs a CUDA graph of its own
+ROWS = 256  # a step reads a multiple of this number of rows, each of which needs a CUDA graph of its own
 MOST_KERNELS = 1 << 30  # most bytes of kernels from an earlier run
 _Garbage = tuple[list[int], list[Any]]  # blocks of device memory and captured graphs to be freed
 
@@ -158,7 +158,7 @@ class TrtBackend:
         self.weights = trt_weights.upload(bundle, self.cuda, verify)
         self.shared |= self.weights
         self._slots = np.arange(self.context, dtype=np.int64)
-        self.cuda.upload(self.shared["slots"], self._slots)  # every run reads the first so many of them
+        self.cuda.upload(self.shared["slots"], self._slots)  # every run reads the first of them
         self.cuda.wait()
         self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
         self._kept = False
