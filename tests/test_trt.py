@@ -161,9 +161,9 @@ def test_a_picture_in_several_chunks(machine: Machine, nano: Runtime) -> None:
 def test_engines_that_must_be_built_again(machine: Machine) -> None:
     """One that is truncated or missing is not up to date."""
     bundle = Bundle(machine.folder)
-    key = read(bundle, "tensorrt").key
+    key = read(bundle, machine.engines.name).key
     assert trt_build.why(bundle, key) is None
-    path = folder_of(bundle, "tensorrt") / "step.engine"
+    path = machine.engines / "step.engine"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert trt_build.why(bundle, key) == "step.engine is missing or truncated"
