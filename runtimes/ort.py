@@ -149,27 +149,33 @@ class OrtBackend:
                 options = self._session_options(mem_pattern=name == "step")
                 graph = self.bundle.manifest.graphs[name]
                 model: str | bytes = self._models[name]
+                given: Any = None  # what the options point to
                 if graph.constants and self._constants:
-                    self._give_constants(options, graph.constants)
+                    given = self._give_constants(options, graph.constants)
                 elif graph.constants:
                     model = os.fspath(self.bundle.path(graph.file))  # its constants are found beside it
                 providers = self.providers_of(name)
                 self.sessions[name] = _call(f"load {graph.file}", open_session, model, options, providers)
+                del given
                 self._require_used(self.sessions[name])
             return self.sessions[name]
 
-    def _give_constants(self, options: Any, names: Sequence[str]) -> None:
-        """Let a graph take its constants from memory, instead of the file that it names."""
+    def _give_constants(self, options: Any, names: Sequence[str]) -> Any:
+        """Let a graph take its constants from memory, instead of the file that it names.
+
+        Returns what has to live until the session is made, because the options only point to it.
+        """
         if not COPIES_CONSTANTS:
             values = [ort.OrtValue.ortvalue_from_numpy(self._constants[name]) for name in names]
             options.add_external_initializers(list(names), values)
-            return
+            return values
         size = self.bundle.manifest.files[WEIGHTS].bytes
         image = np.zeros(size, np.uint8)  # of the file; pages of it that are never touched take no memory
         for name in names:
             start = self._tensors[name].offset
             image[start : start + self._constants[name].nbytes] = self._constants[name].reshape(-1).view(np.uint8)
         options.add_external_initializers_from_files_in_memory([WEIGHTS], [image], [size])
+        return image
 
     def _session_options(self, mem_pattern: bool) -> Any:
         options = ort.SessionOptions()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.conftest import NANO
 from trol_edge import Runtime
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.errors import BundleError, TrolEdgeError, UsageError
@@ -41,6 +42,17 @@ def replace(path: Path) -> None:
     """By another file of the same name."""
     path.with_suffix(".new").write_bytes(b"something else")
     path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_constants_live_until_a_session_has_them(recipe: str, exported: Callable[..., Path]) -> None:
+    """With an allocator that gives memory back at once, as it does for a large bundle: reading it then is a crash."""
+    program = "import sys; from trol_edge import Runtime; rt = Runtime(sys.argv[1], selftest=False); "
+    program += f"print(rt.generate({QUESTION!r}, {str(SCENE)!r}).text)"
+    command = [sys.executable, "-c", program, str(exported(NANO, recipe=recipe))]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "cyan ring"), done.stderr
 
 
 PROGRAM = """
