@@ -294,7 +294,7 @@ def test_a_process_of_another_encoding(tmp_path: Path) -> None:
     """And a file's name that is no text, which Linux allows."""
     code, said, error = shell(f"trol inspect {tmp_path}/ü$'\\xff' --json", PYTHONIOENCODING="ascii")
     assert code == 1 and b"Traceback" not in error
-    assert json.loads(said)["error"]["message"].startswith(f"{tmp_path}/ü\\udcff: no bundle.json")
+    assert json.loads(said)["error"]["message"].startswith(f"{tmp_path}/ü\udcff: no bundle.json")
 
 
 def test_a_warning_is_one_line(nano_bundle: Path) -> None:
