@@ -367,12 +367,8 @@ def test_command(model: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> 
     assert "not in the table" in capsys.readouterr().err
 
 
-TRACED = "Cosmos-Reason2-2B"  # the peer whose prefill and step were both measured; each peer costs six traces
-
-
-@pytest.mark.parametrize(
-    "peer", [TRACED, *(pytest.param(p, marks=pytest.mark.slow) for p in plan_check.PEERS if p != TRACED)]
-)
+@pytest.mark.slow  # each peer costs six traces
+@pytest.mark.parametrize("peer", plan_check.PEERS)
 def test_published_figures(peer: str) -> None:
     """What others measured with comparable models on a board comes out within 30 percent, in both power modes."""
     rows = plan_check.published_rows([peer])

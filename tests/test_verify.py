@@ -152,7 +152,7 @@ def test_what_is_recorded_is_the_reference(each_bundle: Path, no_gradients: None
                         assert np.allclose(rows[-1], case.step_cache[layer, kind], atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["internlm2-text", "phi3-text"])
+@pytest.mark.parametrize("case", ["internlm2-text", pytest.param("phi3-text", marks=pytest.mark.slow)])
 def test_without_a_tokenizer(case: str, golden_bundle: Callable[..., Path], tmp_path: Path) -> None:
     """Random weights and random tokens: a bundle for the token level."""
     shutil.copytree(golden_bundle(case), tmp_path / "bundle")
