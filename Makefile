@@ -23,7 +23,7 @@ ORT_OLDEST ?= 1.23.2
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test check test-slow test-all test-golden faults browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
+.PHONY: help engine test check test-slow test-all test-golden faults fault-catalogue fuzz load browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -60,6 +60,14 @@ test-all: test test-slow  ## the whole suite
 faults: $(VENV)/test.stamp  ## plant faults in a copy, one after the other, and show that the tests see each (ARGS=word)
 	$(BIN)/python -m tests.faults $(ARGS)
 
+fuzz: $(VENV)/test.stamp  ## hostile trials: bundles, pictures, checkpoints, signals, kills, calls (MINUTES=10, ARGS=--help)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
+# The older onnxruntime beside this environment's own, for the runs that nothing may alarm.
+fault-catalogue: $(VENV)/test.stamp  ## put faults into bundles of both small models, every precision, and show that the self-test names each
+	$(PIP) --no-deps --target build/onnxruntime-oldest onnxruntime==$(ORT_OLDEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.selftest_faults --oldest build/onnxruntime-oldest --page docs/faults.md $(ARGS)
+
 GOLDEN_TESTS := $(addprefix tests/test_,$(addsuffix .py,reference phi3 graphs prefix beam lower_trt images text tiles checkpoint))
 
 test-golden: $(VENV)/test.stamp  ## the comparisons with the authors' code on the full golden data (TROL_EDGE_GOLDEN=folder)
@@ -78,6 +86,10 @@ bench: $(VENV)/engine.stamp  ## prefill, decode, memory: our precisions beside t
 soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)
 	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
 	@$(BIN)/trol-edge soak $(BUNDLE) --minutes $(MINUTES)
+
+load: $(VENV)/test.stamp  ## 16 clients of all kinds against trol-edge serve for five minutes: answers, memory, waiting, overhead (BUNDLE=, ARGS=--help)
+	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
+	$(BIN)/python -m tests.bench.load $(BUNDLE) $(ARGS)
 
 profile: $(VENV)/engine.stamp  ## stages, memory, energy of a bundle, and a page about it in build/profile (BUNDLE=, BUNDLES="a b", ARGS=--help)
 	@test -n "$(BUNDLES)" || test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
@@ -158,7 +170,7 @@ test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime
 	TROL_EDGE_LOWERED_OUT=build/test-oldest-lowered $(BIN)/python -m pytest -q tests/test_lower_ort.py
 	build/venv-oldest/bin/python tests/replay_lowered.py build/test-oldest-lowered
 	TROL_EDGE_GOLDEN=$$($(BIN)/python -m tests.golden) TROL_EDGE_NANO_BUNDLES=build/test-oldest-bundles build/venv-oldest/bin/python -m pytest -q \
-		tests/test_runtime.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
+		tests/test_runtime.py tests/test_chat.py tests/test_robot.py tests/test_turns.py tests/test_vision_cache.py \
 		tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
 
 # Not part of CI: it needs root, and Debian's arm64 packages (once, 3 minutes).
@@ -215,7 +227,7 @@ $(VENV)/engine.stamp: pyproject.toml
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/engine.stamp
-	@$(PIP) -e '.[cpu,export,sign,dev]'
+	@$(PIP) -e '.[cpu,export,sign,serve,dev]'
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/engine.stamp

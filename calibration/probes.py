@@ -19,10 +19,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.folder import sha256_of, writing
 from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
 from trol_edge.bundle.names import MANIFEST
-from trol_edge.errors import BundleError
+from trol_edge.errors import BundleError, UsageError
 from trol_edge.runtime import Runtime
 
 NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -62,7 +62,8 @@ def probed(
                 if value.name not in outputs:
                     model.graph.outputs.append(value)
             path.unlink()  # it is a link to the bundle's own file, which must not change
-            path.write_bytes(ir.to_proto(model).SerializeToString())
+            with writing(path, UsageError, "set TMPDIR to a larger place"):
+                path.write_bytes(ir.to_proto(model).SerializeToString())
             files[graph.file] = FileInfo(path.stat().st_size, sha256_of(path))
         write_manifest(copy, dataclasses.replace(manifest, files=files))
         runtime = Runtime(copy, threads=threads, verify=False, selftest=False)
@@ -86,11 +87,12 @@ def _copy(bundle: Bundle) -> Iterator[Path]:
         except OSError:  # the folder is read-only
             parent = tempfile.TemporaryDirectory()
         copy = Path(stack.enter_context(parent))
-        for name in bundle.manifest.files:
-            try:
-                os.link(bundle.path(name), copy / name)
-            except OSError:  # it is on another file system
-                shutil.copyfile(bundle.path(name), copy / name)
+        with writing(copy, UsageError, "set TMPDIR to a larger place"):
+            for name in bundle.manifest.files:
+                try:
+                    os.link(bundle.path(name), copy / name)
+                except OSError:  # it is on another file system
+                    shutil.copyfile(bundle.path(name), copy / name)
         assert not (copy / MANIFEST).exists()
         yield copy
 

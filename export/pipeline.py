@@ -32,10 +32,12 @@ from trol_edge.export.quantize import half, qdq
 from trol_edge.export.quantize.recipes import EXPORT_TARGETS, RecipeOptions, is_linear, make_plan, needs_statistics
 from trol_edge.export.quantize.scales import find_scales, scales_of_norms
 from trol_edge.export.quantize.stored import IR_TYPES, Place, StoredWeights, places
-from trol_edge.export.reference import selftest, tokenizer
+from trol_edge.export.reference import tokenizer
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import MODELS
+from trol_edge.export.selftest import record as selftest
+from trol_edge.export.selftest.emulation import Emulation, find_cuts
 from trol_edge.export.storage import Layout, Progress
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.reading import guard
@@ -74,7 +76,8 @@ def export(
     options choose the precision (default: the recipe fp32). All recipes but fp32, int8-dynamic, and fp16 on a CPU, need
     statistics of this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all other checks
     have passed.
-    record_selftest: run the FP32 reference on a small prompt and keep what it computes, for `trol_edge.verify.replay`.
+    record_selftest: keep what the bundle's arithmetic gives on a small prompt, for `trol_edge.verify.replay`, and how
+    far that is from the FP32 reference.
     shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on
     the device serves both engines; not with int4.
     Peak memory does not depend on the size of the model. A known model name must fit the checkpoint's family.
@@ -113,10 +116,12 @@ def export(
             plan = dataclasses.replace(plan, kept_fp32=half.find_overflows(statistics))
         stored = StoredWeights(source, context, plan, scales)
         models = _trace(source, context, progress)
+        inputs = scales.inputs if scales else {}
+        emulation = Emulation(plan, target, inputs, {name: find_cuts(traced) for name, traced in models.items()})
         layouts, lowered = dict(stored.layouts), dict[str, Layout]()
         dtypes = {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()}
         for name, traced in models.items():
-            lowered |= prepare(name, traced, target, plan, scales.inputs if scales else {}, dtypes)
+            lowered |= prepare(name, traced, target, plan, inputs, dtypes)
         used = {weight for traced in models.values() for weight in canonical.weight_names(traced)} | {
             EMBEDDING,
             *lowered,
@@ -129,8 +134,11 @@ def export(
         shared = shareable(models) if shared_weights else set()
         infos = {n: _write_graph(folder, n, traced, target, lowered, shared, found) for n, traced in models.items()}
         del models
-        if record_selftest and not selftest.record(source, folder / SELFTEST, context, words, progress):
-            source.notes.append(f"a context of {context} tokens is too short for a self-test")
+        distance = None
+        if record_selftest:
+            distance = selftest.record(source, folder / SELFTEST, context, words, progress, plan, emulation)
+            if distance is None:
+                source.notes.append(f"a context of {context} tokens is too short for a self-test")
         digests = _digests(folder, progress)
         manifest = Manifest(
             format=FORMAT,
@@ -151,6 +159,7 @@ def export(
             parts=stored.parts(),
             plan=plan,
             calibration=CalibrationInfo(statistics.samples, statistics.checkpoint) if statistics else None,
+            distance=distance,
         )
         write_manifest(folder, manifest)
     return manifest

@@ -16,7 +16,7 @@ from trol_edge.bundle.engines import differences, read, verified
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import SELFTEST, WEIGHTS
-from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
+from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, embedding_bytes
 from trol_edge.bundle.targets import NOT_YET, TARGETS, Target
 from trol_edge.bundle.trt_operators import Version
 from trol_edge.bundle.weights import WeightsFile
@@ -274,6 +274,7 @@ def _memory(bundle: Bundle, weights: WeightsFile, here: Machine) -> Check:
     """Compare loaded weights and a session's cache with the available memory."""
     manifest = bundle.manifest
     size = cpu_bytes(bundle, (name for graph in manifest.graphs.values() for name in graph.weights))
+    size += embedding_bytes(bundle)
     cache = cache_bytes(manifest.graphs["traverse"].inputs, manifest.context)
     text = f"needs about {(size + cache) / 1e9:.1f} GB (weights {size / 1e9:.1f}, both K/V sets {cache / 1e9:.1f})"
     free = here.available_bytes

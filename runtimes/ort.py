@@ -11,9 +11,10 @@ The KV cache is bound as past and as present, so it is written in place and noth
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,14 @@ from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
+from trol_edge.bundle.graph_cut import cut, eight_bit_product
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import EMBEDDING, WEIGHTS
-from trol_edge.bundle.sizes import cache_bytes, cpu_bytes
+from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, embedding_bytes
 from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory, share_arenas
+from trol_edge.numeric import is_one_of, shown
 
 try:
     import onnxruntime as ort
@@ -91,6 +94,8 @@ class OrtBackend:
         held = [used] if manifest.target == "cpu" else [inputs, *(manifest.graphs[name].constants for name in ENGINES)]
         if self.memory == "cpu":
             self.weight_bytes = sum(cpu_bytes(bundle, names) for names in held)
+            self.weight_bytes += embedding_bytes(bundle) if EMBEDDING not in kept else 0
+            self.weight_bytes += 0 if manifest.target == "cpu" else manifest.files[WEIGHTS].bytes
         else:
             self.weight_bytes = sum(file.tensors[name].nbytes for names in held for name in names)
         self._require_memory()
@@ -98,7 +103,11 @@ class OrtBackend:
         stored = {EMBEDDING} - kept
         if manifest.target == "cpu":
             stored |= constants - kept - sources
-        arrays = file.load(kept | sources, manifest.files[WEIGHTS].sha256 if verify else None, stored)
+        sha256 = manifest.files[WEIGHTS].sha256 if verify else None
+        # Graphs for a GPU take all weights from one image of the file, which sessions may refer to. Older versions of
+        # ONNX Runtime cannot, and map the file themselves.
+        self._image = file.image(sha256) if manifest.target != "cpu" and COPIES_CONSTANTS else None
+        arrays = file.load(kept | sources, sha256, stored)
         self.embedding = arrays.pop(EMBEDDING) if EMBEDDING in stored else None
         # What ONNX Runtime would otherwise read from the file by itself, after the hash was checked.
         self._constants = {name: arrays[name] for name in constants if name in arrays}
@@ -150,8 +159,8 @@ class OrtBackend:
                 graph = self.bundle.manifest.graphs[name]
                 model: str | bytes = self._models[name]
                 given: Any = None  # what the options point to
-                if graph.constants and self._constants:
-                    given = self._give_constants(options, graph.constants)
+                if graph.constants and (self._constants or self._image is not None):
+                    given = self._give_constants(options, graph.constants, self._constants)
                 elif graph.constants:
                     model = os.fspath(self.bundle.path(graph.file))  # its constants are found beside it
                 providers = self.providers_of(name)
@@ -160,21 +169,23 @@ class OrtBackend:
                 self._require_used(self.sessions[name])
             return self.sessions[name]
 
-    def _give_constants(self, options: Any, names: Sequence[str]) -> Any:
+    def _give_constants(self, options: Any, names: Sequence[str], arrays: Mapping[str, NDArray[Any]]) -> Any:
         """Let a graph take its constants from memory, instead of the file that it names.
 
         Returns what has to live until the session is made, because the options only point to it.
         """
         if not COPIES_CONSTANTS:
-            values = [ort.OrtValue.ortvalue_from_numpy(self._constants[name]) for name in names]
+            values = [ort.OrtValue.ortvalue_from_numpy(arrays[name]) for name in names]
             options.add_external_initializers(list(names), values)
             return values
-        size = self.bundle.manifest.files[WEIGHTS].bytes
-        image = np.zeros(size, np.uint8)  # of the file; pages of it that are never touched take no memory
-        for name in names:
-            start = self._tensors[name].offset
-            image[start : start + self._constants[name].nbytes] = self._constants[name].reshape(-1).view(np.uint8)
-        options.add_external_initializers_from_files_in_memory([WEIGHTS], [image], [size])
+        image = self._image
+        if image is None:
+            size = self.bundle.manifest.files[WEIGHTS].bytes
+            image = np.zeros(size, np.uint8)  # of the file; pages of it that are never touched take no memory
+            for name in names:
+                start = self._tensors[name].offset
+                image[start : start + arrays[name].nbytes] = arrays[name].reshape(-1).view(np.uint8)
+        options.add_external_initializers_from_files_in_memory([WEIGHTS], [image], [image.nbytes])
         return image
 
     def _session_options(self, mem_pattern: bool) -> Any:
@@ -271,6 +282,48 @@ class OrtBackend:
     def new_state(self) -> OrtState:
         """Make an empty KV cache."""
         return OrtState(self)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether sums of two 8-bit products are clipped to 16 bits here: x86 without VNNI does that."""
+        return self.memory == "cpu" and _saturates()
+
+    def run_cut(
+        self, name: str, cuts: Collection[str], feeds: Mapping[str, NDArray[Any]], state: Any
+    ) -> dict[str, NDArray[Any]] | None:
+        """See trol_edge.backend.Backend. The session lives as long as the call; it packs 4-bit weights once more."""
+        if self.memory != "cpu" or self.bundle.manifest.target != "cpu":
+            return None
+        graph = self.bundle.manifest.graphs[name]
+        options = self._session_options(mem_pattern=False)
+        arrays = self._constants
+        if missing := [weight for weight in graph.constants if weight not in arrays]:
+            sha256 = self.bundle.manifest.files[WEIGHTS].sha256
+            arrays = {**arrays, **self.bundle.weights().load((), sha256, missing)}
+        given = self._give_constants(options, graph.constants, arrays) if graph.constants else None
+        session = _call(
+            f"load {graph.file}", open_session, cut(self._models[name], cuts), options, ["CPUExecutionProvider"]
+        )
+        del given
+        binding = session.io_binding()
+        for weight in (weight for weight in graph.weights if weight not in graph.constants):
+            binding.bind_ortvalue_input(weight, self.weights[weight])
+        for port in graph.inputs:
+            if port.name in state.past:
+                binding.bind_ortvalue_input(port.name, state.past[port.name])
+        values = {key: value_of(array) for key, array in feeds.items()}
+        for key, value in values.items():
+            binding.bind_ortvalue_input(key, value)
+        wanted = [f"{value}.computed" for value in cuts]
+        wanted += [port.name for port in graph.outputs if port.name not in state.present]
+        for port in graph.outputs:
+            if port.name in state.present:
+                binding.bind_ortvalue_output(port.name, state.present[port.name])
+        for output in wanted:
+            binding.bind_output(output)
+        _call(f"run {name}", session.run_with_iobinding, binding)
+        found = binding.get_outputs()[-len(wanted) :]
+        return {key: value.numpy() for key, value in zip(wanted, found, strict=True)}
 
 
 class OrtState:
@@ -403,8 +456,8 @@ class OrtState:
 
 def _require_provider(bundle: Bundle, provider: str) -> None:
     """Raise if there is no such provider, it is not installed, or it cannot take the bundle's graphs."""
-    if provider not in PROVIDERS:
-        raise UsageError(f"provider {provider!r} is not one of {', '.join(PROVIDERS)}")
+    if not is_one_of(provider, tuple(PROVIDERS)):
+        raise UsageError(f"provider {shown(provider)} is not one of {', '.join(PROVIDERS)}")
     if provider == "cpu":
         return
     if bundle.manifest.target == "cpu":
@@ -443,6 +496,14 @@ def value_of(array: NDArray[Any], memory: str = "cpu") -> Any:
 
 def open_session(model: str | bytes, options: Any, providers: list[Any]) -> Any:
     return ort.InferenceSession(model, options, providers=providers)
+
+
+@functools.cache
+def _saturates() -> bool:
+    session = open_session(eight_bit_product(), ort.SessionOptions(), ["CPUExecutionProvider"])
+    a, b = np.full((8, 64), 255, np.uint8), np.full((64, 32), 127, np.int8)
+    (found,) = session.run(None, {"a": a, "b": b})
+    return bool((found != 64 * 255 * 127).any())
 
 
 def _call(what: str, function: Any, *args: Any) -> Any:

@@ -59,6 +59,10 @@ class SlowBackend:
         """See Backend."""
         return SlowState(self, self.backend.new_state())
 
+    def run_cut(self, *arguments: Any) -> Any:
+        """See Backend."""
+        return self.backend.run_cut(*arguments)
+
 
 class SlowState:
     """A State that passes its time on."""

@@ -319,7 +319,7 @@ def test_the_page_names_everything_public() -> None:
     for name, default in re.findall(r"^\| `(\w+)` \| `?([^|`]*)`? \|", options, re.M):
         field = {f.name: f for f in dataclasses.fields(Options)}[name]
         assert default.strip().strip('"') == str(field.default), name
-    assert len(PAGE.splitlines()) < 160, "one page"
+    assert len(PAGE.splitlines()) < 180, "one page"
 
 
 def test_the_reference_names_everything_public() -> None:

@@ -211,8 +211,9 @@ SMALL: dict[str, Any] = {
         "kept_fp32": ["decoder.residual"],
     },
     "calibration": {"samples": 7, "checkpoint": "abc"},
+    "distance": None,
 }
-SMALL_SHA256 = "da6b9a042fcee67fe5364368ede1c131418c99819befce3998f3ded6464badfd"
+SMALL_SHA256 = "50a20ea2cd19b71d76d00d9cd9423c6c321fa29750870fdb92fc2671209212e5"
 
 
 def test_manifest_is_this_json(tmp_path: Path) -> None:

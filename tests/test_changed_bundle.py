@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 from tests.conftest import NANO
 from trol_edge import Runtime
 from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import SELFTEST, TOKENIZER
+from trol_edge.bundle.selftest import read as read_selftest
 from trol_edge.errors import BundleError, TrolEdgeError, UsageError
 from trol_edge.prompt.images import load_rgb
 from trol_edge.testing import ScriptedRuntime
@@ -81,6 +84,39 @@ def test_a_bundle_changed_under_a_runtime(
     done = subprocess.run([sys.executable, "-c", program, bundle, SCENE], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [nano.generate(QUESTION, SCENE).text, nano.generate("Is there a star?").text]
+
+
+@pytest.mark.parametrize("change", [shorten, scramble])
+def test_a_bundle_for_a_gpu_changed_under_a_provider(
+    change: Callable[[Path], None], exported: Callable[..., Path], nano: Runtime, tmp_path: Path
+) -> None:
+    """Its graphs point into the weights file, and yet ONNX Runtime reads nothing from it after the check."""
+    ort = pytest.importorskip("trol_edge.runtimes.ort")
+    if not ort.COPIES_CONSTANTS:
+        pytest.skip("this onnxruntime maps the file itself")
+    bundle = tmp_path / "bundle"
+    shutil.copytree(exported(ROOT / "export" / "checkpoints" / "trol-nano", target="tensorrt"), bundle)
+    program = PROGRAM.replace("selftest=False", 'selftest=False, provider="cpu"')
+    program = program.format(root=str(ROOT), change=change.__name__, question=QUESTION)
+    done = subprocess.run([sys.executable, "-c", program, bundle, SCENE], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [nano.generate(QUESTION, SCENE).text, nano.generate("Is there a star?").text]
+
+
+def test_a_tokenizer_and_a_self_test_changed_after_the_check_are_refused(nano_bundle: Path, tmp_path: Path) -> None:
+    """They are read again for use, and their hash is checked again."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(nano_bundle, bundle)
+    opened = Bundle(bundle)
+    for name in (TOKENIZER, SELFTEST):
+        path = bundle / name
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(bytes(data))
+    with pytest.raises(BundleError, match="altered"):
+        opened.text(TOKENIZER)
+    with pytest.raises(BundleError, match="altered"):
+        read_selftest(opened)
 
 
 def test_a_graph_changed_between_its_check_and_its_use_is_refused(nano_bundle: Path, tmp_path: Path) -> None:
@@ -155,6 +191,20 @@ def test_patterns_and_schemas_of_megabytes_are_refused() -> None:
     for response_format in (re.compile("(" + "ab|" * 100_000 + "c)"), {"enum": [TEXT]}):
         with pytest.raises(UsageError, match=r"response_format has .* characters"):
             ScriptedRuntime("yes").generate("?", response_format=response_format)
+
+
+def test_the_grammar_library_works_a_tenth_of_a_second_at_a_time() -> None:
+    """Nothing interrupts it, so that a pattern which explodes would be waited for past the deadline."""
+    pytest.importorskip("llguidance", reason="pip install 'trol-edge[formats]'")
+    rt = ScriptedRuntime("yes")
+    assert rt.generate("?", response_format=re.compile("yes|no")) == "yes"
+    start = time.process_time()
+    with pytest.raises(UsageError, match="response_format"):
+        rt.generate("?", response_format=re.compile("(a{1000}){1000}"))
+    assert time.process_time() - start < 2
+    days = {f"day {i}": {"type": "string", "format": "date"} for i in range(100)}
+    answer = rt.generate("?", response_format={"type": "object", "properties": days}, max_new_tokens=3)
+    assert answer.finish_reason == "length"
 
 
 def test_what_no_context_can_hold_is_refused_before_it_is_read() -> None:

@@ -706,6 +706,19 @@ def test_shards_are_files_of_their_folder(folder: Path, state: State, tmp_path: 
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "trol_gating.pt"])
+def test_links_under_fixed_names(folder: Path, tmp_path: Path, name: str) -> None:
+    """They stay in the folder, too: what is elsewhere is not read, whatever it is."""
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"{name} is a link to a place outside"):
+        Checkpoint(folder)
+    (folder / name).unlink()
+    (tmp_path / "elsewhere").rename(folder / "beside")
+    (folder / name).symlink_to("beside")
+    Checkpoint(folder)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod."])
 def test_a_prefix_before_every_name(folder: Path, state: State, prefix: str) -> None:
     """As wrappers of training save it: said once, and not as a thousand missing names."""

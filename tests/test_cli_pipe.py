@@ -169,6 +169,7 @@ FLOATS = [
     ("soak", "--minutes"), ("export", "--max-loss"), ("mix", "--max-loss"), ("outliers", "--factor"),
     ("profile", "--interval-ms"), ("build", "--memory"), ("build", "--workspace"),
     ("plan", "--goal-ms"), ("plan", "--goal-tokens-per-second"), ("plan", "--reserve"),
+    ("chat", "--temperature"), ("serve", "--grace-s"),
 ]  # fmt: skip
 
 

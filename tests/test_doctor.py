@@ -133,7 +133,7 @@ def test_a_library_that_cannot_be_imported(tmp_path: Path) -> None:
 def said(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
     """Exit code, and findings by what they are about."""
     code = cli.main(["doctor", str(folder), "--json"])
-    return code, {check["what"]: check for check in json.loads(capsys.readouterr().out)}
+    return code, {check["what"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
 
 
 def test_bundles(nano_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+
+from trol_edge.measure.soak import soak
 
 ROOT = Path(__file__).resolve().parents[1]
 START = """
@@ -80,6 +83,36 @@ def test_ctrl_c_ends_soak(nano_bundle: Path) -> None:
         _, said = soak.communicate(timeout=120)
     assert soak.returncode == 130
     assert "Traceback" not in said and "terminate" not in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_an_asyncio_program(nano_bundle: Path) -> None:
+    """The thread of `astream` ends with it: exit code 130 at once, without a traceback."""
+    scene = ROOT / "export" / "checkpoints" / "trol-nano" / "scene.png"
+    program = (
+        "import sys; from trol_edge.examples import asyncio_loop\nwhile not asyncio_loop.main(sys.argv[1:]): pass\n"
+    )
+    program += "sys.exit(130)"
+    command = [sys.executable, "-c", program, str(nano_bundle), str(scene)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        running.stdout.readline()  # an answer has come
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=120)
+    assert (running.returncode, said) == (130, "")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_soak_ends_its_threads(nano_bundle: Path) -> None:
+    """As an exception, with no thread left, wherever it comes."""
+    before = threading.active_count()
+
+    def interrupt(seconds: float, resident: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        soak(nano_bundle, 60, interrupt)
+    assert threading.active_count() == before
 
 
 FORK = """

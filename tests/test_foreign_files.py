@@ -26,6 +26,7 @@ from trol_edge.bundle.names import MANIFEST, SELFTEST, TOKENIZER, WEIGHTS
 from trol_edge.bundle.selftest import read as read_selftest
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BundleError, TrolEdgeError, UsageError
+from trol_edge.prompt.charsmap import Charsmap
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.reading import guard, is_plain_name, read_json, read_plain
 from trol_edge.runtime import Runtime
@@ -209,6 +210,44 @@ def test_a_panic_of_the_tokenizer_library_is_an_error(copy: Path) -> None:
     data["normalizer"]["normalizers"].insert(0, {"type": "Precompiled", "precompiled_charsmap": "AAAAQEFBQUE="})
     with pytest.raises(BundleError, match="copy or export"):
         Tokenizer(json.dumps(data))
+
+
+SLOW_STEPS = {
+    "backtracking": {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""},
+    "quadratic": {"type": "Replace", "pattern": {"Regex": "▁+\\z"}, "content": ""},
+    "growing": {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100},
+    "unknown": {"type": "NFKC"},
+}
+
+
+@pytest.mark.parametrize("step", SLOW_STEPS.values(), ids=SLOW_STEPS)
+def test_a_tokenizer_has_only_steps_that_export_writes(copy: Path, step: dict[str, Any]) -> None:
+    """Regular expressions of somebody else may take hours, and replacements may make a text endless."""
+    data = json.loads((copy / TOKENIZER).read_text(encoding="utf-8"))
+    data["normalizer"]["normalizers"].append(step)
+    with pytest.raises(BundleError, match="a step that export does not write"):
+        Tokenizer(json.dumps(data))
+
+
+def test_a_character_map_that_makes_texts_endless() -> None:
+    """One character becomes ten thousand."""
+    units = np.zeros(1024, "<u4")
+    units[0] = 256 << 10  # where the children of the root are: at 256 ^ byte
+    units[256 ^ ord("a")] = ord("a") | 0x100 | (512 << 10)
+    units[(256 ^ ord("a")) ^ 512] = 0x80000000  # the place of its replacement: 0
+    blob = len(units.tobytes()).to_bytes(4, "little") + units.tobytes() + b"b" * 10_000 + bytes(1)
+    with pytest.raises(ValueError, match="too long"):
+        Charsmap(blob).normalise("a" * 1000)
+    assert Charsmap(blob[:-10_001] + b"bb\0").normalise("xaax") == "xbbbbx"
+
+
+def test_texts_of_one_character(nano: Runtime) -> None:
+    """As long as a context may hold: no step looks at each character again for each."""
+    tokenizer = nano.model.text
+    for character in "▁ a\u0301\U0001f468":
+        start = time.process_time()
+        tokenizer.encode(character * 30_000 + "x")
+        assert time.process_time() - start < 5, repr(character)
 
 
 @pytest.mark.parametrize("token", [2**31, 2**24 + 2**22, 70_000])

@@ -39,7 +39,7 @@ HOME: dict[str, tuple[str, ...]] = {
     "onnx": (),  # onnx_ir is what we use
     "onnx_ir": ("export/", "calibration/probes.py"),
     "onnxscript": ("export/graphs/canonical.py",),
-    "safetensors": ("export/nano/publish.py", "export/reference/checkpoint.py", "export/reference/selftest.py"),
+    "safetensors": ("export/nano/publish.py", "export/reference/checkpoint.py", "export/selftest/record.py"),
     "sentencepiece": ("export/nano/text.py", "export/reference/tokenizer.py"),
     "huggingface_hub": ("export/reference/hub.py",),
     "transformers": (),
@@ -52,6 +52,8 @@ HOME: dict[str, tuple[str, ...]] = {
     "typer": ("trol_edge/cli/",),
     "rich": ("trol_edge/cli/",),
     "PIL": ("trol_edge/prompt/images.py", "trol_edge/prompt/tiles.py", "export/scenes.py", "export/nano/"),
+    "uvicorn": ("trol_edge/serve/door.py",),
+    "h11": ("trol_edge/serve/door.py",),  # uvicorn's own
     "llguidance": ("trol_edge/answering/constrain.py",),
     "cryptography": ("trol_edge/bundle/signature.py",),
     "cv2": ("trol_edge/examples/camera.py",),
@@ -356,7 +358,7 @@ def python(code: str, **more: Any) -> str:
 
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "safetensors", "sentencepiece"}
-HEAVY |= {"huggingface_hub", "typer", "rich", "llguidance", "cv2", "cryptography"}
+HEAVY |= {"huggingface_hub", "typer", "rich", "llguidance", "cv2", "cryptography", "uvicorn"}
 
 
 def test_import_loads_little() -> None:
@@ -514,6 +516,7 @@ def test_errors_that_are_raised_are_ours() -> None:
             "trol_edge/bundle/selftest.py",
             "trol_edge/bundle/signature.py",
             "trol_edge/bundle/weights.py",
+            "trol_edge/prompt/charsmap.py",
             "export/quantize/stats.py",
         },
         "OSError": {"trol_edge/bundle/folder.py"},  # caught by `writing`

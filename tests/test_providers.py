@@ -183,12 +183,11 @@ def test_what_providers_are_given(gpu_bundle: Path) -> None:
     width, context = bundle.manifest.spec.hidden_size, bundle.manifest.context
     assert options["trt_profile_min_shapes"].startswith(f"inputs_embeds:1x1x{width},position_ids:1x1,slots:1")
     assert f"inputs_embeds:1x{context}x{width}" in options["trt_profile_max_shapes"]
-    dynamic = trt_build.shapes_of(
-        bundle.manifest.graphs["traverse"], trt_build.profiles(bundle, bundle.manifest.graphs["traverse"])[0]
-    )
-    for end in ("min", "opt", "max"):
-        assert [part.split(":")[0] for part in options[f"trt_profile_{end}_shapes"].split(",")] == list(dynamic)
-    assert not any("profile" in key for key in backend.providers_of("step")[0][1])
+    for name in ("traverse", "step"):
+        graph, options = bundle.manifest.graphs[name], backend.providers_of(name)[0][1]
+        dynamic = trt_build.shapes_of(graph, trt_build.profiles(bundle, graph)[0])
+        for end in ("min", "opt", "max"):
+            assert [part.split(":")[0] for part in options[f"trt_profile_{end}_shapes"].split(",")] == list(dynamic)
     half = dataclasses.replace(bundle.manifest.plan, compute="fp16")
     bundle.manifest = dataclasses.replace(bundle.manifest, plan=half)
     assert backend.providers_of("step")[0][1]["trt_fp16_enable"] == "1"

@@ -54,6 +54,29 @@ def theirs(tmp_path: Path) -> tuple[Path, Path]:
     return key_pair(tmp_path, "theirs")
 
 
+@pytest.mark.slow
+def test_the_command_line_opens_what_its_keys_signed(
+    copy: Path, ours: tuple[Path, Path], theirs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every verb that takes --trusted-key refuses an unsigned bundle, and opens it once it is signed."""
+    question = ["--prompt", "Is there a star?", "--max-new-tokens", "1"]
+    verbs = {
+        "run": question,
+        "inspect": [],
+        "demo": [],
+        "verify": [],
+        "soak": ["--minutes", "0.01"],
+        "profile": ["--size", "none", "--runs", "1", "--warmup", "0", "--starts", "0", "--tokens", "2"],
+    }
+    for verb, more in verbs.items():
+        assert main([verb, str(copy), *more, "--trusted-key", str(ours[1])]) == 1, verb
+        assert "sign" in capsys.readouterr().err, verb
+    sign(copy, ours[0])
+    for verb, more in verbs.items():
+        keys = ["--trusted-key", str(theirs[1]), "--trusted-key", str(ours[1])]
+        assert main([verb, str(copy), *more, *keys]) == 0, (verb, capsys.readouterr())
+
+
 def seal(folder: Path, **changes: Any) -> None:
     """What whoever may write a bundle can do: change the manifest, and compute its hash again."""
     data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

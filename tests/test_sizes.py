@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trol_edge.bundle.manifest import Bundle, Port
-from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, largest_bytes, loaded_bytes
+from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, embedding_bytes, largest_bytes, loaded_bytes
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.bundle.weights import TensorInfo
 from trol_edge.runtime import Runtime
@@ -44,7 +44,9 @@ def test_a_bundle_takes_what_is_said(nano_bundle: Path) -> None:
         manifest = Bundle(nano_bundle).manifest
         used = {name for graph in manifest.graphs.values() for name in graph.weights}
         backend = runtime.model.backend
-        assert backend.weight_bytes == cpu_bytes(runtime.bundle, used)
+        table = runtime.bundle.weights().tensors["embedding"].nbytes
+        assert embedding_bytes(runtime.bundle) == table == backend.embedding.nbytes  # type: ignore[union-attr]
+        assert backend.weight_bytes == cpu_bytes(runtime.bundle, used) + table
         one = cache_bytes(manifest.graphs["step"].inputs, manifest.context)
         assert backend.cache_bytes == 2 * one == cache_bytes(manifest.graphs["traverse"].inputs, manifest.context)
         assert one == 4 * manifest.spec.kv_values_per_token * manifest.context

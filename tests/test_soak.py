@@ -18,6 +18,7 @@ from trol_edge.measure import soak
 from trol_edge.runtime import Runtime
 
 
+@pytest.mark.slow
 def test_a_few_seconds(nano_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every kind of call is made, nothing is wrong, nothing is left."""
     code = main(["soak", str(nano_bundle), "--minutes", "0.1", "--json"])

@@ -161,9 +161,9 @@ def test_a_picture_in_several_chunks(machine: Machine, nano: Runtime) -> None:
 def test_engines_that_must_be_built_again(machine: Machine) -> None:
     """One that is truncated or missing is not up to date."""
     bundle = Bundle(machine.folder)
-    key = read(bundle, "tensorrt").key
+    key = read(bundle, machine.engines.name).key
     assert trt_build.why(bundle, key) is None
-    path = folder_of(bundle, "tensorrt") / "step.engine"
+    path = machine.engines / "step.engine"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert trt_build.why(bundle, key) == "step.engine is missing or truncated"
@@ -532,7 +532,7 @@ def test_engines_of_another_machine(what: str, changes: dict[str, str], message:
     ("harm", "message"),
     [
         ("truncate", "bytes instead of .* truncated or altered; it was not loaded"),
-        ("alter", r"altered since the build \(sha256 differs\); it was not loaded, because an engine is a program"),
+        ("alter", r"altered since the build \(sha256 differs\); it was not used, because an engine is a program"),
         ("remove", "step.engine: missing"),
         ("manifest", "engines.json: altered since the build"),
         ("nothing", "no engines for target tensorrt; make them with `trol-edge build`"),
@@ -566,8 +566,26 @@ def test_harmed_engines_are_not_loaded(
         engines = read(bundle, machine.engines.name)
         step = dataclasses.replace(engines.engines["step"], graph_sha256="0" * 64)
         write(folder, dataclasses.replace(engines, engines=engines.engines | {"step": step}))
-    monkeypatch.setattr(Library, "open", lambda self, path: pytest.fail("it was deserialised"))
+    monkeypatch.setattr(Library, "open", lambda self, plan, name: pytest.fail("it was deserialised"))
     with pytest.raises(BundleError, match=message):
+        machine.open()
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_an_engine_changed_while_it_is_loaded_is_not_used(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mapped bytes are hashed once more when it is loaded."""
+    path, load = machine.folder / "engines" / "tensorrt" / "step.engine", Library.open
+
+    def changed(self: Library, plan: Any, name: str) -> Any:
+        plan = bytes(plan)
+        if name == path.name:
+            with path.open("r+b") as file:
+                file.seek(path.stat().st_size - 2)
+                file.write(b"  ")
+        return load(self, plan, name)
+
+    monkeypatch.setattr(Library, "open", changed)
+    with pytest.raises(BundleError, match=r"step.engine: altered since the build \(sha256 differs\); it was not used"):
         machine.open()
 
 

@@ -190,9 +190,9 @@ from trol_edge.runtimes.trt.api import Library, Network
 tensorrt_bindings.__name__ = "tensorrt"
 library = Library(tensorrt_bindings)
 print(library.title, library.has(Network._stream), library.has(Network.let_attention_decompose))
-for call in (library.parse, library.open):
+for call in (lambda: library.parse(Path("absent")), lambda: library.open(b"", "absent")):
     try:
-        call(Path("absent"))
+        call()
     except BackendError as error:
         print(error)
 """

@@ -264,7 +264,7 @@ def test_the_command(built: trt_build.Build, rtx_bundle: Path, capsys: pytest.Ca
     said = json.loads(capsys.readouterr().out)
     assert said["built"] is False and said["engines"]["step"]["bytes"] == built.engines.engines["step"].bytes
     assert cli.main(["doctor", str(rtx_bundle), "--json"]) == 0
-    checks = {c["what"]: c for c in json.loads(capsys.readouterr().out)}
+    checks = {c["what"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
     assert checks["engines"]["good"] and checks["fit"]["good"] and checks["tensorrt_rtx"]["good"]
     assert cli.main(["targets", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rtx"]["builds"] is True

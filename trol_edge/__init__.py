@@ -10,6 +10,7 @@ transformers and onnx are never loaded. The telemetry of these libraries is swit
 
 import trol_edge.telemetry  # noqa: F401  (before any library that reports home)
 from trol_edge._version import __version__
+from trol_edge.answering.chat import Chat
 from trol_edge.answering.results import Answer, Choice, Option, Piece, Timings, TokenLogprob, YesNo
 from trol_edge.answering.streams import AnswerStream
 from trol_edge.errors import TrolEdgeError
@@ -22,6 +23,7 @@ __all__ = [
     "IMAGE",
     "Answer",
     "AnswerStream",
+    "Chat",
     "Choice",
     "LatestCounts",
     "LatestOnly",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,6 +111,11 @@ class Backend(Protocol):
     embedding: NDArray[Any] | None
 
     @property
+    def saturates(self) -> bool:
+        """Whether sums of two 8-bit products are clipped here, so that INT8 computes something else than elsewhere."""
+        ...
+
+    @property
     def weight_bytes(self) -> int:
         """The bytes of memory that the weights take."""
         ...
@@ -126,4 +131,14 @@ class Backend(Protocol):
 
     def new_state(self) -> State:
         """Make empty K/V buffers."""
+        ...
+
+    def run_cut(
+        self, name: str, cuts: Collection[str], feeds: Mapping[str, NDArray[Any]], state: Any
+    ) -> dict[str, NDArray[Any]] | None:
+        """Run a graph that is cut at some values (see trol_edge.bundle.graph_cut), on a state; it is for `verify`.
+
+        feeds: inputs of the graph and of its cuts. Returns `<value>.computed` of every cut, and the graph's outputs but
+        the caches, which the state keeps. None if graphs are compiled, or run elsewhere than on this machine's CPU.
+        """
         ...

@@ -3,7 +3,8 @@
     TrolEdgeError
     ├── UsageError            an argument is wrong: its value, shape, dtype or combination
     │   ├── ImageError        a picture that cannot be read or has an unusable shape or dtype
-    │   └── ContextError      prompt plus answer do not fit the context of the bundle
+    │   ├── ContextError      prompt plus answer do not fit the context of the bundle
+    │   └── RequestError      a request to the server that is refused, with its HTTP status
     ├── CheckpointError       a checkpoint folder that is incomplete, altered or of another family
     ├── DownloadError         the model hub cannot be reached, or a download is incomplete
     ├── BundleError           a bundle that is missing, half-copied, altered or of another version
@@ -27,6 +28,7 @@ __all__ = [
     "DownloadError",
     "ExportError",
     "ImageError",
+    "RequestError",
     "TrolEdgeError",
     "UnfinishedError",
     "UsageError",
@@ -48,6 +50,23 @@ class ImageError(UsageError):
 
 class ContextError(UsageError):
     """Prompt plus answer do not fit the context length of the bundle."""
+
+
+class RequestError(UsageError):
+    """A request to the server that is refused, with the HTTP status and the fields of OpenAI's error object."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        """Make the error. param: the field of the request. retry_after_s: when another try may succeed."""
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
 
 
 class CheckpointError(TrolEdgeError):

@@ -17,7 +17,7 @@ from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import Lifetime
 from trol_edge.numeric import shown, whole
-from trol_edge.prompt.template import Prompt, build_prompt, end_ids
+from trol_edge.prompt.template import Prompt, Spoken, build_prompt, end_ids
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.session import Session
 
@@ -57,7 +57,7 @@ class Model:
         self.tokenizer: Tokenizer | None = None
         self.ends = frozenset({manifest.spec.eos_token_id, *manifest.spec.more_end_ids})
         if TOKENIZER in manifest.files:
-            self.tokenizer = Tokenizer.from_file(self.bundle.path(TOKENIZER))
+            self.tokenizer = Tokenizer(self.bundle.text(TOKENIZER), str(self.bundle.path(TOKENIZER)))
             self.tokenizer.require_ids_below(manifest.spec.embedding_rows)
             self.ends |= end_ids(self.tokenizer, manifest.prompt)
             image_id = self.tokenizer.special_id(manifest.prompt.image)
@@ -103,9 +103,14 @@ class Model:
             )
         return self.tokenizer
 
-    def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = (), answer: str = "") -> list[int]:
-        """The token ids of a whole prompt; for arguments and errors see trol_edge.Runtime.tokenize."""
-        return build_prompt(self.text, self.bundle.manifest.prompt, prompt, tiles, answer)
+    def tokenize(
+        self, prompt: Prompt, tiles: int | Sequence[int] = (), answer: str = "", before: Sequence[Spoken] = ()
+    ) -> list[int]:
+        """The token ids of a whole prompt; for arguments and errors see trol_edge.Runtime.tokenize.
+
+        before: earlier turns of the conversation.
+        """
+        return build_prompt(self.text, self.bundle.manifest.prompt, prompt, tiles, answer, before)
 
     def close(self) -> None:
         """Release the graphs. Their memory is free once the sessions are gone, too. Closing twice is fine."""

@@ -1,4 +1,4 @@
-"""Converts numbers from callers (Python's, NumPy's, fractions) to a plain int, float or bool, or None."""
+"""Checks values from callers, and converts numbers (Python's, NumPy's, fractions) to a plain int, float or bool."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,14 @@ def real(value: Any) -> float | None:
 def truth(value: Any) -> bool | None:
     """The value as a bool; None if it is neither True nor False."""
     return bool(value) if isinstance(value, (bool, np.bool_)) else None
+
+
+def is_one_of(value: Any, choices: Sequence[Any]) -> bool:
+    """Whether a value equals one of some choices. An array, which compares element by element, equals none."""
+    try:
+        return value in choices
+    except Exception:
+        return False
 
 
 def shown(value: Any) -> str:

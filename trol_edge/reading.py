@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from trol_edge.errors import BundleError, TrolEdgeError
 
 MOST_JSON_BYTES = 64 << 20  # the largest tokenizer.json of a published model has 20 MB
+MOST_SHOWN = 1000  # characters of a path in a message; what is given as one by mistake may be long
 MOST_NAME_BYTES = 200  # longest name of a file; file systems take 255, and temporary names are longer
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {
@@ -53,7 +54,7 @@ def guard(
     except BaseException as cause:
         if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":
             raise
-        refusal = error(f"{printable(what)}: {found} ({reason(cause)}); {advice}")
+        refusal = error(f"{printable(what)[:MOST_SHOWN]}: {found} ({reason(cause)}); {advice}")
         raise refusal from cause
 
 

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.asking import UNREAD, Color, Pictures, ask, listed, look
-from trol_edge.answering.choose import checked_options, score, softmax
+from trol_edge.answering.chat import Chat
+from trol_edge.answering.choose import Poll, checked_options, choose, yes_no
 from trol_edge.answering.desk import Desk
 from trol_edge.answering.loop import Answering
 from trol_edge.answering.options import AnswerOptions, Options, options_from_keywords
-from trol_edge.answering.results import Answer, Choice, Clock, Option, Piece, YesNo
+from trol_edge.answering.results import Answer, Choice, Clock, Piece, YesNo
 from trol_edge.answering.streams import AnswerStream, pieces
 from trol_edge.bundle.signature import PublicKey
 from trol_edge.errors import UnfinishedError, UsageError
@@ -133,7 +134,7 @@ class Runtime:
         errors are those of generate; all questions are checked before the first is answered.
         """
         if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or not prompts:
-            raise UsageError(f"ask_many takes a list of one or more questions, found {prompts!r}")
+            raise UsageError(f"ask_many takes a list of one or more questions, found {shown(prompts)}")
         checked = options_from_keywords(options)
         desk = self.desk
         call, start = desk.call(checked), desk.now()
@@ -172,11 +173,7 @@ class Runtime:
         """
         texts = checked_options(options)
         checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
-        logprobs, tokens, clock = score(self.desk, prompt, texts, images, checked, whole=True)
-        scores = [logprob / count for logprob, count in zip(logprobs, tokens, strict=True)]
-        found = tuple(map(Option, texts, softmax(scores), scores, logprobs, tokens))
-        best = max(range(len(found)), key=lambda i: found[i].score)
-        return Choice(texts[best], best, found[best].probability, found, clock.timings)
+        return choose(self.desk, self._poll(prompt, images, checked), texts, checked)
 
     def yes_no(
         self,
@@ -193,10 +190,7 @@ class Runtime:
         Arguments and errors are those of choose.
         """
         checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
-        logprobs, _, clock = score(self.desk, prompt, ["Yes", "yes", "No", "no"], images, checked, whole=False)
-        shares = softmax(logprobs)
-        yes = shares[0] + shares[1]
-        return YesNo(yes >= 0.5, yes, clock.timings)
+        return yes_no(self.desk, self._poll(prompt, images, checked), checked)
 
     def stop(self) -> None:
         """End every call that runs or waits, within one step, from any thread.
@@ -205,6 +199,17 @@ class Runtime:
         Answers end with the reason "stopped" and the text so far; choose and yes_no raise UnfinishedError.
         """
         self.desk.stop()
+
+    # -- conversations ----------------------------------------------------------------------------------------------
+
+    def chat(self, *, pinned: int = 0, truncate: bool = True, session: Session | None = None) -> Chat:
+        """Begin a conversation, whose later questions follow on the earlier ones and their answers.
+
+        pinned: number of turns at the beginning that always stay, for example 1 if all is about the first picture.
+        truncate: drop the oldest other turns once the context is full; with False that is a ContextError.
+        session: answer in this session instead of one that the conversation makes for itself.
+        """
+        return Chat(self.desk, pinned=pinned, truncate=truncate, session=session)
 
     # -- tokens, pictures, sessions ----------------------------------------------------------------------------------
 
@@ -259,6 +264,10 @@ class Runtime:
 
     def __reduce__(self) -> Any:
         raise UsageError("a Runtime cannot be sent to another process; make one there, from the same bundle folder")
+
+    def _poll(self, prompt: Prompt, images: Pictures | None, options: Options) -> Poll:
+        call, start = self.desk.call(options), self.desk.now()
+        return Poll(prompt, look(self.desk, images, options, call), (), call, start)
 
     def _start(self, prompt: Prompt, images: Pictures | None, options: Options) -> Answering:
         desk = self.desk

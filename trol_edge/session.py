@@ -250,7 +250,9 @@ class Session:
         """
         self._require_open()
         if not isinstance(length, (int, np.integer)) or isinstance(length, bool) or not 0 <= length <= self._length:
-            raise UsageError(f"truncate({length!r}): the session holds {self._length} tokens; give 0..{self._length}")
+            raise UsageError(
+                f"truncate({shown(length)}): the session holds {self._length} tokens; give 0..{self._length}"
+            )
         kept = -(-int(self._filled[:length].sum()) // self._spec.vision.tokens_per_image)
         pictures, length, traversed = self._pictures[:kept], int(length), min(self._traversed, int(length))
         # No call is between these assignments, so Ctrl-C comes before all of them or after.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ class _ScriptedBackend:
 
     identity = "script"
     weight_bytes = 0
+    saturates = False
     embedding: NDArray[Any] | None = None
 
     def __init__(
@@ -151,6 +152,12 @@ class _ScriptedBackend:
     def new_state(self) -> _ScriptedState:
         """See trol_edge.backend.Backend."""
         return _ScriptedState(self)
+
+    def run_cut(
+        self, name: str, cuts: Collection[str], feeds: Mapping[str, NDArray[Any]], state: Any
+    ) -> dict[str, NDArray[Any]] | None:
+        """See trol_edge.backend.Backend; there are no graphs."""
+        return None
 
     def logits(self, ids: Sequence[int]) -> Float32:
         """Logits [V] after these tokens, whose largest is the answer's next token or its end."""

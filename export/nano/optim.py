@@ -15,7 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from trol_edge.bundle.folder import new_file
+from trol_edge.bundle.folder import new_file, writing
+from trol_edge.errors import ExportError
 
 WORLD = 2  # processes, one thread each: faster on two cores than one process with two threads
 SEED = 20
@@ -103,9 +104,17 @@ class Trainer:
 
 
 def run_parallel(stage: Callable[..., None], scratch: Path, *args: Any) -> None:
-    """Run `stage(rank, scratch, *args)` in WORLD processes that can average tensors."""
+    """Run `stage(rank, scratch, *args)` in WORLD processes that can average tensors.
+
+    Raises ExportError if one of them fails.
+    """
     rendezvous = Path(tempfile.mkdtemp(dir=scratch)) / "rendezvous"
-    mp.spawn(_process, (stage, rendezvous, scratch, args), nprocs=WORLD)  # type: ignore[attr-defined, no-untyped-call]
+    try:
+        mp.spawn(_process, (stage, rendezvous, scratch, args), nprocs=WORLD)  # type: ignore[attr-defined, no-untyped-call]
+    except mp.ProcessRaisedException as error:  # type: ignore[attr-defined]  # its text ends with that of the process's own exception
+        raise ExportError(
+            f"{scratch}: training failed in one of its processes: {str(error).splitlines()[-1]}"
+        ) from error
 
 
 def _process(rank: int, stage: Callable[..., None], rendezvous: Path, scratch: Path, args: tuple[Any, ...]) -> None:
@@ -119,5 +128,5 @@ def _process(rank: int, stage: Callable[..., None], rendezvous: Path, scratch: P
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    with new_file(path) as part:
+    with writing(path, ExportError, "choose another folder"), new_file(path) as part:
         torch.save(state, part)

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trol_edge.bundle.folder import new_folder
+from trol_edge.bundle.folder import new_folder, writing
+from trol_edge.errors import ExportError, TrolEdgeError
 from trol_edge.export.nano import data
 from trol_edge.export.nano.optim import run_parallel
 from trol_edge.export.nano.recipes import RECIPES, Recipe
@@ -46,7 +48,8 @@ def make_tokenizer(recipe: Recipe, scratch: Path) -> None:
         recipe.tokenizer_files(scratch / "pieces.model", part)
 
 
-def main() -> None:
+def main() -> int:
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(RECIPES))
     parser.add_argument("--out", type=Path, required=True, help="Folder to write the checkpoint to.")
@@ -57,10 +60,20 @@ def main() -> None:
     args = parser.parse_args()
     recipe = RECIPES[args.model]
     scratch = args.scratch or Path(tempfile.gettempdir()) / recipe.name
+    try:
+        with writing(scratch, ExportError, "choose another --scratch or --out; stages that are done are not repeated"):
+            train(recipe, args.out, scratch, args.minutes or recipe.minutes, args.batch, args.evaluate)
+    except TrolEdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(recipe: Recipe, out: Path, scratch: Path, total: float, batch: int, evaluate: int) -> None:
+    """Run the stages that have no result in `scratch` yet. total: minutes of training. OSError passes through."""
     scratch.mkdir(parents=True, exist_ok=True)
     clock = scratch / "minutes.json"
     minutes: dict[str, float] = json.loads(clock.read_text()) if clock.exists() else {}
-    total = args.minutes or recipe.minutes
     first, second = total * recipe.encoder_share, total * (1 - recipe.encoder_share)
     stages: dict[str, tuple[str, Callable[[], None]]] = {
         "pool": (f"{data.SMALL.name}.npy", lambda: make_pools(recipe, scratch)),
@@ -68,18 +81,18 @@ def main() -> None:
         "encoder": ("encoder.pt", lambda: run_parallel(train_encoder, scratch, recipe.name, first)),
         "decoder": (
             "decoder.pt",
-            lambda: run_parallel(train_decoder, scratch, recipe.name, args.out, second, args.batch),
+            lambda: run_parallel(train_decoder, scratch, recipe.name, out, second, batch),
         ),
     }
-    write_demo(recipe, args.out)
+    write_demo(recipe, out)
     for stage, (product, make) in stages.items():
         if not (scratch / product).exists():
             start = time.monotonic()
             make()
             minutes[stage] = (time.monotonic() - start) / 60
             clock.write_text(json.dumps(minutes))
-    write_report(recipe, args.out, minutes, args.evaluate)
+    write_report(recipe, out, minutes, evaluate)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

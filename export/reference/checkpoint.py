@@ -13,6 +13,7 @@ tokenizer.json                 or tokenizer.model, added_tokens.json and tokeniz
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import logging
 import os
@@ -50,6 +51,8 @@ FAMILIES: tuple[Family, ...] = (internlm2.FAMILY, phi3.FAMILY)
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # Rows are read in blocks of at most this many bytes, so that peak memory does not grow with the largest tensor.
 BLOCK_BYTES = 64 << 20
+# Names of the files that are opened; an index may name further shards.
+FILES = ("*config.json", "model.safetensors*", "pytorch_model.bin*", "trol_gating.*", "tokenizer*", "added_tokens.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder}: no such folder; give the folder that holds config.json")
             if not (self.folder / "config.json").exists() and (what := _another_folder(self.folder)):
                 raise CheckpointError(f"{self.folder}: {what}")
+            if outside := [p.name for p in sorted(self.folder.iterdir()) if _is_read(p.name) and not stays_inside(p)]:
+                raise CheckpointError(_outside(self.folder, outside))
         self.notes: list[str] = []
         self._pickles: dict[Path, dict[str, Tensor]] = {}
         config = self._json("config.json")
@@ -165,11 +170,8 @@ class Checkpoint:
                         "beside it; copy the index again"
                     )
                 files = [self.folder / str(name) for name in sorted(set(weight_map.values()))]
-                if outside := [f.name for f in files if not stays_inside(f)]:
-                    raise CheckpointError(
-                        f"{self.folder}: {', '.join(outside)} is a link to a place outside the folder and outside a "
-                        "hub's cache; put the file itself there"
-                    )
+                if outside := [f.name for f in files if not stays_inside(f)]:  # shards may have any name
+                    raise CheckpointError(_outside(self.folder, outside))
                 missing = [f.name for f in files if not f.is_file()]
                 if missing:
                     raise CheckpointError(f"{self.folder}: shards missing: {', '.join(missing)}; download them")
@@ -355,6 +357,18 @@ class Checkpoint:
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite. isfinite().all() would be ten times slower in half precision."""
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))  # NaN propagates
+
+
+def _is_read(name: str) -> bool:
+    """Whether a file of this name in a checkpoint's folder is opened."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)
+
+
+def _outside(folder: Path, names: list[str]) -> str:
+    return (
+        f"{folder}: {printable(', '.join(names[:5]))} is a link to a place outside the folder and outside a hub's "
+        "cache; put the file itself there"
+    )
 
 
 def _detect(config: Mapping[str, Any], folder: Path) -> Family:

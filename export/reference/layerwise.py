@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,29 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trol_edge.bundle.spec import ModelSpec
-from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.model import EagerAttention, rope_tables
 from trol_edge.machine import identity
 
 MATRICES = (".weight", ".lora_a", ".lora_b")
+
+
+class Weights(Protocol):
+    """Where the weights come from: a checkpoint, or something with the same parameters."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def family(self) -> Family: ...
+
+    def tensor(self, parameter: str, /) -> Tensor:
+        """A whole parameter."""
+        ...
+
+    def blocks(self, parameter: str, /) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, rows) of a parameter."""
+        ...
 
 
 class Layerwise:
@@ -29,7 +47,7 @@ class Layerwise:
     compute: the type of Linears and attention; sums, norms and the residual stream stay float32.
     """
 
-    def __init__(self, source: Checkpoint, compute: torch.dtype = torch.float32) -> None:
+    def __init__(self, source: Weights, compute: torch.dtype = torch.float32) -> None:
         self.source, self.spec, self.compute = source, source.spec, compute
         with torch.device("meta"):  # shapes only
             self._vision: Any = source.family.vision(self.spec)

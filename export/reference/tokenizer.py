@@ -325,7 +325,8 @@ def _normalizer(model: _Model) -> normalizers.Sequence:
         steps.append(normalizers.Prepend("▁"))
     steps.append(normalizers.Replace(" ", "▁"))
     if model.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(tokenizers.Regex(r"▁+\z"), ""))
+        # It begins at the first of many ▁ in a row only; from each of them it would take seconds in a long text.
+        steps.append(normalizers.Replace(tokenizers.Regex(r"(?<!▁)▁+\z"), ""))
     return normalizers.Sequence(steps)
 
 

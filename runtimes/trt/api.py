@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -132,19 +131,20 @@ class Library:
             self.fail(f"read {graph.name}", "export the bundle again for this target")
         return Network(self, builder, definition, parser)
 
-    def open(self, path: Path) -> Engine:
-        """Load an engine file, whose hash must have been checked, because a plan is code. Raises BackendError."""
+    def open(self, plan: Any, name: str) -> Engine:
+        """Load the bytes of an engine, whose hash must have been checked, because a plan is code; `name` is its file's.
+
+        plan: an object with the buffer protocol, which is not kept. Raises BackendError.
+        """
         trt = self.module
         self.messages.clear()
         try:
             runtime = trt.Runtime(self._logger)
         except TypeError as error:
             self.fail("start", NO_GPU, error)
-        with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            # Mapped and not read, because on a board that shares its memory with the GPU a second copy may not fit.
-            engine = runtime.deserialize_cuda_engine(plan)
+        engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            self.fail(f"load {path.name}", "build the engines again on this machine: `trol-edge build`")
+            self.fail(f"load {name}", "build the engines again on this machine: `trol-edge build`")
         return Engine(self, runtime, engine)
 
 

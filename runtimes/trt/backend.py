@@ -14,12 +14,13 @@ collection may run during a graph capture.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
-from trol_edge.bundle.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, read, verified
+from trol_edge.bundle.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, mapped, read
 from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
 from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
@@ -94,6 +95,7 @@ class TrtBackend:
 
     prefix_reuse = True
     embedding: NDArray[Any] | None = None
+    saturates = False
 
     def __init__(
         self,
@@ -134,7 +136,6 @@ class TrtBackend:
         built = hashlib.sha256("".join(sorted(e.sha256 for e in engines.engines.values())).encode()).hexdigest()
         gpu = f"{device.name}, driver {'.'.join(map(str, device.driver))}" if device else "a GPU"
         self.identity = f"{self.library.title} on {gpu}, engines {built[:12]}"
-        paths = {name: verified(bundle, engines, name) for name in ENGINES}
         self.cuda = cuda or open_cuda()
         self.cuda_graphs = cuda_graphs and self.cuda.graphs
         self._require_memory(device)
@@ -142,7 +143,9 @@ class TrtBackend:
         self.garbage: deque[_Garbage] = deque()
         keep_in_forks(self)  # CUDA cannot be used in a child either, and its destructors fail there
         end_calls_at_exit()  # registered after the libraries, which are loaded by now
-        self._engines = {name: self.library.open(path) for name, path in paths.items()}
+        with contextlib.ExitStack() as plans:  # at its end the files are hashed once more
+            opened = {name: plans.enter_context(mapped(bundle, engines, name)) for name in ENGINES}
+            self._engines = {n: self.library.open(plan, engines.engines[n].file) for n, plan in opened.items()}
         self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
         self.contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
         self._profiles = dict.fromkeys(self.contexts, 0)
@@ -365,6 +368,12 @@ class TrtBackend:
         """Make empty K/V buffers for one sequence."""
         with native, self.lock:
             return TrtState(self)
+
+    def run_cut(
+        self, name: str, cuts: Collection[str], feeds: Mapping[str, NDArray[Any]], state: Any
+    ) -> dict[str, NDArray[Any]] | None:
+        """Engines are compiled, so they cannot be cut."""
+        return None
 
     def require_open(self) -> None:
         """Raise BackendError after close, because a captured graph would use memory that was freed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trol_edge.bundle.engines import EngineSet, verified
+from trol_edge.bundle.engines import EngineSet, mapped
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.programs import engine_path, shapes_of
 from trol_edge.bundle.targets import target as target_of
@@ -28,8 +28,9 @@ def programs(
     if target.rtx:
         return text.read(engine_path(bundle, engines, name))
     library = library or load(target.module)
-    path, info, graph = verified(bundle, engines, name), engines.engines[name], bundle.manifest.graphs[name]
-    engine = library.open(path)
+    path, info, graph = engine_path(bundle, engines, name), engines.engines[name], bundle.manifest.graphs[name]
+    with mapped(bundle, engines, name) as plan:
+        engine = library.open(plan, info.file)
     context = engine.context()
     fitting = [i for i, r in enumerate(info.profiles) if all(low <= dims[d] <= high for d, (low, _, high) in r.items())]
     if info.profiles and not fitting:

@@ -21,6 +21,98 @@ class Fault:
 
 
 FAULTS = (
+    # -- conversations and the server ---------------------------------------------------------------------------------
+    Fault(
+        "trol_edge/answering/chat.py",
+        "self._size([*self._turns, new], call) > KEPT_SHARE * room",
+        "self._size([*self._turns, new], call) > 2 * room",
+        "a full conversation drops no turn",
+        ("tests/test_chat.py::test_the_oldest_turns_are_dropped",),
+    ),
+    Fault(
+        "trol_edge/answering/chat.py",
+        "            del self._turns[self._pinned]",
+        "            del self._turns[0]",
+        "pinned turns are dropped, too",
+        ("tests/test_chat.py::test_the_oldest_turns_are_dropped",),
+    ),
+    Fault(
+        "trol_edge/prompt/template.py",
+        "*([turn.answer] if turn.answer else [])]",
+        "*([answer] if turn.answer else [])]",
+        "earlier answers are left out of the prompt",
+        ("tests/test_chat.py::test_the_template_of_two_turns",),
+    ),
+    Fault(
+        "trol_edge/answering/asking.py",
+        "[picture for turn in before for picture in turn.pictures] + pictures",
+        "pictures + [picture for turn in before for picture in turn.pictures]",
+        "pictures of a conversation are in the wrong order",
+        ("tests/test_chat.py::test_turns_equal_a_fresh_prefill",),
+    ),
+    Fault(
+        "trol_edge/serve/fetch.py",
+        "return found.is_global and not",
+        "return True or not",
+        "a picture may be fetched from a private address",
+        ("tests/test_serve_bad_input.py::test_addresses_that_are_not_public",),
+    ),
+    Fault(
+        "trol_edge/serve/fetch.py",
+        "if limit.over or (answer.length and len(data) <= most_bytes):",
+        "if limit.over:",
+        "a picture that was cut off counts as whole",
+        ("tests/test_serve_bad_input.py::test_a_picture_by_http",),
+    ),
+    Fault(
+        "trol_edge/serve/pictures.py",
+        "os.O_RDONLY | os.O_NOFOLLOW |",
+        "os.O_RDONLY |",
+        "a link leads out of the folder that may be read",
+        ("tests/test_serve_bad_input.py::test_files_below_named_folders",),
+    ),
+    Fault(
+        "trol_edge/serve/security.py",
+        "found = [hmac.compare_digest(digest, known) for known in self._digests]",
+        "found = [digest == known for known in self._digests]",
+        "keys are compared in a time that tells how much of one is right",
+        ("tests/test_serve_bad_input.py::test_every_key_is_compared",),
+    ),
+    Fault(
+        "trol_edge/serve/settings.py",
+        "if not self.keys and not is_loopback(self.host):",
+        "if not self.keys and not self.host:",
+        "a server without keys listens to other machines",
+        ("tests/test_serve_bad_input.py::test_settings_that_are_refused",),
+    ),
+    Fault(
+        "trol_edge/serve/line.py",
+        "if self.inside >= self.most:",
+        "if self.inside > 1000 * self.most:",
+        "the line has no end",
+        ("tests/test_serve.py::test_a_full_queue",),
+    ),
+    Fault(
+        "trol_edge/serve/app.py",
+        "            inside.cancel()",
+        "            pass",
+        "a call goes on after its client has gone",
+        ("tests/test_serve.py::test_a_client_that_leaves",),
+    ),
+    Fault(
+        "trol_edge/serve/app.py",
+        "deadline = exchange.arrived + seconds",
+        "deadline = time.perf_counter() + seconds if self.line.waiting > 99 else math.inf",
+        "deadlines are not kept",
+        ("tests/test_serve.py::test_deadlines_count_from_arrival",),
+    ),
+    Fault(
+        "trol_edge/serve/schema.py",
+        "        elif name not in KNOWN and name not in LABELS:",
+        "        elif name not in KNOWN and name not in LABELS and not name:",
+        "an unknown field is ignored",
+        ("tests/test_serve_bad_input.py::test_bad_bodies",),
+    ),
     # -- trol_edge: cache and session ---------------------------------------------------------------------------------
     Fault(
         "trol_edge/session.py",
@@ -401,11 +493,32 @@ FAULTS = (
         ("tests/test_checkpoint.py",),
     ),
     Fault(
-        "export/reference/selftest.py",
+        "export/selftest/record.py",
         "            step_cache=torch.stack(self.step_cache).numpy(),",
         "            step_cache=torch.stack(self.step_cache[::-1]).numpy(),",
         "the self-test records the layers of a step in the wrong order",
         ("tests/test_verify.py",),
+    ),
+    Fault(
+        "export/selftest/emulation.py",
+        "            return (x / step).round().clamp(-128, 127) * step",
+        "            return (x / step).floor().clamp(-128, 127) * step",
+        "the record of a rounded bundle rounds down",
+        ("tests/test_selftest_faults.py::test_faults_in_int8",),
+    ),
+    Fault(
+        "trol_edge/bundle/probes.py",
+        "np.bincount(groups[indices], part * signs[indices], SUMS)",
+        "np.bincount(groups[indices], part, SUMS)",
+        "sums of stored numbers do not see an exchange",
+        ("tests/test_selftest_faults.py::test_sums_see_one_number_and_an_exchange",),
+    ),
+    Fault(
+        "trol_edge/verify/forced.py",
+        '    budget = ALWAYS["arithmetic"]\n',
+        "    budget = 1.0\n",
+        "the arithmetic of cut graphs has any budget",
+        ("tests/test_selftest_faults.py::test_faults_in_int8",),
     ),
     # -- export: writing and rounding ---------------------------------------------------------------------------------
     Fault(
@@ -593,6 +706,66 @@ FAULTS = (
         "if board.tensorrt is None or version[:1] == board.tensorrt[:1]:",
         "doctor does not see a TensorRT beside JetPack's",
         ("tests/test_doctor.py",),
+    ),
+    # -- trust: what is used is what was hashed, and texts take no longer than their length ------------------------
+    Fault(
+        "trol_edge/bundle/engines.py",
+        """            yield plan
+            if hashlib.sha256(plan).hexdigest() != info.sha256:""",
+        """            yield plan
+            if not hashlib.sha256(plan).hexdigest():""",
+        "an engine that was changed while it was loaded is used",
+        ("tests/test_trt.py::test_an_engine_changed_while_it_is_loaded_is_not_used",),
+    ),
+    Fault(
+        "trol_edge/bundle/selftest.py",
+        "arrays = file.load(file.tensors, bundle.manifest.files[SELFTEST].sha256)",
+        "arrays = file.load(file.tensors)",
+        "a self-test is replayed that was changed after its check",
+        ("tests/test_changed_bundle.py::test_a_tokenizer_and_a_self_test_changed_after_the_check_are_refused",),
+    ),
+    Fault(
+        "runtimes/ort.py",
+        "self._image = file.image(sha256) if manifest",
+        "self._image = None if manifest",
+        "ONNX Runtime maps the weights of a bundle for a GPU itself",
+        ("tests/test_changed_bundle.py::test_a_bundle_for_a_gpu_changed_under_a_provider",),
+    ),
+    Fault(
+        "trol_edge/prompt/tokenizer.py",
+        "[step for step in steps[first:] if step not in _STEPS]",
+        "[step for step in steps[first:] if not step]",
+        "a tokenizer may have any regular expression",
+        ("tests/test_foreign_files.py::test_a_tokenizer_has_only_steps_that_export_writes",),
+    ),
+    Fault(
+        "trol_edge/prompt/charsmap.py",
+        "if len(out) > MOST_GROWTH * at:",
+        "if not out:",
+        "a character map may make a text as long as it likes",
+        ("tests/test_foreign_files.py::test_a_character_map_that_makes_texts_endless",),
+    ),
+    Fault(
+        "export/reference/checkpoint.py",
+        "if _is_read(p.name) and not stays_inside(p)]:",
+        "if _is_read(p.name) and not p.name]:",
+        "a link under a fixed name leads out of a checkpoint's folder",
+        ("tests/test_checkpoint.py::test_links_under_fixed_names",),
+    ),
+    Fault(
+        "trol_edge/plan/memory.py",
+        "return self.weights + self.embedding + self.cache",
+        "return self.weights + self.cache",
+        "the plan forgets the embedding table",
+        ("tests/test_plan.py::test_verdicts",),
+    ),
+    Fault(
+        "trol_edge/cli/run.py",
+        "trusted_keys=trusted_key or None,\n    ) as runtime:",
+        "trusted_keys=None,\n    ) as runtime:",
+        "the command line does not heed its trusted keys",
+        ("tests/test_signatures.py::test_the_command_line_opens_what_its_keys_signed",),
+        "test-all",
     ),
     # -- programs of engines ------------------------------------------------------------------------------------------
     Fault(

@@ -16,7 +16,7 @@ from trol_edge.answering.turns import Call
 from trol_edge.backend import Features
 from trol_edge.errors import ContextError
 from trol_edge.prompt.images import Picture, count_tiles, load_rgb, preprocess
-from trol_edge.prompt.template import Prompt
+from trol_edge.prompt.template import Prompt, Spoken
 from trol_edge.session import Session
 from trol_edge.vision_cache import content_key
 
@@ -40,8 +40,22 @@ class Seen:
 
 
 @dataclasses.dataclass(frozen=True)
+class Turn:
+    """An earlier turn of a conversation: a question with its pictures, as they were read, and its answer."""
+
+    prompt: Prompt
+    pictures: list[Seen]
+    answer: str
+
+    @property
+    def spoken(self) -> Spoken:
+        """The turn as the prompt template takes it."""
+        return Spoken(self.prompt, [picture.tiles for picture in self.pictures], self.answer)
+
+
+@dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt as token ids, and its pictures in the order of their tokens."""
+    """A prompt as token ids, and all its pictures, those of earlier turns too, in the order of their tokens."""
 
     ids: list[int]
     pictures: list[Seen]
@@ -92,18 +106,29 @@ def _copy(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return picture[:, :, ::-1].copy()[:, :, ::-1] if picture.strides[2] < 0 else picture.copy()
 
 
-def ask(desk: Desk, prompt: Prompt, pictures: list[Seen], call: Call) -> Question:
-    """Make the question. Raises ContextError if the context has no room for it and an answer, and UnfinishedError."""
+def ask(desk: Desk, prompt: Prompt, pictures: list[Seen], call: Call, before: Sequence[Turn] = ()) -> Question:
+    """Make the question. Raises ContextError if the context has no room for it and an answer, and UnfinishedError.
+
+    before: earlier turns of the conversation.
+    """
     call.check()
     check_length(desk, prompt, "the prompt")
-    ids = desk.model.tokenize(prompt, [picture.tiles for picture in pictures])
+    check_length(desk, [text for turn in before for text in texts(turn)], "the conversation")
+    ids = desk.model.tokenize(prompt, [p.tiles for p in pictures], before=[turn.spoken for turn in before])
     context = _context(desk)
     if len(ids) >= context:
         raise ContextError(
-            f"prompt and pictures take {len(ids)} tokens, but this bundle holds {context} and the answer "
-            "needs room too; shorten the prompt, give fewer pictures, or export with a larger --context"
+            f"prompt and pictures{' of the conversation' if before else ''} take {len(ids)} tokens, but this bundle "
+            f"holds {context} and the answer needs room too; shorten the prompt, give fewer "
+            f"{'turns or ' if before else ''}pictures, or export with a larger --context"
         )
-    return Question(ids, pictures)
+    return Question(ids, [picture for turn in before for picture in turn.pictures] + pictures)
+
+
+def texts(turn: Turn) -> list[str]:
+    """The texts of a turn, its answer last."""
+    parts = [turn.prompt] if isinstance(turn.prompt, str) else turn.prompt
+    return [part for part in parts if isinstance(part, str)] + [turn.answer]
 
 
 def check_length(desk: Desk, text: Prompt, what: str) -> None:

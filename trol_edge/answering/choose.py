@@ -6,6 +6,7 @@ Options are walked as a tree of tokens, so that a common beginning is computed o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import reprlib
 from collections.abc import Callable, Collection, Sequence
@@ -13,10 +14,10 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.answering.asking import Pictures, Question, ask, check_length, look, prefill
+from trol_edge.answering.asking import Question, Seen, Turn, ask, check_length, prefill
 from trol_edge.answering.desk import Desk
 from trol_edge.answering.options import Options
-from trol_edge.answering.results import Clock
+from trol_edge.answering.results import Choice, Clock, Option, YesNo
 from trol_edge.answering.sampling import log_sum_exp
 from trol_edge.answering.turns import Call
 from trol_edge.errors import ContextError, UsageError
@@ -26,13 +27,41 @@ from trol_edge.session import Session
 Float32 = NDArray[np.float32]
 
 
-def score(
-    desk: Desk, prompt: Prompt, texts: list[str], images: Pictures | None, options: Options, whole: bool
+@dataclasses.dataclass(frozen=True)
+class Poll:
+    """A question to which several answers are weighed: its pictures, as they were read, and the turns before it."""
+
+    prompt: Prompt
+    pictures: list[Seen]
+    before: Sequence[Turn]
+    call: Call
+    start: float  # when the call began, by the desk's clock
+
+
+def choose(desk: Desk, poll: Poll, texts: list[str], options: Options) -> Choice:
+    """Find which of some answers is likeliest (see trol_edge.Runtime.choose)."""
+    logprobs, tokens, clock = _score(desk, poll, texts, options, whole=True)
+    scores = [logprob / count for logprob, count in zip(logprobs, tokens, strict=True)]
+    found = tuple(map(Option, texts, softmax(scores), scores, logprobs, tokens))
+    best = max(range(len(found)), key=lambda i: found[i].score)
+    return Choice(texts[best], best, found[best].probability, found, clock.timings)
+
+
+def yes_no(desk: Desk, poll: Poll, options: Options) -> YesNo:
+    """Find whether the answer begins with yes rather than no (see trol_edge.Runtime.yes_no)."""
+    logprobs, _, clock = _score(desk, poll, ["Yes", "yes", "No", "no"], options, whole=False)
+    shares = softmax(logprobs)
+    yes = shares[0] + shares[1]
+    return YesNo(yes >= 0.5, yes, clock.timings)
+
+
+def _score(
+    desk: Desk, poll: Poll, texts: list[str], options: Options, whole: bool
 ) -> tuple[list[float], list[int], Clock]:
     """Log-probability and token count of each text as the answer. whole: count the end of the answer as a token."""
-    call, start = desk.call(options), desk.now()
-    question = ask(desk, prompt, look(desk, images, options, call), call)
-    answers = [_answer_ids(desk, prompt, question, text, call) for text in texts]
+    call = poll.call
+    question = ask(desk, poll.prompt, poll.pictures, call, poll.before)
+    answers = [_answer_ids(desk, poll, question, text) for text in texts]
     context, longest = desk.model.bundle.manifest.context, max(map(len, answers))
     if len(question.ids) + longest > context:
         raise ContextError(
@@ -40,7 +69,7 @@ def score(
             f"holds {context}; shorten them, give fewer pictures, or export with a larger --context"
         )
     ends = desk.model.ends if whole else frozenset[int]()
-    clock = Clock(1e3 * (desk.now() - start))
+    clock = Clock(1e3 * (desk.now() - poll.start))
 
     def work(session: Session) -> list[float]:
         logits = prefill(desk, session, question, options, call, clock)
@@ -53,13 +82,14 @@ def score(
     return logprobs, [len(answer) + whole for answer in answers], clock
 
 
-def _answer_ids(desk: Desk, prompt_text: Prompt, question: Question, text: str, call: Call) -> list[int]:
-    call.check()
+def _answer_ids(desk: Desk, poll: Poll, question: Question, text: str) -> list[int]:
+    poll.call.check()
     check_length(desk, text, f"option {reprlib.repr(text)}")
-    ids = desk.model.tokenize(prompt_text, [picture.tiles for picture in question.pictures], text)
+    tiles, before = [picture.tiles for picture in poll.pictures], [turn.spoken for turn in poll.before]
+    ids = desk.model.tokenize(poll.prompt, tiles, text, before)
     prompt = len(question.ids)
     if ids[:prompt] != question.ids or len(ids) == prompt:
-        raise UsageError(f"option {text!r} has no tokens of its own after the prompt; word it differently")
+        raise UsageError(f"option {reprlib.repr(text)} has no tokens of its own after the prompt; word it differently")
     return ids[prompt:]
 
 

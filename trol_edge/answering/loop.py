@@ -178,6 +178,7 @@ class Answering:
             timings=clock.timings,
             rope=self._rope,
             cached_tokens=self._cached,
+            prompt_tokens=len(self._question.ids),
         )
 
     def _prefill(self, session: Session) -> Float32:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 from trol_edge.answering.constrain import ResponseFormat
 from trol_edge.answering.sampling import SamplingParams
 from trol_edge.errors import UsageError
-from trol_edge.numeric import real, shown, truth, whole
+from trol_edge.numeric import is_one_of, real, shown, truth, whole
 from trol_edge.session import Session
 
 __all__ = ["AnswerOptions", "Options", "options_from_keywords"]
@@ -80,8 +80,8 @@ class Options:
             ("bits", whole(self.bits, 8, 16), "None or a whole number from 8 to 16"),
         ]
         checks = [
-            ("answer_mode", self.answer_mode in ("step", "traverse"), "'step' or 'traverse'"),
-            ("color", self.color in ("rgb", "bgr"), "'rgb' or 'bgr', the order of the channels in an array"),
+            ("answer_mode", is_one_of(self.answer_mode, ("step", "traverse")), "'step' or 'traverse'"),
+            ("color", is_one_of(self.color, ("rgb", "bgr")), "'rgb' or 'bgr', the order of the channels in an array"),
             ("session", self.session is None or isinstance(self.session, Session), "None or a Session"),
         ]
         wrong = []
@@ -96,7 +96,7 @@ class Options:
         if self.num_beams > 1:
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             others = ("temperature", "repetition_penalty", "response_format", "logprobs", "stop", "answer_mode")
-            given = [name for name in others if getattr(self, name) != defaults[name]]
+            given = [name for name in others if not is_one_of(getattr(self, name), (defaults[name], []))]
             if given:
                 raise UsageError(
                     f"num_beams {self.num_beams} searches for the likeliest whole answer and cannot be combined with "

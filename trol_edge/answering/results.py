@@ -51,6 +51,7 @@ class Piece(_Text):
     timings: Timings | None = None  # on the last piece
     rope: str | None = None  # on the last piece, see Answer
     cached_tokens: int | None = None  # on the last piece, see Answer
+    prompt_tokens: int | None = None  # on the last piece, see Answer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

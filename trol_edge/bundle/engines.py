@@ -8,7 +8,12 @@ targets, one set each.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +24,14 @@ from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.bundle.signature import engines_statement
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import BundleError
-from trol_edge.reading import guard, is_plain_name, printable, read_json_value, stays_inside
+from trol_edge.reading import guard, is_plain_name, open_plain, printable, read_json_value, stays_inside
 
 FORMAT_VERSION = 2
 ENGINES = ("vision", "traverse", "step")  # without traverse_text, which would be another copy of the weights
+_ALTERED = (
+    "altered since the build (sha256 differs); it was not used, because an engine is a program; "
+    "build the engines again with `trol-edge build --force`"
+)
 FOLDER, MANIFEST, KERNELS = "engines", "engines.json", "kernels.cache"
 Range = tuple[int, int, int]  # smallest, best and largest size of a dynamic dimension
 
@@ -140,20 +149,42 @@ def differences(bundle: Bundle, engines: EngineSet, key: Key) -> list[str]:
 
 def verified(bundle: Bundle, engines: EngineSet, name: str) -> Path:
     """The path of an engine file, after checking its size and sha256. Raises BundleError if they differ."""
+    path = _path_of(bundle, engines, name)
+    if sha256_of(path) != engines.engines[name].sha256:
+        raise BundleError(f"{path}: {_ALTERED}")
+    return path
+
+
+@contextmanager
+def mapped(bundle: Bundle, engines: EngineSet, name: str) -> Iterator[mmap.mmap]:
+    """Yield the bytes of an engine file, for loading it. Raises BundleError if they are not those of the build.
+
+    They are mapped and not read, because a board that shares its memory with the GPU may not have it twice. They are
+    hashed before, and once more afterwards, so that an engine whose file was changed meanwhile is not used.
+    """
+    info, path = engines.engines[name], _path_of(bundle, engines, name)
+    with open_plain(path) as file:
+        if os.fstat(file.fileno()).st_size != info.bytes:
+            raise BundleError(f"{path}: {_ALTERED}")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            if hashlib.sha256(plan).hexdigest() != info.sha256:
+                raise BundleError(f"{path}: {_ALTERED}")
+            yield plan
+            if hashlib.sha256(plan).hexdigest() != info.sha256:
+                raise BundleError(f"{path}: {_ALTERED}")
+
+
+def _path_of(bundle: Bundle, engines: EngineSet, name: str) -> Path:
+    """The path of an engine file that is there, with its size."""
     info: EngineInfo | FileInfo = engines.engines[name]
     path = folder_of(bundle, engines.key.target) / engines.engines[name].file
     if not path.is_file() or not stays_inside(path):
         raise BundleError(
             f"{path}: missing, or a link to another place; build the engines again with `trol-edge build --force`"
         )
-    if path.stat().st_size != info.bytes:
+    if path.stat().st_size != info.bytes or not info.bytes:
         raise BundleError(
             f"{path}: {path.stat().st_size} bytes instead of {info.bytes}, so truncated or altered; it was not loaded; "
-            "build the engines again with `trol-edge build --force`"
-        )
-    if sha256_of(path) != info.sha256:
-        raise BundleError(
-            f"{path}: altered since the build (sha256 differs); it was not loaded, because an engine is a program; "
             "build the engines again with `trol-edge build --force`"
         )
     return path

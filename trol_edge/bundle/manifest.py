@@ -32,10 +32,11 @@ from trol_edge.bundle.signature import PublicKey, bundle_statement, public_keys,
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.weights import TensorInfo, WeightsFile
-from trol_edge.errors import BundleError
+from trol_edge.errors import BundleError, UsageError
+from trol_edge.numeric import shown
 from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
-from trol_edge.reading import guard, is_plain_name, printable, read_json_value, read_plain, stays_inside
+from trol_edge.reading import MOST_SHOWN, guard, is_plain_name, printable, read_json_value, read_plain, stays_inside
 
 FORMAT = "trol-edge-bundle"
 # 2: traverse continues from a prefix (slots, and a cache of the second pass), and there is a plan of precisions
@@ -99,6 +100,9 @@ class Manifest:
     parts: dict[str, Part]  # vision, projector, embedding, decoder, low-rank, output layer
     plan: PrecisionPlan  # how each Linear is stored and computed
     calibration: CalibrationInfo | None  # origin of the scales; None: nothing was calibrated
+    # How far this precision is from FP32 on the self-test, by kind of value (largest drift; "tokens" is the share of
+    # equal best tokens); None without a self-test, or in bundles that recorded the FP32 reference itself.
+    distance: dict[str, float] | None = None
 
 
 class Bundle:
@@ -111,13 +115,14 @@ class Bundle:
 
     def __init__(self, folder: str | os.PathLike[str], trusted_keys: Sequence[PublicKey] | None = None) -> None:
         """Open a bundle. trusted_keys: ed25519 public keys, one of which must have signed it; None accepts any."""
-        self.folder = Path(folder)
+        with guard(shown(folder), UsageError, "give the folder of a bundle", "not a path"):
+            self.folder = Path(folder)
         self.trusted_keys = () if trusted_keys is None else public_keys(trusted_keys)
         path = self.folder / MANIFEST
         with guard(self.folder, BundleError, "give the folder of a bundle"):
             if not path.exists() and not (taken_back(self.folder) and path.exists()):
                 raise BundleError(
-                    f"{self.folder}: no {MANIFEST} here, so this is not a (complete) bundle; "
+                    f"{str(self.folder)[:MOST_SHOWN]}: no {MANIFEST} here, so this is not a (complete) bundle; "
                     "make one with `make engine` or `trol-edge export`"
                 )
             if not stays_inside(path):
@@ -184,6 +189,11 @@ class Bundle:
         if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
             raise BundleError(f"{self.folder}: {name} was altered (sha256 differs); copy the bundle again")
         return data
+
+    def text(self, name: str) -> str:
+        """The text of a file in UTF-8, which is the one that the manifest has the hash of (see `read`)."""
+        with guard(self.path(name), BundleError, "copy or export the bundle again", "not readable as text"):
+            return self.read(name).decode("utf-8-sig")
 
     def weights(self) -> WeightsFile:
         """Open the weights file; its header is read and checked."""

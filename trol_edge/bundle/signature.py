@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trol_edge.bundle.folder import new_file, writing
 from trol_edge.bundle.names import SIGNATURES
 from trol_edge.errors import BackendError, BundleError, UsageError
+from trol_edge.numeric import shown
 from trol_edge.reading import guard, printable, read_json, read_plain
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = "trol-edge-signatures"
 PublicKey = str | os.PathLike[str] | bytes  # a PEM file, or its content, or the 32 bytes of a key
+PATHS = (str, bytes, os.PathLike)
 RAW_BYTES = 32  # size of a public key
 MOST_BYTES = 1 << 20  # largest file of a key or of signatures
 
@@ -38,8 +40,8 @@ def engines_statement(identity: str, target: str, digest: str) -> bytes:
 
 def public_keys(given: Sequence[PublicKey]) -> tuple[bytes, ...]:
     """The 32 bytes of each key. Raises UsageError if they are not a list of ed25519 public keys."""
-    if isinstance(given, str | bytes | os.PathLike) or not given:
-        raise UsageError(f"trusted_keys {given!r:.80} should be a list of one or more ed25519 public keys (PEM files)")
+    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(k, PATHS) for k in given):
+        raise UsageError(f"trusted_keys {shown(given)} should be a list of one or more ed25519 public keys (PEM files)")
     return tuple(map(_public_key, given))
 
 

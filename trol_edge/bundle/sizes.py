@@ -10,6 +10,7 @@ import numpy as np
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.manifest import Bundle, Port
+from trol_edge.bundle.names import EMBEDDING
 from trol_edge.bundle.weights import FLOATS, TensorInfo
 
 
@@ -56,6 +57,11 @@ def loaded_bytes(name: str, tensors: Mapping[str, TensorInfo]) -> int:
         return 4 * math.prod(tensor.shape) if tensor.dtype in FLOATS else tensor.nbytes
     packed = tensors[name.removesuffix(INT8).removesuffix(INT8_SCALE) + NBITS]
     return 2 * packed.nbytes if name.endswith(INT8) else 4 * packed.shape[0]
+
+
+def embedding_bytes(bundle: Bundle) -> int:
+    """Bytes of the embedding table, which every back end keeps in the CPU's memory as it is stored."""
+    return bundle.weights().tensors[EMBEDDING].nbytes
 
 
 def cpu_bytes(bundle: Bundle, names: Iterable[str]) -> int:

@@ -46,6 +46,11 @@ class Target:
         """Whether its library is TensorRT for RTX."""
         return self.module == "tensorrt_rtx"
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether what computes has no memory of its own: a CPU, and the GPU of a Jetson."""
+        return not self.gpu or self.name.startswith("jetson")
+
     def takes(self) -> dict[str, Operator]:
         """The operators that its parser supports; none if the target is not TensorRT."""
         return supported(self.operators, self.rtx) if self.operators else {}

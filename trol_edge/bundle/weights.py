@@ -92,6 +92,16 @@ class WeightsFile:
             arrays[name].reshape(-1)[first : first + block.size] = values
         return arrays
 
+    def image(self, sha256: str | None) -> NDArray[np.uint8]:
+        """Read the whole file, uint8 [bytes]. Raises BundleError if it ends early, or its hash is not `sha256`."""
+        with self.path.open("rb") as f:
+            data = np.empty(os.fstat(f.fileno()).st_size, np.uint8)
+            view = memoryview(data)  # type: ignore[arg-type]  # numpy before 2.3 does not say that it is a buffer
+            got = sum(f.readinto(view[start : start + BLOCK_BYTES]) for start in range(0, len(data), BLOCK_BYTES))
+        if got != len(data) or (sha256 and hashlib.sha256(view).hexdigest() != sha256):
+            raise BundleError(f"{self.path}: altered since export (sha256 differs); copy the bundle again")
+        return data
+
     def blocks(self, names: Collection[str], sha256: str | None) -> Iterator[tuple[str, int, NDArray[Any]]]:
         """Read tensors in the order of the file: name, index of a block's first value, and the block as stored.
 

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from trol_edge.cli.show import Json, OfOrt, err, out, print_json
+from trol_edge.cli.show import Json, OfOrt, TrustedKeys, err, out, print_json
 
 
 def verify(
@@ -20,12 +20,13 @@ def verify(
         int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
     ] = None,
     provider: OfOrt = None,
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
     """Replay the self-test that export recorded. The exit code is 1 if a stage drifts more than its precision may."""
     from trol_edge.verify.replay import verify as replay
 
-    report = replay(bundle, threads, cast(Any, provider))
+    report = replay(bundle, threads, cast(Any, provider), trusted_key or None)
     if as_json:
         print_json(report.json())
     else:
@@ -44,6 +45,7 @@ def soak(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, with a tokenizer.")],
     minutes: Annotated[float, typer.Option(help="Duration in minutes.", min=0.01)] = 10.0,
     provider: OfOrt = None,
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
     """Ask, stop, fork, miss deadlines and feed bad frames from four threads. Wrong answers or leaks exit with 1."""
@@ -56,7 +58,7 @@ def soak(
             shown[0] = seconds
             err.print(f"{seconds:6.0f} s  {resident / 1e6:8.1f} MB resident")
 
-    report = run_soak(bundle, 60 * minutes, progress, cast(Any, provider))
+    report = run_soak(bundle, 60 * minutes, progress, cast(Any, provider), trusted_key or None)
     if as_json:
         print_json({**dataclasses.asdict(report), "passed": report.passed})
     else:

@@ -113,7 +113,7 @@ def doctor(
 
     checks = room.examine(bundle)
     if as_json:
-        print_json([dataclasses.asdict(check) for check in checks])
+        print_json({"checks": [dataclasses.asdict(check) for check in checks]})
     else:
         for check in checks:
             mark = "ok" if check.good else "!!" if check.needed else "--"

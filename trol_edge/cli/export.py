@@ -62,7 +62,9 @@ def export(
     ] = None,
     selftest: Annotated[
         bool,
-        typer.Option("--selftest/--no-selftest", help="Record results of the FP32 reference for trol-edge verify."),
+        typer.Option(
+            "--selftest/--no-selftest", help="Record what the bundle's arithmetic gives, for trol-edge verify."
+        ),
     ] = True,
     shared_weights: Annotated[
         bool,

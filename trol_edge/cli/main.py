@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from trol_edge._version import __version__
-from trol_edge.cli import check, device, export, measure, plan, quantize, run, sign
+from trol_edge.cli import chat, check, device, export, measure, plan, quantize, run, serve, sign
 from trol_edge.cli.show import err, print_error, print_json
 from trol_edge.errors import TrolEdgeError
 
@@ -63,6 +63,8 @@ def version() -> None:
 VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (export.export, "trol-edge export trol-1.8b -o build/trol-1.8b   (fetches it first; or give a folder)"),
     (run.run, 'trol-edge run build/trol-nano --image scene.png --prompt "What is left of the red star?"'),
+    (chat.chat, "trol-edge chat build/trol-nano --image scene.png"),
+    (serve.serve, "trol-edge serve build/trol-nano --port 8000"),
     (run.inspect, "trol-edge inspect build/trol-nano --json"),
     (export.synth, "trol-edge synth --model trol-7b -o build/checkpoints/trol-7b"),
     (quantize.calibrate, "trol-edge calibrate trol-1.8b --data pictures -o build/calibration/trol-1.8b"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 from rich.table import Table
 
-from trol_edge.cli.show import Json, OfOrt, out, phases, print_json
+from trol_edge.bundle.folder import writing
+from trol_edge.cli.show import PICTURE_BYTES, STDIN, Json, OfOrt, TrustedKeys, out, phases, print_json, standard_input
+from trol_edge.errors import UsageError
 
 
 def profile(
@@ -21,7 +26,10 @@ def profile(
         list[int] | None,
         typer.Option(min=1, help="Tokens of the whole prompt; repeatable.  [default: a short question]"),
     ] = None,
-    image: Annotated[Path | None, typer.Option("-i", "--image", help="Picture file to use instead of --size.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option("-i", "--image", help="Picture file to use instead of --size; - reads it from standard input."),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 32,
     warmup: Annotated[int, typer.Option(min=0, help="Answers that are not counted, before the others.")] = 2,
     runs: Annotated[int, typer.Option(min=1, help="Answers that are counted, per case.")] = 10,
@@ -40,6 +48,7 @@ def profile(
     ] = None,
     root: Annotated[Path, typer.Option(help="Folder of proc and sys, to read a recorded tree.")] = Path("/"),
     provider: OfOrt = None,
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency, memory and energy of bundles on this machine, stage by stage, and write a page about them."""
@@ -49,7 +58,7 @@ def profile(
     from trol_edge.measure.samples import summary
 
     old = None if baseline is None else record.load(baseline)
-    with phases(quiet=as_json) as progress:
+    with _as_file(image) as image, phases(quiet=as_json) as progress:
         found = run.profile(
             bundles,
             sizes=[_size(text) for text in size or ["640x480"]],
@@ -63,6 +72,7 @@ def profile(
             interval_s=interval_ms / 1e3,
             root=root,
             provider=cast(Any, provider),
+            trusted_keys=trusted_key or (),
             progress=lambda line: progress(line, 0, 0),
         )
     if output is not None:  # write before the comparison, which may raise, so that minutes of measuring are not lost
@@ -83,6 +93,18 @@ def profile(
             out.print(f"{output}/profile.json, profile.html", soft_wrap=True)
     if comparison is not None and (comparison.slower or comparison.unjudged):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _as_file(image: Path | None) -> Iterator[Path | None]:
+    """Yield the picture's path. A picture on standard input is kept in a file meanwhile, for several processes."""
+    if str(image) not in STDIN:
+        yield image
+        return
+    with tempfile.TemporaryDirectory() as folder, writing(folder, UsageError):
+        kept = Path(folder) / "picture"
+        kept.write_bytes(standard_input(PICTURE_BYTES))
+        yield kept
 
 
 def _size(text: str) -> tuple[int, int] | None:

@@ -142,6 +142,7 @@ def _print_plans(plans: Any) -> None:
         m, gpu = p.memory, is_gpu(p.machine.target)
         for what, size in (
             ("weights", m.weights),
+            ("embedding table", m.embedding),
             (f"K/V cache, {m.cache_sets} sets", m.cache),
             ("activations", m.activations),
             ("runtime and libraries", m.runtime),

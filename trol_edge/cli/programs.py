@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -22,12 +21,11 @@ from trol_edge.program.traffic import Moved, Traffic
 SMALL = 100_000  # kernels that move less share a row
 
 
-def show_programs(folder: Path, tokens: int | None, filled: int | None, as_json: bool) -> None:
+def show_programs(bundle: Bundle, tokens: int | None, filled: int | None, as_json: bool) -> None:
     """Print every engine's kernels and bytes. tokens: of a prompt; filled: rows of the cache that are in use.
 
     What cannot be read from an engine is said in its place. Raises UsageError for sizes that the bundle cannot have.
     """
-    bundle = Bundle(folder)
     manifest = bundle.manifest
     tiles = manifest.image.most_tiles
     if tokens is None:
@@ -38,7 +36,7 @@ def show_programs(folder: Path, tokens: int | None, filled: int | None, as_json:
     dims = {"images": tiles, "tokens": tokens, "slots": max(tokens, filled)}
     sets = [read(bundle, name) for name in TARGETS if folder_of(bundle, name).exists()]
     if not sets:
-        raise BundleError(f"{folder}: has no engines; make them with `trol-edge build`")
+        raise BundleError(f"{bundle.folder}: has no engines; make them with `trol-edge build`")
     found: dict[str, dict[str, Traffic | str]] = {}
     for engines in sets:
         for name in ENGINES:

@@ -147,7 +147,7 @@ def compare(
     if output:
         comparing.save(output, found)
     if as_json:
-        print_json([dataclasses.asdict(c) for c in found])
+        print_json({"comparisons": [dataclasses.asdict(c) for c in found]})
         return
     for skipped in chosen.skipped:
         err.print(f"skipped: {skipped}")

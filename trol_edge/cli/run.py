@@ -13,12 +13,22 @@ import typer
 from rich.table import Table
 
 from trol_edge.bundle.sizes import cache_bytes
-from trol_edge.cli.show import Json, OfOrt, err, extra, out, print_json
+from trol_edge.cli.show import (
+    PICTURE_BYTES,
+    STDIN,
+    Json,
+    OfOrt,
+    TrustedKeys,
+    err,
+    extra,
+    out,
+    print_json,
+    standard_input,
+)
 from trol_edge.errors import UsageError
 from trol_edge.prompt.images import Picture
 
-STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
-PROMPT_BYTES, PICTURE_BYTES = 16 << 20, 1 << 30  # most bytes that are read from standard input
+PROMPT_BYTES = 16 << 20  # most bytes of a prompt that are read from standard input
 
 
 def run(
@@ -54,6 +64,7 @@ def run(
     fallback: Annotated[
         str | None, typer.Option(help="Provider to use, with a warning, if engines cannot be loaded.")
     ] = None,
+    trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:
     """Ask a bundle a question, with or without pictures; the answer streams to standard output."""
@@ -62,7 +73,13 @@ def run(
     prompt, pictures = _given(prompt, image or [])
     ids: list[int] = []
     text = ""
-    with Runtime(bundle, threads=threads, provider=cast(Any, provider), fallback=cast(Any, fallback)) as runtime:
+    with Runtime(
+        bundle,
+        threads=threads,
+        provider=cast(Any, provider),
+        fallback=cast(Any, fallback),
+        trusted_keys=trusted_key or None,
+    ) as runtime:
         for piece in runtime.stream(
             prompt,
             pictures,
@@ -103,13 +120,13 @@ def _given(prompt: str, images: list[Path]) -> tuple[str, list[Picture]]:
         raise UsageError("standard input holds one thing: give - once, for the prompt or for one picture")
     if prompt in STDIN:
         try:
-            prompt = _standard_input(PROMPT_BYTES).decode("utf-8-sig").rstrip("\r\n")
+            prompt = standard_input(PROMPT_BYTES).decode("utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UsageError(f"the prompt on standard input is not UTF-8 ({error}); convert it first") from error
     pictures: list[Picture] = []
     for path in images:
         if str(path) in STDIN:
-            pictures.append(_standard_input(PICTURE_BYTES))
+            pictures.append(standard_input(PICTURE_BYTES))
         elif path.is_fifo():  # such as <(...), which can be read only once
             with path.open("rb") as pipe:
                 pictures.append(pipe.read(PICTURE_BYTES))
@@ -118,17 +135,9 @@ def _given(prompt: str, images: list[Path]) -> tuple[str, list[Picture]]:
     return prompt, pictures
 
 
-def _standard_input(limit: int) -> bytes:
-    if sys.stdin is None:
-        raise UsageError("standard input is closed, but - reads from it; give the value itself")
-    data = sys.stdin.buffer.read(limit + 1)
-    if len(data) > limit:
-        raise UsageError(f"standard input has more than {limit} bytes; give less")
-    return data
-
-
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    trusted_key: TrustedKeys = None,
     program: Annotated[
         bool, typer.Option("--program", help="Show instead what the engines' kernels read and write.")
     ] = False,
@@ -144,18 +153,19 @@ def inspect(
 
     With --program, show for each engine what its kernels read and write, and what of it could be avoided.
     """
+    from trol_edge.bundle.manifest import Bundle
+
     if program:
         from trol_edge.cli.programs import show_programs
 
-        show_programs(bundle, tokens, filled, as_json)
+        show_programs(Bundle(bundle, trusted_key or None), tokens, filled, as_json)
         return
     if tokens is not None or filled is not None:
         raise UsageError("--tokens and --filled are for --program; add it")
-    from trol_edge.bundle.manifest import Bundle
     from trol_edge.bundle.sizes import device_bytes, loaded_bytes, shared_weights
     from trol_edge.bundle.targets import is_gpu
 
-    opened = Bundle(bundle)
+    opened = Bundle(bundle, trusted_key or None)
     manifest, tensors = opened.manifest, opened.weights().tensors
     graphs = manifest.graphs.items()
     stored = {name: sum(tensors[w].nbytes for w in graph.weights if w in tensors) for name, graph in graphs}
@@ -187,6 +197,10 @@ def inspect(
     for note in manifest.notes:
         out.print(f"note: {note}")
     out.print(_precision(manifest), style="italic")
+    if manifest.distance:
+        far = ", ".join(f"{kind} {value:.2g}" for kind, value in manifest.distance.items() if kind != "tokens")
+        same = manifest.distance.get("tokens", 1.0)
+        out.print(f"distance to FP32 on the self-test: {far}; {100 * same:.0f} % of the best tokens are the same")
     parts = Table("part", "Linears", "numbers", "MB", box=None)
     for name, part in manifest.parts.items():
         linears = ", ".join(f"{count} {precision}" for precision, count in sorted(part.linears.items())) or "none"
@@ -232,7 +246,10 @@ def inspect(
     )
 
 
-def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None:
+def demo(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    trusted_key: TrustedKeys = None,
+) -> None:
     """Ask a bundle about the picture that ships with this project, and say what to type next."""
     from trol_edge.bundle.names import TOKENIZER
     from trol_edge.runtime import Runtime
@@ -240,7 +257,7 @@ def demo(bundle: Annotated[Path, typer.Argument(help="Bundle folder.")]) -> None
     with extra("export"):
         from trol_edge.export.reference.hub import shipped_folder, shipped_like
 
-    with Runtime(bundle) as runtime:
+    with Runtime(bundle, trusted_keys=trusted_key or None) as runtime:
         folder = shipped_folder(shipped_like(runtime.bundle.manifest.model))
         question = json.loads((folder / "report.json").read_text(encoding="utf-8"))["demo"]["question"]
         picture = folder / "scene.png"

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,8 +22,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from trol_edge.errors import BackendError
+from trol_edge.errors import BackendError, UsageError
 
+STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+PICTURE_BYTES = 1 << 30  # most bytes of a picture that are read from standard input
 LINE = 1 << 20  # columns without a terminal, so that a line stays a line and a table keeps every column
 
 
@@ -47,6 +50,13 @@ OfOrt = Annotated[
     str | None,
     typer.Option("--provider", help="ONNX Runtime provider to use instead of engines: cuda, tensorrt or cpu."),
 ]
+TrustedKeys = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--trusted-key",
+        help="PEM file of an ed25519 public key, repeatable; a bundle that no such key signed is not opened.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 
@@ -62,6 +72,16 @@ def print_error(kind: str, text: str, as_json: bool) -> None:
         print_json({"error": {"type": kind, "message": text}})
     lines = text if err.is_terminal else " ".join(line.strip() for line in text.splitlines() if line.strip())
     err.print(f"error: {lines}", style="red", soft_wrap=True)
+
+
+def standard_input(limit: int) -> bytes:
+    """Read standard input. Raises UsageError if it is closed, or has more than `limit` bytes."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed, but - reads from it; give the value itself")
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise UsageError(f"standard input has more than {limit} bytes; give less")
+    return data
 
 
 def peak_bytes() -> int:

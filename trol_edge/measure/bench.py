@@ -54,7 +54,12 @@ def measure_job(began: float) -> None:
 
 def opened(job: Job) -> Runtime:
     """Open the Runtime that a job describes."""
-    return Runtime(job.bundle, threads=job.threads, provider=cast(Any, job.provider))
+    return Runtime(
+        job.bundle,
+        threads=job.threads,
+        provider=cast(Any, job.provider),
+        trusted_keys=job.trusted_keys or None,
+    )
 
 
 def measure(job: Job, progress: Progress = lambda line: None) -> BundleProfile:

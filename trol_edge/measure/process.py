@@ -38,6 +38,7 @@ class Job:
     interval_s: float
     root: str
     provider: str | None = None  # ONNX Runtime's, used instead of engines
+    trusted_keys: tuple[str, ...] = ()  # files of public keys, one of which must have signed the bundle
 
 
 def in_process(function: str, job: Job, progress: Progress = lambda line: None) -> Any:

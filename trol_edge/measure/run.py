@@ -48,6 +48,7 @@ def profile(
     interval_s: float = 0.1,
     root: str | os.PathLike[str] = "/",
     provider: Provider | None = None,
+    trusted_keys: Sequence[str | os.PathLike[str]] = (),
     progress: Progress = lambda line: None,
 ) -> Profile:
     """Measure every bundle in every case (sizes x prompt lengths).
@@ -56,7 +57,7 @@ def profile(
     prompt_tokens: length of the whole prompt, None for a short question. tokens: length of each answer. starts: number
     of fresh processes with a cold page cache, and again with a warm one. interval_s: time between two samples of the
     machine. root: the folder that contains proc and sys. provider: ONNX Runtime's provider, as Runtime takes it, for
-    bundles of a GPU target.
+    bundles of a GPU target. trusted_keys: files of public keys, one of which must have signed each bundle.
     Raises UsageError, ImageError, ContextError for bad arguments, BundleError and BackendError as Runtime does.
     """
     if not bundles:
@@ -87,6 +88,7 @@ def profile(
             interval_s=interval_s,
             root=os.fspath(root),
             provider=provider,
+            trusted_keys=tuple(os.fspath(key) for key in trusted_keys),
         )
         measured = from_dict(BundleProfile, in_process("bench.measure_job", job, progress), name)
         begun = []

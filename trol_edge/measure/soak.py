@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.answering.results import Piece
+from trol_edge.bundle.signature import PublicKey
 from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import ImageError, UnfinishedError, UsageError
 from trol_edge.machine import identity
@@ -102,27 +103,33 @@ def soak(
     seconds: float,
     progress: Callable[[float, int], None],
     provider: Provider | None = None,
+    trusted_keys: Sequence[PublicKey] | None = None,
 ) -> SoakReport:
     """Run for `seconds`. progress is called every few seconds with the seconds so far and the resident bytes.
 
     Memory is read while all threads rest between two calls, so that caches in use do not count as growth.
 
-    The bundle needs a tokenizer. provider is what Runtime takes. Raises what Runtime raises for an unusable bundle.
+    The bundle needs a tokenizer. provider and trusted_keys are what Runtime takes. Raises what Runtime raises for an
+    unusable bundle.
     """
     threads_before = threading.active_count()
-    runtime = Runtime(bundle, provider=provider)
+    runtime = Runtime(bundle, provider=provider, trusted_keys=trusted_keys)
     crew = _Crew(runtime)
     workers = [threading.Thread(target=crew.work, args=(seed,), daemon=True) for seed in range(THREADS)]
     start = time.monotonic()
     samples: list[tuple[float, int]] = []
-    for worker in workers:
-        worker.start()
-    while (now := time.monotonic() - start) < seconds and not crew.wrong:
-        with crew.resting():
-            gc.collect()
-            samples.append((now, resident_bytes()))
-        progress(*samples[-1])
-        time.sleep(min(SAMPLE_S, seconds / 20))
+    try:
+        for worker in workers:
+            worker.start()
+        while (now := time.monotonic() - start) < seconds and not crew.wrong:
+            with crew.resting():
+                gc.collect()
+                samples.append((now, resident_bytes()))
+            progress(*samples[-1])
+            time.sleep(min(SAMPLE_S, seconds / 20))
+    except BaseException:
+        crew.interrupt(workers)
+        raise
     crew.over.set()
     for worker in workers:
         worker.join(HANGS_S)
@@ -234,6 +241,15 @@ class _Crew:
                 self.calls[name] += 1
             if dice.random() < 0.02:
                 self.runtime.stop()
+
+    def interrupt(self, workers: Sequence[threading.Thread]) -> None:
+        """End the threads after Ctrl-C: stop their calls as soon as they begin, and wait for them."""
+        self.over.set()
+        self._all_here.abort()
+        last = time.monotonic() + HANGS_S
+        while (alive := [w for w in workers if w.is_alive()]) and time.monotonic() < last:
+            self.runtime.stop()
+            alive[0].join(0.1)
 
     @contextmanager
     def resting(self) -> Iterator[None]:

@@ -157,7 +157,6 @@ def to_dict(planned: Planned) -> dict[str, Any]:
         "changes": list(planned.changes),
         "memory": dataclasses.asdict(memory)
         | {"needed": memory.needed, "remains": memory.remains, "build_remains": memory.build_remains},
-        "embedding_bytes_mapped": subject.embedding_bytes,
         "programs_of": subject.programs_of,
         "stages": [dataclasses.asdict(graph_time) for graph_time in planned.stages],
         "first_token": dict(zip(("floor", "expected"), planned.first_token, strict=True)),

@@ -20,6 +20,7 @@ class Memory:
     """Bytes on the device while it answers, and while an engine is built (0 if none is built there)."""
 
     weights: int
+    embedding: int  # the table, which is always in the CPU's memory; 0 for a GPU with its own memory
     cache: int
     cache_sets: int
     activations: int
@@ -31,7 +32,7 @@ class Memory:
     @property
     def needed(self) -> int:
         """Everything that this library takes."""
-        return self.weights + self.cache + self.activations + self.runtime
+        return self.weights + self.embedding + self.cache + self.activations + self.runtime
 
     @property
     def remains(self) -> int:
@@ -67,6 +68,7 @@ def memory_of(
         largest = 0
     return Memory(
         weights=weights,
+        embedding=subject.embedding_bytes if TARGETS[machine.target].shares_memory else 0,
         cache=2 * one_set if reuse else one_set + (0 if gpu else one_set // subject.layers),
         cache_sets=2 if reuse else 1,
         activations=activations,

@@ -36,7 +36,7 @@ class Subject:
     decoder_bytes: int  # weights of all graphs but vision, each counted once
     shareable_bytes: int  # the part of them that traverse and step could share (`export --shared-weights`)
     shared: bool  # whether they share it
-    embedding_bytes: int  # size of the table, which is mapped from the file and read a row at a time
+    embedding_bytes: int  # size of the table, which is held as it is stored, in the CPU's memory
     cache_bytes: int  # size of one K/V set at full context
     programs: dict[str, tuple[ProgramCounts, ...]] = dataclasses.field(default_factory=dict)
     programs_of: str = ""

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+MOST_KEY_BYTES = 256  # longest key that is looked for
+MOST_GROWTH = 64  # most bytes for a byte of the text; the largest of Unicode's compatibility mappings has 11
+
 
 def split_normalizer(normalizer: Any) -> tuple[Charsmap | None, Any]:
     """Take the character map out of a normalizer. The library applies it per grapheme and so loses combining marks."""
@@ -43,13 +46,15 @@ class Charsmap:
                 length = 1 if data[at] < 0x80 else 2 if data[at] < 0xE0 else 3 if data[at] < 0xF0 else 4
                 out += data[at : at + length]
             at += length
+            if len(out) > MOST_GROWTH * at:
+                raise ValueError("its character map makes texts too long")
         return out.decode()
 
     def _longest(self, data: bytes, at: int) -> tuple[int, int]:
         """Length in bytes of the longest key at `at` and where its replacement starts; (0, 0) if there is none."""
         found = (0, 0)
         node = _trie_offset(self._units[0])
-        for i in range(at, len(data)):
+        for i in range(at, min(len(data), at + MOST_KEY_BYTES)):
             node ^= data[i]
             unit = self._units[node]
             if unit & 0x800000FF != data[i]:

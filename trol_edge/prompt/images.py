@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from trol_edge.errors import BundleError, ImageError
-from trol_edge.numeric import shown, whole
+from trol_edge.numeric import is_one_of, shown, whole
 from trol_edge.prompt import tiles
 
 __all__ = ["MAX_PIXELS", "ImageSpec", "Picture", "count_tiles", "load_rgb", "preprocess"]
@@ -81,6 +81,7 @@ _OTHERS = (
 DARK = 1 << 14  # if all numbers are below it, they may be a sensor's 10 to 14 bits
 SCALED = -16  # see _stored
 SAY_BITS = "its range is not known; pass bits=, 8 to 16 (the brightest number is 2 ** bits - 1)"
+LONGEST_PATH = 1000  # characters of a path in a message; a text that is given by mistake may be much longer
 MAX_PIXELS = 89_000_000  # just below the size above which Pillow warns of a decompression bomb
 
 _EXIF_ORIENTATION = 0x0112
@@ -153,8 +154,8 @@ def load_rgb(image: Picture, color: str = "rgb", bits: int | None = None) -> U8:
     range (above; 32-bit float), for numbers above `bits`, for an array of another shape or dtype, and for another
     `color` or `bits`.
     """
-    if color not in ("rgb", "bgr"):
-        raise ImageError(f"color {color!r} should be 'rgb' or 'bgr', the order of the channels in an array")
+    if not is_one_of(color, ("rgb", "bgr")):
+        raise ImageError(f"color {shown(color)} should be 'rgb' or 'bgr', the order of the channels in an array")
     depth = whole(bits, 8, 16)
     if bits is not None and depth is None:
         raise ImageError(f"bits {shown(bits)} should be None or a whole number from 8 to 16")
@@ -210,13 +211,13 @@ def _rgb_from_bytes(data: bytes | bytearray | memoryview, bits: int | None) -> U
 
 
 def _rgb_from_file(path: str | os.PathLike[str], bits: int | None) -> U8:
-    name = f"picture {os.fspath(path)!r}"
+    name = f"picture {os.fspath(path)!r:.{LONGEST_PATH}}"
     try:
         is_file = pathlib.Path(path).is_file()
         empty = is_file and pathlib.Path(path).stat().st_size == 0
         exists = is_file or pathlib.Path(path).exists()
     except (OSError, ValueError, TypeError) as error:
-        raise ImageError(f"{name} is not a usable path: {error}") from error
+        raise ImageError(f"{name} is not a usable path ({_reason(error)})") from error
     if not is_file:
         found = "is not a file; pass the picture itself" if exists else "does not exist; check the path"
         raise ImageError(f"{name} {found}")
@@ -347,7 +348,7 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"{type(error).__name__}: {str(error)[:300]}" if str(error) else type(error).__name__
 
 
 def preprocess(images: Sequence[U8], spec: ImageSpec) -> F32:

@@ -57,14 +57,28 @@ class PromptSpec:
             raise BundleError(f"prompt template: {'; '.join(problems)}; export the bundle again with this version")
 
 
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """An earlier turn of a conversation: a question, the tiles of each of its pictures, and its answer."""
+
+    prompt: Prompt
+    tiles: Sequence[int]
+    answer: str
+
+
 def build_prompt(
     tokenizer: Tokenizer,
     spec: PromptSpec,
     prompt: Prompt,
     tiles: int | Sequence[int] = (),
     answer: str = "",
+    before: Sequence[Spoken] = (),
 ) -> list[int]:
     """Return the ids of a whole prompt, followed by those of an answer (or its beginning) if one is given.
+
+    before: earlier turns of the conversation. Each answer is followed by `before_question`, which ends a turn and
+    begins the next question. The authors' code renders one question only; this is how it joins the system's turn and
+    the question, and how InternLM2's and Phi-3's own templates join turns.
 
     `prompt` is the question, and the pictures come before it. Or it is a sequence of texts and `IMAGE`, once per
     picture, which sets their places. `tiles` has the number of tiles of each picture (`images.count_tiles`); an int is
@@ -72,27 +86,34 @@ def build_prompt(
     surrogates, or whose `IMAGE` count is not the number of pictures; BundleError for a tokenizer that does not fit
     `spec`.
     """
-    counts = _counts(tiles)
-    user: list[str | ImageMark]
-    if isinstance(prompt, str):
-        user = [part for _ in counts for part in (IMAGE, spec.after_image)] + [prompt]
-        text = prompt
-    else:
-        user = _checked_parts(prompt, len(counts))
-        text = "".join(part for part in user if isinstance(part, str))
-    if not text.strip():
-        raise UsageError("the prompt has no text; pass a question")
 
     def template(part: str) -> list[str | int]:
         return tokenizer.parse(part, spec.special_tokens)
 
     image_id = tokenizer.special_id(spec.image)
-    before, after = template(spec.image_prefix), template(spec.image_suffix)
-    pictures = iter([*before, *[image_id] * (spec.tokens_per_image * count), *after] for count in counts)
-    parts = [*template(spec.before_system), spec.system, *template(spec.before_question)]
-    for part in user:
-        parts += [part] if isinstance(part, str) else next(pictures)
-    return tokenizer.encode([*parts, *template(spec.after_question), *([answer] if answer else [])])
+    prefix, suffix = template(spec.image_prefix), template(spec.image_suffix)
+    parts = [*template(spec.before_system), spec.system]
+    for turn in (*before, Spoken(prompt, _counts(tiles), answer)):
+        pictures = iter([*prefix, *[image_id] * (spec.tokens_per_image * count), *suffix] for count in turn.tiles)
+        parts += template(spec.before_question)
+        for part in _user(turn, spec):
+            parts += [part] if isinstance(part, str) else next(pictures)
+        parts += [*template(spec.after_question), *([turn.answer] if turn.answer else [])]
+    return tokenizer.encode(parts)
+
+
+def _user(turn: Spoken, spec: PromptSpec) -> list[str | ImageMark]:
+    """The texts and pictures of a question, in order."""
+    user: list[str | ImageMark]
+    if isinstance(turn.prompt, str):
+        user = [part for _ in turn.tiles for part in (IMAGE, spec.after_image)] + [turn.prompt]
+        text = turn.prompt
+    else:
+        user = _checked_parts(turn.prompt, len(turn.tiles))
+        text = "".join(part for part in user if isinstance(part, str))
+    if not text.strip():
+        raise UsageError("the prompt has no text; pass a question")
+    return user
 
 
 def _counts(tiles: int | Sequence[int]) -> list[int]:

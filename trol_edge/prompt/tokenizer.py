@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import json
 import os
 import pathlib
 import re
@@ -22,16 +23,25 @@ import tokenizers
 
 from trol_edge.errors import BundleError, TrolEdgeError, UsageError
 from trol_edge.prompt.charsmap import split_normalizer
-from trol_edge.reading import guard, read_text
+from trol_edge.reading import guard, printable, read_text
 
 # sentencepiece merges characters that are not pieces themselves. The tokenizers library cannot, so export lists
 # such characters from this id on. Any that is left after merging becomes its bytes, or <unk>.
 UNLISTED: Final = 1 << 24
 MOST_STOPS, LONGEST_STOP = 256, 1024  # most stop strings of an answer, and most characters of one
+MOST_STEPS = 16  # of a normalizer
 MOST_UNLISTED: Final = 1 << 21  # more characters than Unicode has
 
 # White space that a token with the flag lstrip or rstrip takes with it. It is Unicode's, which differs from Python's.
 _SPACES: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+# Steps of a normalizer that export writes. Others may take hours (regular expressions) or make texts endless.
+_STEPS: Final = (
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    {"type": "Replace", "pattern": {"Regex": r"\A +"}, "content": ""},
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    {"type": "Replace", "pattern": {"Regex": r"(?<!▁)▁+\z"}, "content": ""},
+)
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _STAND_INS = range(0xF0000, 0xFFFFE)  # characters for private use, which no normalisation changes
 
@@ -60,6 +70,13 @@ class Tokenizer:
         )
         if not made_here:
             raise BundleError(f"{where} was not made by trol_edge.export.reference.tokenizer; export the bundle again")
+        steps = json.loads(loaded.normalizer.__getstate__())["normalizers"]
+        first = 1 if steps and steps[0].get("type") == "Precompiled" else 0
+        if unknown := [step for step in steps[first:] if step not in _STEPS] + steps[MOST_STEPS:]:
+            raise BundleError(
+                f"{where} changes texts by a step that export does not write, {printable(unknown[0])[:200]}; "
+                "export the bundle again"
+            )
         self._loaded = loaded
         self._model = loaded.model
         self._unknown_id = self.piece_id(loaded.model.unk_token or "")

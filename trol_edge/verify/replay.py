@@ -27,25 +27,29 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trol_edge.backend import FIRST, SECOND
+from trol_edge.bundle import probes
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import SELFTEST, TOKENIZER
+from trol_edge.bundle.precision import part_of
 from trol_edge.bundle.selftest import SelfTest, SelfTestCase, read
+from trol_edge.bundle.signature import PublicKey
 from trol_edge.bundle.weights import to_float32
 from trol_edge.errors import BundleError, VerifyError
 from trol_edge.machine import identity
 from trol_edge.model import Model, Provider
 from trol_edge.prompt import probe
 from trol_edge.prompt.images import preprocess
+from trol_edge.verify.forced import forced_stages
 from trol_edge.verify.passed import SWITCH, Record
-from trol_edge.verify.report import ALWAYS, Budget, Report, Stage, at_depth, budget_of
+from trol_edge.verify.report import ALWAYS, OLDER, SATURATES, Budget, Report, Stage, budget_of, compared
 
 Float32 = NDArray[np.float32]
 log = logging.getLogger(__name__)
@@ -53,16 +57,22 @@ log = logging.getLogger(__name__)
 ROPE = ("rope.cos", "rope.sin")
 
 
-def verify(folder: str | os.PathLike[str], threads: int | None = None, provider: Provider | None = None) -> Report:
+def verify(
+    folder: str | os.PathLike[str],
+    threads: int | None = None,
+    provider: Provider | None = None,
+    trusted_keys: Sequence[PublicKey] | None = None,
+) -> Report:
     """Load a bundle and replay its self-test; a pass is recorded for later loads, see `first_load`.
 
-    threads and provider are what Runtime takes. Raises BundleError for a bundle that is damaged or has no self-test,
-    and BackendError if its target does not run here. Engines that cannot be used here (stale ones) make a stage fail.
+    threads, provider and trusted_keys are what Runtime takes. Raises BundleError for a bundle that is damaged or has no
+    self-test, and BackendError if its target does not run here. Engines that cannot be used here (stale ones) make a
+    stage fail.
     """
-    bundle = Bundle(folder)
+    bundle = Bundle(folder, trusted_keys)
     test = read(bundle)
     try:
-        model = Model(folder, threads=threads, provider=provider)
+        model = Model(folder, threads=threads, provider=provider, trusted_keys=trusted_keys)
     except BundleError as error:
         if bundle.manifest.target == "cpu" or provider is not None:
             raise
@@ -107,7 +117,7 @@ def first_load(model: Model) -> None:
 # -- the replay --------------------------------------------------------------------------------------------------------
 
 
-def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: float) -> Report:
+def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: float, notes: Sequence[str] = ()) -> Report:
     here = identity.read()
     return Report(
         bundle=os.fspath(bundle.folder),
@@ -117,33 +127,40 @@ def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: floa
         machine=", ".join(text for text in (here.model, here.cpu, here.system) if text),
         stages=tuple(stages),
         seconds=seconds,
+        notes=tuple(notes),
     )
 
 
 def replay(model: Model, test: SelfTest) -> Report:
     """Replay a self-test on a model and compare its stages."""
     start = time.perf_counter()
-    stages = list(_stages(model, test))
-    return _report(model.bundle, model.backend.identity, stages, time.perf_counter() - start)
+    stages = list(stages_of(model, test))
+    notes = [OLDER] if test.stored is None else []
+    if model.bundle.manifest.plan.quantized and model.backend.saturates:
+        notes.append(SATURATES)
+    return _report(model.bundle, model.backend.identity, stages, time.perf_counter() - start, notes)
 
 
-def _stages(model: Model, test: SelfTest) -> Iterator[Stage]:
+def stages_of(model: Model, test: SelfTest) -> Iterator[Stage]:
+    """Compute the stages one after the other, so that a caller may stop at the first wrong one."""
     bundle, backend, embeddings = model.bundle, model.backend, model.embeddings
     manifest = bundle.manifest
     yield from _text_stages(model, test)
     pixels = preprocess([test.picture], manifest.image)
     noted = pixels[:, :, test.pixel_rows][..., test.pixel_rows]
-    yield _stage("preprocess", noted, test.pixels, ALWAYS["preprocess"])
+    yield compared("preprocess", noted, test.pixels, ALWAYS["preprocess"])
     file = bundle.weights()
     stored = file.load((), stored=ROPE)
     tables = np.stack([to_float32(stored[name][test.rope_rows], file.tensors[name].dtype) for name in ROPE])
-    yield _stage("rope", tables, test.rope, ALWAYS["rope"])
+    yield compared("rope", tables, test.rope, ALWAYS["rope"])
+    yield from forced_stages(model, test, pixels[:1])
+    yield from _stored_stages(bundle, test)
     features = np.asarray(backend.encode_image(pixels)).reshape(-1, manifest.spec.hidden_size)[test.feature_rows]
-    allowed = at_depth(manifest.spec.vision.num_layers, budget_of(manifest, "vision.").vision)
-    yield _stage("vision", features, test.features, allowed)
+    allowed = budget_of(manifest, "vision.").at("vision", manifest.spec.vision.num_layers)
+    yield compared("vision", features, test.features, allowed)
     budget = budget_of(manifest, "")
     forced = test.cases["picture"].forced
-    yield _stage("embedding", embeddings[forced], test.embeddings, budget.embedding)
+    yield compared("embedding", embeddings[forced], test.embeddings, budget.embedding)
     for name, case in test.cases.items():
         for stage in _case_stages(model, features, case, name == "long", budget):
             yield stage if name == "picture" else dataclasses.replace(stage, name=f"{name}.{stage.name}")
@@ -167,20 +184,51 @@ def _case_stages(
             for kind, name in enumerate(("keys", "values")):
                 if cached:  # not every back end keeps the second set
                     here, reference = cached[2 * layer + kind], case.cache[which, layer, kind]
-                    allowed = at_depth(layer + 1, (budget.keys, budget.values)[kind])
-                    yield _stage(f"traverse.layers.{layer}.pass{which + 1}.{name}", here, reference, allowed)
-    allowed_logits = at_depth(spec.num_layers, budget.logits)
-    yield _stage("traverse.logits", _centred(logits[0]), _centred(case.logits[0]), allowed_logits)
+                    allowed = budget.at(name, layer + 1)
+                    yield compared(f"traverse.layers.{layer}.pass{which + 1}.{name}", here, reference, allowed)
+    allowed_logits = budget.at("logits", spec.num_layers)
+    yield compared("traverse.logits", probes.centred(logits[0]), probes.centred(case.logits[0]), allowed_logits)
     for i, token in enumerate(case.forced):
         logits.append(state.step(embeddings[int(token)], length + i).copy())
     cached = state.rows(np.array([length + len(case.forced) - 1], np.int32), FIRST)
     for layer in range(spec.num_layers):
         for kind, name in enumerate(("keys", "values")):
             here, reference = cached[2 * layer + kind], case.step_cache[layer, kind][None]
-            allowed = at_depth(layer + 1, (budget.keys, budget.values)[kind])
-            yield _stage(f"step.layers.{layer}.{name}", here, reference, allowed)
-    yield _stage("step.logits", _centred(logits[-1]), _centred(case.logits[1]), allowed_logits)
+            allowed = budget.at(name, layer + 1)
+            yield compared(f"step.layers.{layer}.{name}", here, reference, allowed)
+    yield compared("step.logits", probes.centred(logits[-1]), probes.centred(case.logits[1]), allowed_logits)
     yield _tokens(logits, case, allowed_logits)
+
+
+def _stored_stages(bundle: Bundle, test: SelfTest) -> Iterator[Stage]:
+    """Compare signed sums of all numbers in the weights file: for what the made-up inputs do not reach."""
+    if test.stored is None:
+        return
+    file = bundle.weights()
+    names = sorted(file.tensors)
+    wanted = test.stored.view(np.float64)
+    if len(wanted) != len(names):
+        yield Stage("stored", math.inf, ALWAYS["stored"], f"{len(names)} tensors instead of {len(wanted)}")
+        return
+    sums = probes.stored_sums(file, names)
+    parts: dict[str, tuple[float, str]] = {}
+    for name, reference in zip(names, wanted, strict=True):
+        off = float(np.abs(sums[name] - reference).max()) / max(float(reference[-1]), 1e-30)
+        part = f"stored.{_place(name)}"
+        parts[part] = max(parts.get(part, (0.0, "")), (off if math.isfinite(off) else math.inf, name))
+    for part in sorted(parts):
+        off, name = parts[part]
+        yield Stage(part, off, ALWAYS["stored"], name if off > ALWAYS["stored"] else "")
+
+
+def _place(tensor: str) -> str:
+    """The part of the model that a stored tensor belongs to, or its layer."""
+    layer = re.match(r"(?:decoder\.)?((?:vision\.)?layers\.\d+)\.", tensor)
+    if layer:
+        return layer[1]
+    if tensor.startswith("decoder.gate"):
+        return "gate"
+    return "rope" if tensor.startswith("rope.") else part_of(tensor).replace(" ", "_")
 
 
 def _text_stages(model: Model, test: SelfTest) -> Iterator[Stage]:
@@ -191,10 +239,10 @@ def _text_stages(model: Model, test: SelfTest) -> Iterator[Stage]:
         yield Stage("tokenizer", math.inf, ALWAYS["tokenizer"], "the bundle has none, but had one when it was exported")
         return
     manifest = model.bundle.manifest
-    text = model.bundle.path(TOKENIZER).read_text(encoding="utf-8")
+    text = model.bundle.text(TOKENIZER)
     here = probe.token_digests(model.tokenizer, text, manifest.spec.vocab_size)
     if here.shape != test.token_digests.shape:
-        yield _stage("tokenizer", here, test.token_digests, ALWAYS["tokenizer"])
+        yield compared("tokenizer", here, test.token_digests, ALWAYS["tokenizer"])
     else:
         (different,) = np.nonzero((here != test.token_digests).any(axis=1))
         firsts = [probe.BLOCK * (i - probe.BEFORE) for i in different.tolist() if i >= probe.BEFORE]
@@ -215,7 +263,7 @@ def _text_stages(model: Model, test: SelfTest) -> Iterator[Stage]:
 
 def _tokens(logits: Sequence[Float32], case: SelfTestCase, allowed: float) -> Stage:
     """Compare most probable tokens. One that differs counts only if the reference led by more than logits may move."""
-    noise = 4 * allowed * float(np.sqrt(np.mean(np.square(_centred(case.logits)))))
+    noise = 4 * allowed * float(np.sqrt(np.mean(np.square(probes.centred(case.logits)))))
     best = np.array([int(np.nan_to_num(x, nan=-math.inf).argmax()) for x in logits])
     different = best != case.best
     wrong = different & (case.margin > noise)
@@ -224,25 +272,3 @@ def _tokens(logits: Sequence[Float32], case: SelfTestCase, allowed: float) -> St
         at = int(np.flatnonzero(wrong)[0])
         text += f"; place {at}: {best[at]} instead of {case.best[at]}, which was ahead by {case.margin[at]:.2f}"
     return Stage("tokens", float(wrong.sum()), ALWAYS["tokens"], text)
-
-
-def _stage(name: str, here: NDArray[Any], reference: NDArray[Any], budget: float) -> Stage:
-    if here.shape != reference.shape:
-        return Stage(name, math.inf, budget, f"shape {list(here.shape)} instead of {list(reference.shape)}")
-    bad = int((~np.isfinite(here)).sum())
-    if bad:
-        return Stage(name, math.inf, budget, f"{bad} of {here.size} values are NaN or infinite (FP16 ends at 65504)")
-    return Stage(name, drift(here, reference), budget)
-
-
-def drift(here: NDArray[Any], reference: NDArray[Any]) -> float:
-    """|here - reference| / |reference|, Euclidean norms over all values."""
-    error, size = (
-        float(np.square(x.astype(np.float64)).sum()) for x in (here.astype(np.float64) - reference, reference)
-    )
-    return math.sqrt(error / max(size, float(np.finfo(np.float32).tiny)))
-
-
-def _centred(logits: Float32) -> Float32:
-    """Subtract the mean of logits, on which no probability depends."""
-    return logits - logits.mean(-1, keepdims=True)

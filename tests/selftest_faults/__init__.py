@@ -1,0 +1,1 @@
+"""Faults in bundles whose hashes are right: is each found, and its place named? `make fault-catalogue`."""
