@@ -86,7 +86,7 @@ def test_engines_are_really_built(built: trt_build.Build, rtx_bundle: Path) -> N
         assert engine.layers.get("ATTENTION_INPUT float32", 0) == sum(node.op_type == "Attention" for node in graph)
     short, long = engines.engines["traverse"].profiles
     assert short["tokens"] == (1, 32, 64) and long["tokens"][0] == 65 and long["tokens"][2] == 256
-    assert engines.engines["step"].profiles == ()
+    assert engines.engines["step"].profiles == ({"slots": (1, 128, 256)},)
     # Nothing half-written is left, and the bundle is still what its manifest says.
     assert sorted(p.name for p in (rtx_bundle / "engines").iterdir()) == ["rtx"]
 
