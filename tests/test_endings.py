@@ -70,11 +70,21 @@ def test_threads_that_python_waits_for_may_finish(nano_bundle: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "stop")
 
 
+def started(command: list[str]) -> subprocess.Popen[str]:
+    """A process that Ctrl-C reaches, also where the tests run in the background of a shell, which ignores it there."""
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_soak(nano_bundle: Path) -> None:
     """With the exit code of an interrupted command; its threads are inside calls."""
     command = [sys.executable, "-m", "trol_edge", "soak", str(nano_bundle), "--minutes", "5"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as soak:
+    with started(command) as soak:
         assert soak.stdout is not None and soak.stderr is not None
         try:
             soak.wait(20)
@@ -94,7 +104,7 @@ def test_ctrl_c_ends_an_asyncio_program(nano_bundle: Path) -> None:
     )
     program += "sys.exit(130)"
     command = [sys.executable, "-c", program, str(nano_bundle), str(scene)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    with started(command) as running:
         assert running.stdout is not None
         running.stdout.readline()  # an answer has come
         running.send_signal(signal.SIGINT)

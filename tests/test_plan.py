@@ -197,7 +197,7 @@ def test_shipped_counts() -> None:
     assert shipped.programs("trol-9b", "jetson-jp6", "int4", 4, 4) == {}
     for model, recipe, target in names:
         engines = shipped.programs(model, target, recipe, 4, 4)
-        assert engines.keys() == {"vision", "traverse", "step"}
+        assert "step" in engines and engines.keys() <= {"vision", "traverse", "step"}
         step = engines["step"][0]
         assert step.moved({"capacity": 2048, "slots": 2048, "tokens": 1}) > step.constants > 0
 

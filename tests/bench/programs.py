@@ -135,9 +135,9 @@ class Row:
         return before, now
 
 
-def rows_of(model: str, recipe: str, before: Shipped | None, now: Shipped) -> list[Row]:
+def rows_of(shape: unbuilt.Unbuilt, recipe: str, before: Shipped | None, now: Shipped) -> list[Row]:
     """A row for each board that supports the recipe."""
-    shape, found = unbuilt.published(model), []
+    model, found = shape.name, []
     for name in BOARDS:
         board = platform_of(*devices.find(name))
         if recipe not in board.precisions:
@@ -177,15 +177,15 @@ def table(
     def change(values: tuple[float | None, float | None], form: str) -> str:
         return " → ".join("-" if value is None else format(value, form) for value in values)
 
+    counted = {(c.model, c.recipe) for counts in (earlier, now) if counts for c in counts.engines}
     for model in models.split(","):
-        for recipe in RECIPES:
-            rows = {row.board: row for row in rows_of(model, recipe, earlier, now)}
-            if not any(size for row in rows.values() for size in row.bytes):
-                continue
+        shape = unbuilt.published(model)
+        for recipe in (recipe for recipe in RECIPES if (model, recipe) in counted):
+            rows = {row.board: row for row in rows_of(shape, recipe, earlier, now)}
             sizes = [change(rows[name].gigabytes, ".2f") if name in rows else "-" for name in (BOARDS[0], BOARDS[-1])]
             speeds = [change(rows[name].speeds, ".1f") if name in rows else "-" for name in BOARDS]
             must = next(iter(rows.values())).ideal / 1e9
-            print(f"| {model} {recipe} | {must:.2f} | {' | '.join([*sizes, *speeds])} |")
+            print(f"| {model} {recipe} | {must:.2f} | {' | '.join([*sizes, *speeds])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def faults(folder: Path, seed: int) -> Iterator[Fault]:
         changed = dataclasses.replace(image, **change)  # type: ignore[arg-type]
         yield Fault("picture settings", what, r"^preprocess$", lambda f, c=changed: rehash(f, image=c))  # type: ignore[misc]
     templates = {
-        "a space more": {"before_question": prompt.before_question + " "},
+        "a letter more": {"before_question": prompt.before_question + "x"},
         "another system text": {"system": prompt.system[:-1]},
         "a word after the question": {"after_question": " Please." + prompt.after_question},
     }

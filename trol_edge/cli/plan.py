@@ -156,7 +156,7 @@ def _print_plans(plans: Any) -> None:
             out.print(
                 f"  {s.graph} ({dims}): {s.expected * 1e3:.1f} ms expected, {s.floor * 1e3:.1f} at least; "
                 f"{s.flops / 1e9:.1f} G operations, {s.bytes / 1e9:.2f} GB"
-                + (f", of which its engine makes {s.moved / 1e9:.2f}" if s.moved is not None else "")
+                + (f", its engine moves {s.moved / 1e9:.2f}" if s.moved is not None else "")
                 + f"; most of it is {s.bound}",
                 soft_wrap=True,
             )
