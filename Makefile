@@ -60,7 +60,7 @@ test-all: test test-slow  ## the whole suite
 faults: $(VENV)/test.stamp  ## plant faults in a copy, one after the other, and show that the tests see each (ARGS=word)
 	$(BIN)/python -m tests.faults $(ARGS)
 
-fuzz: $(VENV)/test.stamp  ## hostile trials: bundles, pictures, checkpoints, signals, kills, calls (MINUTES=10, ARGS=--help)
+fuzz: $(VENV)/test.stamp  ## hostile trials: bundles, pictures, checkpoints, signals, kills, calls, http (MINUTES=10, ARGS=--help)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 # The older onnxruntime beside this environment's own, for the runs that nothing may alarm.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -397,6 +398,44 @@ def test_half_open_connections(served: Served, monkeypatch: pytest.MonkeyPatch) 
     waited_for(lambda: served.app.line.inside == 0)
 
 
+def test_bodies_that_are_not_read(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer comes at once. The rest of the body is read for a while, so that its sender sees the answer."""
+    large = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=10) as connection:
+        connection.sendall(large % (PATH.encode(), 16 << 20))
+        found = connection.recv(65536)
+        assert found.startswith(b"HTTP/1.1 413")
+        for _ in range(16):
+            connection.sendall(b" " * (1 << 20))  # a connection that was reset would raise here
+        while part := connection.recv(65536):
+            found += part
+        assert b"body_too_large" in found
+    monkeypatch.setattr(app, "DRAIN_S", 0.5)
+    monkeypatch.setattr(app, "DRAIN_BYTES", 1 << 20)
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=10) as connection:
+        connection.sendall(large % (PATH.encode(), 1 << 40))
+        with pytest.raises(ConnectionError):
+            for _ in range(300):
+                connection.sendall(b" " * (1 << 20))
+    begun = b"%s %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+    for method, path, status in ((b"GET", b"/health/live", b"200"), (b"POST", b"/", b"405"), (b"POST", b"/x", b"404")):
+        found = spoken(served, begun % (method, path))  # which ends although the body never comes
+        assert found.startswith(b"HTTP/1.1 " + status) and b"connection: close" in found.lower(), found
+
+
+def test_a_body_that_is_no_http_ends_its_request(served: Served) -> None:
+    """Nothing is said after the 400, and nothing fails."""
+    start = len(served.log)
+    post = (
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    for content in (b"zz\r\n", b"200001\r\n" + b" " * 0x200001 + b"\r\nzz\r\n"):  # the second is too large, as well
+        found = spoken(served, post % PATH.encode() + content)
+        assert found.count(b"HTTP/1.1 4") == 1, found
+    waited_for(lambda: served.app.line.inside == 0)
+    assert not [line for line in served.log[start:] if line["level"] == "error"]
+
+
 def test_slow_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """One who reads nothing blocks nobody, and is cut off."""
     monkeypatch.setattr(door, "READER_S", 0.3)
@@ -411,6 +450,47 @@ def test_slow_readers(monkeypatch: pytest.MonkeyPatch) -> None:
             answer = httpx.post(served.url + PATH, json=body("What?", max_tokens=2), timeout=60)
             assert answer.json()["choices"][0]["message"]["content"] == "xx"
             waited_for(lambda: served.app.line.inside == 0)
+
+
+def test_a_slow_reader_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that waited for its reader until long after the last token is whole."""
+    made = door.Connection.connection_made
+
+    def small(self: door.Connection, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        transport.set_write_buffer_limits(high=1024)
+        made(self, transport)
+
+    monkeypatch.setattr(door.Connection, "connection_made", small)
+    with serving(lambda reached: ScriptedRuntime("x" * 200)) as served:
+        one = json.dumps(body("What?", stream=True, logprobs=True, top_logprobs=20)).encode()
+        post = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", served.server.port))
+            slow.sendall(post % PATH.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(one), one))
+            waited_for(lambda: served.app.line.inside == 1)
+            httpx.post(served.url + PATH, json=body("What?", max_tokens=2), timeout=60)  # after the stream's last token
+            assert served.app.line.inside == 1
+            slow.settimeout(60)
+            found = b""
+            while part := slow.recv(65536):
+                found += part
+        whole = "".join(line for line in found.decode().split("\r\n") if line.startswith("data") or "logprob" in line)
+        assert whole.count('"top_logprobs"') == 200 and "data: [DONE]" in whole
+
+
+def test_a_stream_whose_client_left_keeps_no_task(served: Served) -> None:
+    """Each task of a stream ends with it."""
+    one = json.dumps(body("What?", stream=True)).encode()
+    post = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+    loop = served.server.servers[0].get_loop()
+    for _ in range(10):
+        with socket.create_connection(("127.0.0.1", served.server.port)) as gone:
+            gone.sendall(post % (PATH.encode(), len(one), one))
+            gone.recv(1)
+        waited_for(lambda: served.app.line.inside == 0)
+    waited_for(lambda: not any("_Reply" in repr(task) for task in asyncio.all_tasks(loop)))
 
 
 # -- who may ask -------------------------------------------------------------------------------------------------------
@@ -437,6 +517,26 @@ def test_keys(tmp_path: Path) -> None:
         assert httpx.get(f"{served.url}/health/ready").status_code == 200
         assert httpx.get(served.url).status_code == 200
         assert KEY not in json.dumps(served.log)
+
+
+def test_why_a_model_failed_is_for_callers_with_a_key() -> None:
+    """The reason names files of the server."""
+
+    def fail(reached: Any) -> Runtime:
+        raise UsageError("/opt/robot/secret/bundle.json is damaged")
+
+    with serving(fail, keys=Keys([KEY])) as served:
+        for headers, shown in (
+            ({}, False),
+            ({"authorization": "Bearer x"}, False),
+            ({"authorization": f"Bearer {KEY}"}, True),
+        ):
+            answer = httpx.get(f"{served.url}/health/ready", headers=headers)
+            assert answer.status_code == 503 and answer.json()["status"] == "failed" and answer.json()["reason"]
+            assert ("/opt/robot" in answer.text) == shown
+        assert "/opt/robot" in json.dumps(served.log)
+    with serving(fail) as served:
+        assert "/opt/robot" in httpx.get(f"{served.url}/health/ready").text
 
 
 def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

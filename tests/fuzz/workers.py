@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from trol_edge.errors import TrolEdgeError
 
 ROOT = Path(__file__).resolve().parents[2]
-CAMPAIGNS = ("bundles", "pictures", "checkpoints", "signals", "kills", "calls")
+CAMPAIGNS = ("bundles", "pictures", "checkpoints", "signals", "kills", "calls", "http")
 CPU_S = 10  # most processor time of a trial
 START_S = 3600  # for what a campaign makes first, such as bundles
 WALL_S = 300  # most time of a trial, which may have to wait for a processor

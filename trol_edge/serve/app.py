@@ -23,7 +23,7 @@ from trol_edge.serve.metrics import CONTENT_TYPE, Metrics
 from trol_edge.serve.page import read_page
 from trol_edge.serve.pictures import Sources
 from trol_edge.serve.schema import ChatRequest, parse
-from trol_edge.serve.security import check_key, check_origin, request_id
+from trol_edge.serve.security import check_key, check_origin, has_key, request_id
 from trol_edge.serve.settings import Settings
 
 Scope = MutableMapping[str, Any]
@@ -32,6 +32,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 BODY_S = 30.0  # time in which a request's body has to arrive
+# What is read of a body after its answer. Closed at once, the connection could be reset before its client reads that.
+DRAIN_S, DRAIN_BYTES = 5.0, 64 << 20
 COMPLETIONS, MODELS, READY, LIVE = "/v1/chat/completions", "/v1/models", "/health/ready", "/health/live"
 
 
@@ -149,6 +151,8 @@ class App:
 
     async def _ready(self, exchange: Exchange) -> None:
         state, reason = self.host.state, self.host.reason
+        if reason and not has_key(self.settings.keys, exchange.headers):
+            reason = "the server's log has it, and this answer to a request with a key"
         await exchange.answer_json({"status": state, "reason": reason}, 200 if state == "ready" else 503)
 
     async def _metrics(self, exchange: Exchange) -> None:
@@ -191,6 +195,9 @@ class App:
             if request.choose is not None or request.yes_no:
                 raise
             outcome = Outcome(finish_reason=error.reason)  # its turn did not come
+        except BaseException:
+            reply.leave()
+            raise
         self.metrics.finished(outcome, exchange.arrived, time.perf_counter())
         last = outcome.last
         exchange.log |= {
@@ -220,6 +227,7 @@ class _Reply:
         self._pieces: list[Piece] = []
         self._wake = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
+        self._ended = False
 
     def deliver(self, piece: Piece) -> None:
         """Take a piece; called in the worker's thread."""
@@ -233,22 +241,28 @@ class _Reply:
             found = answers.completion(self._heading, outcome, self._text, self._with_logprobs)
             await exchange.answer_json(found)
             return
+        self._ended = True
         if self._sender is not None:
-            self._sender.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sender
+            self._wake.set()
+            await self._sender  # what it holds is sent when the client reads
         await self._send_pieces()
         if outcome.last is None and outcome.text:  # it was weighed, not made
             await exchange.stream(self._chunks.of(Piece(outcome.text, ())))
         await exchange.stream(answers.last_chunks(self._heading, outcome, request.stream_usage), more=False)
 
+    def leave(self) -> None:
+        """Send no more pieces."""
+        self._ended = True
+        if self._sender is not None:
+            self._sender.cancel()
+
     def _arrived(self) -> None:
-        if self._sender is None:
+        if self._sender is None and not self._ended:
             self._sender = self._loop.create_task(self._send_all())
         self._wake.set()
 
     async def _send_all(self) -> None:
-        while True:
+        while not self._ended:
             await self._wake.wait()
             self._wake.clear()
             await self._send_pieces()
@@ -277,6 +291,8 @@ class Exchange:
         self.gone = False  # whether the client went away
         self.log: dict[str, Any] = {}
         self._receive, self._send = receive, send
+        # whether some of the body is still to come
+        self._unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
 
     async def body(self, most: int) -> bytes:
         """The whole body. Raises RequestError for one that is too large, too slow or cut off."""
@@ -302,6 +318,7 @@ class Exchange:
                 raise too_large
             parts.append(message.get("body", b""))
             if not message.get("more_body"):
+                self._unread = False
                 return b"".join(parts)
 
     @contextlib.asynccontextmanager
@@ -325,9 +342,13 @@ class Exchange:
     async def answer(
         self, body: bytes, content_type: str, status: int = 200, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Send a whole answer."""
-        await self._begin(status, {"content-type": content_type, "content-length": str(len(body)), **(headers or {})})
-        await self._send({"type": "http.response.body", "body": body})
+        """Send a whole answer. A connection whose body was not read is closed after it."""
+        every = {"content-type": content_type, "content-length": str(len(body)), **(headers or {})}
+        await self._begin(status, every | ({"connection": "close"} if self._unread else {}))
+        await self._send({"type": "http.response.body", "body": body, "more_body": self._unread})
+        if self._unread:
+            await self._drain()
+            await self._send({"type": "http.response.body", "body": b""})
 
     async def answer_json(self, data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         """Send an object."""
@@ -345,15 +366,30 @@ class Exchange:
             await self.stream(answers.event(answers.error_object(error)), more=False)
             return
         status = answers.error_status(error)
-        # A body that was not read, or a call that has missed its time, is not worth another try.
-        headers = {"connection": "close"} if status in (401, 403, 408, 413, 415, 429, 503) else {}
+        headers: dict[str, str] = {}
         if isinstance(error, UnfinishedError):
-            headers["x-should-retry"] = "false"
+            headers["x-should-retry"] = "false"  # a call that has missed its time is not worth another try
         if isinstance(error, RequestError) and error.retry_after_s is not None:
             headers["retry-after"] = str(error.retry_after_s)
         if status == 401:
             headers["www-authenticate"] = "Bearer"
         await self.answer_json(answers.error_object(error), status, headers)
+
+    async def _drain(self) -> None:
+        """Read on what the client sends, within bounds, so that it sees the answer."""
+        if self.headers.get("expect", "").lower() == "100-continue":
+            return  # its client waits, and has sent nothing
+
+        async def read_on() -> None:
+            left = DRAIN_BYTES
+            while left > 0:
+                message = await self._receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
+                left -= len(message.get("body", b""))
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(read_on(), DRAIN_S)
 
     async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.status = status

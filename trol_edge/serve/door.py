@@ -62,7 +62,10 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP with an error object."""
+        """Answer what is not HTTP with an error object, and end the request that it was to be the body of."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
         body = json.dumps({"error": error}).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]

@@ -50,9 +50,14 @@ def read_keys(path: Path) -> Keys:
     return Keys(keys)
 
 
+def has_key(keys: Keys, headers: Mapping[str, str]) -> bool:
+    """Whether a key fits, or none is needed."""
+    return not keys or keys.fit(headers.get("authorization", ""))
+
+
 def check_key(keys: Keys, headers: Mapping[str, str]) -> None:
     """Raise RequestError with status 401 unless a key fits, or none is needed."""
-    if keys and not keys.fit(headers.get("authorization", "")):
+    if not has_key(keys, headers):
         raise RequestError(
             "the request has no valid key; send it as Authorization: Bearer KEY",
             status=401,
