@@ -73,6 +73,13 @@ class Cuda(Protocol):
         """Enqueue a copy of `size` bytes within the device."""
         ...
 
+    def copy_rows(self, target: tuple[int, int], source: tuple[int, int], width: int, height: int) -> None:
+        """Enqueue `height` copies of `width` bytes within the device, in one call.
+
+        target and source: the first address, and bytes from one row to the next, which are at least `width`.
+        """
+        ...
+
     def wait(self) -> None:
         """Wait until the stream is idle."""
         ...
@@ -170,6 +177,11 @@ class CudaPython:
         """See Cuda."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpyAsync", target, source, size, kind, self._stream)
+
+    def copy_rows(self, target: tuple[int, int], source: tuple[int, int], width: int, height: int) -> None:
+        """See Cuda."""
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpy2DAsync", *target, *source, width, height, kind, self._stream)
 
     def wait(self) -> None:
         """See Cuda."""
@@ -274,6 +286,14 @@ class PyCuda:
     def copy(self, target: int, source: int, size: int) -> None:
         """See Cuda."""
         self._call("memcpy_dtod_async", target, source, size, self._stream)
+
+    def copy_rows(self, target: tuple[int, int], source: tuple[int, int], width: int, height: int) -> None:
+        """See Cuda."""
+        copy = self._call("Memcpy2D")
+        copy.set_dst_device(target[0])
+        copy.set_src_device(source[0])
+        copy.dst_pitch, copy.src_pitch, copy.width_in_bytes, copy.height = target[1], source[1], width, height
+        self._do(lambda: copy(self._stream), "Memcpy2D")
 
     def wait(self) -> None:
         """See Cuda."""

@@ -376,7 +376,7 @@ class OrtState:
         for port in graph.outputs:
             if port.name in self.present:
                 binding.bind_ortvalue_output(port.name, self.present[port.name])
-            elif port.name != "logits":
+            elif port.name != "logits" and not port.name.startswith("new_"):  # what the present caches hold, too
                 binding.bind_output(port.name)
         return binding
 

@@ -103,7 +103,7 @@ def engine(made: Graph, library: Library) -> Path:
     """Build a graph's engine beside it, with the optimization profiles that a bundle's engine has."""
     path = made.path.with_suffix(".engine")
     profiles = [trt_build.shapes_of(made.info, each) for each in profiles_of(made)]
-    library.parse(made.path).build(path, profiles, None, lambda *progress: None)
+    trt_build.parse(library, made.path, made.info).build(path, profiles, None, lambda *progress: None)
     return path
 
 

@@ -18,14 +18,18 @@ from tests import cases, test_phi3
 from tests.cases import TOLERANCE, Array, difference
 from tests.conftest import CHECKPOINTS, CONTEXT, NANOS
 from tests.golden import GOLDEN
+from trol_edge.bundle.engines import left_out
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import ExportError
+from trol_edge.export import pipeline
 from trol_edge.export.lower import trt as lower_trt
+from trol_edge.export.lower.cache import read_filled
 from trol_edge.export.lower.trt import add_token, lower, refusals
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
+from trol_edge.runtimes.ort import OrtBackend
 
 NANO = CHECKPOINTS / "trol-nano"
 PLAIN, RTX, TRT11 = TARGETS["jetson-jp6"], TARGETS["rtx"], TARGETS["jetson-trt11"]
@@ -38,8 +42,16 @@ def lowered_bundle(source: Path, folder: Path, target: str = "jetson-jp6") -> Pa
     shutil.copytree(source, folder)
     manifest = Bundle(source).manifest
     files, graphs = dict(manifest.files), dict(manifest.graphs)
+    in_place = "TensorScatter" in TARGETS[target].takes()
     for name, graph in manifest.graphs.items():
-        model = lower(ir.load(source / graph.file), TARGETS[target])
+        model = ir.load(source / graph.file)
+        if name == "step" and not in_place:
+            read_filled(model, give_rows=True)
+            outputs = pipeline.ports(model.graph.outputs)
+            weights = set(graph.weights)
+            inputs = pipeline.ports([v for v in model.graph.inputs if v.name not in weights])
+            graph = dataclasses.replace(graph, inputs=inputs, outputs=outputs)
+        model = lower(model, TARGETS[target])
         path = folder / graph.file
         path.write_bytes(ir.to_proto(model).SerializeToString())
         onnx.checker.check_model(path, full_check=True)
@@ -167,6 +179,47 @@ def test_only_the_update_reads_a_cache(exported: Callable[..., Path]) -> None:
             ((node, index),) = past.uses()
             assert (node.op_type, index) == ("TensorScatter", 0)
             assert node.outputs[0].is_graph_output() and past.shape is not None and len(past.shape) == 4
+
+
+def test_a_step_that_gives_its_rows(exported: Callable[..., Path], tmp_path: Path) -> None:
+    """Without TensorScatter: new rows are those of the written caches, and the token's own row of a past is not read.
+
+    A cache may be written in place before or after attention reads it, and it may hold an older answer's rows.
+    """
+    folder = lowered_bundle(exported(NANO, lowered=False), tmp_path / "lowered", PLAIN.name)
+    backend = Runtime(folder).model.backend
+    assert isinstance(backend, OrtBackend)
+    info, rng, rows, position = Bundle(folder).manifest.graphs["step"], np.random.default_rng(0), 16, 11
+    inputs: dict[str, Array] = {name: value.numpy() for name, value in backend.weights.items() if name in info.weights}
+    inputs |= {
+        "inputs_embeds": rng.standard_normal((1, 1, backend.spec.hidden_size), np.float32),
+        "position_ids": np.array([[position]], np.int64),
+        "slots": np.arange(rows, dtype=np.int64),
+    }
+    past = {
+        p.name: rng.standard_normal([int(d) for d in p.shape], np.float32) for p in info.inputs if "past_" in p.name
+    }
+    names = [port.name for port in info.outputs]
+    found = []
+    for old in (0.0, 7.0):
+        for cache in past.values():
+            cache[:, :, position:] = old
+            cache[:, :, rows:] = np.nan  # not read at all
+        found.append(dict(zip(names, backend.graph("step").run(names, inputs | past), strict=True)))
+    new = [name for name in names if name.startswith("new_")]
+    assert new == [name.replace("past_", "new_", 1) for name in past] and left_out(info) == {
+        name.replace("past_", "present_", 1) for name in past
+    }
+    for name in ("logits", *new):
+        assert np.isfinite(found[0][name]).all() and np.array_equal(found[0][name], found[1][name])
+    for name in new:
+        present = found[0][name.replace("new_", "present_", 1)]
+        assert np.array_equal(found[0][name], present[:, :, position : position + 1])
+        assert np.abs(found[0][name]).max() > 0
+    changed = {name: cache.copy() for name, cache in past.items()}
+    changed["past_value_0"][:, :, position - 1] += 1
+    (logits,) = backend.graph("step").run(["logits"], inputs | changed)
+    assert not np.array_equal(logits, found[0]["logits"])
 
 
 def test_what_each_target_keeps(exported: Callable[..., Path]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests import one_layer
 from trol_edge.bundle.programs import caches_of, shapes_of
+from trol_edge.bundle.sizes import cache_bytes, largest_bytes
 from trol_edge.errors import UsageError
 from trol_edge.export.quantize.recipes import RecipeOptions
 from trol_edge.program import text
@@ -58,6 +59,31 @@ def test_a_step_moves_what_it_must(model: str, recipe: str, layers: int, tmp_pat
         kinds = {a.kind: a.what for a in found.avoidable}
         assert found.ratio <= MOST
         assert not kinds
+        assert found.scratch < SCRATCH
+
+
+@pytest.mark.rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_without_updates_in_place(model: str, recipe: str, tmp_path: Path) -> None:
+    """The graphs for TensorRT 10.3 to 10.13, by TensorRT for RTX: filled rows are read once, new ones copied after it.
+
+    The copy reads and writes the new rows. The program does not hold it.
+    """
+    library = library_or_skip()
+    made = one_layer.graph(model, RecipeOptions(recipe=recipe), "step", tmp_path, target="tensorrt")
+    engine = one_layer.engine(made, library)
+    new = [port for port in made.info.outputs if port.name.startswith("new_")]
+    copied = 2 * sum(largest_bytes(port, {}) for port in new)
+    assert copied == 4 * cache_bytes(made.info.inputs, made.context) // 2 // made.context
+    for slots in (256, 1024, 2048):
+        found = traffic(made, engine, slots=slots)
+        read = sum(size for each in found.kernels for name, size in each.reads.items() if name.startswith("past_"))
+        assert found.cache * 0.99 < read and read + copied <= 1.02 * found.cache
+        assert not any(name.startswith(("past_", "present_")) for each in found.kernels for name in each.writes)
+        assert found.moved + copied <= MOST * found.ideal
+        assert not found.avoidable
         assert found.scratch < SCRATCH
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.bench import engines_full
 from tests.conftest import CHECKPOINTS, NANO, NANOS
-from trol_edge.bundle.engines import ENGINES, Key, read, verified
+from trol_edge.bundle.engines import ENGINES, Key, left_out, read, verified
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.precision import BITS
@@ -211,6 +211,9 @@ def test_plain_graphs_are_taken_too(plain_bundle: Path, tmp_path: Path) -> None:
         tensors = network.tensors()
         assert [t.name for t in tensors] == [p.name for p in (*graph.inputs, *graph.outputs)]
         assert [t.dtype for t in tensors] == [p.dtype for p in (*graph.inputs, *graph.outputs)]
+        kept = {t.name for t in trt_build.parse(library, plain_bundle / graph.file, graph).tensors()}
+        assert {t.name for t in tensors} - kept == left_out(graph)
+        assert (left_out(graph) != set()) == (name == "step")
         assert "ATTENTION_INPUT float32" not in trt_build.count_layers(network)
     info = trt_build.build_one(bundle, "step", library, tmp_path, None, lambda *report: None)
     assert info.sha256 == sha256_of(tmp_path / "step.engine")
@@ -288,6 +291,9 @@ class MadeUpNetwork:
     def layers(self) -> list[LayerInfo]:
         """See Network."""
         return self.kinds
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """See Network."""
 
     def build(self, path: Path, *rest: object) -> None:
         """Write the given number of bytes."""

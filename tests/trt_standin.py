@@ -19,7 +19,7 @@ import enum
 import json
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ import numpy as np
 import onnxruntime
 
 ALIGNMENT = 256
+MOST_PITCH = (1 << 31) - 1  # cudaDeviceProp.memPitch
 TYPES = {
     "tensor(float)": "FLOAT",
     "tensor(float16)": "HALF",
@@ -37,9 +38,9 @@ TYPES = {
 NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool", "INT8": "int8"}
 
 
-def engine_file(graph: Path, profiles: list[dict[str, list[int]]]) -> bytes:
-    """A stand-in for a plan: which graph to run, and the ranges of its dynamic dimensions."""
-    return json.dumps({"graph": str(graph), "profiles": profiles}).encode()
+def engine_file(graph: Path, profiles: list[dict[str, list[int]]], without: Collection[str] = ()) -> bytes:
+    """A stand-in for a plan: which graph to run, without these outputs, and the ranges of its dynamic dimensions."""
+    return json.dumps({"graph": str(graph), "profiles": profiles, "without": sorted(without)}).encode()
 
 
 class Status(enum.Enum):
@@ -48,6 +49,7 @@ class Status(enum.Enum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
+    cudaErrorInvalidPitchValue = 12
     cudaErrorInsufficientDriver = 35
     cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureInvalidated = 901
@@ -198,6 +200,23 @@ class CudaRuntime:
             done = self.enqueue(counted(lambda: self._put(dst, self._find(src, count).copy())), stream)
         return (OK if done else Status.cudaErrorInvalidValue,)
 
+    def cudaMemcpy2DAsync(
+        self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: Kind, stream: int
+    ) -> tuple[Status]:
+        """Within the device only. Rows may not overlap: CUDA says cudaErrorInvalidPitchValue of a pitch below width."""
+        if kind is not Kind.cudaMemcpyDeviceToDevice:
+            return (Status.cudaErrorInvalidValue,)
+        if not width <= min(dpitch, spitch) or max(dpitch, spitch) > MOST_PITCH:
+            return (Status.cudaErrorInvalidPitchValue,)
+        self.calls.append("2D")
+
+        def work() -> None:
+            self.bytes["2D"] += width * height
+            for row in range(height):
+                self._put(dst + row * dpitch, self._find(src + row * spitch, width).copy())
+
+        return (OK if self.enqueue(work, stream) else Status.cudaErrorInvalidValue,)
+
     def _put(self, pointer: int, data: np.ndarray[Any, Any]) -> None:
         self._find(pointer, len(data))[:] = data
 
@@ -300,7 +319,7 @@ class ICudaEngine:
         self.logger, self.cuda, self.profiles = logger, cuda, plan["profiles"]
         self.session = onnxruntime.InferenceSession(plan["graph"], providers=["CPUExecutionProvider"])
         self.inputs = {t.name: t for t in self.session.get_inputs()}
-        self.outputs = {t.name: t for t in self.session.get_outputs()}
+        self.outputs = {t.name: t for t in self.session.get_outputs() if t.name not in plan["without"]}
         self.names = [*self.inputs, *self.outputs]
         # KVCacheUpdate writes its cache input; no other kind of output shares memory with an input.
         in_place = b"TensorScatter" in Path(plan["graph"]).read_bytes()

@@ -148,6 +148,9 @@ class _Walker:
         if op == "Slice" and self._cached(inputs[0]):  # a view of the rows that attention reads
             self.cached.add(out)
             return self._operation("move", node, {}, [], [])
+        if op == "Where" and self._cached(inputs[2]):  # a view, too, with the new row in its place
+            self.cached.add(out)
+            return self._operation("move", node, {}, [], [])
         if op in ("Slice", "Gather", "Split", "Expand"):  # reads as much as it writes
             made = _sum(self._size(o) for o in node.outputs)
             return self._operation("move", node, {}, [], node.outputs, more=made if op != "Expand" else {})

@@ -4,6 +4,8 @@ What TensorRT for RTX 1.7 does with each form was read in the programs of its en
 ScatterND makes a new tensor, so a cache that is bound as past and as present is copied onto itself at every run.
 TensorScatter becomes TensorRT's KVCacheUpdate, which writes the new rows only. A product with the first T rows of a
 cache, written as MatMul or Attention, copies these rows first. Written as Mul and ReduceSum it reads them in place.
+Before 10.15 there is no such layer. There a step gives its new rows as outputs, its attention takes them in place of
+the cache's own row, and the caller copies them into the cache.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 LOWEST = float(np.finfo(np.float32).min)  # added to the scores of tokens that may not be seen
 
 
-def read_filled(model: ir.Model) -> None:
+def read_filled(model: ir.Model, give_rows: bool) -> None:
     """Give a step the input `slots` [T] int64, 0..T-1: its attention reads the first T rows of the cache.
 
     T is above the position of the token, and at most the capacity. A graph for any T replaces one for the capacity.
+    give_rows: read past caches and not present ones, and give the new rows as outputs new_*, [1, G, 1, E] per cache.
+    Nothing but the outputs present_* depends on the written caches then, so an engine can go without them.
     """
     graph = model.graph
     slots = ir.Value(name="slots", shape=ir.Shape(["slots"]), type=ir.TensorType(INT64))
@@ -37,9 +41,20 @@ def read_filled(model: ir.Model) -> None:
         for index in (1, 2):
             present = node.inputs[index]
             assert present is not None and present.shape is not None
-            rows = build.op("Slice", [present, build.ints(0), end, build.ints(2)])
+            write = present.producer() if give_rows else None
+            if write is not None and not is_write(write):
+                raise ExportError(f"{node.name}: its input {index} is no cache with a new row; please report this")
+            read = write.inputs[0] if write is not None else present
+            rows = build.op("Slice", [read, build.ints(0), end, build.ints(2)])
             batch, heads, _, size = present.shape.dims
             rows.shape = ir.Shape([batch, heads, "slots", size])
+            if write is not None and (new := write.inputs[2]) is not None:
+                # The cache's own row may hold this token already, where both are written at one address.
+                own = build.once("own", lambda b=build: _own(b, slots, positions))  # type: ignore[misc]
+                rows = build.op("Where", [own, new, rows], rows.dtype)
+                rows.shape = ir.Shape([batch, heads, "slots", size])
+                new.name = str(present.name).replace("present_", "new_", 1)
+                graph.outputs.append(new)
             node.replace_input_with(index, rows)
         node.replace_input_with(3, visible)
     for unused in [n for n in reversed(graph) if not any(o.uses() or o.is_graph_output() for o in n.outputs)]:
@@ -52,6 +67,16 @@ def _visible(build: Build, slots: ir.Value, positions: ir.Value) -> ir.Value:
     own = build.op("Unsqueeze", [positions, build.ints(1, 2)])
     rows.shape, own.shape = ir.Shape([1, 1, 1, "slots"]), ir.Shape([1, 1, 1, 1])
     mask = build.op("LessOrEqual", [rows, own], BOOL)
+    mask.shape = rows.shape
+    return mask
+
+
+def _own(build: Build, slots: ir.Value, positions: ir.Value) -> ir.Value:
+    """Bool mask [1, 1, T, 1]: True for the token's own row."""
+    rows = build.op("Unsqueeze", [slots, build.ints(0, 1, 3)])
+    position = build.op("Unsqueeze", [positions, build.ints(1, 2)])
+    rows.shape, position.shape = ir.Shape([1, 1, "slots", 1]), ir.Shape([1, 1, 1, 1])
+    mask = build.op("Equal", [rows, position], BOOL)
     mask.shape = rows.shape
     return mask
 

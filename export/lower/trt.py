@@ -168,7 +168,7 @@ def _split_along_heads(model: ir.Model, shared: Shared) -> None:
             assert transpose is not None
             old = transpose.outputs[0]
             part.shape, part.type, name = old.shape, old.type, old.name
-            old.replace_all_uses_with(part)
+            old.replace_all_uses_with(part, replace_graph_outputs=True)
             model.graph.remove(transpose, safe=True)
             part.name = name
     common.RemoveUnusedNodesPass()(model)

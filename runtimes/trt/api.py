@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -186,6 +186,13 @@ class Network:
             layer = self._definition.get_layer(index)
             read |= {t.name for i in range(layer.num_inputs) if (t := layer.get_input(i)) is not None}
         return [t.name for t in self.tensors() if t.is_input and t.name not in read]
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Let the engine not have these outputs, nor what only they need."""
+        outputs = [self._definition.get_output(i) for i in range(self._definition.num_outputs)]
+        for tensor in outputs:
+            if tensor.name in names:
+                self._definition.unmark_output(tensor)
 
     @only(classic=(10, 15), rtx=(1, 7))
     def let_attention_decompose(self) -> int:

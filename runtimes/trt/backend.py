@@ -1,9 +1,11 @@
 """TensorRT on a GPU: engines, device buffers, one stream. Not yet run on a GPU.
 
 Buffers are allocated once. The K/V cache is bound as past and as present, so an engine writes it in place. From
-TensorRT 10.15 on that is the rule (KVCacheUpdate). Before, the update is a ScatterND, which puts the same rows at the
-same places however often it runs, so one address for both is safe there too. Two layers may not share a buffer, because
-TensorRT would not know about it, so both K/V sets are always kept.
+TensorRT 10.15 on that is the rule (KVCacheUpdate). Before, a traverse updates it by a ScatterND, which puts the same
+rows at the same places however often it runs, so one address for both is safe there too. A step gives its new rows as
+outputs there, and they are copied into the caches after it. The copy is no part of its CUDA graph, because it goes to
+another place at every step. Two layers may not share a buffer, because TensorRT would not know about it, so both K/V
+sets are always kept.
 Image features stay in device memory, and are copied within it to their places among the embeddings. A step uploads one
 embedding and one position from page-locked memory, runs, and downloads the id of the best token; logits are downloaded
 only when asked for. A step reads the filled rows of the cache, rounded up to a multiple of ROWS. As long as that number
@@ -15,6 +17,7 @@ collection may run during a graph capture.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import threading
 import warnings
@@ -29,7 +32,7 @@ from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
-from trol_edge.bundle.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, mapped, read
+from trol_edge.bundle.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, left_out, mapped, read
 from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
 from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
@@ -55,6 +58,24 @@ class _Lease:
         self.blocks: list[int] = []
         self.graphs: list[Any] = []
         weakref.finalize(self, garbage.append, (self.blocks, self.graphs)).atexit = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """A copy of new rows, one per head, into row 0 of caches. width: bytes of a row; pitch: of all rows of a head."""
+
+    target: int
+    source: int
+    width: int
+    pitch: int
+    height: int
+
+    def joined(self, other: _Copy) -> list[_Copy]:
+        """Both as one, if the other goes on where this one ends."""
+        target, source = self.target + self.height * self.pitch, self.source + self.height * self.width
+        if dataclasses.replace(self, target=target, source=source, height=other.height) == other:
+            return [dataclasses.replace(self, height=self.height + other.height)]
+        return [self, other]
 
 
 class DeviceFeatures:
@@ -211,7 +232,8 @@ class TrtBackend:
         """An engine's tensors by name, checked to be those of the graph."""
         graph = self.bundle.manifest.graphs[name]
         found = {info.name: info for info in engine.tensors()}
-        wanted = {port.name: port for port in (*graph.inputs, *graph.outputs)}
+        without = left_out(graph)
+        wanted = {port.name: port for port in (*graph.inputs, *graph.outputs) if port.name not in without}
         weights = set(graph.weights) - set(graph.constants)
         wrong = sorted(found.keys() ^ (wanted.keys() | weights)) + [
             n for n, info in found.items() if n in wanted and info.dtype != wanted[n].dtype
@@ -396,6 +418,7 @@ class TrtState:
         self._ports = {p.name: p for p in past}
         step = graphs["step"]
         own = [p for p in (*step.inputs, *step.outputs) if not p.name.startswith(("past_", "present_", "slots"))]
+        new = [p for p in own if p.name.startswith("new_")]
         self._lease = _Lease(backend.garbage)
         what = f"a session (both K/V sets for {backend.context} tokens)"
         found = backend.allocate((*past, *own), what, self._lease)
@@ -404,7 +427,9 @@ class TrtState:
         # Past and present are one buffer, because engines write in place.
         self._cache |= {name.replace("past_", "present_", 1): pointer for name, pointer in self._cache.items()}
         # Page-locked, so that copies are part of the captured graph, which reads and writes these addresses.
-        self._host = {p.name: cuda.pinned(tuple(int(d) for d in p.shape), p.dtype) for p in own}
+        shapes = {p.name: tuple(int(d) for d in p.shape) for p in own if p not in new}
+        self._host = {p.name: cuda.pinned(shapes[p.name], p.dtype) for p in own if p not in new}
+        self._new = self._copies(new)
         self._given = [p.name for p in step.inputs if p.name in self._host]
         rope = backend.spec.long_rope
         self._long_rows = rope.short_rows(backend.context) if rope else 0
@@ -459,7 +484,21 @@ class TrtState:
             backend.cuda.launch(self._graph)
         else:
             self._enqueue()
+        for copy in self._new:
+            at = position * copy.width
+            backend.cuda.copy_rows((copy.target + at, copy.pitch), (copy.source, copy.width), copy.width, copy.height)
         self._runs += 1
+
+    def _copies(self, new: Sequence[Port]) -> list[_Copy]:
+        """The copies of a step's new rows, one for all tensors if they are as tightly packed as their caches."""
+        found: list[_Copy] = []
+        for port in new:
+            _, heads, _, size = (int(d) for d in port.shape)
+            width = size * np.dtype(port.dtype).itemsize
+            target, source = self._cache[port.name.replace("new_", "past_", 1)], self._own[port.name]
+            copy = _Copy(target, source, width, width * self._backend.context, heads)
+            found[-1:] = found[-1].joined(copy) if found else [copy]
+        return found
 
     def _read(self, rows: int) -> None:
         """Let the next runs read this many rows of the cache."""

@@ -24,6 +24,7 @@ from trol_edge.bundle.engines import (
     Range,
     differences,
     folder_of,
+    left_out,
     read,
     write,
 )
@@ -196,7 +197,7 @@ def build_one(
         )
     start = time.perf_counter()
     progress(f"{name}: parse", 0, 1)
-    network = library.parse(path)
+    network = parse(library, path, graph)
     progress(f"{name}: parse", 1, 1)
     if unused := network.unused_inputs():
         raise BackendError(
@@ -227,6 +228,13 @@ def build_one(
         seconds=time.perf_counter() - start,
         programs=_counts(bundle, name, library, folder / file, ranges),
     )
+
+
+def parse(library: Library, path: Path, graph: GraphInfo) -> Network:
+    """Read a graph's file into the network of its engine. Raises BackendError."""
+    network = library.parse(path)
+    network.leave_out(left_out(graph))
+    return network
 
 
 def _counts(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trol_edge.bundle.folder import digest_of, sha256_of
-from trol_edge.bundle.manifest import Bundle, FileInfo
+from trol_edge.bundle.manifest import Bundle, FileInfo, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.bundle.signature import engines_statement
@@ -75,6 +75,15 @@ class EngineSet:
     precision: str
     weights_sha256: str  # of the weights file that the engines were built from
     engines: dict[str, EngineInfo]  # graph -> engine
+
+
+def left_out(graph: GraphInfo) -> set[str]:
+    """Outputs of a graph that its engine does not have: caches whose new rows are outputs, too.
+
+    ONNX Runtime writes these caches in place. TensorRT before 10.15 cannot, and would copy each of them.
+    """
+    outputs = {port.name for port in graph.outputs}
+    return {name for name in outputs if name.startswith("present_") and name.replace("present_", "new_", 1) in outputs}
 
 
 def folder_of(bundle: Bundle, target: str) -> Path:

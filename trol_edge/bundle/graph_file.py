@@ -19,10 +19,10 @@ from trol_edge.reading import guard, printable, read_plain
 MICROSOFT = "com.microsoft"
 # All operators that export writes, for all families, targets and precisions.
 _STANDARD = """
-Abs Add Attention Cast Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div DynamicQuantizeLinear Erf Expand
-Flatten Gather Gelu Identity LayerNormalization Less LessOrEqual MatMul MatMulInteger Max Min Mul Neg Pow QuantizeLinear
-RMSNormalization Range ReduceMax ReduceMean ReduceMin ReduceSum Reshape RotaryEmbedding ScatterND Shape Sigmoid Slice
-Softmax Split Sqrt Squeeze Sub Swish Tanh TensorScatter Transpose Unsqueeze Where
+Abs Add Attention Cast Clip Concat Constant ConstantOfShape Conv DequantizeLinear Div DynamicQuantizeLinear Equal Erf
+Expand Flatten Gather Gelu Identity LayerNormalization Less LessOrEqual MatMul MatMulInteger Max Min Mul Neg Pow
+QuantizeLinear RMSNormalization Range ReduceMax ReduceMean ReduceMin ReduceSum Reshape RotaryEmbedding ScatterND Shape
+Sigmoid Slice Softmax Split Sqrt Squeeze Sub Swish Tanh TensorScatter Transpose Unsqueeze Where
 """
 _MICROSOFT = "GroupQueryAttention MatMulIntegerToFloat MatMulNBits QuantizeLinear DequantizeLinear"
 OPERATORS = {"": frozenset(_STANDARD.split()), MICROSOFT: frozenset(_MICROSOFT.split())}

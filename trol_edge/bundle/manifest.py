@@ -297,6 +297,7 @@ def _ports_of(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
         "logits": (1, spec.vocab_size),
         "past_": cache,
         "present_": cache,
+        "new_": (1, spec.num_kv_heads, 1, spec.head_dim),
     }
 
 
@@ -324,6 +325,16 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
         past = sum(port.name.startswith("past_") for port in info.inputs)
         if past != 2 * sets * spec.num_layers:
             yield f"graph {name} has {past} inputs for the cache of {spec.num_layers} layers, {layers} of keys"
+        caches, new = _caches(info.inputs, "past_"), _caches(info.outputs, "new_")
+        if _caches(info.outputs, "present_") != caches:
+            yield f"graph {name} does not have an output present_* for each input past_*, of its name and type"
+        if new and (name != "step" or new != caches):
+            yield f"graph {name} has {len(new)} outputs new_*; a step may have one for each input past_*, of its type"
+
+
+def _caches(ports: Sequence[Port], start: str) -> dict[str, str]:
+    """What follows a beginning in the names of ports -> their types."""
+    return {port.name.removeprefix(start): port.dtype for port in ports if port.name.startswith(start)}
 
 
 def _weight(name: str, tensors: dict[str, TensorInfo]) -> tuple[int, ...] | None:
