@@ -74,7 +74,7 @@ def exported() -> Iterator[Callable[..., Path]]:
     """Bundle of a checkpoint folder, made once and kept: exported(folder, target="cpu", context=None, ...).
 
     With lowered=False it has the graphs as they are traced. Precisions with rounded weights are calibrated on a few
-    scenes. To change files of it, copy it.
+    scenes. selftest: by default only the shipped models as they are lowered have one. To change files of it, copy it.
     """
     from trol_edge.calibration import run as calibration
     from trol_edge.export import pipeline
@@ -82,21 +82,34 @@ def exported() -> Iterator[Callable[..., Path]]:
     from trol_edge.export.quantize.stats import Statistics
 
     def export(
-        checkpoint: Path, target: str = "cpu", context: int | None = None, lowered: bool = True, recipe: str = "fp32"
+        checkpoint: Path,
+        target: str = "cpu",
+        context: int | None = None,
+        lowered: bool = True,
+        recipe: str = "fp32",
+        selftest: bool | None = None,
     ) -> Path:
         options = RecipeOptions(recipe)
+        tested = lowered and checkpoint.parent == CHECKPOINTS if selftest is None else selftest
 
         def make(folder: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 if not lowered:
                     patch.delitem(pipeline.LOWERINGS, target)
                 pipeline.export(
-                    checkpoint, folder, target=target, context=context, options=options, calibration=calibrated
+                    checkpoint,
+                    folder,
+                    target=target,
+                    context=context,
+                    options=options,
+                    calibration=calibrated,
+                    record_selftest=tested,
                 )
 
         sources = {*kept.sources(pipeline.__name__), *kept.sources(calibration.__name__), Path(__file__)}
         files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-        key = kept.digest([*sorted(sources), *files], installed(), checkpoint.name, target, context, lowered, options)
+        choices = (checkpoint.name, target, context, lowered, options, tested)
+        key = kept.digest([*sorted(sources), *files], installed(), *choices)
         return kept.folder("bundles", key, make)
 
     def calibrated(source: Checkpoint) -> Statistics:
@@ -119,13 +132,13 @@ def installed() -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def golden_bundle(exported: Callable[..., Path]) -> Callable[..., Path]:
-    """Bundle of a golden case: golden_bundle("internlm2-text", target="cpu")."""
+    """Bundle of a golden case: golden_bundle("internlm2-text", target="cpu", selftest=False)."""
     from tests.golden import GOLDEN
     from trol_edge.export.reference.checkpoint import Checkpoint
 
-    def bundle(case: str, target: str = "cpu") -> Path:
+    def bundle(case: str, target: str = "cpu", selftest: bool = False) -> Path:
         limit = Checkpoint(GOLDEN / case).spec.max_position_embeddings
-        return exported(GOLDEN / case, target, min(CONTEXT, limit))
+        return exported(GOLDEN / case, target, min(CONTEXT, limit), selftest=selftest)
 
     return bundle
 

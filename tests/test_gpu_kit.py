@@ -148,7 +148,7 @@ def test_a_stage_that_fails_hides_no_other(kit: Path) -> None:
 
 def test_the_budget_ends_a_stage_and_those_after_it(kit: Path) -> None:
     """Cut off in the middle: said so, what was learnt stays, and what did not begin says why."""
-    code, result, _ = run(kit, "a hang 100;b good 10", budget=16)
+    code, result, _ = run(kit, "a hang 100;b good 10", budget=24)
     assert code == 2
     assert result["stages"]["a"]["status"] == "timeout" and "budget is used up" in result["stages"]["a"]["line"]
     assert result["stages"]["a"]["data"] == {"learnt": 2}

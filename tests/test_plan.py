@@ -344,9 +344,8 @@ def test_bundle_without_counts(nano_bundle: Path, tmp_path: Path) -> None:
         subject_module.subject_of(Bundle(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "model", [("trol-nano",), pytest.param(("trol-nano-phi3", "--tiles", "1"), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow  # every precision of every device is traced
+@pytest.mark.parametrize("model", [("trol-nano",), ("trol-nano-phi3", "--tiles", "1")], ids=str)
 def test_command(model: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """A model, two devices, two precisions, one goal; the table and the JSON say the same."""
     given = ["plan", "--model", *model, "--device", NANO, "--device", "agx-thor"]

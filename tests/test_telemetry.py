@@ -104,7 +104,10 @@ sys.meta_path.insert(0, Watch())
         ["-m", "trol_edge", "run", "BUNDLE", "--image", "SCENE", "--prompt", "What is this?"],
         ["-m", "trol_edge", "doctor", "BUNDLE"],
         ["-m", "trol_edge", "verify", "BUNDLE"],
-        ["-m", "trol_edge", "profile", "BUNDLE", "--size", "none", "--runs", "1", "--warmup", "0", "-o", "OUT"],
+        pytest.param(
+            ["-m", "trol_edge", "profile", "BUNDLE", "--size", "none", "--runs", "1", "--warmup", "0", "-o", "OUT"],
+            marks=pytest.mark.slow,
+        ),
         ["-m", "trol_edge.examples.asyncio_loop", "BUNDLE", "SCENE"],
         ["-c", "import trol_edge.runtimes.rates"],
         ["-c", "import trol_edge.examples.camera, trol_edge.examples.ros2_node, onnxruntime"],
