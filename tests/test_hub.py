@@ -222,6 +222,7 @@ def test_a_file_resumes_where_it_broke_off(hub: Hub, tmp_path: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_another_revision_on_demand(hub: Hub, tmp_path: Path) -> None:
     """--revision asks for it by name, also where another one is complete; an unknown one is an error."""
     folder = tmp_path / "trol-1.8b"

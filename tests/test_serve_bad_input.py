@@ -381,6 +381,7 @@ def test_pipelining(served: Served) -> None:
     assert found.count(b'"content": "fine"') == 2
 
 
+@pytest.mark.slow
 def test_half_open_connections(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that say nothing, begin a header, or never send their body, hold nothing for long."""
     monkeypatch.setattr(door, "HEADER_S", 0.2)

@@ -81,6 +81,7 @@ def test_wrong_answers_fail_it(nano_bundle: Path, monkeypatch: pytest.MonkeyPatc
     assert "FAILED" in said and "wrong: " in said and "alone" in said
 
 
+@pytest.mark.slow
 def test_sessions_left_behind_fail_it(nano_bundle: Path) -> None:
     """What `_left_behind` looks for is found."""
     with Runtime(nano_bundle) as runtime:

@@ -432,6 +432,7 @@ def test_pictures_are_known_by_their_pixels(machine: Machine, nano: Runtime) -> 
     assert difference(session.prefill(ids, pixels), logits) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
 def test_memory_follows_its_users(machine: Machine) -> None:
     """Sessions, forks and features that are gone are given back at the next allocation; the cache bounds features."""
