@@ -107,7 +107,10 @@ class OrtBackend:
         # Graphs for a GPU take all weights from one image of the file, which sessions may refer to. Older versions of
         # ONNX Runtime cannot, and map the file themselves.
         self._image = file.image(sha256) if manifest.target != "cpu" and COPIES_CONSTANTS else None
-        arrays = file.load(kept | sources, sha256, stored)
+        if self._image is None:
+            arrays = file.load(kept | sources, sha256, stored)
+        else:
+            arrays = file.parts(self._image, kept | sources, stored)
         self.embedding = arrays.pop(EMBEDDING) if EMBEDDING in stored else None
         # What ONNX Runtime would otherwise read from the file by itself, after the hash was checked.
         self._constants = {name: arrays[name] for name in constants if name in arrays}
@@ -242,11 +245,12 @@ class OrtBackend:
 
     def bind(self, name: str, values: Mapping[str, Any]) -> Any:
         """Make an IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
-        binding = self.graph(name).io_binding()
-        graph = self.bundle.manifest.graphs[name]
-        for weight in (name for name in graph.weights if name not in graph.constants):
-            binding.bind_ortvalue_input(weight, self.weights[weight])
-        for key, value in values.items():
+        return self._bound(self.graph(name), name, values)
+
+    def _bound(self, session: Any, name: str, values: Mapping[str, Any]) -> Any:
+        binding, graph = session.io_binding(), self.bundle.manifest.graphs[name]
+        given = {weight: self.weights[weight] for weight in graph.weights if weight not in graph.constants}
+        for key, value in (given | dict(values)).items():
             binding.bind_ortvalue_input(key, value)
         return binding
 
@@ -305,15 +309,8 @@ class OrtBackend:
             f"load {graph.file}", open_session, cut(self._models[name], cuts), options, ["CPUExecutionProvider"]
         )
         del given
-        binding = session.io_binding()
-        for weight in (weight for weight in graph.weights if weight not in graph.constants):
-            binding.bind_ortvalue_input(weight, self.weights[weight])
-        for port in graph.inputs:
-            if port.name in state.past:
-                binding.bind_ortvalue_input(port.name, state.past[port.name])
-        values = {key: value_of(array) for key, array in feeds.items()}
-        for key, value in values.items():
-            binding.bind_ortvalue_input(key, value)
+        past = {port.name: state.past[port.name] for port in graph.inputs if port.name in state.past}
+        binding = self._bound(session, name, past | {key: value_of(array) for key, array in feeds.items()})
         wanted = [f"{value}.computed" for value in cuts]
         wanted += [port.name for port in graph.outputs if port.name not in state.present]
         for port in graph.outputs:

@@ -11,6 +11,7 @@ the cache's own row, and the caller copies them into the cache.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -36,8 +37,8 @@ def read_filled(model: ir.Model, give_rows: bool) -> None:
     shared = Shared(prefix="filled")
     for node in [node for node in graph if node.op_type == "Attention"]:
         build = Build(graph, node, shared)
-        end = build.once("end", lambda b=build: b.op("Shape", [slots], INT64))  # type: ignore[misc]
-        visible = build.once("visible", lambda b=build: _visible(b, slots, positions))  # type: ignore[misc]
+        end = build.once("end", partial(build.op, "Shape", [slots], INT64))
+        visible = build.once("visible", partial(_mask, build, "LessOrEqual", slots, positions, 3))
         for index in (1, 2):
             present = node.inputs[index]
             assert present is not None and present.shape is not None
@@ -50,7 +51,7 @@ def read_filled(model: ir.Model, give_rows: bool) -> None:
             rows.shape = ir.Shape([batch, heads, "slots", size])
             if write is not None and (new := write.inputs[2]) is not None:
                 # The cache's own row may hold this token already, where both are written at one address.
-                own = build.once("own", lambda b=build: _own(b, slots, positions))  # type: ignore[misc]
+                own = build.once("own", partial(_mask, build, "Equal", slots, positions, 2))
                 rows = build.op("Where", [own, new, rows], rows.dtype)
                 rows.shape = ir.Shape([batch, heads, "slots", size])
                 new.name = str(present.name).replace("present_", "new_", 1)
@@ -61,22 +62,12 @@ def read_filled(model: ir.Model, give_rows: bool) -> None:
         graph.remove(unused, safe=True)
 
 
-def _visible(build: Build, slots: ir.Value, positions: ir.Value) -> ir.Value:
-    """Bool mask [1, 1, 1, T]: True for the rows up to the token's own."""
-    rows = build.op("Unsqueeze", [slots, build.ints(0, 1, 2)])
+def _mask(build: Build, comparison: str, slots: ir.Value, positions: ir.Value, axis: int) -> ir.Value:
+    """Bool mask of four dimensions, T rows on `axis`: how each compares with the token's own row."""
+    rows = build.op("Unsqueeze", [slots, build.ints(*(i for i in range(4) if i != axis))])
     own = build.op("Unsqueeze", [positions, build.ints(1, 2)])
-    rows.shape, own.shape = ir.Shape([1, 1, 1, "slots"]), ir.Shape([1, 1, 1, 1])
-    mask = build.op("LessOrEqual", [rows, own], BOOL)
-    mask.shape = rows.shape
-    return mask
-
-
-def _own(build: Build, slots: ir.Value, positions: ir.Value) -> ir.Value:
-    """Bool mask [1, 1, T, 1]: True for the token's own row."""
-    rows = build.op("Unsqueeze", [slots, build.ints(0, 1, 3)])
-    position = build.op("Unsqueeze", [positions, build.ints(1, 2)])
-    rows.shape, position.shape = ir.Shape([1, 1, "slots", 1]), ir.Shape([1, 1, 1, 1])
-    mask = build.op("Equal", [rows, position], BOOL)
+    rows.shape, own.shape = ir.Shape(["slots" if i == axis else 1 for i in range(4)]), ir.Shape([1, 1, 1, 1])
+    mask = build.op(comparison, [rows, own], BOOL)
     mask.shape = rows.shape
     return mask
 
@@ -118,9 +109,11 @@ def attend(build: Build, node: ir.Node) -> ir.Value:
     assert dtype is not None
     (_, heads, _, size), groups = q.shape.dims, k.shape[1]
     more = [value for value in node.inputs[4:] if value is not None]
-    if not all(isinstance(n, int) for n in (heads, size, groups)) or heads % groups or more:  # type: ignore[operator]
-        raise ExportError(f"{node.name}: Attention with {heads} heads and {groups} key heads cannot be lowered")
-    assert isinstance(heads, int) and isinstance(size, int) and isinstance(groups, int)
+    refusal = f"{node.name}: Attention with {heads} heads and {groups} key heads cannot be lowered"
+    if not (isinstance(heads, int) and isinstance(size, int) and isinstance(groups, int)):
+        raise ExportError(refusal)
+    if more or heads % groups:
+        raise ExportError(refusal)
     scale = node.attributes["scale"].as_float() if "scale" in node.attributes else 1 / math.sqrt(size)
     query = _wide(build, build.op("Reshape", [q, build.ints(1, groups, heads // groups, 1, size)]))
     query = build.op("Mul", [query, build.constant(scale, FLOAT)])

@@ -329,7 +329,8 @@ class _Run:
             assert self._emulation is not None
             tokens, scale = min(MOST_FORCED, self._context - 1), float(embeddings.square().mean().sqrt()) / probes.SMALL
             made_up = [
-                _Forced(graph, self._emulation, spec, tokens) for graph in {self._graph(True): 0, self._graph(False): 0}
+                _Forced(graph, self._emulation, spec, tokens)
+                for graph in dict.fromkeys((self._graph(True), self._graph(False)))
             ]
             for one in made_up:
                 one.start(scale)

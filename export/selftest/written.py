@@ -16,13 +16,12 @@ from torch import Tensor
 
 from trol_edge.bundle.derived import NBITS, NBITS_SCALE, int8_from_nbits
 from trol_edge.bundle.precision import QUANTIZED, PrecisionPlan
-from trol_edge.bundle.weights import FLOATS, WeightsFile, to_float32
+from trol_edge.bundle.weights import FLOATS, STORED, WeightsFile, to_float32
 from trol_edge.export.quantize.qdq import scale_name
 from trol_edge.export.quantize.recipes import is_linear
 from trol_edge.export.reference.checkpoint import Checkpoint
 
 CHUNK = 1 << 22  # numbers that are converted at a time
-STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1", "F8_E4M3": "u1", "I32": "<i4"}
 
 
 class Written:

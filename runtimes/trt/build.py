@@ -39,6 +39,7 @@ from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.machine.identity import available_memory
 from trol_edge.program import text
+from trol_edge.program.model import Program
 from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import Library, Network, Shape, load
 from trol_edge.runtimes.trt.products import require_products
@@ -215,8 +216,8 @@ def build_one(
         workspace_bytes,
         lambda phase, done, steps: progress(f"{name}: {phase}", done, steps),
     )
-    if library.rtx:  # the file of another TensorRT does not say
-        require_products(bundle, name, folder / file, ranges)
+    programs = _programs(library, folder / file)
+    require_products(bundle, name, programs, ranges)
     return EngineInfo(
         file=file,
         bytes=(folder / file).stat().st_size,
@@ -226,7 +227,7 @@ def build_one(
         layers=layers,
         profiles=ranges,
         seconds=time.perf_counter() - start,
-        programs=_counts(bundle, name, library, folder / file, ranges),
+        programs=_counts(bundle, name, programs, ranges),
     )
 
 
@@ -237,13 +238,21 @@ def parse(library: Library, path: Path, graph: GraphInfo) -> Network:
     return network
 
 
+def _programs(library: Library, path: Path) -> tuple[Program, ...]:
+    """The programs of an engine, if its file says them; the inspector of classic TensorRT would have to load it."""
+    try:
+        return text.read(path) if library.rtx else ()
+    except BundleError:
+        return ()
+
+
 def _counts(
-    bundle: Bundle, name: str, library: Library, path: Path, ranges: tuple[dict[str, Range], ...]
+    bundle: Bundle, name: str, programs: tuple[Program, ...], ranges: tuple[dict[str, Range], ...]
 ) -> tuple[ProgramCounts, ...]:
-    """What the engine moves, if its file says so; the inspector of classic TensorRT would have to load it for that."""
+    """What an engine with these programs moves; empty if they do not say."""
     graph, context = bundle.manifest.graphs[name], bundle.manifest.context
     try:
-        return counts_of(graph, context, text.read(path), ranges, shared_weights(bundle)) if library.rtx else ()
+        return counts_of(graph, context, programs, ranges, shared_weights(bundle)) if programs else ()
     except (BundleError, UsageError):
         return ()
 

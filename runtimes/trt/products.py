@@ -7,8 +7,7 @@ rounding around it become one kernel is decided while the engine is built. Only 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from trol_edge.bundle.costs import evaluate
 from trol_edge.bundle.engines import Range
@@ -16,7 +15,7 @@ from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.programs import traffic_of
 from trol_edge.bundle.sizes import shared_weights
 from trol_edge.errors import BackendError, BundleError, UsageError
-from trol_edge.program import text
+from trol_edge.program.model import Program
 from trol_edge.program.traffic import Traffic
 
 EIGHT_BITS = ("int8", "fp8")
@@ -26,10 +25,12 @@ TOLERANCE = 0.05  # share of the operations: a compiler pads rows, of a picture'
 def operations(graph: GraphInfo, dims: Mapping[str, int]) -> dict[str, int]:
     """Operations of the graph's products with weights, by the type that the plan multiplies in."""
     found: Counter[str] = Counter()
-    costs = graph.costs
-    for operation in costs.operations if costs else ():
-        if operation.kind == "linear" and costs:
-            found[operation.arithmetic] += operation.count * evaluate(operation.flops, costs.dims(dims))
+    if graph.costs is None:
+        return {}
+    sizes = graph.costs.dims(dims)
+    for operation in graph.costs.operations:
+        if operation.kind == "linear":
+            found[operation.arithmetic] += operation.count * evaluate(operation.flops, sizes)
     return dict(found)
 
 
@@ -51,20 +52,21 @@ def differences(asked: Mapping[str, int], found: Mapping[str, int]) -> list[str]
     ]
 
 
-def require_products(bundle: Bundle, name: str, path: Path, ranges: tuple[dict[str, Range], ...]) -> dict[str, int]:
-    """Return an engine's products by type, at the best sizes of its last profile; empty if the file does not say.
+def require_products(
+    bundle: Bundle, name: str, profiles: Sequence[Program], ranges: Sequence[Mapping[str, Range]]
+) -> None:
+    """Raise BackendError if an engine's 8-bit products, at the best sizes of its last profile, are not the plan's.
 
-    Raises BackendError if its 8-bit products are not those of the plan.
+    profiles: its programs. Nothing is known of an engine without any, or of one that they leave something open about.
     """
     dims = {dim: best for dim, (_, best, _) in (ranges[-1] if ranges else {}).items()}
     graph, context = bundle.manifest.graphs[name], bundle.manifest.context
     try:
-        found = products(traffic_of(graph, context, text.read(path), dims, None, shared_weights(bundle)))
+        found = products(traffic_of(graph, context, profiles, dims, None, shared_weights(bundle)))
     except (BundleError, UsageError):
-        return {}  # an engine whose program cannot be read: nothing is known
+        return
     if graph.costs is not None and (wrong := differences(operations(graph, dims), found)):
         raise BackendError(
             f"{graph.file}: the engine does not multiply in the precision of its plan ({'; '.join(wrong)}), so it "
             "would be slower than planned; please report this, with the version of TensorRT"
         )
-    return found

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trol_edge.bundle.folder import digest_of, sha256_of
-from trol_edge.bundle.manifest import Bundle, FileInfo, GraphInfo
+from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.bundle.signature import engines_statement
@@ -185,8 +185,8 @@ def mapped(bundle: Bundle, engines: EngineSet, name: str) -> Iterator[mmap.mmap]
 
 def _path_of(bundle: Bundle, engines: EngineSet, name: str) -> Path:
     """The path of an engine file that is there, with its size."""
-    info: EngineInfo | FileInfo = engines.engines[name]
-    path = folder_of(bundle, engines.key.target) / engines.engines[name].file
+    info = engines.engines[name]
+    path = folder_of(bundle, engines.key.target) / info.file
     if not path.is_file() or not stays_inside(path):
         raise BundleError(
             f"{path}: missing, or a link to another place; build the engines again with `trol-edge build --force`"

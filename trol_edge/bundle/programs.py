@@ -61,9 +61,9 @@ def traffic_of(
     Raises UsageError if no profile takes the sizes, and BundleError if the program leaves something open.
     """
     problems = []
+    caches = caches_of(graph, context)
     for program in profiles:
         try:
-            caches = caches_of(graph, context)
             return count(program, shapes_of(graph, dims), caches=caches, filled=filled, weights=weights)
         except UsageError as error:
             problems.append(str(error))

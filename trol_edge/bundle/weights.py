@@ -85,7 +85,7 @@ class WeightsFile:
         Raises BundleError if the hash differs.
         """
         arrays = {n: np.empty(self.tensors[n].shape, loaded_dtype(self.tensors[n].dtype)) for n in names}
-        arrays |= {n: np.empty(self.tensors[n].shape, _STORED[self.tensors[n].dtype]) for n in stored}
+        arrays |= {n: np.empty(self.tensors[n].shape, STORED[self.tensors[n].dtype]) for n in stored}
         for name, first, block in self.blocks(arrays, sha256):
             dtype = self.tensors[name].dtype
             values = to_float32(block, dtype) if dtype in FLOATS and name not in stored else block
@@ -101,6 +101,17 @@ class WeightsFile:
         if got != len(data) or (sha256 and hashlib.sha256(view).hexdigest() != sha256):
             raise BundleError(f"{self.path}: altered since export (sha256 differs); copy the bundle again")
         return data
+
+    def parts(
+        self, image: NDArray[np.uint8], names: Collection[str], stored: Collection[str] = ()
+    ) -> dict[str, NDArray[Any]]:
+        """Tensors from an image of the file (see `image`), as `load` returns them, in memory of their own."""
+        arrays = {}
+        for name in {*names, *stored}:
+            t = self.tensors[name]
+            part = image[t.offset : t.offset + t.nbytes].copy().view(STORED[t.dtype]).reshape(t.shape)
+            arrays[name] = to_float32(part, t.dtype) if t.dtype in FLOATS and name not in stored else part
+        return arrays
 
     def blocks(self, names: Collection[str], sha256: str | None) -> Iterator[tuple[str, int, NDArray[Any]]]:
         """Read tensors in the order of the file: name, index of a block's first value, and the block as stored.
@@ -126,13 +137,13 @@ class WeightsFile:
                     if sha256:
                         digest.update(view)
                     if name in names:
-                        yield name, done // ITEM_BYTES[t.dtype], np.frombuffer(view, _STORED[t.dtype])
+                        yield name, done // ITEM_BYTES[t.dtype], np.frombuffer(view, STORED[t.dtype])
                     done += got
         if sha256 and digest.hexdigest() != sha256:
             raise BundleError(f"{self.path}: altered since export (sha256 differs); copy the bundle again")
 
 
-_STORED: dict[str, np.dtype[Any]] = {
+STORED: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
@@ -145,7 +156,7 @@ _STORED: dict[str, np.dtype[Any]] = {
 
 def loaded_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy dtype in which `WeightsFile.load` returns a tensor."""
-    return np.dtype(np.float32) if dtype in FLOATS else _STORED[dtype]
+    return np.dtype(np.float32) if dtype in FLOATS else STORED[dtype]
 
 
 def to_float32(stored: NDArray[Any], dtype: str) -> Float32:

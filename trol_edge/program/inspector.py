@@ -86,13 +86,12 @@ def _program(layers: list[Any], data: Mapping[str, Any], library: str, where: st
                 layers=tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(layer.get("Metadata", "")))),
             )
         )
-    found = {name: name for name in ports}
     return Program(
         library=library,
         tensors=tensors,
         kernels=tuple(kernels),
-        inputs={port: name for port, name in found.items() if name in tensors and name not in made},
-        outputs={port: name for port, name in found.items() if name in made},
+        inputs={name: name for name in ports if name in tensors and name not in made},
+        outputs={name: name for name in ports if name in made},
         scratch_bytes=scratch_bytes,
     )
 

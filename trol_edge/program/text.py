@@ -35,8 +35,6 @@ FORMS = {"1": "pointwise", "8": "pointwise", "2": "reduction", "6": "attention",
 _PROFILE = re.compile(r" \[profile \d{1,3}\]$")
 _TOKEN = re.compile(r'"([^"]*)"|([{}=])|([^\s{}="]+)')
 
-Value = "str | list[tuple[str | None, Value]]"  # of a key, or of an item without one
-
 
 def read(path: Path) -> tuple[Program, ...]:
     """The program of each optimization profile of an engine file. Raises BundleError if it cannot be read as such."""
@@ -136,7 +134,8 @@ class _Statement:
 
 def _parse(text: str) -> _Statement:
     """The tree of braces of a text, in one pass."""
-    stack, key, last = [_Statement()], None, None
+    stack = [_Statement()]
+    key: str | None = None
     for match in _TOKEN.finditer(text):
         quoted, sign, word = match.groups()
         top = stack[-1].items
@@ -144,12 +143,12 @@ def _parse(text: str) -> _Statement:
             # The word before it was a key.
             if not top or top[-1][0] is not None or not isinstance(top[-1][1], str):
                 raise BundleError(f"an = without a key at character {match.start()}")
-            key = top.pop()[1]
+            key = str(top.pop()[1])
         elif sign == "{":
             if key is None and len(stack) == 1 and top and top[-1][0] is None and isinstance(top[-1][1], str):
-                key = top.pop()[1]  # a section, such as main { }
+                key = str(top.pop()[1])  # a section, such as main { }
             inner = _Statement()
-            top.append((key if isinstance(key, str) else None, inner))
+            top.append((key, inner))
             stack.append(inner)
             key = None
             if len(stack) > DEPTH:
@@ -159,8 +158,7 @@ def _parse(text: str) -> _Statement:
                 stack.pop()
             key = None
         else:
-            last = quoted if quoted is not None else word
-            top.append((key if isinstance(key, str) else None, last))
+            top.append((key, quoted if quoted is not None else word))
             key = None
     if len(stack) > 1:
         raise BundleError(f"a program that ends inside {len(stack) - 1} braces")

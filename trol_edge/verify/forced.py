@@ -57,10 +57,12 @@ def forced_stages(model: Model, test: SelfTest, pixels: NDArray[np.float32]) -> 
             continue
         state = states["traverse"] if graph == "step" else backend.new_state()
         states[graph] = state
-        tokens = _tokens(test) if graph != "vision" else 0
-        feeds = {} if graph == "vision" else _inputs(record, spec.hidden_size, tokens, graph, bool(spec.lora_rank))
+        feeds: dict[str, NDArray[Any]]
         if graph == "vision":
-            feeds["pixel_values"] = pixels
+            tokens, feeds = 0, {"pixel_values": pixels}
+        else:
+            tokens = int(test.forced["traverse"].tokens[0])  # those of its first Linear's input
+            feeds = _inputs(record, spec.hidden_size, tokens, graph, bool(spec.lora_rank))
         if "rope_offset" in (port.name for port in model.bundle.manifest.graphs[graph].inputs):
             feeds["rope_offset"] = np.zeros(1, np.int64)
         cuts = record.cuts()
@@ -72,11 +74,6 @@ def forced_stages(model: Model, test: SelfTest, pixels: NDArray[np.float32]) -> 
         if found is None:
             return
         yield from _compare(graph, record, found, state, tokens)
-
-
-def _tokens(test: SelfTest) -> int:
-    """Tokens of the forced prompt: those of its first Linear's input."""
-    return int(test.forced["traverse"].tokens[0])
 
 
 def _inputs(record: ForcedGraph, width: int, tokens: int, graph: str, masked: bool) -> dict[str, NDArray[Any]]:
