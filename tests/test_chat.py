@@ -192,6 +192,9 @@ def test_bad_arguments_and_failures() -> None:
         chat.ask("One?", session=rt.session())
     with pytest.raises(UsageError, match="no text"):
         chat.ask(" ")
+    for wrong in (5, None):
+        with pytest.raises(UsageError, match="prompt"):
+            chat.ask(wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="did you mean"):
         chat.ask("One?", max_new_token=3)  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="cannot be streamed"):
@@ -221,6 +224,15 @@ def talk(bundle: Path, lines: str, monkeypatch: pytest.MonkeyPatch, *options: st
     """Run `trol-edge chat` with these lines on standard input."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     return main(["chat", str(bundle), "--max-new-tokens", "12", *options])
+
+
+def test_lines_that_are_no_text(
+    nano_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe in another encoding is an error that says so."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert main(["chat", str(nano_bundle)]) == 1
+    assert "standard input is not UTF-8" in capsys.readouterr().err
 
 
 def test_the_verb(

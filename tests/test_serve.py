@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,13 @@ import pytest
 
 from tests.conftest import NANO
 from tests.serving import Served, serving, waited_for
+from trol_edge.errors import UsageError
 from trol_edge.runtime import Runtime
+from trol_edge.serve.app import App
+from trol_edge.serve.door import Server
+from trol_edge.serve.host import Host
+from trol_edge.serve.journal import Journal
+from trol_edge.serve.settings import Settings
 from trol_edge.testing import ScriptedRuntime
 
 httpx = pytest.importorskip("httpx", reason="openai is not installed here")
@@ -358,10 +365,19 @@ def test_the_verb_refuses_what_cannot_be_served(
     """Before anything is loaded: no bundle, an open door, half of a certificate, a folder that is none."""
     from trol_edge.cli.main import main
 
+    short = tmp_path / "keys"
+    short.write_text("# mine\nshort\n")
     for words, said in (
         ([str(tmp_path)], "bundle.json"),
         ([str(nano_bundle), "--host", "0.0.0.0"], "--keys"),
         ([str(nano_bundle), "--tls-cert", "cert.pem"], "--tls-key"),
+        ([str(tmp_path), "--name", "given"], "bundle.json"),
+        (
+            [str(nano_bundle), "--tls-cert", "cert.pem", "--tls-key", "key.pem"],
+            "cert.pem with --tls-key key.pem cannot",
+        ),
+        ([str(nano_bundle), "--keys", str(short)], "key 1 should have at least 16"),
+        ([str(nano_bundle), "--keys", str(short)], f"--keys {short}"),
         ([str(nano_bundle), "--files", str(tmp_path / "none")], "is not a folder"),
         ([str(nano_bundle), "--keys", str(tmp_path / "none")], "cannot be read"),
         ([str(nano_bundle), "--queue", "0"], "at least 1"),
@@ -370,3 +386,14 @@ def test_the_verb_refuses_what_cannot_be_served(
     ):
         assert main(["serve", *words]) == 1, words
         assert said in capsys.readouterr().err, words
+
+
+def test_an_address_that_is_taken() -> None:
+    """An error with advice, instead of the library's own end of the process."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = Settings(name="model", port=taken.getsockname()[1])
+        host = Host(lambda reached: ScriptedRuntime(SCRIPT), settings.sessions)
+        with pytest.raises(UsageError, match=r"127\.0\.0\.1:\d+ cannot be listened to .* give another --port"):
+            Server(App(settings, host, Journal(False))).run()

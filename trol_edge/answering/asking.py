@@ -127,7 +127,7 @@ def ask(desk: Desk, prompt: Prompt, pictures: list[Seen], call: Call, before: Se
 
 def texts(turn: Turn) -> list[str]:
     """The texts of a turn, its answer last."""
-    parts = [turn.prompt] if isinstance(turn.prompt, str) else turn.prompt
+    parts = turn.prompt if isinstance(turn.prompt, (list, tuple)) else [turn.prompt]
     return [part for part in parts if isinstance(part, str)] + [turn.answer]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import reprlib
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from trol_edge.answering.results import Choice, Clock, Option, YesNo
 from trol_edge.answering.sampling import log_sum_exp
 from trol_edge.answering.turns import Call
 from trol_edge.errors import ContextError, UsageError
+from trol_edge.numeric import shown
 from trol_edge.prompt.template import Prompt
 from trol_edge.session import Session
 
@@ -84,27 +84,27 @@ def _score(
 
 def _answer_ids(desk: Desk, poll: Poll, question: Question, text: str) -> list[int]:
     poll.call.check()
-    check_length(desk, text, f"option {reprlib.repr(text)}")
+    check_length(desk, text, f"option {shown(text)}")
     tiles, before = [picture.tiles for picture in poll.pictures], [turn.spoken for turn in poll.before]
     ids = desk.model.tokenize(poll.prompt, tiles, text, before)
     prompt = len(question.ids)
     if ids[:prompt] != question.ids or len(ids) == prompt:
-        raise UsageError(f"option {reprlib.repr(text)} has no tokens of its own after the prompt; word it differently")
+        raise UsageError(f"option {shown(text)} has no tokens of its own after the prompt; word it differently")
     return ids[prompt:]
 
 
 def checked_options(options: Sequence[str]) -> list[str]:
     """Return the options. Raises UsageError if a choice between them would have no meaning."""
     if isinstance(options, str) or not isinstance(options, (list, tuple)) or len(options) < 2:
-        raise UsageError(f"options should be a list of two or more texts, found {reprlib.repr(options)}")
+        raise UsageError(f"options should be a list of two or more texts, found {shown(options)}")
     seen: dict[str, int] = {}
     for i, option in enumerate(options):
         if not isinstance(option, str) or not option.strip():
-            raise UsageError(f"option {i} is {reprlib.repr(option)}; every option needs text")
+            raise UsageError(f"option {i} is {shown(option)}; every option needs text")
         if option != option.strip():
-            raise UsageError(f"option {i} is {reprlib.repr(option)}; leave out the white space around it")
+            raise UsageError(f"option {i} is {shown(option)}; leave out the white space around it")
         if (first := seen.setdefault(option, i)) != i:
-            raise UsageError(f"option {reprlib.repr(option)} occurs twice (items {first} and {i})")
+            raise UsageError(f"option {shown(option)} occurs twice (items {first} and {i})")
     return list(options)
 
 

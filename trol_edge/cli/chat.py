@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trol_edge.cli.show import err
+from trol_edge.cli.show import Threads, err
 from trol_edge.errors import TrolEdgeError, UsageError
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Temperature of the sampling; 0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Sampling seed.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Talk with a bundle: each line of standard input is a question, and each answer streams to standard output."""
     from trol_edge.runtime import Runtime
@@ -64,14 +62,17 @@ def chat(
 
 
 def _next_line(on_terminal: bool) -> str | None:
-    """The next question, or None at the end of the input. Raises UsageError for a line without an end."""
+    """The next question, or None at the end. Raises UsageError for a line without an end, or not in UTF-8."""
     if on_terminal:
         try:
             return input("> ")
         except EOFError:
             print()
             return None
-    line = sys.stdin.readline(LINE_CHARACTERS) if sys.stdin is not None else ""
+    try:
+        line = sys.stdin.readline(LINE_CHARACTERS) if sys.stdin is not None else ""
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8 ({error}); convert it first") from error
     if len(line) == LINE_CHARACTERS and not line.endswith("\n"):
         raise UsageError(f"a line of standard input has more than {LINE_CHARACTERS} characters; give shorter questions")
     return line.rstrip("\r\n") if line else None

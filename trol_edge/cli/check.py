@@ -10,15 +10,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from trol_edge.cli.show import Json, OfOrt, TrustedKeys, err, out, print_json
+from trol_edge.cli.show import Json, OfOrt, Threads, TrustedKeys, err, out, print_json
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     every: Annotated[bool, typer.Option("--all", help="One line per stage instead of one per layer.")] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
-    ] = None,
+    threads: Threads = None,
     provider: OfOrt = None,
     trusted_key: TrustedKeys = None,
     as_json: Json = False,

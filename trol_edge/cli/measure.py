@@ -13,7 +13,18 @@ import typer
 from rich.table import Table
 
 from trol_edge.bundle.folder import writing
-from trol_edge.cli.show import PICTURE_BYTES, STDIN, Json, OfOrt, TrustedKeys, out, phases, print_json, standard_input
+from trol_edge.cli.show import (
+    PICTURE_BYTES,
+    STDIN,
+    Json,
+    OfOrt,
+    Threads,
+    TrustedKeys,
+    out,
+    phases,
+    print_json,
+    standard_input,
+)
 from trol_edge.errors import UsageError
 
 
@@ -36,9 +47,7 @@ def profile(
     starts: Annotated[
         int, typer.Option(min=0, help="Fresh processes to time with a cold page cache, and again with a warm one.")
     ] = 3,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
-    ] = None,
+    threads: Threads = None,
     interval_ms: Annotated[float, typer.Option(min=5, help="Sampling interval.")] = 100.0,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for profile.json and the page, profile.html.")

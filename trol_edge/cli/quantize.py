@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from trol_edge.cli.checkpoints import SENSITIVITY_SAMPLES, calibration_of, checkpoint_of, statistics_of
-from trol_edge.cli.show import Json, err, extra, out, peak_bytes, print_json, progress_bars
+from trol_edge.cli.show import Json, Threads, err, extra, out, peak_bytes, print_json, progress_bars
 
 
 def calibrate(
@@ -132,9 +132,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for compare.json and the plot, compare.svg.")
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
-    ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Show what bundles lost against a reference, per layer, in logits and in answers, and where the loss begins."""

@@ -16,8 +16,10 @@ from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.cli.show import (
     PICTURE_BYTES,
     STDIN,
+    Fallback,
     Json,
     OfOrt,
+    Threads,
     TrustedKeys,
     err,
     extra,
@@ -57,13 +59,9 @@ def run(
     long_context: Annotated[
         bool, typer.Option("--long-context", help="Use the long rope factors from the first token on (trol-3.8b).")
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
-    ] = None,
+    threads: Threads = None,
     provider: OfOrt = None,
-    fallback: Annotated[
-        str | None, typer.Option(help="Provider to use, with a warning, if engines cannot be loaded.")
-    ] = None,
+    fallback: Fallback = None,
     trusted_key: TrustedKeys = None,
     as_json: Json = False,
 ) -> None:

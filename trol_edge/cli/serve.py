@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from trol_edge.cli.show import OfOrt, extra
+from trol_edge.cli.show import Fallback, OfOrt, Threads, extra
 
 
 def serve(
@@ -35,19 +35,15 @@ def serve(
     ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write questions into the log, too.")] = False,
     grace_s: Annotated[float, typer.Option(help="Seconds that a running answer gets when the server is stopped.")] = 10,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")
-    ] = None,
+    threads: Threads = None,
     provider: OfOrt = None,
-    fallback: Annotated[
-        str | None, typer.Option(help="Provider to use, with a warning, if engines cannot be loaded.")
-    ] = None,
+    fallback: Fallback = None,
 ) -> None:
     """Serve a bundle over HTTP as OpenAI's API does, with a page at / for a camera and questions."""
     with extra("serve"):
         from trol_edge.serve.app import App
         from trol_edge.serve.door import Server
-        from trol_edge.serve.host import Host, State
+        from trol_edge.serve.host import Host
     from trol_edge.bundle.manifest import Bundle
     from trol_edge.runtime import Runtime
     from trol_edge.serve.journal import Journal
@@ -57,17 +53,17 @@ def serve(
     from trol_edge.verify.replay import first_load
 
     def open_runtime(reached: Any) -> Runtime:
-        state: State = "verifying"
         runtime = Runtime(
             bundle, threads=threads, selftest=False, provider=cast(Any, provider), fallback=cast(Any, fallback)
         )
         if wanted(None):
-            reached(state)
+            reached("verifying")
             first_load(runtime.model)
         return runtime
 
+    model = Bundle(bundle).manifest.model
     settings = Settings(
-        name=name or Bundle(bundle).manifest.model,
+        name=name or model,
         host=host,
         port=port,
         keys=Keys() if keys is None else read_keys(keys),
@@ -81,4 +77,4 @@ def serve(
         log_prompts=log_prompts,
         grace_s=grace_s,
     )
-    Server(App(settings, Host(open_runtime, sessions), Journal(log_prompts))).run()
+    Server(App(settings, Host(open_runtime, settings.sessions), Journal(settings.log_prompts))).run()

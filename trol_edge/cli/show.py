@@ -50,6 +50,8 @@ OfOrt = Annotated[
     str | None,
     typer.Option("--provider", help="ONNX Runtime provider to use instead of engines: cuda, tensorrt or cpu."),
 ]
+Fallback = Annotated[str | None, typer.Option(help="Provider to use, with a warning, if engines cannot be loaded.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the inference library.  [default: physical cores]")]
 TrustedKeys = Annotated[
     list[Path] | None,
     typer.Option(

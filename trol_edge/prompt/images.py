@@ -22,6 +22,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from trol_edge.errors import BundleError, ImageError
 from trol_edge.numeric import is_one_of, shown, whole
 from trol_edge.prompt import tiles
+from trol_edge.reading import MOST_SHOWN
 
 __all__ = ["MAX_PIXELS", "ImageSpec", "Picture", "count_tiles", "load_rgb", "preprocess"]
 
@@ -81,7 +82,6 @@ _OTHERS = (
 DARK = 1 << 14  # if all numbers are below it, they may be a sensor's 10 to 14 bits
 SCALED = -16  # see _stored
 SAY_BITS = "its range is not known; pass bits=, 8 to 16 (the brightest number is 2 ** bits - 1)"
-LONGEST_PATH = 1000  # characters of a path in a message; a text that is given by mistake may be much longer
 MAX_PIXELS = 89_000_000  # just below the size above which Pillow warns of a decompression bomb
 
 _EXIF_ORIENTATION = 0x0112
@@ -211,7 +211,7 @@ def _rgb_from_bytes(data: bytes | bytearray | memoryview, bits: int | None) -> U
 
 
 def _rgb_from_file(path: str | os.PathLike[str], bits: int | None) -> U8:
-    name = f"picture {os.fspath(path)!r:.{LONGEST_PATH}}"
+    name = f"picture {os.fspath(path)!r:.{MOST_SHOWN}}"
     try:
         is_file = pathlib.Path(path).is_file()
         empty = is_file and pathlib.Path(path).stat().st_size == 0

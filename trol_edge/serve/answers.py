@@ -8,12 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from trol_edge.answering.results import Piece, TokenLogprob
-from trol_edge.errors import BackendError, RequestError, TrolEdgeError, UnfinishedError, UsageError
+from trol_edge.errors import RequestError, TrolEdgeError, UnfinishedError, UsageError
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.serve.host import Outcome
 
 # Why an answer ended -> OpenAI's word; the field trol_edge has ours.
 REASONS = {"stop": "stop", "length": "length", "context": "length", "deadline": "length", "stopped": "length"}
+# Our errors -> codes that programs look at.
+_CODES = {
+    "ContextError": "context_length_exceeded",
+    "ImageError": "invalid_image",
+    "BackendError": "backend_error",
+}
 DONE = b"data: [DONE]\n\n"
 
 
@@ -80,14 +86,12 @@ def event(data: dict[str, Any]) -> bytes:
 
 def usage(outcome: Outcome) -> dict[str, Any]:
     """The counts of tokens. Weighed answers have none."""
-    last, made = outcome.last, len(outcome.token_ids)
-    prompt = (last.prompt_tokens or 0) if last is not None else 0
-    cached = (last.cached_tokens or 0) if last is not None else 0
+    prompt, made = outcome.prompt_tokens, len(outcome.token_ids)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": made,
         "total_tokens": prompt + made,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": outcome.cached_tokens},
     }
 
 
@@ -141,12 +145,10 @@ def error_object(error: Exception) -> dict[str, Any]:
     elif isinstance(error, UnfinishedError):
         code = error.reason
     elif isinstance(error, TrolEdgeError):
-        code = {"ContextError": "context_length_exceeded", "ImageError": "invalid_image"}.get(type(error).__name__)
+        code = _CODES.get(type(error).__name__)
     kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     known = isinstance(error, TrolEdgeError)
     message = str(error) if known else "the server failed at this request; its log has the reason"
-    if isinstance(error, BackendError):
-        code = "backend_error"
     name = kind.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": name, "param": param, "code": code}}
 

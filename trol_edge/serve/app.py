@@ -171,8 +171,7 @@ class App:
                 )
             request = parse(await exchange.body(self.settings.body_bytes), self.settings.name)
             if self.journal.with_prompts:
-                exchange.log["prompt"] = [part for part in request.turns[-1].prompt if isinstance(part, str)]
-                exchange.log["prompt"] = "".join(exchange.log["prompt"])
+                exchange.log["prompt"] = "".join(part for part in request.turns[-1].prompt if isinstance(part, str))
             exchange.log["stream"] = request.stream
             async with exchange.until_gone():
                 await self._answer(exchange, request, runtime)
@@ -199,11 +198,10 @@ class App:
             reply.leave()
             raise
         self.metrics.finished(outcome, exchange.arrived, time.perf_counter())
-        last = outcome.last
         exchange.log |= {
             "finish_reason": outcome.finish_reason,
-            "prompt_tokens": last.prompt_tokens if last is not None else 0,
-            "cached_tokens": last.cached_tokens if last is not None else 0,
+            "prompt_tokens": outcome.prompt_tokens,
+            "cached_tokens": outcome.cached_tokens,
             "answer_tokens": len(outcome.token_ids),
         }
         await reply.finish(outcome)
@@ -297,7 +295,12 @@ class Exchange:
     async def body(self, most: int) -> bytes:
         """The whole body. Raises RequestError for one that is too large, too slow or cut off."""
         length = self.headers.get("content-length", "0")
-        too_large = RequestError(f"the body has more than {most} bytes", status=413, code="body_too_large")
+        too_large = RequestError(
+            f"the body has more than {most} bytes; send smaller pictures, or start the server with a larger "
+            "--max-body-mb",
+            status=413,
+            code="body_too_large",
+        )
         if not length.isdecimal() or int(length[:20]) > most:
             raise too_large
         parts: list[bytes] = []

@@ -12,7 +12,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from trol_edge.errors import UsageError
+from trol_edge.errors import RequestError, UsageError
+from trol_edge.serve.answers import error_object
 from trol_edge.serve.app import App
 from trol_edge.serve.journal import JournalHandler
 
@@ -66,8 +67,7 @@ class Connection(H11Protocol):
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
-        body = json.dumps({"error": error}).encode()
+        body = json.dumps(error_object(RequestError(msg, code="invalid_http"))).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         try:
             for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
@@ -102,7 +102,10 @@ class Server(uvicorn.Server):
             try:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key)
             except (OSError, ssl.SSLError) as error:
-                raise UsageError(f"the certificate {settings.tls_cert} cannot be used ({error})") from error
+                raise UsageError(
+                    f"--tls-cert {settings.tls_cert} with --tls-key {settings.tls_key} cannot be used ({error}); give "
+                    "PEM files that belong together"
+                ) from error
         logger = logging.getLogger("uvicorn")
         logger.handlers, logger.propagate = [JournalHandler(app.journal)], False
         logger.setLevel(logging.WARNING)
@@ -130,9 +133,14 @@ class Server(uvicorn.Server):
         return int(self.servers[0].sockets[0].getsockname()[1])
 
     async def startup(self, sockets: Any = None) -> None:
-        """Begin to listen, and say where."""
-        await super().startup(sockets)
+        """Begin to listen, and say where. Raises UsageError for an address that is taken or not this machine's."""
         settings = self._app.settings
+        try:
+            await super().startup(sockets)
+        except SystemExit as stop:
+            raise UsageError(
+                f"{settings.host}:{settings.port} cannot be listened to (the line before says why); give another --port"
+            ) from stop
         scheme = "http" if settings.tls_cert is None else "https"
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         self._app.journal.write("listening", url=f"{scheme}://{host}:{self.port}", model=settings.name)

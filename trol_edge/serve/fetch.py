@@ -18,9 +18,9 @@ from typing import NoReturn
 from urllib.parse import SplitResult, urlsplit
 
 from trol_edge.errors import RequestError
-from trol_edge.serve.schema import shown
+from trol_edge.numeric import shown
 
-SECONDS = 10.0  # for everything, from the look-up of the name to the last byte
+SECONDS = 10.0  # from the connection to the last byte; each address has half of it to connect
 PORTS = {"http": 80, "https": 443}
 
 
@@ -29,7 +29,7 @@ def fetch(url: str, hosts: Set[str], most_bytes: int) -> bytes:
     parts = _checked(url, hosts)
     name, port = str(parts.hostname), PORTS[parts.scheme]
     limit = _Limit(_connected(name, port, url))
-    connection = http.client.HTTPConnection(name, port, timeout=SECONDS)
+    connection = http.client.HTTPConnection(name, port)  # its socket is made here, with a time limit
     try:
         if parts.scheme == "https":
             context = ssl.create_default_context()
@@ -41,19 +41,19 @@ def fetch(url: str, hosts: Set[str], most_bytes: int) -> bytes:
         connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
         answer = connection.getresponse()
         if answer.status != 200:
-            _refuse(f"{shown(url)} was answered with status {answer.status}; redirects are not followed")
+            refuse(f"{shown(url)} was answered with status {answer.status}; redirects are not followed")
         data = answer.read(most_bytes + 1)
         if limit.over or (answer.length and len(data) <= most_bytes):  # read() itself gives what there is
-            _refuse(f"{shown(url)} was cut off after {len(data)} bytes, or took more than {SECONDS:.0f} s")
+            refuse(f"{shown(url)} was cut off after {len(data)} bytes, or took more than {SECONDS:.0f} s")
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, RequestError):
             raise
-        _refuse(f"{shown(url)} cannot be fetched within {SECONDS:.0f} s ({error})")
+        refuse(f"{shown(url)} cannot be fetched within {SECONDS:.0f} s ({error})")
     finally:
         limit.close()
         connection.close()
     if len(data) > most_bytes:
-        _refuse(f"{shown(url)} has more than {most_bytes} bytes")
+        refuse(f"{shown(url)} has more than {most_bytes} bytes")
     return data
 
 
@@ -62,10 +62,10 @@ def public_addresses(name: str, port: int) -> list[str]:
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
-        _refuse(f"the host {shown(name)} has no address ({error})")
+        refuse(f"the host {shown(name)} has no address ({error})")
     for address in found:
         if not is_public(address):
-            _refuse(f"the host {shown(name)} leads to {address}, which is not a public address", 403)
+            refuse(f"the host {shown(name)} leads to {address}, which is not a public address", 403)
     return found
 
 
@@ -90,13 +90,13 @@ def _checked(url: str, hosts: Set[str]) -> SplitResult:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        _refuse(f"{shown(url)} is not an address ({error})")
+        refuse(f"{shown(url)} is not an address ({error})")
     if not url.isascii() or re.search(r"[\s\\\x00-\x20\x7f]", url) or parts.scheme not in PORTS:
-        _refuse(f"{shown(url)} is not an address; encode other characters by %")
+        refuse(f"{shown(url)} is not an address; encode other characters by %")
     if parts.hostname is None or parts.hostname not in hosts:
-        _refuse(f"the host {shown(parts.hostname)} is not one that its operator named by --fetch-host", 403)
+        refuse(f"the host {shown(parts.hostname)} is not one that its operator named by --fetch-host", 403)
     if "@" in parts.netloc or port not in (None, PORTS[parts.scheme]):
-        _refuse(f"{shown(url)} should have neither a user nor another port than {PORTS[parts.scheme]}", 403)
+        refuse(f"{shown(url)} should have neither a user nor another port than {PORTS[parts.scheme]}", 403)
     return parts
 
 
@@ -107,7 +107,7 @@ def _connected(name: str, port: int, url: str) -> socket.socket:
             return socket.create_connection((address, port), timeout=SECONDS / 2)
         except OSError as failed:
             error = failed
-    _refuse(f"{shown(url)} cannot be reached ({error})")
+    refuse(f"{shown(url)} cannot be reached ({error})")
 
 
 class _Limit:
@@ -130,5 +130,6 @@ class _Limit:
             self.sock.shutdown(socket.SHUT_RDWR)
 
 
-def _refuse(message: str, status: int = 400) -> NoReturn:
+def refuse(message: str, status: int = 400) -> NoReturn:
+    """The error for an address that is not read."""
     raise RequestError(message, status=status, code="invalid_image_url", param="image_url.url")

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Literal
 
 from trol_edge.answering.results import Choice, Piece, TokenLogprob, YesNo
 from trol_edge.answering.streams import AnswerStream
@@ -37,6 +37,16 @@ class Outcome:
     first_s: float | None = None  # when the first token came, by time.perf_counter
     dropped: int = 0  # turns that truncation dropped
     queue_ms: float = 0.0  # from arrival to its turn
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; 0 where nothing says it."""
+        return (self.last.prompt_tokens or 0) if self.last is not None else 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were kept from earlier; 0 where nothing says it."""
+        return (self.last.cached_tokens or 0) if self.last is not None else 0
 
 
 class Job:
@@ -69,11 +79,11 @@ class Job:
         """Compute the answer. Raises what Chat.stream, choose and yes_no raise."""
         request, outcome = self.request, Outcome()
         chat = runtime.chat(truncate=request.truncate, session=session)
-        *before, last = zip(request.turns, self.pictures, strict=True)
-        for turn, pictures in before:
-            chat.add(turn.prompt, turn.answer, list(pictures), bits=request.options.get("bits"))
-        prompt, images = last[0].prompt, list(last[1])
+        *before, (asked, images) = zip(request.turns, self.pictures, strict=True)
         bits = request.options.get("bits")
+        for turn, pictures in before:
+            chat.add(turn.prompt, turn.answer, pictures, bits=bits)
+        prompt = asked.prompt
         if request.choose is not None:
             outcome.choice = chat.choose(prompt, request.choose, images, bits=bits, deadline_ms=self.remaining_ms)
             outcome.text = outcome.choice.text
@@ -177,7 +187,7 @@ class Host:
 
     def _session(self, runtime: Runtime, conversation: str) -> Session:
         """The session of a conversation; of one that is new, an unused one or the least recently used one."""
-        session: Any = self._sessions.pop(conversation, None)
+        session = self._sessions.pop(conversation, None)
         if session is None and len(self._sessions) >= self._most:
             _, session = self._sessions.popitem(last=False)
         session = runtime.session() if session is None else session

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from trol_edge.errors import RequestError, UnfinishedError
 
 LONGEST_RETRY_S = 60
+STOPPING_RETRY_S = 10
 SHARE = 0.2  # weight of the newest call in the mean time of a call
 
 
@@ -97,6 +98,4 @@ class Line:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RequestError(
-                "the server is stopping", status=503, code="stopping", retry_after_s=LONGEST_RETRY_S // 6
-            )
+            raise RequestError("the server is stopping", status=503, code="stopping", retry_after_s=STOPPING_RETRY_S)

@@ -9,14 +9,15 @@ import os
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
+from typing import get_args
 
 from trol_edge.machine.sensors import Sensors
-from trol_edge.serve.host import Host, Outcome
+from trol_edge.serve.host import Host, Outcome, State
 from trol_edge.serve.line import Line
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-STATES = ("loading", "verifying", "ready", "failed", "stopping")
+STATES = get_args(State)
 
 
 class Histogram:
@@ -59,9 +60,8 @@ class Metrics:
         self.duration.add(ended_s - arrived_s)
         made = len(outcome.token_ids)
         self.made_tokens += made
-        if outcome.last is not None:
-            self.prompt_tokens += outcome.last.prompt_tokens or 0
-            self.cached_tokens += outcome.last.cached_tokens or 0
+        self.prompt_tokens += outcome.prompt_tokens
+        self.cached_tokens += outcome.cached_tokens
         if outcome.first_s is not None:
             self.first.add(outcome.first_s - arrived_s)
             if made > 1:

@@ -8,12 +8,10 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
-from trol_edge.errors import RequestError
-from trol_edge.serve.fetch import fetch
-from trol_edge.serve.schema import shown
+from trol_edge.numeric import shown
+from trol_edge.serve.fetch import fetch, refuse
 
 FILE_BYTES = 64 << 20  # largest picture file
 
@@ -48,11 +46,6 @@ class Sources:
             if PurePosixPath(path).is_relative_to(folder):
                 return _read_below(folder, PurePosixPath(path).relative_to(folder), url)
         refuse(f"{shown(url)} is in no folder that this server may read; its operator names them by --files")
-
-
-def refuse(message: str, status: int = 400) -> NoReturn:
-    """The error for an address that is not read."""
-    raise RequestError(message, status=status, code="invalid_image_url", param="image_url.url")
 
 
 def _decoded(url: str) -> bytes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import reprlib
 from typing import Any, NoReturn
 
 from trol_edge.answering.choose import checked_options
 from trol_edge.answering.options import Options, options_from_keywords
 from trol_edge.errors import RequestError, UsageError
+from trol_edge.numeric import shown, whole
 from trol_edge.prompt.template import IMAGE, Prompt
 
 MOST_MESSAGES = 1024
@@ -122,10 +122,11 @@ def _request(data: dict[str, Any], model: str) -> ChatRequest:
 
 def _lengths(data: dict[str, Any]) -> dict[str, Any]:
     """max_new_tokens, by OpenAI's two names."""
-    given = {data[name] for name in ("max_completion_tokens", "max_tokens") if isinstance(data.get(name), int)}
-    for name in ("max_completion_tokens", "max_tokens"):
-        if name in data and (not isinstance(data[name], int) or isinstance(data[name], bool) or data[name] < 1):
+    names = [name for name in ("max_completion_tokens", "max_tokens") if name in data]
+    for name in names:
+        if whole(data[name], 1) is None:
             _refuse(name, f"should be a whole number above 0, found {shown(data[name])}")
+    given = {data[name] for name in names}
     if len(given) > 1:
         _refuse("max_tokens", "and max_completion_tokens differ; give one of them")
     return {"max_new_tokens": given.pop()} if given else {}
@@ -213,7 +214,7 @@ def _turns(messages: Any) -> tuple[Turn, ...]:
             if name not in ("role", "content") and value not in (None, [], "") and not sent_back:
                 _refuse(f"{where}.{name}", "is not supported; leave it out", "unsupported_parameter")
         if role in ("system", "developer"):
-            if not all(earlier["role"] in ("system", "developer") for earlier in messages[:i]):
+            if turns or asked:
                 _refuse(where, f"has the role {role}, which is for the first messages only")
             system += "".join(part + "\n" for part in _texts_only(message.get("content"), where))
         elif role == "user":
@@ -317,8 +318,3 @@ def _no_number(name: str) -> Any:
 
 def _refuse(param: str, what: str, code: str = "invalid_value") -> NoReturn:
     raise RequestError(f"{param} {what}", code=code, param=param)
-
-
-def shown(value: Any) -> str:
-    """Any value as a short text for a message."""
-    return reprlib.repr(value)

@@ -47,7 +47,10 @@ def read_keys(path: Path) -> Keys:
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise UsageError(f"--keys {path} holds no key; write one per line")
-    return Keys(keys)
+    try:
+        return Keys(keys)
+    except UsageError as error:
+        raise UsageError(f"--keys {path}: {error} (comments and empty lines are not counted)") from error
 
 
 def has_key(keys: Keys, headers: Mapping[str, str]) -> bool:
