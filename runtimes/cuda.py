@@ -1,8 +1,8 @@
 """Calls CUDA, through pycuda or cuda-python: memory, copies, one stream, graphs. No other file does.
 
 pycuda is used if it is installed, cuda-python (`cuda.bindings`) otherwise. Addresses and streams are plain ints,
-as TensorRT takes them. Every call's status is checked. Through cuda-python it ran on an H200 (docs/gpu.md); through
-pycuda it is not yet run on a GPU.
+as TensorRT takes them. Every call's status is checked. Through cuda-python it ran on an H200, all
+but `copy_rows` (docs/gpu.md); through pycuda it is not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Replays a bundle's self-test here, on its own target and precision, and compares every stage with the FP32 reference.
+"""Replays a bundle's self-test here, on its own target and precision, and compares each stage with the record.
 
 Stages run in the order of computation, each on the output of the one before. So the first one above its budget is where
 the fault is, and later ones are wrong because of it. Drift is |here - reference| / |reference|, with Euclidean norms
@@ -9,6 +9,8 @@ that attention uses as a sink has values near zero, of which any rounding is a l
     prompt                             ids of fixed questions with the prompt template, and the ids that end an answer
     preprocess                         pixels of the picture
     rope                               the tables in the weights file, at 32 positions up to the end of the context
+    arithmetic.<graph>...              what each Linear reads, with its input forced (trol_edge.verify.forced)
+    stored.<place>                     signed sums of the weights file
     vision                             features of the picture
     embedding                          rows of the table
     traverse.layers.<i>.pass<1|2>.keys, .values, then traverse.logits

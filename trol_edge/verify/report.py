@@ -57,8 +57,8 @@ SATURATES = (
 # They are then the square root of two times as far apart as each is from a machine that rounds nothing.
 APART = 2.0
 # Ordered from the loosest to the tightest. Measured on both small models, for a CPU and for a GPU (the latter on a
-# stand-in that computes on a CPU); docs/verify.md has the figures and the margins. fp16 also serves fp32 on a GPU,
-# where TensorRT multiplies in TF32, which has as many bits. In deeper models budgets grow, see `at_depth`.
+# stand-in that computes on a CPU); they hold what nothing rounds, and self-tests of earlier versions. fp16 also serves
+# fp32 on a GPU, where TensorRT multiplies in TF32, which has as many bits. In deeper models budgets grow, see `at_depth`.
 BUDGETS = {
     "int4": Budget(embedding=1e-3, vision=0.1, keys=0.4, values=0.8, logits=0.3),
     "int8": Budget(embedding=1e-3, vision=0.05, keys=0.25, values=0.8, logits=0.3),
