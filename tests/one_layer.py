@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.engines import Range
 from trol_edge.bundle.manifest import GraphInfo
 from trol_edge.bundle.names import WEIGHTS
@@ -105,9 +104,3 @@ def engine(made: Graph, library: Library) -> Path:
     profiles = [trt_build.shapes_of(made.info, each) for each in profiles_of(made)]
     trt_build.parse(library, made.path, made.info).build(path, profiles, None, lambda *progress: None)
     return path
-
-
-def costs_of(made: Graph) -> Costs:
-    """The costs of a graph."""
-    assert made.info.costs is not None
-    return made.info.costs

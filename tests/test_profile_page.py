@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.chromium import launched
 from tests.machines import TIME, Tree, made, tree
 from trol_edge.measure.compare import compare
 from trol_edge.measure.page import page
@@ -22,7 +22,6 @@ from trol_edge.svg import log_ticks, number, ticks
 __all__ = ["tree"]  # a fixture
 
 FIGURES = ("comparison", "timeline", "distribution", "time-0", "roofline", "starts")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDTHS = (1280, 390)
 
 
@@ -121,20 +120,8 @@ def test_numbers_and_ticks() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium: the system's, or the one that Playwright fetched (make browser)."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright here: make browser")
-    with playwright.sync_playwright() as driver:
-        path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-        if path is None and not Path(driver.chromium.executable_path).is_file():
-            pytest.skip("no Chromium here: make browser")
-        # In a container neither the sandbox nor /dev/shm is what Chromium expects.
-        options = ["--no-sandbox", "--disable-dev-shm-usage"]
-        try:
-            opened = driver.chromium.launch(executable_path=path, args=options)
-        except playwright.Error as error:  # one that was fetched without the libraries that it needs
-            pytest.skip(f"Chromium does not start here: {str(error).splitlines()[0]}")
+    with launched() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.mark.slow

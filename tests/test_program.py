@@ -234,7 +234,7 @@ def test_bounded_on_hostile_files(tmp_path: Path) -> None:
     many = stored("copy").replace('input_args={ "past.1" }', f"input_args={{ {operands}}}")
     assert "more than 256 operands" in refused(tmp_path, engine_of(many))
     assert "more than 16 programs" in refused(tmp_path, engine_of(*[stored("scatter")] * 17))
-    start = time.perf_counter()
+    start = time.process_time()
     widens = re.search(r"  function=.*__myl_CastMulCast .*", stored("widened"))
     assert widens
     many = stored("widened").replace(widens[0], "\n".join([widens[0]] * 5_000))
@@ -253,7 +253,7 @@ def test_bounded_on_hostile_files(tmp_path: Path) -> None:
         "shape_main {", f'shape_main {{ memset={{ output={{"n0" }} src="7i64" }} {growing}'
     )
     assert traffic(text.parse(squares, "a test")).moved == 2 * FILLED * ROW
-    assert time.perf_counter() - start < 60, "time grows faster than the text"
+    assert time.process_time() - start < 60, "time grows faster than the text"
 
 
 @pytest.mark.parametrize("name", ["slice", "widened"])

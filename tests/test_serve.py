@@ -217,7 +217,7 @@ def test_deadlines_count_from_arrival(client: Any, served: Served) -> None:
     assert 0 < len(part.choices[0].message.content) < 200
 
 
-def test_a_full_queue(served: Served, client: Any) -> None:
+def test_a_full_queue() -> None:
     """429 with Retry-After, at once; what waits is answered in order."""
     with (
         serving(scripted, queue=3) as small,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.chromium import launched
 from tests.conftest import NANO
 from tests.serving import PATIENCE_S, Served, serving
-from tests.test_profile_page import BROWSERS, LOOK, Reader
+from tests.test_profile_page import LOOK, Reader
 from trol_edge.runtime import Runtime
 from trol_edge.serve.page import SOURCE, read_page
 from trol_edge.serve.security import Keys
@@ -55,26 +55,14 @@ def video(path: Path) -> None:
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Headless Chromium whose camera is a generated video."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright here: make browser")
     camera = tmp_path_factory.mktemp("camera") / "camera.y4m"
     video(camera)
-    with playwright.sync_playwright() as driver:
-        path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-        if path is None and not Path(driver.chromium.executable_path).is_file():
-            pytest.skip("no Chromium here: make browser")
-        options = [
-            "--no-sandbox",
-            "--disable-dev-shm-usage",
-            "--use-fake-ui-for-media-stream",
-            "--use-fake-device-for-media-stream",
-            f"--use-file-for-fake-video-capture={camera}",
-        ]
-        try:
-            opened = driver.chromium.launch(executable_path=path, args=options)
-        except playwright.Error as error:
-            pytest.skip(f"Chromium does not start here: {str(error).splitlines()[0]}")
+    with launched(
+        "--use-fake-ui-for-media-stream",
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-video-capture={camera}",
+    ) as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

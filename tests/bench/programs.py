@@ -126,7 +126,6 @@ class Row:
     ideal: int
     bytes: tuple[int | None, int | None]  # counted in the engines before, and now
     speeds: tuple[float | None, float | None]
-    graph_speed: float  # without an engine's program: weights and cache only
 
     @property
     def gigabytes(self) -> tuple[float | None, float | None]:
@@ -153,11 +152,10 @@ def rows_of(shape: unbuilt.Unbuilt, recipe: str, before: Shipped | None, now: Sh
             graph_time("step", costs, weights, board, of["step"], context, slots=FILLED) if of else None
             for of in counted
         ]
-        plain = graph_time("step", costs, weights, board, slots=FILLED)
         constants = next((of["step"][0].constants for of in reversed(counted) if of), weights)
         ideal = constants + FILLED * (subject.cache_bytes // context) + 4 * shape.spec.vocab_size
         moved, speeds = [t.moved if t else None for t in times], [1 / t.expected if t else None for t in times]
-        row = Row(model, recipe, name, ideal, (moved[0], moved[1]), (speeds[0], speeds[1]), 1 / plain.expected)
+        row = Row(model, recipe, name, ideal, (moved[0], moved[1]), (speeds[0], speeds[1]))
         found.append(row)
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 from tests.conftest import CHECKPOINTS, NANOS
 from tests.fuzz.material import bundle, copy, remember_traces
 from tests.fuzz.workers import say
-from trol_edge.bundle.folder import PART, new_folder
+from trol_edge.bundle.folder import new_folder
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.calibration import run as calibration
 from trol_edge.calibration import samples
@@ -118,6 +118,3 @@ class _Killer:
             if self.countdown < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
         return self.trace
-
-
-assert PART.pattern  # the left-overs that these trials make

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trol_edge.bundle.derived import NBITS, NBITS_SCALE
 from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST, TOKENIZER, WEIGHTS
-from trol_edge.bundle.weights import WeightsFile, to_float32
+from trol_edge.bundle.weights import WeightsFile
 
 STORED = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32, "I8": np.int8, "U8": np.uint8, "F8_E4M3": np.uint8}
 E4M3 = np.array(
@@ -58,44 +59,42 @@ def faults(folder: Path, seed: int) -> Iterator[Fault]:
     linears = sorted(name for name in bundle.manifest.plan.linears if _present(name, tensors))
     for name in linears:
         place, draw = _place(name, spec), int(rng.integers(1 << 30))
-        yield Fault("a large weight's sign", name, place, lambda f, n=name, d=draw: flip(f, n, d))  # type: ignore[misc]
+        yield Fault("a large weight's sign", name, place, partial(flip, name=name, draw=draw))
     scaled = [name for name in linears if _scale(name, tensors)] or [n for n in linears if "lora" not in n]
     for name in scaled:
         draw = int(rng.integers(1 << 30))
-        yield Fault("scales off by 10 %", name, _place(name, spec), lambda f, n=name, d=draw: scale(f, n, d))  # type: ignore[misc]
+        yield Fault("scales off by 10 %", name, _place(name, spec), partial(scale, name=name, draw=draw))
     for i in range(spec.num_layers):
         name = f"decoder.layers.{i}.qkv.weight"
-        yield Fault("K and V swapped", name, _place(name, spec), lambda f, n=name: swap(f, n))  # type: ignore[misc]
+        yield Fault("K and V swapped", name, _place(name, spec), partial(swap, name=name))
         for part in ("qkv", "out", "mlp.down"):
             name, other = (
                 f"decoder.layers.{i}.{part}.weight",
                 f"decoder.layers.{(i + 1) % spec.num_layers}.{part}.weight",
             )
             if _same(name, other, tensors):
-                yield Fault(
-                    "another layer's weights", name, _place(name, spec), lambda f, n=name, o=other: take(f, n, o)
-                )  # type: ignore[misc]
+                yield Fault("another layer's weights", name, _place(name, spec), partial(take, name=name, other=other))
     yield Fault("rope off by one", "both tables", r"^rope$", rope)
-    yield Fault("the gate's sign", "decoder.gate.weight", "gate", lambda f: negate(f, "decoder.gate.weight"))
+    yield Fault("the gate's sign", "decoder.gate.weight", "gate", partial(negate, name="decoder.gate.weight"))
     image, prompt = bundle.manifest.image, bundle.manifest.prompt
-    pictures = {
+    pictures: dict[str, dict[str, Any]] = {
         "channels in another order": {"mean": image.mean[::-1], "std": image.std[::-1]},
         "0.5 for mean and deviation": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
         "a deviation off by 5 %": {"std": tuple(s * 1.05 for s in image.std)},
     }
     for what, change in pictures.items():
-        changed = dataclasses.replace(image, **change)  # type: ignore[arg-type]
-        yield Fault("picture settings", what, r"^preprocess$", lambda f, c=changed: rehash(f, image=c))  # type: ignore[misc]
-    templates = {
+        changed = dataclasses.replace(image, **change)
+        yield Fault("picture settings", what, r"^preprocess$", partial(rehash, image=changed))
+    templates: dict[str, dict[str, Any]] = {
         "a letter more": {"before_question": prompt.before_question + "x"},
         "another system text": {"system": prompt.system[:-1]},
         "a word after the question": {"after_question": " Please." + prompt.after_question},
     }
     for what, change in templates.items():
-        template = dataclasses.replace(prompt, **change)  # type: ignore[arg-type]
-        yield Fault("prompt template", what, r"^prompt$", lambda f, t=template: rehash(f, prompt=t))  # type: ignore[misc]
+        template = dataclasses.replace(prompt, **change)
+        yield Fault("prompt template", what, r"^prompt$", partial(rehash, prompt=template))
     for i in range(4):
-        yield Fault("tokenizer merges", f"merge {i}", r"^tokenizer$", lambda f, n=i: merges(f, n))  # type: ignore[misc]
+        yield Fault("tokenizer merges", f"merge {i}", r"^tokenizer$", partial(merges, number=i))
 
 
 # -- where a tensor is -----------------------------------------------------------------------------------------------
@@ -155,7 +154,7 @@ def flip(folder: Path, name: str, draw: int) -> None:
     if info.dtype == "U8":  # 4 bits: with 8 added if packed for a CPU, else as two's complement
         nibbles = np.stack((array & 15, array >> 4), -1).astype(np.int16)
         values = nibbles - 8 if packed else (nibbles ^ 8) - 8
-        factors = to_float32(stored_floats(folder, _scale(name, tensors)), "F32")
+        factors = stored_floats(folder, _scale(name, tensors))
         if packed:
             sized = np.abs(values.reshape(array.shape[0], array.shape[1], -1)) * factors.reshape(*array.shape[:2], 1)
         else:
@@ -168,17 +167,7 @@ def flip(folder: Path, name: str, draw: int) -> None:
         flat = array.reshape(-1)
         flat[byte] = (flat[byte] & 0x0F) | new << 4 if half else (flat[byte] & 0xF0) | new
     else:
-        values = {
-            "I8": lambda: array.astype(np.float32),
-            "F8_E4M3": lambda: E4M3[array],
-        }.get(
-            info.dtype,
-            lambda: (
-                to_float32(array.view("<f2" if info.dtype == "F16" else array.dtype), info.dtype)
-                if info.dtype != "F32"
-                else array.view(np.float32)
-            ),
-        )()
+        values = stored_floats(folder, name)
         factor = stored_floats(folder, f"{name}.scale") if f"{name}.scale" in tensors else 1.0
         at = _large((np.abs(values) * factor).reshape(-1), draw)
         flat = array.reshape(-1)
@@ -191,9 +180,10 @@ def flip(folder: Path, name: str, draw: int) -> None:
 
 
 def stored_floats(folder: Path, name: str) -> Any:
-    """A stored tensor of F16 or F32 as float32."""
-    info = WeightsFile(folder / WEIGHTS).tensors[name]
-    return np.array(stored(folder, name)).view({"F16": "<f2", "F32": "<f4"}[info.dtype]).astype(np.float32)
+    """The numbers of a stored tensor."""
+    file = WeightsFile(folder / WEIGHTS)
+    values = file.load([name])[name]
+    return E4M3[values] if file.tensors[name].dtype == "F8_E4M3" else values.astype(np.float32)
 
 
 def _large(sizes: Any, draw: int) -> int:

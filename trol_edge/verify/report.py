@@ -58,7 +58,7 @@ SATURATES = (
 APART = 2.0
 # Ordered from the loosest to the tightest. Measured on both small models, for a CPU and for a GPU (the latter on a
 # stand-in that computes on a CPU); they hold what nothing rounds, and self-tests of earlier versions. fp16 also serves
-# fp32 on a GPU, where TensorRT multiplies in TF32, which has as many bits. In deeper models budgets grow, see `at_depth`.
+# fp32 on a GPU, where TensorRT multiplies in TF32, which has as many bits. In deeper models they grow, see `at_depth`.
 BUDGETS = {
     "int4": Budget(embedding=1e-3, vision=0.1, keys=0.4, values=0.8, logits=0.3),
     "int8": Budget(embedding=1e-3, vision=0.05, keys=0.25, values=0.8, logits=0.3),
