@@ -25,6 +25,7 @@ from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.graph_cut import cut, eight_bit_product
+from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import EMBEDDING, WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, embedding_bytes
@@ -99,6 +100,7 @@ class OrtBackend:
         else:
             self.weight_bytes = sum(file.tensors[name].nbytes for names in held for name in names)
         self._require_memory()
+        self._roomy = PREFILL_CHUNK  # tokens of a run for which there was memory
         share_arenas()
         stored = {EMBEDDING} - kept
         if manifest.target == "cpu":
@@ -140,17 +142,34 @@ class OrtBackend:
         one_set = cache_bytes(self.bundle.manifest.graphs["step"].inputs, self.context)
         return 2 * one_set if self.prefix_reuse else one_set + one_set // self.spec.num_layers
 
+    def _working_bytes(self, tokens: int) -> int:
+        """Most bytes of the tensors of a run over this many tokens, or one picture."""
+        return 4 * max(work.at(1 if name == "vision" else tokens) for name, work in self.bundle.work.items())
+
     def _require_memory(self) -> None:
         if self.memory != "cpu":
             return  # the provider itself reports a lack of memory
-        needed, free = self.weight_bytes + self.cache_bytes, available_memory()
+        working = self._working_bytes(PREFILL_CHUNK)
+        needed, free = self.weight_bytes + self.cache_bytes + working, available_memory()
         if free is not None and needed > free:
             raise BackendError(
                 f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights {self.weight_bytes / 1e9:.1f}, "
-                f"KV cache {self.cache_bytes / 1e9:.1f}), but {free / 1e9:.1f} GB are free; "
+                f"KV cache {self.cache_bytes / 1e9:.1f}, a run {working / 1e9:.1f}), but {free / 1e9:.1f} GB are free; "
                 "free memory, export with a smaller --context, use a smaller model"
                 + (", or open it with prefix_reuse=False" if self.prefix_reuse else "")
             )
+
+    def require_room(self, tokens: int) -> None:
+        """Raise BackendError if a run over this many tokens may take more memory than is free."""
+        if tokens <= self._roomy or self.memory != "cpu":
+            return
+        needed, free = self._working_bytes(tokens), available_memory()
+        if free is not None and needed > free:
+            raise BackendError(
+                f"{tokens} tokens at once may take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give a "
+                "smaller prefill_chunk, and open the bundle with prefix_reuse=True"
+            )
+        self._roomy = tokens
 
     def graph(self, name: str) -> Any:
         """The session of a graph, made on first use, because vision and traverse_text may never be used."""
@@ -398,6 +417,7 @@ class OrtState:
             rows = np.asarray(placed.features[placed.first : placed.first + placed.count])
             embeddings[placed.at : placed.at + placed.count] = rows
         self.rope_offset[0] = self.long_rope_offset if long_rope and self.long_rope_offset is not None else 0
+        self._backend.require_room(len(embeddings))
         stop = start + len(embeddings)
         name = "traverse_text" if self._text and image_mask is None else "traverse"
         if len(embeddings) == 1 and image_mask is None:  # decoding with both passes; only the length changes

@@ -512,6 +512,8 @@ def test_errors_that_are_raised_are_ours() -> None:
         "ImportError": {"export/__init__.py", "runtimes/__init__.py", "calibration/__init__.py"},
         "ValueError": {  # caught by a guard around the reader
             "trol_edge/bundle/graph_file.py",
+            "trol_edge/bundle/graph_shapes.py",
+            "trol_edge/bundle/graph_sizes.py",
             "trol_edge/bundle/protobuf.py",
             "trol_edge/bundle/selftest.py",
             "trol_edge/bundle/signature.py",

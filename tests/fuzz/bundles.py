@@ -22,6 +22,7 @@ from tests.fuzz.damage import (
     with_another_node,
     with_other_numbers,
 )
+from tests.fuzz.growth import GROWTHS, grow
 from tests.fuzz.material import QUESTION, TEXT_QUESTION, bundle, copy, remove, replace, scene, seal
 from tests.fuzz.workers import say
 from trol_edge import Runtime
@@ -51,7 +52,8 @@ class Trials:
         folder = copy(self.sound[model], self.place / "changed", link=True)
         kinds: list[Callable[[Path, Random], bool]] = [
             self.damaged, self.manifest, self.manifest, self.manifest, self.weights, self.graph_bytes, self.graph,
-            self.graph, self.graph, self.tokenizer, self.tokenizer, self.selftest, self.other_file, self.engine_list,
+            self.graph, self.graph, self.growth, self.growth, self.tokenizer, self.tokenizer, self.selftest,
+            self.other_file, self.engine_list,
         ]  # fmt: skip
         kind = rng.choice(kinds)
         sealed = kind(folder, rng)
@@ -131,6 +133,22 @@ class Trials:
         model = ir.load(folder / name)
         for _ in range(rng.choice([1, 1, 2])):
             change_graph(model.graph, rng)
+        self.write_graph(folder, name, model)
+        return True
+
+    def growth(self, folder: Path, rng: Random) -> bool:
+        """A graph whose tensors grow, by a little or without an end; at times it is changed otherwise, too."""
+        name = rng.choice([name for name in GRAPHS[1:] if (folder / name).exists()])
+        model = ir.load(folder / name)
+        for _ in range(rng.choice([1, 1, 2])):
+            grow(model, rng.choice(list(GROWTHS)), rng.choice([1, 2, 7, 2**8, 2**12, 2**16, 2**20, 2**31, 2**40]))
+        if rng.random() < 0.3:
+            change_graph(model.graph, rng)
+        self.write_graph(folder, name, model)
+        return True
+
+    def write_graph(self, folder: Path, name: str, model: ir.Model) -> None:
+        """Write a graph, and let the manifest agree."""
         replace(folder / name, ir.to_proto(model).SerializeToString())
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         operators: dict[str, int] = {}
@@ -141,7 +159,6 @@ class Trials:
                 info["operators"] = operators
         replace(folder / MANIFEST, json.dumps(data).encode())
         seal(folder)
-        return True
 
     def tokenizer(self, folder: Path, rng: Random) -> bool:
         """The tokenizer: nodes, patterns, text."""

@@ -14,6 +14,7 @@ from trol_edge.answering.options import Options
 from trol_edge.answering.results import Clock
 from trol_edge.answering.turns import Call
 from trol_edge.backend import Features
+from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.errors import ContextError
 from trol_edge.prompt.images import Picture, count_tiles, load_rgb, preprocess
 from trol_edge.prompt.template import Prompt, Spoken
@@ -24,9 +25,8 @@ Float32 = NDArray[np.float32]
 Pictures = Picture | Sequence[Picture]
 Color = Literal["rgb", "bgr"]
 
-# Tokens of a prompt that are computed at a time. A call can be stopped between two chunks.
-PREFILL_CHUNK = 256
-DEADLINE_CHUNK = 64  # for calls with a deadline
+# Tokens of a prompt that are computed at a time, in calls with a deadline. A call can be stopped between two chunks.
+DEADLINE_CHUNK = 64
 
 
 @dataclasses.dataclass(frozen=True)

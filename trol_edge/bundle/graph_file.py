@@ -7,12 +7,14 @@ They may have only operators that export writes, no graphs within graphs, and no
 from __future__ import annotations
 
 import dataclasses
+import math
+import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trol_edge.bundle.protobuf import protobuf_fields
+from trol_edge.bundle.protobuf import protobuf_fields, varints
 from trol_edge.errors import BundleError
 from trol_edge.reading import guard, printable, read_plain
 
@@ -27,7 +29,8 @@ Sigmoid Slice Softmax Split Sqrt Squeeze Sub Swish Tanh TensorScatter Transpose 
 _MICROSOFT = "GroupQueryAttention MatMulIntegerToFloat MatMulNBits QuantizeLinear DequantizeLinear"
 OPERATORS = {"": frozenset(_STANDARD.split()), MICROSOFT: frozenset(_MICROSOFT.split())}
 DOMAINS = {"": "", "ai.onnx": "", MICROSOFT: MICROSOFT}
-MOST_BYTES = 256 << 20  # largest graph file, which has no weights; TroL-7B's largest has 0.3 MB
+MOST_BYTES = 8 << 20  # largest graph file, which has no weights; TroL-7B's largest has 0.3 MB
+MOST_NUMBERS = 64  # of a constant whose numbers are read: shapes, axes and the like have fewer
 # ONNX's numbers of element types, as numpy and the weights file name them.
 TYPES = {
     1: "float32",
@@ -42,19 +45,47 @@ TYPES = {
     21: "uint4",
     22: "int4",
 }
+_WHOLE = {6: "<i", 7: "<q"}  # types whose numbers decide shapes
+_FLOAT, _INT, _FLOATS, _INTS = 1, 2, 6, 7  # ONNX's numbers of types of attributes
+_DATA = (4, 5, 6, 7, 9, 10, 11)  # fields of a tensor with its numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A constant. numbers: its elements if they are a few whole numbers of 32 or 64 bits, else None."""
+
+    shape: tuple[int, ...]
+    numbers: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One node. An input "" is left out. attributes: int, float, bytes, a Tensor, or a list of ints or floats."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class GraphFile:
     """One graph. Ports: name -> (type, shape), a str in the shape names a dynamic dimension.
 
-    outside: initializer -> (offset, bytes) in the weights file.
+    nodes: in the order of the file. constants: its initializers. outside: initializer -> (offset, bytes) in the weights
+    file.
     """
 
     inputs: dict[str, tuple[str, tuple[int | str, ...]]]
     outputs: dict[str, tuple[str, tuple[int | str, ...]]]
-    operators: dict[str, int]
+    nodes: tuple[Node, ...]
+    constants: dict[str, Tensor]
     outside: dict[str, tuple[int, int]]
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """Type of operator -> count."""
+        return dict(Counter(node.kind for node in self.nodes))
 
 
 def read_graph(path: Path, weights: str) -> GraphFile:
@@ -69,10 +100,14 @@ def read_graph(path: Path, weights: str) -> GraphFile:
         parts = _all(graph)
         if 15 in parts:
             raise ValueError("it holds sparse tensors")
-        operators = Counter(_operator(node) for node in parts.get(1, ()))
-        outside = dict(found for tensor in parts.get(5, ()) if (found := _outside(tensor, weights)))
+        initializers = [_all(tensor) for tensor in parts.get(5, ())]
+        outside = dict(found for tensor in initializers if (found := _outside(tensor, weights)))
         return GraphFile(
-            dict(map(_port, parts.get(11, ()))), dict(map(_port, parts.get(12, ()))), dict(operators), outside
+            dict(map(_port, parts.get(11, ()))),
+            dict(map(_port, parts.get(12, ()))),
+            tuple(map(_node, parts.get(1, ()))),
+            {_text(tensor, 8): _tensor(tensor, outside) for tensor in initializers},
+            outside,
         )
 
 
@@ -88,20 +123,73 @@ def _text(parts: Mapping[int, list[Any]], number: int) -> str:
     return bytes(parts[number][-1]).decode() if number in parts else ""
 
 
-def _operator(node: Any) -> str:
-    """The type of a node. Raises ValueError if export does not write such nodes."""
+def _node(node: Any) -> Node:
+    """Read a node. Raises ValueError if export does not write such nodes."""
     parts = _all(node)
     kind, domain = _text(parts, 4), _text(parts, 7)
     if kind not in OPERATORS.get(DOMAINS.get(domain, domain), ()):
         raise ValueError(f"operator {printable(f'{domain}.{kind}' if domain else kind)!r} is none that export writes")
-    for attribute in parts.get(5, ()):
-        fields = _all(attribute)
-        if fields.keys() & {6, 11, 22, 23}:  # g, graphs, sparse_tensor, sparse_tensors
+    inputs, outputs = (tuple(bytes(name).decode() for name in parts.get(field, ())) for field in (1, 2))
+    attributes: dict[str, Any] = {}
+    for attribute in map(_all, parts.get(5, ())):
+        if attribute.keys() & {6, 11, 22, 23}:  # g, graphs, sparse_tensor, sparse_tensors
             raise ValueError(f"operator {kind} holds a graph or a sparse tensor")
-        for tensor in (*fields.get(5, ()), *fields.get(10, ())):
-            if _location(_all(tensor)):
-                raise ValueError(f"operator {kind} reads another file")
-    return kind
+        tensors = [_all(tensor) for tensor in (*attribute.get(5, ()), *attribute.get(10, ()))]
+        if any(map(_location, tensors)):
+            raise ValueError(f"operator {kind} reads another file")
+        if tensors:
+            attributes[_text(attribute, 1)] = _tensor(tensors[0], {})
+        elif (value := _attribute(attribute)) is not None:
+            attributes[_text(attribute, 1)] = value
+    if kind == "Cast" and attributes.get("to") not in TYPES:
+        raise ValueError(f"operator Cast makes another type than export writes ({attributes.get('to')!r:.80})")
+    return Node(kind, inputs, outputs, attributes)
+
+
+def _attribute(parts: Mapping[int, list[Any]]) -> Any:
+    """The value of an attribute: a number, text, or a list of numbers; None if it has none."""
+    kind = parts[20][-1] if 20 in parts else 0
+    if kind == _INTS or 8 in parts:
+        return [number for value in parts.get(8, ()) for number in _whole(value)]
+    if kind == _FLOATS or 7 in parts:
+        return [number for value in parts.get(7, ()) for (number,) in struct.iter_unpack("<f", value)]
+    if kind == _INT or 3 in parts:
+        return _signed(parts[3][-1] if 3 in parts else 0)
+    if kind == _FLOAT or 2 in parts:
+        return struct.unpack("<f", parts[2][-1])[0] if 2 in parts else 0.0
+    return bytes(parts[4][-1]) if 4 in parts else None
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _whole(value: Any) -> list[int]:
+    """Whole numbers of a repeated field: one, or packed into bytes."""
+    return [_signed(number) for number in ([value] if isinstance(value, int) else varints(value))]
+
+
+def _tensor(parts: Mapping[int, list[Any]], outside: Mapping[str, tuple[int, int]]) -> Tensor:
+    """A constant. Raises ValueError if its shape has more elements than it has numbers for."""
+    shape = tuple(number for value in parts.get(1, ()) for number in _whole(value))
+    code = parts[2][-1] if 2 in parts else 0
+    if code not in TYPES or any(d < 0 for d in shape):
+        raise ValueError(f"a tensor of type {code!r:.80} and shape {shape!r:.80} is none that export writes")
+    held = sum(len(value) if not isinstance(value, int) else 1 for field in _DATA for value in parts.get(field, ()))
+    if (name := _text(parts, 8)) in outside:
+        held = outside[name][1]
+    count = math.prod(shape)
+    if count > 2 * held:  # two numbers of 4 bits in a byte
+        raise ValueError(f"tensor {printable(name)!r:.80} says {count} numbers, but has {held} bytes of them")
+    if count > MOST_NUMBERS or name in outside or code not in _WHOLE:
+        return Tensor(shape)
+    if 9 in parts:
+        numbers = [number for (number,) in struct.iter_unpack(_WHOLE[code], parts[9][-1])]
+    else:
+        numbers = [number for value in parts.get(7 if TYPES[code] == "int64" else 5, ()) for number in _whole(value)]
+    if len(numbers) != count:
+        raise ValueError(f"tensor {printable(name)!r:.80} says {count} numbers, but has {len(numbers)}")
+    return Tensor(shape, tuple(numbers))
 
 
 def _location(tensor: Mapping[int, list[Any]]) -> dict[str, str]:
@@ -112,9 +200,8 @@ def _location(tensor: Mapping[int, list[Any]]) -> dict[str, str]:
     return {"location": "", **{_text(pair, 1): _text(pair, 2) for pair in pairs}}
 
 
-def _outside(tensor: Any, weights: str) -> tuple[str, tuple[int, int]] | None:
+def _outside(parts: Mapping[int, list[Any]], weights: str) -> tuple[str, tuple[int, int]] | None:
     """The name and place of an initializer that is in the weights file, or None."""
-    parts = _all(tensor)
     place = _location(parts)
     if not place:
         return None

@@ -18,6 +18,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from trol_edge.bundle.costs import ARITHMETIC, KINDS, Costs
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
 from trol_edge.bundle.folder import digest_of, sha256_of, taken_back
 from trol_edge.bundle.graph_file import GraphFile, read_graph
+from trol_edge.bundle.graph_sizes import Work, work
 from trol_edge.bundle.names import EMBEDDING, LISTED_FILES, MANIFEST, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
 from trol_edge.bundle.signature import PublicKey, bundle_statement, public_keys, require
@@ -141,6 +143,7 @@ class Bundle:
         self.require_signed(bundle_statement(str(self.identity)), "it")
         with guard(path):
             self.manifest: Manifest = from_dict(Manifest, data, str(path))
+        self.work: dict[str, Work] = {}  # graph -> the sizes of its tensors
         with guard(self.folder):
             self._require(_wrong_names(self.manifest), "export the bundle again")
             self._require(self._wrong_files(), "copy the bundle again")
@@ -168,10 +171,17 @@ class Bundle:
 
     def _contradictions(self) -> Iterator[str]:
         """Yield where manifest, graphs, weights and self-test contradict each other."""
-        tensors = self.weights().tensors
-        yield from _wrong_weights(self.manifest, tensors)
-        for name, info in self.manifest.graphs.items():
-            yield from _wrong_graph(name, info, read_graph(self.folder / info.file, WEIGHTS), tensors)
+        manifest, tensors = self.manifest, self.weights().tensors
+        yield from _wrong_weights(manifest, tensors)
+        numbers = sum(2 * t.nbytes if t.dtype == "U8" else math.prod(t.shape) for t in tensors.values())
+        for name, info in manifest.graphs.items():
+            file = read_graph(self.folder / info.file, WEIGHTS)
+            yield from _wrong_graph(name, info, file, tensors)
+            try:
+                tiles = manifest.image.most_tiles
+                self.work[name] = work(name, file, manifest.spec, tiles, manifest.context, numbers)
+            except ValueError as error:
+                yield f"graph {printable(name)[:80]}: {error}"
 
     def require_signed(self, statement: bytes, what: str) -> None:
         """Raise BundleError if there are trusted keys, and none of them signed a statement about `what`."""
@@ -311,6 +321,20 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
     for table in ("rope.cos", "rope.sin"):
         if table in tensors and tensors[table].shape != (rows, spec.head_dim // 2):
             yield f"its {table} is {list(tensors[table].shape)} instead of [{rows}, {spec.head_dim // 2}]"
+    tower = spec.vision
+    patches = (tower.image_size // tower.patch_size) ** 2
+    for name, rows in {
+        "decoder.layers.0.out.weight": spec.num_heads * spec.head_dim,
+        "decoder.layers.0.mlp.down.weight": spec.intermediate_size,
+        "vision.layers.0.out.weight": tower.hidden_size,
+        "vision.layers.0.fc2.weight": tower.intermediate_size,
+    }.items():
+        linear = _weight(name, tensors) or _weight(name + INT8, tensors)
+        if not linear or linear[0] != rows:
+            yield f"its {name} has {linear[0] if linear else 'no'} inputs instead of {rows}"
+    positions = tensors.get("vision.positions")
+    if positions is None or positions.shape[-2] not in (patches, patches + 1):
+        yield f"its vision.positions is not for {patches} patches"
     wanted = _ports_of(manifest)
     for name in ("vision", "traverse", "step"):
         if name not in manifest.graphs:

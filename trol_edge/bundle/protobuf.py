@@ -14,30 +14,40 @@ def protobuf_fields(data: bytes | memoryview) -> Iterator[tuple[int, Any]]:
     Raises ValueError or IndexError if it is not a message.
     """
     at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-            if shift > _MOST_BITS:
-                raise ValueError(f"a number of more than 64 bits before byte {at}")
-
     while at < len(data):
-        number, wire_type = divmod(varint(), 8)
+        key, at = _varint(data, at)
+        number, wire_type = divmod(key, 8)
         if wire_type == 0:
-            yield number, varint()
+            value, at = _varint(data, at)
+            yield number, value
             continue
         if wire_type not in (1, 2, 5):
             raise ValueError(f"wire type {wire_type} at byte {at}")
-        length = varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
-        value = data[at : at + length]
-        if len(value) != length:
+        length, at = _varint(data, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
+        part = data[at : at + length]
+        if len(part) != length:
             raise ValueError(f"it ends within a field at byte {at}")
-        yield number, value
+        yield number, part
         at += length
+
+
+def _varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """The number at a place, and the place after it."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, at
+        if shift > _MOST_BITS:
+            raise ValueError(f"a number of more than 64 bits before byte {at}")
+
+
+def varints(data: bytes | memoryview) -> Iterator[int]:
+    """Yield the numbers of a packed field. Raises IndexError or ValueError if it is none."""
+    at = 0
+    while at < len(data):
+        number, at = _varint(data, at)
+        yield number

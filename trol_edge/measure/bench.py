@@ -14,12 +14,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.answering.asking import PREFILL_CHUNK, Question, ask, look, prefill
+from trol_edge.answering.asking import Question, ask, look, prefill
 from trol_edge.answering.options import Options
 from trol_edge.answering.results import Clock
 from trol_edge.answering.sampling import Sampler
 from trol_edge.answering.turns import Call
 from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST
 from trol_edge.bundle.targets import TARGETS, is_gpu
