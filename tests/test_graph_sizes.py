@@ -22,7 +22,6 @@ from trol_edge.bundle.graph_shapes import Value
 from trol_edge.bundle.graph_sizes import PREFILL_CHUNK, Work, tensors, work
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
-from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import BackendError
 from trol_edge.export.quantize.recipes import RecipeOptions
 from trol_edge.export.unbuilt import published
@@ -153,15 +152,15 @@ def test_a_run_that_needs_more_memory_than_is_free_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", NANOS)
-@pytest.mark.parametrize("target", ["cpu", "tensorrt", "rtx", "jetson-jp72", "onnx"])
+@pytest.mark.parametrize("target", ["cpu", "tensorrt", "rtx"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_real_bundles_stay_below_half_of_the_limits(
-    exported: Callable[..., Path], model: str, target: str, monkeypatch: pytest.MonkeyPatch
+    exported: Callable[..., Path], model: str, target: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Graphs of every lowering and precision."""
+    """Graphs of three lowerings and three precisions (by hand: of all)."""
     monkeypatch.setattr(graph_sizes, "MOST_ALIVE", graph_sizes.MOST_ALIVE / 2)
     monkeypatch.setattr(graph_sizes, "MOST_MADE", graph_sizes.MOST_MADE / 2)
-    for precision in TARGETS[target].precisions if target in TARGETS else ("fp32", "int8"):
-        assert Bundle(exported(CHECKPOINTS / model, target, recipe=precision)).work
+    assert Bundle(exported(CHECKPOINTS / model, target, recipe=precision)).work
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from tests.conftest import CHECKPOINTS, NANO, NANOS
 from trol_edge.bundle.engines import ENGINES, Key, left_out, read, verified
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.precision import BITS
 from trol_edge.bundle.sizes import build_bytes, device_bytes, engine_weight_bytes, shared_weights
 from trol_edge.bundle.targets import TARGETS
@@ -416,6 +417,32 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
     assert list((bundle.folder / "engines").iterdir()) == []
     done = trt_build.build(bundle, library=library, memory_bytes=cache + 9_000_000)
     assert done.built and read(bundle, "tensorrt") == done.engines
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "step.onnx"])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_engines_are_built_from_what_was_exported(plain_bundle: Path, tmp_path: Path, name: str, when: str) -> None:
+    """No self-test sees one wrong weight in an engine, so none comes from a file with a wrong bit."""
+    bundle = copy(plain_bundle, tmp_path)
+    path = bundle.folder / name
+
+    def damage() -> None:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    class Damaging(MadeUpNetwork):
+        def build(self, file: Path, *rest: object) -> None:
+            super().build(file)
+            if file.name == "step.engine":
+                damage()
+
+    library: Any = MadeUpLibrary(network=(MadeUpNetwork if when == "before" else Damaging)([], [product()]))
+    if when == "before":
+        damage()
+    with pytest.raises(BundleError, match=f"{name} was altered since export .* no engines were built from it"):
+        trt_build.build(bundle, library=library)
+    assert not list(bundle.folder.glob("engines/*/*.engine"))
 
 
 def test_targets_and_machines_that_do_not_fit(nano_bundle: Path, plain_bundle: Path) -> None:

@@ -99,15 +99,30 @@ def build(
         engines = read(bundle, entry.name)
         return Build(engines, folder_of(bundle, entry.name), False, "up to date")
     final = folder_of(bundle, entry.name)
+    _require_unaltered(bundle)
     with new_folder(final, overwrite=True, ours=("*",)) as part:
         infos = {}
         for name in ENGINES:
             infos[name] = build_one(bundle, name, library, part, workspace_bytes, progress)
             _require_memory(bundle, entry, infos, memory_bytes)
+        _require_unaltered(bundle)
         weights = bundle.manifest.files[WEIGHTS].sha256
         engines = EngineSet(FORMAT_VERSION, f"trol-edge {__version__}", key, precision_of(bundle), weights, infos)
         write(part, engines)
     return Build(engines, final, True, reason)
+
+
+def _require_unaltered(bundle: Bundle) -> None:
+    """Raise BundleError if what TensorRT reads is not what was exported: weights and graphs, which it opens itself.
+
+    A self-test sees no single wrong number inside an engine. So it is made sure that none came from the files.
+    """
+    for file in (WEIGHTS, *(bundle.manifest.graphs[name].file for name in ENGINES)):
+        if sha256_of(bundle.path(file)) != bundle.manifest.files[file].sha256:
+            raise BundleError(
+                f"{bundle.folder}: {file} was altered since export (sha256 differs), so no engines were built from it; "
+                "copy the bundle again"
+            )
 
 
 def key_here(target: Target, library: Library, device: Gpu | None) -> Key:
