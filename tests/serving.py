@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import threading
@@ -59,7 +58,7 @@ def serving(open_runtime: Callable[..., Runtime], *, ready: bool = True, **setti
     written = io.StringIO()
     app = App(chosen, Host(open_runtime, chosen.sessions), Journal(chosen.log_prompts, written))
     server = Server(app)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     served = Served(app, server, written)
     try:

@@ -31,6 +31,7 @@ openai = pytest.importorskip("openai", reason="openai is not installed here")
 
 SCENE = NANO / "scene.png"
 SCRIPT = {"One?": "first", "Two?": "second", "Is it on?": "Yes.", "Long?": "x" * 200}
+TYPED = {"content-type": "application/json"}
 PICTURE = "data:image/png;base64," + base64.b64encode(SCENE.read_bytes()).decode()
 
 
@@ -262,6 +263,31 @@ def test_a_client_that_leaves(served: Served, client: Any) -> None:
         waited_for(lambda: served.app.line.inside == 0)
     assert served.app.metrics.left >= 3
     assert ask(client, "One?").choices[0].message.content == "first"
+
+
+@pytest.mark.parametrize("extra", [{"choose": [f"{first}xxxxxxxxx" for first in "abcd"]}, {"yes_no": True}])
+def test_a_client_that_leaves_a_choice(extra: dict[str, Any]) -> None:
+    """Its call ends within steps, too: fewer are computed than for one that waits."""
+    steps: list[str] = []
+    step_s = 0.0
+
+    def script(question: str) -> str:  # asked at each step
+        steps.append(question)
+        time.sleep(step_s)
+        return "first"
+
+    with serving(lambda reached: ScriptedRuntime(script)) as found:
+        body = json.dumps({"messages": [asking("Which?")], **extra}).encode()
+        assert httpx.post(f"{found.url}/v1/chat/completions", content=body, headers=TYPED).status_code == 200
+        whole, step_s = len(steps), 0.2
+        post = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", found.server.port)) as leaving:
+            leaving.sendall(post + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            waited_for(lambda: len(steps) > whole)
+        waited_for(lambda: found.app.line.inside == 0)
+        step_s = 0.0
+        assert httpx.post(f"{found.url}/v1/chat/completions", content=body, headers=TYPED).status_code == 200
+        assert len(steps) < 3 * whole and found.app.metrics.left == 1
 
 
 def test_health_and_metrics(served: Served, client: Any) -> None:

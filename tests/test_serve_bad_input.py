@@ -491,7 +491,7 @@ def test_a_stream_whose_client_left_keeps_no_task(served: Served) -> None:
             gone.sendall(post % (PATH.encode(), len(one), one))
             gone.recv(1)
         waited_for(lambda: served.app.line.inside == 0)
-    waited_for(lambda: not any("_Reply" in repr(task) for task in asyncio.all_tasks(loop)))
+    waited_for(lambda: not any("_Stream" in repr(task) for task in asyncio.all_tasks(loop)))
 
 
 # -- who may ask -------------------------------------------------------------------------------------------------------

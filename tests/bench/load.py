@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 1 if an answer was wrong or memory grew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="Seconds of load; with 0 only the overhead is measured."
+    )
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=200, help="Calls for each figure of the overhead.")
     parser.add_argument("--json", action="store_true")
@@ -74,7 +76,8 @@ def measure(bundle: Path, seconds: float, clients: int, rounds: int) -> dict[str
                 port = listening(server)
                 overhead = overhead_of(runtime, port, server.pid, cases, rounds)
                 crew = Crew(port, cases, server.pid)
-                asyncio.run(crew.load(seconds, clients))
+                if seconds > 0:
+                    asyncio.run(crew.load(seconds, clients))
             finally:
                 server.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -103,13 +106,18 @@ def lines(result: dict[str, Any]) -> str:
     """The result in words."""
     over, wait, memory = result["overhead_ms"], result["wait_ms"], result["memory"]
     ratio = wait["longest"] / max(wait["mean"], 1e-9)
+    overhead = (
+        f"overhead, processor time (wall time): {over['request']:.2f} ({over['request_wall']:.2f}) ms per request, aim "
+        f"{REQUEST_MS}; {over['token']:.3f} ({over['token_wall']:.3f}) ms per streamed token, aim {TOKEN_MS}; the "
+        f"Runtime's own call takes {over['generate']:.2f} ms"
+    )
+    if not result["seconds"]:
+        return overhead
     found = [
         f"{sum(result['calls'].values())} calls by {result['clients']} clients in {result['seconds']:.0f} s: "
         + ", ".join(f"{count} {kind}" for kind, count in result["calls"].items()),
         f"wrong: {len(result['wrong'])}" + "".join(f"\n  {line}" for line in result["wrong"]),
-        f"overhead, processor time (wall time): {over['request']:.2f} ({over['request_wall']:.2f}) ms per request, aim "
-        f"{REQUEST_MS}; {over['token']:.3f} ({over['token_wall']:.3f}) ms per streamed token, aim {TOKEN_MS}; the "
-        f"Runtime's own call takes {over['generate']:.2f} ms",
+        overhead,
         f"waiting: mean {wait['mean']:.1f} ms, longest {wait['longest']:.1f} ms, {ratio:.1f} times the mean "
         f"(aim {WAIT_RATIO:.0f})",
     ]
@@ -167,7 +175,8 @@ def listening(server: subprocess.Popen[str]) -> int:
 def overhead_of(runtime: Runtime, port: int, pid: int, cases: Cases, rounds: int) -> dict[str, float]:
     """Milliseconds that a request and a streamed token take above Runtime.generate.
 
-    By processor time of the server, which others on the machine do not change much, and by medians of wall time.
+    The same question is asked over HTTP and directly, in turn. By processor time of the server, which others on the
+    machine do not change much, and by wall time.
     """
     url = {"messages": [cases.message(QUESTIONS[0], 0)], "max_tokens": MAX_TOKENS}
     picture = base64.b64decode(cases.urls[0].partition(",")[2])
@@ -179,20 +188,20 @@ def overhead_of(runtime: Runtime, port: int, pid: int, cases: Cases, rounds: int
         connection.request("POST", PATH, json.dumps(body), {"content-type": "application/json"})
         connection.getresponse().read()
 
-    def timed(call: Callable[[], Any], processor_s: Callable[[], float]) -> tuple[float, float]:
-        """Median of wall time, and mean of processor time."""
+    def above(body: dict[str, Any], call: Callable[[], Any]) -> tuple[float, float, float]:
+        """Wall time (median of the differences) and processor time (mean) above the call; and the call's own."""
+        over_http(body)
         call()
-        walls, before = [], processor_s()
+        walls, own, before, own_s = [], [], processor_s_of(pid), 0.0
         for _ in range(rounds):
             start = time.perf_counter()
+            over_http(body)
+            between, processor = time.perf_counter(), time.process_time()
             call()
-            walls.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(walls), 1e3 * (processor_s() - before) / rounds
-
-    def above(body: dict[str, Any], call: Callable[[], Any]) -> tuple[float, float, float]:
-        served = timed(lambda: over_http(body), lambda: processor_s_of(pid))
-        here = timed(call, time.process_time)
-        return served[0] - here[0], served[1] - here[1], here[0]
+            own_s += time.process_time() - processor
+            own.append(1e3 * (time.perf_counter() - between))
+            walls.append(1e3 * (between - start) - own[-1])
+        return statistics.median(walls), 1e3 * (processor_s_of(pid) - before - own_s) / rounds, statistics.median(own)
 
     tokens = len(runtime.generate(QUESTIONS[1], **options).token_ids)
     wall, processor, own = above(url, lambda: runtime.generate(QUESTIONS[0], picture, max_new_tokens=MAX_TOKENS))

@@ -100,6 +100,13 @@ FAULTS = (
         ("tests/test_serve.py::test_a_client_that_leaves",),
     ),
     Fault(
+        "trol_edge/serve/host.py",
+        "while not done.done():",
+        "while False:",
+        "a choice goes on after its client has gone",
+        ("tests/test_serve.py::test_a_client_that_leaves_a_choice",),
+    ),
+    Fault(
         "trol_edge/serve/app.py",
         "deadline = exchange.arrived + seconds",
         "deadline = time.perf_counter() + seconds if self.line.waiting > 99 else math.inf",

@@ -131,4 +131,4 @@ class Clock:
     @property
     def timings(self) -> Timings:
         """The timings so far."""
-        return Timings(**dataclasses.asdict(self))
+        return Timings(**vars(self))

@@ -110,7 +110,7 @@ def details(outcome: Outcome) -> dict[str, Any]:
     if outcome.yes_no is not None:
         timings = outcome.yes_no.timings
         found["yes_no"] = {"yes": outcome.yes_no.yes, "probability": outcome.yes_no.probability}
-    return found | {"timings": dataclasses.asdict(timings) if timings else None}
+    return found | {"timings": dict(vars(timings)) if timings else None}
 
 
 def logprobs(tokens: Sequence[TokenLogprob], text: Tokenizer) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from trol_edge._version import __version__
 from trol_edge.answering.results import Piece
 from trol_edge.errors import RequestError, UnfinishedError
+from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.runtime import Runtime
 from trol_edge.serve import answers
 from trol_edge.serve.host import Host, Job, Outcome
@@ -181,8 +182,9 @@ class App:
         deadline = exchange.arrived + seconds
         pictures = [[await self._picture(url) for url in turn.urls] for turn in request.turns]
         heading = answers.Heading(f"chatcmpl-{exchange.id}", int(time.time()), self.settings.name)
-        reply = _Reply(exchange, request, heading, runtime)
-        job = Job(request, pictures, deadline, reply.deliver if request.stream else None)
+        text, with_logprobs = runtime.model.text, "logprobs" in request.options
+        stream = _Stream(exchange, request, heading, text, with_logprobs) if request.stream else None
+        job = Job(request, pictures, deadline, stream.deliver if stream else None)
         try:
             async with self.line.turn(deadline - time.perf_counter()):
                 waited = time.perf_counter() - exchange.arrived
@@ -195,7 +197,8 @@ class App:
                 raise
             outcome = Outcome(finish_reason=error.reason)  # its turn did not come
         except BaseException:
-            reply.leave()
+            if stream is not None:
+                stream.leave()
             raise
         self.metrics.finished(outcome, exchange.arrived, time.perf_counter())
         exchange.log |= {
@@ -204,7 +207,10 @@ class App:
             "cached_tokens": outcome.cached_tokens,
             "answer_tokens": len(outcome.token_ids),
         }
-        await reply.finish(outcome)
+        if stream is None:
+            await exchange.answer_json(answers.completion(heading, outcome, text, with_logprobs))
+        else:
+            await stream.finish(outcome)
 
     async def _picture(self, url: str) -> bytes:
         """Read a picture, in a thread of its own if that may take long."""
@@ -213,14 +219,14 @@ class App:
         return await asyncio.to_thread(self._sources.read, url)
 
 
-class _Reply:
-    """The answer to one request, whole or in chunks that a task sends while the worker computes."""
+class _Stream:
+    """The answer to one request in chunks, which a task sends while the worker computes."""
 
-    def __init__(self, exchange: Exchange, request: ChatRequest, heading: answers.Heading, runtime: Runtime) -> None:
+    def __init__(
+        self, exchange: Exchange, request: ChatRequest, heading: answers.Heading, text: Tokenizer, with_logprobs: bool
+    ) -> None:
         self._exchange, self._request, self._heading = exchange, request, heading
-        self._text = runtime.model.text
-        self._with_logprobs = "logprobs" in request.options
-        self._chunks = answers.Chunks(heading, self._text, self._with_logprobs)
+        self._chunks = answers.Chunks(heading, text, with_logprobs)
         self._loop = asyncio.get_running_loop()
         self._pieces: list[Piece] = []
         self._wake = asyncio.Event()
@@ -235,10 +241,6 @@ class _Reply:
     async def finish(self, outcome: Outcome) -> None:
         """Send what is left, and the end."""
         request, exchange = self._request, self._exchange
-        if not request.stream:
-            found = answers.completion(self._heading, outcome, self._text, self._with_logprobs)
-            await exchange.answer_json(found)
-            return
         self._ended = True
         if self._sender is not None:
             self._wake.set()

@@ -8,9 +8,8 @@ import logging
 import ssl
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from trol_edge.errors import RequestError, UsageError
 from trol_edge.serve.answers import error_object
@@ -18,20 +17,29 @@ from trol_edge.serve.app import App
 from trol_edge.serve.journal import JournalHandler
 
 MOST_CONNECTIONS = 256
+MOST_TOGETHER = 64  # requests of one connection that were sent before the first was answered
 HEADER_S = 10.0  # time in which the headers of a request have to arrive
+HEADER_BYTES = 64 << 10  # most that is read without an end of the headers, or a byte of the body
 READER_S = 30.0  # time in which a client has to read something of what was sent
 KEEP_ALIVE_S = 15
 CLOSING_S = 5  # after the grace of running answers: time to send what is left
 
 
-class Connection(H11Protocol):
-    """A connection that is closed when its client keeps it busy with nothing."""
+class Connection(HttpToolsProtocol):
+    """A connection that is closed when its client keeps it busy with nothing.
+
+    The parser calls the methods `on_...`; an error that one of them raises is answered 400.
+    """
 
     _timer: asyncio.TimerHandle | None = None
     _blocked: asyncio.TimerHandle | None = None
+    _heading = False  # whether a request has begun whose headers are not complete
+    _silent = 0  # bytes since the parser last found the end of headers, or something of a body
+    _asked: list[RequestResponseCycle]  # the requests that are not answered yet
 
     def connection_made(self, transport: Any) -> None:
         """Begin, unless there are too many already."""
+        self._asked = []
         super().connection_made(transport)
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
@@ -40,17 +48,49 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; from the first to the end of the headers only so much time may pass."""
+        self._silent += len(data)
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        if self._silent > HEADER_BYTES:
+            self.send_400_response(f"The request has more than {HEADER_BYTES} bytes of headers.")
+        if self._answering and not self._heading:
             self._forget("_timer")
         elif self._timer is None:
             self._wait_for_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """End, and with it every request of this connection."""
         self._forget("_timer")
         self._forget("_blocked")
         super().connection_lost(exc)
+        self._end_requests()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._heading = True
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; those that follow a body are nobody's."""
+        if self._heading:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer, or let the request wait for those that came before it."""
+        self._heading, self._silent = False, 0
+        self._asked = [cycle for cycle in self._asked if not cycle.response_complete]
+        if len(self._asked) >= MOST_TOGETHER:
+            raise RequestError(f"{len(self._asked)} requests are not answered yet; send no more before that")
+        if [name for name, _ in self.headers].count(b"host") != 1:
+            raise RequestError("a request names one host")
+        super().on_headers_complete()
+        self._asked.append(self.cycle)
+        if self.parser.should_upgrade():  # to what this server does not speak, so nothing after it is read
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """Take some of the body."""
+        self._silent = 0
+        super().on_body(body)
 
     def pause_writing(self) -> None:
         """The client reads too slowly."""
@@ -63,25 +103,32 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP with an error object, and end the request that it was to be the body of."""
-        if self.cycle is not None:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        body = json.dumps(error_object(RequestError(msg, code="invalid_http"))).encode()
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        try:
-            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
-        except h11.LocalProtocolError:  # an answer has begun already
-            pass
+        """Answer what is not HTTP with an error object, and end the requests before it that are not answered."""
+        begun = any(cycle.response_started and not cycle.response_complete for cycle in self._asked)
+        self._end_requests()
+        if not begun and not self.transport.is_closing():
+            body = json.dumps(error_object(RequestError(msg, code="invalid_http"))).encode()
+            head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _end_requests(self) -> None:
+        for cycle in self._asked:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def _wait_for_headers(self) -> None:
         self._timer = self.loop.call_later(HEADER_S, self._no_headers)
 
     def _no_headers(self) -> None:
         self._timer = None
-        if self.conn.their_state is h11.IDLE:
+        if self._answering:  # the next request has begun, and may end when this one is answered
+            self._wait_for_headers()
+        else:
             self.transport.close()
 
     def _forget(self, name: str) -> None:
@@ -120,6 +167,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(settings.grace_s) + CLOSING_S,
                 ssl_certfile=settings.tls_cert,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from trol_edge.answering.results import Choice, Piece, TokenLogprob, YesNo
+from trol_edge.answering.results import Answer, Choice, Piece, TokenLogprob, YesNo
 from trol_edge.answering.streams import AnswerStream
 from trol_edge.errors import RequestError
 from trol_edge.runtime import Runtime
@@ -20,6 +20,7 @@ from trol_edge.serve.schema import ChatRequest
 from trol_edge.session import Session
 
 State = Literal["loading", "verifying", "ready", "failed", "stopping"]
+STOP_AGAIN_S = 0.02  # after which a call that has not ended is stopped again
 Opener = Callable[[Callable[[State], None]], Runtime]  # called with what reports the state
 
 
@@ -31,7 +32,7 @@ class Outcome:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     finish_reason: str = "stop"
-    last: Piece | None = None
+    last: Piece | Answer | None = None
     choice: Choice | None = None
     yes_no: YesNo | None = None
     first_s: float | None = None  # when the first token came, by time.perf_counter
@@ -50,7 +51,7 @@ class Outcome:
 
 
 class Job:
-    """One call on its way through the worker; `stop` ends it within a step."""
+    """One call on its way through the worker."""
 
     def __init__(
         self,
@@ -61,22 +62,14 @@ class Job:
     ) -> None:
         """pictures: of each turn. deadline: by time.perf_counter. deliver: called with each piece, in the worker."""
         self.request, self.pictures, self.deadline, self.deliver = request, pictures, deadline, deliver
-        self._stopped = False
-        self._stream: AnswerStream | None = None
 
     @property
     def remaining_ms(self) -> float | None:
         """What is left of the deadline, or None without one."""
         return None if math.isinf(self.deadline) else 1e3 * (self.deadline - time.perf_counter())
 
-    def stop(self) -> None:
-        """End the call, now or when it begins."""
-        self._stopped = True
-        if self._stream is not None:
-            self._stream.stop()
-
     def run(self, runtime: Runtime, session: Session) -> Outcome:
-        """Compute the answer. Raises what Chat.stream, choose and yes_no raise."""
+        """Compute the answer. Raises what Chat.ask, choose and yes_no raise."""
         request, outcome = self.request, Outcome()
         chat = runtime.chat(truncate=request.truncate, session=session)
         *before, (asked, images) = zip(request.turns, self.pictures, strict=True)
@@ -90,16 +83,22 @@ class Job:
         elif request.yes_no:
             outcome.yes_no = chat.yes_no(prompt, images, bits=bits, deadline_ms=self.remaining_ms)
             outcome.text = "Yes" if outcome.yes_no else "No"
-        else:
+        elif self.deliver is not None:
             with chat.stream(prompt, images, deadline_ms=self.remaining_ms, **request.options) as stream:
-                self._stream = stream
-                if self._stopped:  # it may have been set before the stream was known
-                    stream.stop()
-                self._collect(stream, outcome)
+                self._collect(stream, self.deliver, outcome)
+        else:
+            start = time.perf_counter()
+            answer = chat.ask(prompt, images, deadline_ms=self.remaining_ms, **request.options)
+            outcome.text, outcome.last, outcome.finish_reason = answer.text, answer, answer.finish_reason
+            outcome.token_ids, outcome.logprobs = list(answer.token_ids), list(answer.logprobs or ())
+            if answer.token_ids:
+                times = answer.timings
+                before_ms = times.preprocess_ms + times.wait_ms + times.vision_ms + times.prefill_ms
+                outcome.first_s = start + before_ms / 1e3
         outcome.dropped = chat.dropped
         return outcome
 
-    def _collect(self, stream: AnswerStream, outcome: Outcome) -> None:
+    def _collect(self, stream: AnswerStream, deliver: Callable[[Piece], None], outcome: Outcome) -> None:
         parts: list[str] = []
         for piece in stream:
             if outcome.first_s is None:
@@ -107,8 +106,7 @@ class Job:
             parts.append(piece.text)
             outcome.token_ids += piece.token_ids
             outcome.logprobs += piece.logprobs
-            if self.deliver is not None:
-                self.deliver(piece)
+            deliver(piece)
             if piece.finish_reason is not None:
                 outcome.last, outcome.finish_reason = piece, piece.finish_reason
         outcome.text = "".join(parts)
@@ -158,9 +156,11 @@ class Host:
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:
-            job.stop()
+            while not done.done():  # the first time may be before the Runtime knows the call
+                self.stop_running()
+                await asyncio.wait([done], timeout=STOP_AGAIN_S)
             with contextlib.suppress(Exception):
-                await done
+                done.result()
             raise
 
     def stop_running(self) -> None:

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+_line = json.JSONEncoder(default=str).encode
+
 
 class Journal:
     """Log lines on a stream, standard error by default."""
@@ -20,7 +22,7 @@ class Journal:
         """Write one line. A stream that is full or closed loses it."""
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-        line = json.dumps({"time": stamp, "level": level, "event": event, **fields}, default=str)
+        line = _line({"time": stamp, "level": level, "event": event, **fields})
         stream = self._stream or sys.stderr
         try:
             stream.write(line + "\n")

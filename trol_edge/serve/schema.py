@@ -8,7 +8,7 @@ import re
 from typing import Any, NoReturn
 
 from trol_edge.answering.choose import checked_options
-from trol_edge.answering.options import Options, options_from_keywords
+from trol_edge.answering.options import options_from_keywords
 from trol_edge.errors import RequestError, UsageError
 from trol_edge.numeric import shown, whole
 from trol_edge.prompt.template import IMAGE, Prompt
@@ -103,14 +103,14 @@ def _request(data: dict[str, Any], model: str) -> ChatRequest:
         _refuse("stream_options", "needs stream: true")
     options = {name: data[name] for name in (*OPTIONS, *EXTENSIONS) if name in data}
     options |= _lengths(data) | _logprobs(data) | _format(data)
-    deadline_ms = Options(deadline_ms=options.pop("deadline_ms", None)).deadline_ms
     checked = options_from_keywords(options)
     _ = checked.sampling  # raises UsageError for what cannot be sampled with
+    options.pop("deadline_ms", None)
     choose, yes_no = _choices(data, options)
     return ChatRequest(
         turns=_turns(data.get("messages")),
         options=options,
-        deadline_ms=deadline_ms,
+        deadline_ms=checked.deadline_ms,
         stream=_of(data, "stream", bool, False),
         stream_usage=bool(stream_options.get("include_usage")),
         choose=choose,
