@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from trol_edge.answering.options import Options
+from trol_edge.answering.results import Answer
 from trol_edge.bundle.folder import write_text
 from trol_edge.errors import UsageError
 from trol_edge.export import scenes
@@ -32,6 +35,9 @@ class Score:
     mistakes: tuple[tuple[str, str, str], ...]  # the first few, as (question, right answer, given answer)
     scale: int = 1  # pictures have 112 * scale pixels a side
     tiles: int = 1  # tiles into which the bundle cut each picture, the thumbnail included
+    image_tokens: float = 1.0  # share of each picture's tokens that was used
+    vision_ms: float = 0.0  # median time of a picture in the vision tower
+    prefill_ms: float = 0.0  # median time of a prompt
 
     def percent(self, *kinds: str) -> float:
         """The accuracy over some kinds, in percent."""
@@ -50,24 +56,74 @@ def evaluate(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     scale: int = 1,
 ) -> Score:
+    """Ask `count` held-out questions, one scene each, with all image tokens (see evaluate_each)."""
+    return evaluate_each(runtime, count, progress, scale)[0]
+
+
+def evaluate_each(
+    runtime: Runtime,
+    count: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    scale: int = 1,
+    image_tokens: Sequence[float] = (1.0,),
+) -> list[Score]:
     """Ask `count` held-out questions, one scene each, about pictures of 112 * scale pixels a side.
 
     The questions do not depend on the scale. A larger picture shows the same scene, in several tiles if the model cuts
     pictures into tiles.
+    image_tokens: each question is asked with each of these shares of the picture's tokens, one after the other, so that
+    times can be compared; one Score each. Raises UsageError for what is no share, before anything is asked.
     """
-    right: dict[str, int] = {}
-    asked: dict[str, int] = {}
-    mistakes: list[tuple[str, str, str]] = []
+    if not image_tokens:
+        raise UsageError("image_tokens is empty; give one share or more, 1 for all tokens")
+    options = [Options(max_new_tokens=96, image_tokens=share) for share in image_tokens]
+    # Each share has a session of its own, so that none continues from the rows of another.
+    sessions = [runtime.session() for _ in options]
+    tallies = [_Tally() for _ in options]
     tiles = 1
     for done, (image, kind, question, wanted) in enumerate(scenes.held_out(count, scale), 1):
         (tiles,) = runtime.count_tiles(image)
-        given = runtime.generate(question, image, max_new_tokens=96).text
-        asked[kind] = asked.get(kind, 0) + 1
-        right[kind] = right.get(kind, 0) + (given == wanted)
-        if given != wanted and len(mistakes) < 20:
-            mistakes.append((question, wanted, given))
+        for option, session, tally in zip(options, sessions, tallies, strict=True):
+            given = runtime.generate(
+                question, image, max_new_tokens=96, image_tokens=option.image_tokens, session=session
+            )
+            tally.add(kind, question, wanted, given)
         progress("ask", done, count)
-    return Score(right, asked, tuple(mistakes), scale, tiles)
+    # Features of a picture are cached, so only the first answer about it has the time of the tower.
+    vision = statistics.median(tallies[0].vision_ms)
+    return [
+        Score(
+            right=tally.right,
+            asked=tally.asked,
+            mistakes=tuple(tally.mistakes),
+            scale=scale,
+            tiles=tiles,
+            image_tokens=option.image_tokens,
+            vision_ms=vision,
+            prefill_ms=statistics.median(tally.prefill_ms),
+        )
+        for option, tally in zip(options, tallies, strict=True)
+    ]
+
+
+class _Tally:
+    """Answers so far."""
+
+    def __init__(self) -> None:
+        self.right: dict[str, int] = {}
+        self.asked: dict[str, int] = {}
+        self.mistakes: list[tuple[str, str, str]] = []
+        self.vision_ms: list[float] = []
+        self.prefill_ms: list[float] = []
+
+    def add(self, kind: str, question: str, wanted: str, given: Answer) -> None:
+        """Count an answer."""
+        self.asked[kind] = self.asked.get(kind, 0) + 1
+        self.right[kind] = self.right.get(kind, 0) + (given.text == wanted)
+        if given.text != wanted and len(self.mistakes) < 20:
+            self.mistakes.append((question, wanted, given.text))
+        self.vision_ms.append(given.timings.vision_ms)
+        self.prefill_ms.append(given.timings.prefill_ms)
 
 
 def markdown(score: Score, bundle: str) -> str:
@@ -85,6 +141,26 @@ def markdown(score: Score, bundle: str) -> str:
         "| kind | asked | right % |",
         "| --- | ---: | ---: |",
         *(f"| {kind} | {asked} | {percent:.1f} |" for kind, asked, percent in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def side_by_side(scores: Sequence[Score], bundle: str) -> str:
+    """Format the scores of several shares of image tokens as one table: accuracy by kind, and times."""
+    first = scores[0]
+    number, shares = sum(first.asked.values()), [f"{score.image_tokens:g}" for score in scores]
+    command = f"trol-edge evaluate {bundle} -n {number}" + (f" --scale {first.scale}" if first.scale != 1 else "")
+    rows = [(kind, first.asked.get(kind, 0), [score.percent(kind) for score in scores]) for kind in scenes.KINDS]
+    short = sum(first.asked.get(kind, 0) for kind in scenes.SHORT_KINDS)
+    rows.insert(-1, ("**all short questions**", short, [score.short for score in scores]))
+    lines = [
+        f"`{command} {' '.join(f'--image-tokens {share}' for share in shares)}`: right answers in %.",
+        "",
+        f"| {Path(bundle).name}: kind | asked | {' | '.join(f'image_tokens={share}' for share in shares)} |",
+        f"| --- | ---: |{' ---: |' * len(scores)}",
+        *(f"| {kind} | {asked} | {' | '.join(f'{p:.1f}' for p in percents)} |" for kind, asked, percents in rows),
+        f"| prompt, median ms | | {' | '.join(f'{score.prefill_ms:.1f}' for score in scores)} |",
+        f"| vision, median ms | | {' | '.join(f'{score.vision_ms:.1f}' for score in scores)} |",
     ]
     return "\n".join(lines) + "\n"
 

@@ -34,13 +34,15 @@ from trol_edge.export.quantize.scales import find_scales, scales_of_norms
 from trol_edge.export.quantize.stored import IR_TYPES, Place, StoredWeights, places
 from trol_edge.export.reference import tokenizer
 from trol_edge.export.reference.checkpoint import Checkpoint
-from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import MODELS
 from trol_edge.export.selftest import record as selftest
 from trol_edge.export.selftest.emulation import Emulation, find_cuts
 from trol_edge.export.storage import Layout, Progress
+from trol_edge.numeric import shown, whole
+from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.reading import guard
+from trol_edge.rope import TABLES
 
 if TYPE_CHECKING:
     from trol_edge.export.quantize.stats import Statistics
@@ -61,6 +63,7 @@ def export(
     model: str | None = None,
     target: str = "cpu",
     context: int | None = None,
+    max_tiles: int | None = None,
     options: RecipeOptions | None = None,
     shared_weights: bool = False,
     calibration: Callable[[Checkpoint], Statistics] | None = None,
@@ -73,6 +76,8 @@ def export(
     target "cpu" is what `trol_edge.Runtime` runs; "onnx" writes self-contained graphs whose initializers point into
     the weights file. context is the capacity of the KV cache in tokens (default: room for one picture and some
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
+    max_tiles: most tiles of a picture, the thumbnail not counted (default: as many as the model was trained with, 6 for
+    TroL-3.8B; the others do not tile). Fewer take less of the context and of the time, and show less detail.
     options choose the precision (default: the recipe fp32). All recipes but fp32, int8-dynamic, and fp16 on a CPU, need
     statistics of this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all other checks
     have passed.
@@ -89,7 +94,8 @@ def export(
         raise ExportError(f"target {target!r} is not one of {', '.join(EXPORT_TARGETS)}")
     source = Checkpoint(checkpoint, family=MODELS[model].family.name if model in MODELS else None)
     spec = source.spec
-    context = default_context(source.family, spec) if context is None else context
+    image = with_tiles(source.family.image(spec), max_tiles)
+    context = default_context(spec, image) if context is None else context
     require_context(context, spec)
     options = options or RecipeOptions()
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
@@ -149,7 +155,7 @@ def export(
             context=context,
             spec=spec,
             prompt=source.family.prompt(spec),
-            image=source.family.image(spec),
+            image=image,
             graphs=infos,
             files=digests,
             checkpoint={"folder": source.folder.resolve().name, "sha256": digests[WEIGHTS].sha256},
@@ -165,9 +171,20 @@ def export(
     return manifest
 
 
-def default_context(family: Family, spec: ModelSpec) -> int:
+def with_tiles(image: ImageSpec, max_tiles: int | None) -> ImageSpec:
+    """The form of pictures with at most this many tiles. Raises UsageError for more than the model has, or below 1."""
+    if max_tiles is None:
+        return image
+    found = whole(max_tiles, 1, image.max_tiles)
+    if found is None:
+        most = "1, because this model does not cut pictures" if image.max_tiles == 1 else f"1..{image.max_tiles}"
+        raise UsageError(f"max_tiles {shown(max_tiles)} should be {most}")
+    return dataclasses.replace(image, max_tiles=found)
+
+
+def default_context(spec: ModelSpec, image: ImageSpec) -> int:
     """The default size of the K/V cache in tokens: one picture and some 700 tokens of text."""
-    picture = spec.vision.tokens_per_image * family.image(spec).most_tiles
+    picture = spec.vision.tokens_per_image * image.most_tiles
     return min(max(MIN_DEFAULT_CONTEXT, -(-(picture + ROOM_FOR_TEXT) // 256) * 256), spec.max_position_embeddings)
 
 
@@ -259,7 +276,7 @@ def take_inputs(
     `export`.
     """
     weights = tuple(canonical.weight_names(model))
-    as_inputs = [w for w in weights if w in shared]
+    as_inputs = [w for w in weights if w in shared or (is_gpu(target) and w in TABLES)]  # see trol_edge/rope.py
     if target == "cpu":
         as_inputs = canonical.weights_as_inputs(model, {w for w in weights if w not in lowered})
     return weights, as_inputs, counts.count(model, weights, scores=not is_gpu(target))

@@ -29,6 +29,7 @@ from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.hub import find, shipped_folder
 from trol_edge.plan import shipped
 from trol_edge.plan.subject import Subject
+from trol_edge.rope import TABLES
 
 PUBLISHED = "F16"  # dtype of the published checkpoints
 
@@ -39,7 +40,7 @@ class Unbuilt:
     def __init__(self, name: str, family: Family, spec: ModelSpec, context: int | None = None) -> None:
         """Describe a model. context: size of the cache in tokens (default: export's default)."""
         self.name, self.family, self.spec = name, family, spec
-        self.context = pipeline.default_context(family, spec) if context is None else context
+        self.context = pipeline.default_context(spec, family.image(spec)) if context is None else context
         self._traces: dict[tuple[str, int], ir.Model] = {}
 
     def subject(self, target: str, options: RecipeOptions) -> Subject:
@@ -80,7 +81,7 @@ class Unbuilt:
         shapes |= {"decoder.gate.weight": (1, spec.hidden_size), "decoder.gate.bias": (1,)}
         plan = make_plan(options, shapes, target)
         dtypes = {n: IR_TYPES[stored_dtype(n, s, PUBLISHED, plan, False)] for n, s in shapes.items()}
-        dtypes |= dict.fromkeys(canonical.ROPE, ir.DataType.FLOAT)
+        dtypes |= dict.fromkeys(TABLES, ir.DataType.FLOAT)
         scale_type = ir.DataType.FLOAT16 if plan.compute == "fp16" else ir.DataType.FLOAT
         dtypes |= {scale_name(linear): scale_type for linear in plan.linears}
         models = {name: self._trace(name, spec).clone() for name in canonical.TRACED}

@@ -33,6 +33,7 @@ from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageEr
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory, share_arenas
 from trol_edge.numeric import is_one_of, shown
+from trol_edge.rope import TABLES, RopeRows
 
 try:
     import onnxruntime as ort
@@ -135,6 +136,11 @@ class OrtBackend:
             unloaded = [graph for name, graph in manifest.graphs.items() if name not in self.sessions]
             needed = {weight for graph in unloaded for weight in graph.constants}
             self._constants = {name: array for name, array in self._constants.items() if name in needed}
+
+    @property
+    def takes_rotary(self) -> bool:
+        """Whether the graphs take the rope tables as inputs, so that a state may have tables of its own."""
+        return self.weights.keys() >= set(TABLES)
 
     @property
     def cache_bytes(self) -> int:
@@ -380,6 +386,8 @@ class OrtState:
             "image_mask": value_of(np.zeros((1, 1, 1), np.float32)),
         }
         self._anew = {**self._one, "rope_offset": value_of(self.rope_offset)}  # inputs that change with every run
+        self._rope: RopeRows | None = None  # tables of its own, from the first token that is not at its row on
+        self._tables: dict[str, Any] = {}  # they as values
         self.step_binding = self._bind("step", self._one)
         self._traverse_one: Any = None  # bound at first use
 
@@ -387,7 +395,8 @@ class OrtState:
         graph = self._backend.bundle.manifest.graphs[name]
         # A step for TensorRT says how many rows it reads; here it reads all of them.
         given = {"slots": value_of(self._slots), **self.past, **feeds, "rope_offset": value_of(self.rope_offset)}
-        binding = self._backend.bind(name, {p.name: given[p.name] for p in graph.inputs if p.name in given})
+        feeds = {p.name: given[p.name] for p in graph.inputs if p.name in given}
+        binding = self._backend.bind(name, feeds | self._tables)
         binding.bind_ortvalue_output("logits", value_of(self._logits))
         for port in graph.outputs:
             if port.name in self.present:
@@ -395,6 +404,22 @@ class OrtState:
             elif port.name != "logits" and not port.name.startswith("new_"):  # what the present caches hold, too
                 binding.bind_output(port.name)
         return binding
+
+    def _place(self, start: int, rotary: NDArray[np.int64]) -> None:
+        """Let the rows from `start` on have the rotary embedding of these positions [S]."""
+        offset, backend = int(self.rope_offset[0]), self._backend
+        if self._rope is None:
+            self._rope = RopeRows({name: backend.weights[name].numpy() for name in TABLES})
+            is_new = True
+        else:
+            is_new = False
+        if not self._rope.place(offset + start, offset + rotary) and not is_new:
+            return
+        if is_new or backend.memory != "cpu":  # on a CPU the values refer to the arrays
+            self._tables = {name: value_of(table) for name, table in self._rope.own.items()}
+            for binding in (self.step_binding, self._traverse_one):
+                for name, table in self._tables.items() if binding is not None else ():
+                    binding.bind_ortvalue_input(name, table)
 
     def _run_again(self, name: str, binding: Any) -> None:
         """Run a graph that was bound before, on the present contents of its input arrays."""
@@ -411,6 +436,7 @@ class OrtState:
         long_rope: bool = False,
         start: int = 0,
         pictures: Sequence[Placed] = (),
+        rotary: NDArray[np.int64] | None = None,
     ) -> Float32:
         """See trol_edge.backend.State; the returned array is overwritten by the next call."""
         for placed in pictures:
@@ -419,6 +445,8 @@ class OrtState:
         self.rope_offset[0] = self.long_rope_offset if long_rope and self.long_rope_offset is not None else 0
         self._backend.require_room(len(embeddings))
         stop = start + len(embeddings)
+        if rotary is not None or self._rope is not None:
+            self._place(start, self._slots[start:stop] if rotary is None else rotary)
         name = "traverse_text" if self._text and image_mask is None else "traverse"
         if len(embeddings) == 1 and image_mask is None:  # decoding with both passes; only the length changes
             self._embedding[0], self._position[0, 0] = embeddings, start
@@ -459,16 +487,18 @@ class OrtState:
             found.append(array[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1).astype(np.float32))
         return found
 
-    def step(self, embedding: Float32, position: int) -> Float32:
-        """Run one pass over one token, embedding [D] at `position`; the next call overwrites the logits [V]."""
+    def step(self, embedding: Float32, position: int, rotary: int | None = None) -> Float32:
+        """Run one pass over one token, embedding [D] in row `position`; the next call overwrites the logits [V]."""
+        if rotary is not None or self._rope is not None:
+            self._place(position, np.array([position if rotary is None else rotary]))
         self._embedding[0, 0] = embedding
         self._position[0, 0] = position
         self._run_again("step", self.step_binding)
         return self._logits[0]
 
-    def step_token(self, embedding: Float32, position: int) -> int:
+    def step_token(self, embedding: Float32, position: int, rotary: int | None = None) -> int:
         """See trol_edge.backend.State."""
-        return best_token(self.step(embedding, position))
+        return best_token(self.step(embedding, position, rotary))
 
 
 def _require_provider(bundle: Bundle, provider: str) -> None:

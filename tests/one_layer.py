@@ -22,6 +22,7 @@ from trol_edge.export.quantize.qdq import scale_name
 from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
 from trol_edge.export.quantize.stored import IR_TYPES, stored_dtype
 from trol_edge.export.unbuilt import PUBLISHED, published
+from trol_edge.rope import TABLES
 from trol_edge.runtimes.trt import build as trt_build
 from trol_edge.runtimes.trt.api import Library
 
@@ -48,26 +49,33 @@ def graph(model: str, options: RecipeOptions, name: str, folder: Path, layers: i
     shapes |= {"decoder.gate.weight": (1, spec.hidden_size), "decoder.gate.bias": (1,)}
     plan = make_plan(options, shapes, target)
     dtypes = {n: IR_TYPES[stored_dtype(n, s, PUBLISHED, plan, False)] for n, s in shapes.items()}
-    dtypes |= dict.fromkeys(canonical.ROPE, ir.DataType.FLOAT)
+    dtypes |= dict.fromkeys(TABLES, ir.DataType.FLOAT)
     dtypes |= {
         scale_name(n): ir.DataType.FLOAT16 if plan.compute == "fp16" else ir.DataType.FLOAT for n in plan.linears
     }
     made = canonical.trace(name, whole.family, spec, whole.context)
     pipeline.prepare(name, made, target, plan, defaultdict(lambda: 0.03), dtypes)
     inputs, outputs = pipeline.ports(made.graph.inputs), pipeline.ports(made.graph.outputs)
-    weights, _, costs = pipeline.take_inputs(made, target, ())
-    _write(made, weights, dtypes, folder / WEIGHTS)
+    weights, as_inputs, costs = pipeline.take_inputs(made, target, ())
+    _write(made, weights, dtypes, folder / WEIGHTS, as_inputs)
     lowered = lower_trt.lower(made, TARGETS[target])
     path = folder / f"{name}.onnx"
     path.write_bytes(ir.to_proto(lowered).SerializeToString())
     operators: dict[str, int] = defaultdict(int)
     for node in lowered.graph:
         operators[node.op_type] += 1
-    info = GraphInfo(path.name, inputs, outputs, weights, weights, dict(operators), costs)
+    constants = tuple(name for name in weights if name not in as_inputs)
+    info = GraphInfo(path.name, inputs, outputs, weights, constants, dict(operators), costs)
     return Graph(path, info, whole.context, whole.family.image(spec).most_tiles)
 
 
-def _write(made: ir.Model, weights: tuple[str, ...], dtypes: dict[str, ir.DataType], path: Path) -> None:
+def _write(
+    made: ir.Model,
+    weights: tuple[str, ...],
+    dtypes: dict[str, ir.DataType],
+    path: Path,
+    as_inputs: list[str],
+) -> None:
     """Write random weights, and point the graph's initializers at them."""
     rng = np.random.default_rng(0)
     numbers, raw = rng.standard_normal(POOL, dtype=np.float32) * 0.02, rng.integers(0, 256, POOL, dtype=np.uint8)
@@ -88,7 +96,7 @@ def _write(made: ir.Model, weights: tuple[str, ...], dtypes: dict[str, ir.DataTy
             file.write(bytes(-file.tell() % 64))
             places[name] = (dtype, file.tell(), len(data))
             file.write(data)
-    canonical.weights_from_file(made, WEIGHTS, places)
+    canonical.weights_from_file(made, WEIGHTS, places, as_inputs)
 
 
 def profiles_of(made: Graph) -> tuple[dict[str, Range], ...]:

@@ -373,6 +373,13 @@ def test_evaluate(cli: Callable[..., Result], each_bundle: Path, tmp_path: Path)
     result = cli("evaluate", each_bundle, "-n", 5)
     assert result.code == 0
     assert "| " in result.out
+    shares = ("--image-tokens", "1", "--image-tokens", "0.5")
+    result = cli("evaluate", each_bundle, "-n", 7, *shares)
+    assert ": kind | asked | image_tokens=1 | image_tokens=0.5 |" in result.out
+    whole, half = cli("evaluate", each_bundle, "-n", 7, *shares, "--json").json()["scores"]
+    assert (whole["image_tokens"], half["image_tokens"]) == (1, 0.5) and whole["asked"] == half["asked"]
+    cli("evaluate", each_bundle, *shares, "--report", report).failed(1, "--report is for all image tokens")
+    cli("evaluate", each_bundle, "--image-tokens", "0").failed(1, "image_tokens 0.0 should be the share")
 
 
 def test_demo(cli: Callable[..., Result], each_nano: Runtime) -> None:

@@ -42,7 +42,10 @@ def test_only_a_whole_answer_is_right() -> None:
     def score(change: Callable[[str], str]) -> Score:
         runtime: Any = SimpleNamespace(
             count_tiles=lambda image: (1,),
-            generate=lambda question, image, **_: SimpleNamespace(text=change(right[question])),
+            session=lambda: None,
+            generate=lambda question, image, **_: SimpleNamespace(
+                text=change(right[question]), timings=SimpleNamespace(vision_ms=0.0, prefill_ms=0.0)
+            ),
         )
         return evaluate(runtime, 9)
 

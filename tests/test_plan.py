@@ -241,7 +241,10 @@ def test_verdicts(nano: rates_module.Platform) -> None:
     assert desktop.memory.remains < plan.RESERVE_BYTES, "the numbers are those of what was asked for"
 
     fewer = plan.plan(subject(2.3, cache_bytes=2 * GB), nano, desktop=True)
-    assert fewer.changes == ("at most 1 tile(s) a picture and a context of 512 tokens", "boot without a desktop")
+    assert fewer.changes == (
+        "at most 1 tile(s) a picture (--max-tiles 1) and a context of 512 tokens",
+        "boot without a desktop",
+    )
     assert plan.plan(subject(2.3, cache_bytes=2 * GB), nano, reserve=10 * GB).verdict == "does not fit"
 
     building = plan.plan(subject(2.4), nano)

@@ -98,11 +98,15 @@ def test_caches_that_lie_on_a_gpu(gpu_bundle: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(backend, "bind", bound.__get__(backend))
     monkeypatch.setattr(backend, "run", run.__get__(backend))
     backend.memory = "cuda"  # as our code sees it; ONNX Runtime is given the CPU's
-    ids = runtime.tokenize("What is this?")
+    ids, pixels = runtime.tokenize("What is this?"), runtime.preprocess(NANO / "scene.png")
+    pictured = runtime.tokenize("What is this?", 1)
 
     def tell(r: Runtime) -> list[int]:
         session = r.session()
-        tokens = [int(session.prefill(ids).argmax())]
+        for share in (0.5, 1.0, 0.25):  # with tables of its own, which change
+            token = int(session.prefill(pictured, pixels, image_tokens=share).argmax())
+            tokens = [token, session.step_token(token), int(session.extend([7]).argmax())]
+        tokens += [int(session.prefill(ids).argmax())]
         twin = session.fork()
         for each in (session, twin):
             tokens += [each.step_token(tokens[-1]) for _ in range(3)]

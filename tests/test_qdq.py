@@ -22,6 +22,7 @@ from trol_edge.export.quantize import half, qdq
 from trol_edge.export.quantize import rounding as quantize
 from trol_edge.export.quantize.recipes import GATE, RecipeOptions, make_plan
 from trol_edge.export.reference.checkpoint import Checkpoint
+from trol_edge.rope import TABLES
 
 Array = NDArray[Any]
 S, K, N = 5, 64, 6
@@ -416,7 +417,7 @@ def test_half_graphs_of_the_model_are_well_typed(traced: dict[str, ir.Model], ke
     """onnx's own type inference agrees; the cache is FP16, what a caller hands over and reads stays float32."""
     source = Checkpoint(NANO)
     kinds = {name: FLOAT if len(source.shape(name)) == 1 and "norm" in name else HALF for name in source.names()}
-    kinds |= dict.fromkeys(graphs.ROPE, FLOAT)
+    kinds |= dict.fromkeys(TABLES, FLOAT)
     for name, trace in traced.items():
         model = trace.clone()
         half.convert(model, kept, kinds)

@@ -40,6 +40,7 @@ from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, shared_weights
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
+from trol_edge.rope import TABLES
 from trol_edge.runtime import Runtime
 from trol_edge.runtimes import cuda as cuda_module
 from trol_edge.runtimes.cuda import CudaPython, Gpu
@@ -170,6 +171,28 @@ def test_a_picture_in_several_chunks(machine: Machine, nano: Runtime) -> None:
     assert difference(chunked, nano.session().prefill(ids, pixels)) <= 1e-5
 
 
+def test_fewer_image_tokens(machine: Machine, nano: Runtime) -> None:
+    """Tables of each session's own, on the device: chunks, steps, forks and whole prompts after pruned ones."""
+
+    def tell(runtime: Runtime) -> list[Any]:
+        ids, pixels = runtime.tokenize(QUESTION, 1), nano.preprocess([PICTURE])
+        features = nano.model.backend.encode_image(pixels)  # the same tokens are kept
+        session, found = runtime.session(prefill_chunk=19), list[Any]()
+        for share in (0.5, 1.0, 0.25):
+            found.append(session.prefill_features(ids, features, image_tokens=share, reuse=share < 1))
+            twin = session.fork()
+            for each in (session, twin):
+                found += [each.step(int(found[-1].argmax())) for _ in range(2)]
+            found += [session.step_token(7), session.extend([5])]
+        assert session.dropped == 48
+        return found
+
+    for ours, theirs in zip(tell(machine.open()), tell(nano), strict=True):
+        assert difference(np.asarray(ours), np.asarray(theirs)) <= 1e-5
+    asked = [r.generate(QUESTION, PICTURE, image_tokens=0.5).token_ids for r in (machine.open(), nano)]
+    assert asked[0] == asked[1]
+
+
 @pytest.mark.parametrize("machine", ["10.16.1"], indirect=True)
 def test_engines_that_must_be_built_again(machine: Machine) -> None:
     """One that is truncated or missing is not up to date."""
@@ -230,10 +253,12 @@ def test_engines_that_share_their_weights(
     if Bundle(sharing_bundles[0]).manifest.plan.recipe == "fp32":
         assert answers[1][0] == nano.generate(QUESTION, PICTURE).token_ids
     apart, shared = used
-    assert apart.weights == {} and shared.weights.keys() == shared_weights(shared.bundle).keys() != set()
-    state = shared.new_state()
-    assert {w: state.execution.raw.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
-    assert {w: shared.contexts["traverse"].raw.addresses[w] for w in shared.weights} == shared.weights  # type: ignore[attr-defined]
+    assert apart.weights.keys() == set(TABLES)
+    assert shared.weights.keys() == shared_weights(shared.bundle).keys() > set(TABLES)
+    state, traverse = shared.new_state(), shared.contexts["traverse"]
+    for raw in (state.execution.raw, traverse.raw):  # type: ignore[attr-defined]
+        for name, address in shared.weights.items():
+            assert (raw.addresses[name] == address) == (name not in TABLES)  # each state has tables of its own
     # Altered weights are found before anything is uploaded.
     path = shared.bundle.path("weights.safetensors")
     data = bytearray(path.read_bytes())
@@ -397,8 +422,9 @@ def test_features_stay_on_the_device(machine: Machine, nano: Runtime) -> None:
     runtime = machine.open()
     cuda, spec = machine.cuda, runtime.bundle.manifest.spec
     size = 4 * spec.vision.tokens_per_image * spec.hidden_size
+    tables = sum(tensor.nbytes for tensor in shared_weights(runtime.bundle).values())  # a session has its own
     runtime.generate(QUESTION, PICTURE)
-    assert cuda.bytes["DeviceToDevice"] == 2 * size  # out of the engine's buffer, and among the embeddings
+    assert cuda.bytes["DeviceToDevice"] == 2 * size + tables  # out of the engine's buffer, and among the embeddings
     uploaded = cuda.bytes["HostToDevice"]
     cuda.bytes.clear()
     second = runtime.generate("What is this?", [PICTURE, PICTURE])

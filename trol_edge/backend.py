@@ -52,8 +52,8 @@ class Placed:
 class State(Protocol):
     """The K/V buffers of one sequence on some back end. Logits are float32 [V] and may be overwritten by the next call.
 
-    Rows are positions. There are two sets of buffers, one for each pass. A back end without prefix reuse does not keep
-    the second.
+    Rows are positions, unless tokens before them were left out. There are two sets of buffers, one for each pass. A
+    back end without prefix reuse does not keep the second.
     """
 
     def traverse(
@@ -63,21 +63,26 @@ class State(Protocol):
         long_rope: bool = False,
         start: int = 0,
         pictures: Sequence[Placed] = (),
+        rotary: NDArray[np.int64] | None = None,
     ) -> Float32:
-        """Run both passes over tokens at positions start..start+S-1, S >= 1, after rows 0..start-1 of both sets.
+        """Run both passes over tokens in rows start..start+S-1, S >= 1, after rows 0..start-1 of both sets.
 
         embeddings [S, D], image_mask [S] (None: no image tokens). Writes rows start..start+S-1 of both sets; returns
         logits of the last token. start > 0 needs a back end that keeps the second set. long_rope: use the long factor
         set, here and in the steps that follow (only if spec.long_rope is set). pictures: image features that replace
-        rows of embeddings, which may be overwritten.
+        rows of embeddings, which may be overwritten. rotary: the tokens' positions [S] in the rotary embedding,
+        increasing and below the context, if they are not their rows; only if the back end `takes_rotary`.
         """
         ...
 
-    def step(self, embedding: Float32, position: int) -> Float32:
-        """Run one pass over one token, embedding [D], at `position`; reads and writes the first set only."""
+    def step(self, embedding: Float32, position: int, rotary: int | None = None) -> Float32:
+        """Run one pass over one token, embedding [D], in row `position`; reads and writes the first set only.
+
+        rotary: its position in the rotary embedding, if that is not its row.
+        """
         ...
 
-    def step_token(self, embedding: Float32, position: int) -> int:
+    def step_token(self, embedding: Float32, position: int, rotary: int | None = None) -> int:
         """Like step, but return only the id of the largest logit (the lowest among equal ones), found on the device.
 
         Raises BackendError if no logit is a usable number.
@@ -109,6 +114,11 @@ class Backend(Protocol):
 
     # The token embedding table as it is stored, if it was read (and hashed) with the weights; None: nobody has read it.
     embedding: NDArray[Any] | None
+
+    @property
+    def takes_rotary(self) -> bool:
+        """Whether a token's position may be another than its row, as it is after tokens that were left out."""
+        ...
 
     @property
     def saturates(self) -> bool:

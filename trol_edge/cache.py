@@ -72,10 +72,11 @@ class Cache:
         long_rope: bool,
         start: int,
         pictures: Sequence[Placed],
+        rotary: NDArray[np.int64] | None = None,
     ) -> Float32:
         """See State. Rows 0..start-1 of both sets must be filled."""
         state = self._writable(start, start, both=True)
-        return state.traverse(embeddings, image_mask, long_rope, start, pictures)
+        return state.traverse(embeddings, image_mask, long_rope, start, pictures, rotary)
 
     def stepping(self, position: int, traversed: int) -> State:
         """The State to step at `position`. Rows 0..position-1 of the first set must be filled.

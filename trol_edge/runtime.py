@@ -160,6 +160,8 @@ class Runtime:
         *,
         color: Color = "rgb",
         bits: int | None = None,
+        image_tokens: float = 1.0,
+        max_tiles: int | None = None,
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> Choice:
@@ -172,7 +174,14 @@ class Runtime:
         it, UnfinishedError if the deadline (or `stop`) comes first, and otherwise the errors of generate.
         """
         texts = checked_options(options)
-        checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
+        checked = Options(
+            color=color,
+            bits=bits,
+            image_tokens=image_tokens,
+            max_tiles=max_tiles,
+            deadline_ms=deadline_ms,
+            session=session,
+        )
         return choose(self.desk, self._poll(prompt, images, checked), texts, checked)
 
     def yes_no(
@@ -182,6 +191,8 @@ class Runtime:
         *,
         color: Color = "rgb",
         bits: int | None = None,
+        image_tokens: float = 1.0,
+        max_tiles: int | None = None,
         deadline_ms: float | None = None,
         session: Session | None = None,
     ) -> YesNo:
@@ -189,7 +200,14 @@ class Runtime:
 
         Arguments and errors are those of choose.
         """
-        checked = Options(color=color, bits=bits, deadline_ms=deadline_ms, session=session)
+        checked = Options(
+            color=color,
+            bits=bits,
+            image_tokens=image_tokens,
+            max_tiles=max_tiles,
+            deadline_ms=deadline_ms,
+            session=session,
+        )
         return yes_no(self.desk, self._poll(prompt, images, checked), checked)
 
     def stop(self) -> None:

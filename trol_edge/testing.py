@@ -120,6 +120,7 @@ class _ScriptedBackend:
     """A back end (see trol_edge.backend.Backend) that looks up its answers."""
 
     identity = "script"
+    takes_rotary = True
     weight_bytes = 0
     saturates = False
     embedding: NDArray[Any] | None = None
@@ -204,6 +205,7 @@ class _ScriptedState:
         long_rope: bool = False,
         start: int = 0,
         pictures: Sequence[Placed] = (),
+        rotary: NDArray[np.int64] | None = None,
     ) -> Float32:
         """See trol_edge.backend.State."""
         time.sleep(self._backend.token_s * len(embeddings))
@@ -211,13 +213,13 @@ class _ScriptedState:
             rows[start : start + len(embeddings)] = embeddings[:, 0]
         return self._backend.logits(self.sets[FIRST][: start + len(embeddings)].tolist())
 
-    def step(self, embedding: Float32, position: int) -> Float32:
+    def step(self, embedding: Float32, position: int, rotary: int | None = None) -> Float32:
         """See trol_edge.backend.State."""
         time.sleep(self._backend.step_s)
         self.sets[FIRST][position] = embedding[0]
         return self._backend.logits(self.sets[FIRST][: position + 1].tolist())
 
-    def step_token(self, embedding: Float32, position: int) -> int:
+    def step_token(self, embedding: Float32, position: int, rotary: int | None = None) -> int:
         """See trol_edge.backend.State."""
         return best_token(self.step(embedding, position))
 

@@ -49,7 +49,6 @@ from trol_edge.export.reference.model import Decoder
 OPSET = 23
 IR_VERSION = 11
 TRACED = ("vision", "traverse", "step")  # traverse_text is derived from traverse
-ROPE = ("rope.cos", "rope.sin")  # float32 [rows, E/2] tables, stored beside the weights
 
 
 def cache_names(spec: ModelSpec, prefix: str) -> list[str]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from trol_edge.bundle.precision import QUANTIZED, Part, PrecisionPlan, part_of, tensor_bytes
 from trol_edge.bundle.weights import ITEM_BYTES
 from trol_edge.errors import CheckpointError, ExportError
-from trol_edge.export.graphs import canonical
 from trol_edge.export.quantize.qdq import scale_name
 from trol_edge.export.quantize.recipes import is_linear
 from trol_edge.export.quantize.rounding import pack_int4, quantize
@@ -23,6 +22,7 @@ from trol_edge.export.quantize.scales import Scales
 from trol_edge.export.reference.checkpoint import FLOATS, Checkpoint, is_finite
 from trol_edge.export.reference.model import graph_rope_tables
 from trol_edge.export.storage import Layout, Rows
+from trol_edge.rope import TABLES
 
 IR_TYPES = {
     "F16": ir.DataType.FLOAT16,
@@ -54,7 +54,7 @@ class StoredWeights:
     def __init__(self, source: Checkpoint, context: int, plan: PrecisionPlan, scales: Scales | None) -> None:
         self._source, self._plan, self._scales = source, plan, scales
         self._half = plan.compute == "fp16"
-        self._rope = dict(zip(canonical.ROPE, graph_rope_tables(source.spec, context), strict=True))
+        self._rope = dict(zip(TABLES, graph_rope_tables(source.spec, context), strict=True))
         self.bad: list[str] = []
         self.layouts: dict[str, Layout] = {}
         for name in source.names():

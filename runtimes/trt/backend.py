@@ -41,6 +41,7 @@ from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory
 from trol_edge.reading import read_plain
+from trol_edge.rope import TABLES, RopeRows
 from trol_edge.runtimes.cuda import Cuda, Gpu, devices, open_cuda
 from trol_edge.runtimes.trt import weights as trt_weights
 from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
@@ -216,6 +217,11 @@ class TrtBackend:
                 f"{self.cache_bytes / 1e9:.2f}), but {free / 1e9:.2f} of {total / 1e9:.2f} are free; "
                 "close other programs, or export with a lower precision or a smaller --context"
             )
+
+    @property
+    def takes_rotary(self) -> bool:
+        """Whether the engines take the rope tables as inputs, so that a state may have tables of its own."""
+        return self.weights.keys() >= set(TABLES)
 
     @property
     def cache_bytes(self) -> int:
@@ -428,6 +434,12 @@ class TrtState:
         self._cache |= {name.replace("past_", "present_", 1): pointer for name, pointer in self._cache.items()}
         # Page-locked, so that copies are part of the captured graph, which reads and writes these addresses.
         shapes = {p.name: tuple(int(d) for d in p.shape) for p in own if p not in new}
+        tables = shared_weights(backend.bundle)
+        self._tables = [Port(t, "float32", tables[t].shape) for t in TABLES if t in tables]  # its own, see rope.py
+        self._own |= backend.allocate(self._tables, "rope tables", self._lease)
+        for port in self._tables:
+            cuda.copy(self._own[port.name], backend.shared[port.name], tables[port.name].nbytes)
+        self._rope: RopeRows | None = None  # the tables on the host, from the first token that is not at its row on
         self._host = {p.name: cuda.pinned(shapes[p.name], p.dtype) for p in own if p not in new}
         self._new = self._copies(new)
         self._given = [p.name for p in step.inputs if p.name in self._host]
@@ -449,29 +461,54 @@ class TrtState:
         long_rope: bool = False,
         start: int = 0,
         pictures: Sequence[Placed] = (),
+        rotary: NDArray[np.int64] | None = None,
     ) -> Float32:
         """See trol_edge.backend.State."""
         self._rope_offset = self._long_rows if long_rope else 0
-        return self._backend.traverse(self._cache, embeddings, image_mask, self._rope_offset, start, pictures)
+        rows = np.arange(start, start + len(embeddings)) if rotary is None else rotary
+        with native, self._backend.lock:
+            self._place(start, rows)
+        own = self._cache | {port.name: self._own[port.name] for port in self._tables}
+        return self._backend.traverse(own, embeddings, image_mask, self._rope_offset, start, pictures)
 
-    def step(self, embedding: Float32, position: int) -> Float32:
+    def step(self, embedding: Float32, position: int, rotary: int | None = None) -> Float32:
         """See trol_edge.backend.State; the returned array is overwritten by the next call."""
         with native, self._backend.lock:
-            self._start(embedding, position)
+            self._start(embedding, position, rotary)
             return self._logits()
 
-    def step_token(self, embedding: Float32, position: int) -> int:
+    def step_token(self, embedding: Float32, position: int, rotary: int | None = None) -> int:
         """See trol_edge.backend.State; eight bytes are downloaded."""
         with native, self._backend.lock:
-            self._start(embedding, position)
+            self._start(embedding, position, rotary)
             self._finish()
             token = int(self._host["token"][0])
             return token if token >= 0 else best_token(self._logits())  # negative if a logit is not finite
 
-    def _start(self, embedding: Float32, position: int) -> None:
+    def _place(self, start: int, rotary: NDArray[np.int64]) -> None:
+        """Let the rows from `start` on have the rotary embedding of these positions [S]. The lock must be held."""
+        backend, stop = self._backend, start + len(rotary)
+        if self._rope is None:
+            if np.array_equal(rotary, np.arange(start, stop)):
+                return
+            tables = {port.name: np.empty([int(d) for d in port.shape], port.dtype) for port in self._tables}
+            for name, table in tables.items():
+                backend.cuda.download(table, backend.shared[name])
+            backend.cuda.wait()
+            self._rope = RopeRows(tables)
+        offset = self._rope_offset
+        if self._rope.place(offset + start, offset + rotary):
+            for name, table in self._rope.own.items():
+                part = table[offset + start : offset + stop]
+                backend.cuda.upload(self._own[name] + (offset + start) * table.strides[0], part)
+            backend.cuda.wait()  # before the next call changes them
+
+    def _start(self, embedding: Float32, position: int, rotary: int | None) -> None:
         """Enqueue a step."""
         backend = self._backend
         backend.require_open()
+        if rotary is not None or self._rope is not None:
+            self._place(position, np.array([position if rotary is None else rotary]))
         self._host["inputs_embeds"][0, 0] = embedding
         self._host["position_ids"][0, 0] = position
         if "rope_offset" in self._host:

@@ -33,7 +33,7 @@ from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.bundle.programs import counts_of
-from trol_edge.bundle.sizes import build_bytes, cache_bytes, engine_weight_bytes, shared_weights
+from trol_edge.bundle.sizes import build_bytes, cache_bytes, engine_weight_bytes, shared_weights, shares_matrices
 from trol_edge.bundle.targets import Target, is_gpu, refusals
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError, UsageError
@@ -315,8 +315,9 @@ def _require_memory(bundle: Bundle, target: Target, infos: Mapping[str, EngineIn
         sum(tensor.nbytes for tensor in shared_weights(bundle).values()),
     )
     if engines + shared + cache > memory_bytes:
-        weights = f", the weights that they share {shared / 1e9:.2f} GB" if shared else ""
-        sharing = ", with --shared-weights" if not shared and bundle.manifest.plan.can_share_weights else ""
+        is_shared = shares_matrices(bundle)
+        weights = f", the weights that they share {shared / 1e9:.2f} GB" if is_shared else ""
+        sharing = ", with --shared-weights" if not is_shared and bundle.manifest.plan.can_share_weights else ""
         raise BackendError(
             f"{bundle.folder}: engines {', '.join(infos)} take {engines / 1e9:.2f} GB{weights} and the K/V cache "
             f"{cache / 1e9:.2f} GB, together {(engines + shared + cache) / 1e9:.2f}; the memory of target "

@@ -37,6 +37,7 @@ class Seen:
     tiles: int
     features: Features | None  # [tiles, T, D]
     pixels: Float32 | None  # [tiles, 3, P, P]
+    image_tokens: float  # share of its tokens that is used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Question:
         """One key per tile; equal keys mean equal features."""
         return [picture.key + bytes([tile]) for picture in self.pictures for tile in range(picture.tiles)]
 
+    @property
+    def image_tokens(self) -> list[float]:
+        """The share of tokens that is used of each tile."""
+        return [picture.image_tokens for picture in self.pictures for _ in range(picture.tiles)]
+
 
 UNREAD = Question([], [])  # for a call that ended before its question was read
 
@@ -89,6 +95,8 @@ def look(desk: Desk, images: Pictures | None, options: Options, call: Call) -> l
             f"{len(given)} pictures take at least {tokens} tokens, but this bundle holds {context}; "
             "give fewer pictures, or export with a larger --context"
         )
+    if options.max_tiles is not None:
+        spec = dataclasses.replace(spec, max_tiles=options.max_tiles)
     for image in given:
         call.check()
         rgb = load_rgb(image, options.color, options.bits)
@@ -97,7 +105,7 @@ def look(desk: Desk, images: Pictures | None, options: Options, call: Call) -> l
         key = content_key(rgb, repr(spec))
         features = desk.vision_cache.peek(key)
         pixels = None if features is not None else preprocess([rgb], spec)
-        seen.append(Seen(key, count_tiles([rgb], spec)[0], features, pixels))
+        seen.append(Seen(key, count_tiles([rgb], spec)[0], features, pixels, options.image_tokens))
     return seen
 
 
@@ -178,13 +186,14 @@ def prefill(desk: Desk, session: Session, question: Question, options: Options, 
             features or None,
             question.identities if features else None,
             reuse=session.prefix_reuse,
+            image_tokens=question.image_tokens,
             on_chunk=on_chunk,
         )
     finally:
         session.long_context, session.prefill_chunk = before
         end = desk.now()
         clock.prefill_ms += 1e3 * (end - began)
-    desk.prefill_pace.saw(end - since, len(question.ids) - done)
+    desk.prefill_pace.saw(end - since, session.length - done)
     return logits
 
 

@@ -95,11 +95,14 @@ class Chat:
         *,
         color: Color = "rgb",
         bits: int | None = None,
+        image_tokens: float = 1.0,
+        max_tiles: int | None = None,
         deadline_ms: float | None = None,
     ) -> Choice:
         """Find which of some answers is likeliest (see `Runtime.choose`). It becomes the answer of this turn."""
         allowed = checked_options(options)
-        checked = self._options({"color": color, "bits": bits, "deadline_ms": deadline_ms})
+        shape = {"image_tokens": image_tokens, "max_tiles": max_tiles}
+        checked = self._options({"color": color, "bits": bits, "deadline_ms": deadline_ms, **shape})
         poll = self._poll(prompt, images, checked)
         choice = choose(self._desk, poll, allowed, checked)
         self._turns.append(Turn(prompt, poll.pictures, choice.text))
@@ -112,10 +115,13 @@ class Chat:
         *,
         color: Color = "rgb",
         bits: int | None = None,
+        image_tokens: float = 1.0,
+        max_tiles: int | None = None,
         deadline_ms: float | None = None,
     ) -> YesNo:
         """Find whether the answer begins with yes (see `Runtime.yes_no`). "Yes" or "No" is this turn's answer."""
-        checked = self._options({"color": color, "bits": bits, "deadline_ms": deadline_ms})
+        shape = {"image_tokens": image_tokens, "max_tiles": max_tiles}
+        checked = self._options({"color": color, "bits": bits, "deadline_ms": deadline_ms, **shape})
         poll = self._poll(prompt, images, checked)
         found = yes_no(self._desk, poll, checked)
         self._turns.append(Turn(prompt, poll.pictures, "Yes" if found else "No"))
@@ -129,6 +135,8 @@ class Chat:
         *,
         color: Color = "rgb",
         bits: int | None = None,
+        image_tokens: float = 1.0,
+        max_tiles: int | None = None,
     ) -> None:
         """Add a turn whose answer is known already, as an example or from an earlier conversation. Nothing is computed.
 
@@ -136,7 +144,8 @@ class Chat:
         """
         if not isinstance(answer, str):
             raise UsageError(f"the answer should be a text, found {shown(answer)}")
-        options = self._options({"color": color, "bits": bits})
+        shape = {"image_tokens": image_tokens, "max_tiles": max_tiles}
+        options = self._options({"color": color, "bits": bits, **shape})
         call = self._desk.call(options)
         turn = Turn(prompt, look(self._desk, images, options, call), str(answer))
         self._make_room(turn, call)

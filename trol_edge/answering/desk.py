@@ -14,7 +14,7 @@ from trol_edge.answering.results import Clock
 from trol_edge.answering.turns import Call, Pace, Turns
 from trol_edge.errors import UsageError
 from trol_edge.model import Model
-from trol_edge.session import Session
+from trol_edge.session import NOT_PRUNABLE, Session
 from trol_edge.vision_cache import VisionCache
 
 T = TypeVar("T")
@@ -53,6 +53,13 @@ class Desk:
             raise UsageError("the session belongs to another Runtime; make it with session() of this one")
         if options.answer_mode == "traverse" and not self.model.backend.prefix_reuse:
             raise UsageError("answer_mode 'traverse' needs both K/V sets; open the Runtime with prefix_reuse=True")
+        if options.image_tokens < 1 and not self.model.backend.takes_rotary:
+            raise UsageError(NOT_PRUNABLE)
+        most = self.model.bundle.manifest.image.max_tiles
+        if options.max_tiles is not None and options.max_tiles > most:
+            raise UsageError(
+                f"max_tiles {options.max_tiles}: this bundle makes at most {most} of a picture; give fewer"
+            )
         call = Call(options.deadline_ms, self.now)
         self._calls.add(weakref.ref(call, self._calls.discard))
         return call

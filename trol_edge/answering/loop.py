@@ -216,7 +216,7 @@ class Answering:
             reason = "stop"
         elif len(self._ids) - len(self._question.ids) == self._options.max_new_tokens:
             reason = "length"
-        elif session.length == (session.limit if self._options.answer_mode == "step" else session.context):
+        elif session.length == self._room(session):
             reason = "context"
         logprobs: tuple[TokenLogprob, ...] = ()
         if self._options.logprobs is not None:
@@ -225,6 +225,10 @@ class Answering:
             top = top_logprobs(given, self._options.logprobs, normaliser)
             logprobs = (TokenLogprob(token, float(given[token]) - normaliser, top),)
         return token, Piece(text, (token,), logprobs, reason)
+
+    def _room(self, session: Session) -> int:
+        """The number of cached tokens at which the answer has to end."""
+        return session.limit if self._options.answer_mode == "step" else session.context - session.dropped
 
     def _begin(self) -> Session:
         return self._hold.take() if self._given is None else self._given

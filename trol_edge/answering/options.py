@@ -11,6 +11,7 @@ from trol_edge.answering.constrain import ResponseFormat
 from trol_edge.answering.sampling import SamplingParams
 from trol_edge.errors import UsageError
 from trol_edge.numeric import is_one_of, real, shown, truth, whole
+from trol_edge.prompt.pruning import SHARE, share
 from trol_edge.session import Session
 
 __all__ = ["AnswerOptions", "Options", "options_from_keywords"]
@@ -39,6 +40,8 @@ class AnswerOptions(TypedDict, total=False):
     prefill_chunk: int | None
     color: Literal["rgb", "bgr"]
     bits: int | None
+    image_tokens: float
+    max_tiles: int | None
     session: Session | None
 
 
@@ -66,6 +69,9 @@ class Options:
     prefill_chunk: int | None = None  # tokens of the prompt that are computed at a time; None: 256, with a deadline 64
     color: Literal["rgb", "bgr"] = "rgb"  # order of the channels in arrays [H, W, 3]
     bits: int | None = None  # bits per channel of pictures that have more than 8, see images.load_rgb
+    # Share of each picture's tokens that is used, above 0 and up to 1; see session.Session.prefill. Less is quicker.
+    image_tokens: float = 1.0
+    max_tiles: int | None = None  # most tiles of a picture, its thumbnail not counted; None: those of the bundle
     session: Session | None = None  # answer in this session, whose cache stays as it is afterwards
 
     def __post_init__(self) -> None:
@@ -78,6 +84,8 @@ class Options:
             ("deadline_ms", real(self.deadline_ms), "None or a number of milliseconds"),
             ("prefill_chunk", whole(self.prefill_chunk, 1), "None or a whole number of tokens above 0"),
             ("bits", whole(self.bits, 8, 16), "None or a whole number from 8 to 16"),
+            ("image_tokens", share(self.image_tokens), SHARE),
+            ("max_tiles", whole(self.max_tiles, 1), "None or a whole number above 0"),
         ]
         checks = [
             ("answer_mode", is_one_of(self.answer_mode, ("step", "traverse")), "'step' or 'traverse'"),

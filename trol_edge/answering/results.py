@@ -71,7 +71,7 @@ class Answer(_Text):
     token_ids: tuple[int, ...]  # without the end marker
     finish_reason: str
     timings: Timings
-    prompt_tokens: int
+    prompt_tokens: int  # of the whole prompt, those that image_tokens left out included
     cached_tokens: int  # tokens of the prompt that were not computed again, because an earlier question had them
     rope: str
     logprobs: tuple[TokenLogprob, ...] | None  # one per token id if asked for, else None

@@ -22,9 +22,14 @@ def engine_weight_bytes(bundle: Bundle, names: Iterable[str]) -> int:
 
 
 def shared_weights(bundle: Bundle) -> dict[str, TensorInfo]:
-    """Weights that traverse and step take as inputs from one buffer on the device; none if engines contain them."""
+    """Weights that traverse and step take as inputs from one buffer on the device: the rope tables, and matrices."""
     step, tensors = bundle.manifest.graphs["step"], bundle.weights().tensors
     return {name: tensors[name] for name in step.weights if name not in step.constants}
+
+
+def shares_matrices(bundle: Bundle) -> bool:
+    """Whether engines take their matrices as inputs, as `export --shared-weights` makes them."""
+    return any(is_shareable(name, tensor.shape) for name, tensor in shared_weights(bundle).items())
 
 
 def device_bytes(bundle: Bundle) -> tuple[int, int]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trol_edge.cli.show import Threads, err
+from trol_edge.cli.show import ImageTokens, MaxTiles, Threads, err
 from trol_edge.errors import TrolEdgeError, UsageError
 
 if TYPE_CHECKING:
     from trol_edge.answering.chat import Chat
+    from trol_edge.answering.options import AnswerOptions
 
 LINE_CHARACTERS = 1 << 20  # longest question
 COMMANDS = "/image FILE shows a picture with the next question, /forget starts a new conversation, /quit ends"
@@ -28,11 +29,20 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Temperature of the sampling; 0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Sampling seed.")] = None,
+    image_tokens: ImageTokens = 1.0,
+    max_tiles: MaxTiles = None,
     threads: Threads = None,
 ) -> None:
     """Talk with a bundle: each line of standard input is a question, and each answer streams to standard output."""
     from trol_edge.runtime import Runtime
 
+    options: AnswerOptions = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "image_tokens": image_tokens,
+        "max_tiles": max_tiles,
+    }
     on_terminal = sys.stdin is not None and sys.stdin.isatty()
     with Runtime(bundle, threads=threads) as runtime:
         conversation, pictures = runtime.chat(pinned=pinned), list(image or [])
@@ -53,7 +63,7 @@ def chat(
                 err.print(f"unknown command {command}; {COMMANDS}")
             elif command:
                 try:
-                    _answer(conversation, line, pictures, max_new_tokens, temperature, seed)
+                    _answer(conversation, line, pictures, options)
                 except TrolEdgeError as error:
                     if not on_terminal:
                         raise
@@ -82,15 +92,11 @@ def _answer(
     conversation: Chat,
     question: str,
     pictures: list[Path],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int | None,
+    options: AnswerOptions,
 ) -> None:
     """Stream one answer. Ctrl-C ends it, and keeps what was said."""
     dropped = conversation.dropped
-    with conversation.stream(
-        question, list(pictures), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    ) as stream:
+    with conversation.stream(question, list(pictures), **options) as stream:
         try:
             for piece in stream:
                 print(piece, end="", flush=True)

@@ -32,6 +32,10 @@ def export(
             help="Capacity of the K/V cache: tokens of prompt and answer.  [default: 2048, 2560 for trol-3.8b]"
         ),
     ] = None,
+    max_tiles: Annotated[
+        int | None,
+        typer.Option(help="Most tiles of a picture, the thumbnail not counted.  [default: 6 for trol-3.8b]"),
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +108,7 @@ def export(
             model=model,
             target=target,
             context=context,
+            max_tiles=max_tiles,
             options=options,
             shared_weights=shared_weights,
             calibration=statistics,

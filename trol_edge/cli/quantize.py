@@ -12,6 +12,7 @@ from rich.table import Table
 
 from trol_edge.cli.checkpoints import SENSITIVITY_SAMPLES, calibration_of, checkpoint_of, statistics_of
 from trol_edge.cli.show import Json, Threads, err, extra, out, peak_bytes, print_json, progress_bars
+from trol_edge.errors import UsageError
 
 
 def calibrate(
@@ -100,6 +101,12 @@ def evaluate(
     scale: Annotated[
         int, typer.Option(min=1, max=8, help="Side of the pictures in units of 112 pixels; 2 gives several tiles.")
     ] = 1,
+    image_tokens: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of each picture's tokens that is used; repeatable, for a table side by side.  [default: 1]"
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Markdown file in which to rewrite the section about the bundle.")
     ] = None,
@@ -110,12 +117,16 @@ def evaluate(
     from trol_edge.runtime import Runtime
 
     with Runtime(bundle) as runtime, progress_bars(quiet=as_json) as progress:
-        score = evaluation.evaluate(runtime, number, progress, scale)
-    text = evaluation.markdown(score, str(bundle))
+        scores = evaluation.evaluate_each(runtime, number, progress, scale, image_tokens or [1.0])
+    several = image_tokens not in (None, [1.0])
+    if several and report:
+        raise UsageError("--report is for all image tokens; leave --image-tokens out, or --report")
+    text = evaluation.side_by_side(scores, str(bundle)) if several else evaluation.markdown(scores[0], str(bundle))
     if report:
         evaluation.update_report(report, text)
+    found = [dataclasses.asdict(score) | {"short_percent": score.short} for score in scores]
     if as_json:
-        print_json(dataclasses.asdict(score) | {"short_percent": score.short})
+        print_json({"scores": found} if several else found[0])
     else:
         print(text)
 

@@ -17,7 +17,9 @@ from trol_edge.cli.show import (
     PICTURE_BYTES,
     STDIN,
     Fallback,
+    ImageTokens,
     Json,
+    MaxTiles,
     OfOrt,
     Threads,
     TrustedKeys,
@@ -56,6 +58,8 @@ def run(
         int | None,
         typer.Option(help="Bits of the numbers in pictures with more than 8 bits per channel: 8 to 16."),
     ] = None,
+    image_tokens: ImageTokens = 1.0,
+    max_tiles: MaxTiles = None,
     long_context: Annotated[
         bool, typer.Option("--long-context", help="Use the long rope factors from the first token on (trol-3.8b).")
     ] = False,
@@ -90,6 +94,8 @@ def run(
             seed=seed,
             stop=stop or (),
             bits=bits,
+            image_tokens=image_tokens,
+            max_tiles=max_tiles,
             long_context=long_context,
         ):
             ids += piece.token_ids
@@ -160,7 +166,7 @@ def inspect(
         return
     if tokens is not None or filled is not None:
         raise UsageError("--tokens and --filled are for --program; add it")
-    from trol_edge.bundle.sizes import device_bytes, loaded_bytes, shared_weights
+    from trol_edge.bundle.sizes import device_bytes, loaded_bytes, shares_matrices
     from trol_edge.bundle.targets import is_gpu
 
     opened = Bundle(bundle, trusted_key or None)
@@ -178,7 +184,7 @@ def inspect(
         data["weight_bytes"], data["weight_bytes_float32"] = stored, as_float
         if is_gpu(manifest.target):
             apart, shared = device_bytes(opened)
-            data["device_bytes"] = {"apart": apart, "shared": shared, "is_shared": bool(shared_weights(opened))}
+            data["device_bytes"] = {"apart": apart, "shared": shared, "is_shared": shares_matrices(opened)}
         data["kv_bytes_per_token"] = kv  # bytes of one set; prefix reuse keeps two
         print_json(data)
         return
@@ -230,7 +236,7 @@ def inspect(
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     if is_gpu(manifest.target):
         apart, shared = device_bytes(opened)
-        own = "shared" if shared_weights(opened) else "apart"
+        own = "shared" if shares_matrices(opened) else "apart"
         out.print(
             f"Weights on a device: {apart / 1e6:.2f} MB with traverse and step apart, {shared / 1e6:.2f} MB with "
             f"--shared-weights (not for int4); this bundle: {own}."

@@ -59,6 +59,15 @@ TrustedKeys = Annotated[
         help="PEM file of an ed25519 public key, repeatable; a bundle that no such key signed is not opened.",
     ),
 ]
+ImageTokens = Annotated[
+    float,
+    typer.Option(
+        help="Share of each picture's tokens that is used, above 0 and up to 1; less is quicker (docs/image-tokens.md)."
+    ),
+]
+MaxTiles = Annotated[
+    int | None, typer.Option(help="Most tiles of a picture, the thumbnail not counted.  [default: the bundle's]")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 

@@ -121,7 +121,8 @@ def _fit(
     for tiles in range(dims["images"], -1, -1):
         tokens = -(-(tiles * subject.tokens_per_tile + work.text + work.answer) // 256) * 256
         if tokens < min(contexts) and (tiles or not dims["images"]):
-            fewer = f"at most {tiles} tile(s) a picture and " if tiles < dims["images"] else ""
+            option = f" (--max-tiles {max(1, tiles - 1)})" if subject.most_tiles > 1 else ""  # beside the thumbnail
+            fewer = f"at most {tiles} tile(s) a picture{option} and " if tiles < dims["images"] else ""
             contexts[tokens] = f"{fewer}a context of {tokens} tokens"
     as_asked = memory_of(subject, machine, dims, subject.context, True, desktop, subject.shared)
     for candidate in itertools.chain((subject,), smaller()):

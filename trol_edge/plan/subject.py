@@ -8,7 +8,7 @@ from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.engines import folder_of, read
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.program_counts import ProgramCounts
-from trol_edge.bundle.sizes import cache_bytes, device_bytes, loaded_bytes, shared_weights
+from trol_edge.bundle.sizes import cache_bytes, device_bytes, loaded_bytes, shares_matrices
 from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import BundleError
 
@@ -81,7 +81,7 @@ def subject_of(bundle: Bundle) -> Subject:
         weights={name: sum(found.values()) for name, found in sizes.items()},
         decoder_bytes=sum(decoder.values()),
         shareable_bytes=apart - together if manifest.plan.can_share_weights else 0,
-        shared=on_gpu and bool(shared_weights(bundle)),
+        shared=on_gpu and shares_matrices(bundle),
         embedding_bytes=tensors["embedding"].nbytes,
         cache_bytes=cache_bytes(manifest.graphs["step"].inputs, manifest.context),
         programs=programs,

@@ -16,7 +16,7 @@ from trol_edge.answering.results import Answer, Choice, Piece, TokenLogprob, Yes
 from trol_edge.answering.streams import AnswerStream
 from trol_edge.errors import RequestError
 from trol_edge.runtime import Runtime
-from trol_edge.serve.schema import ChatRequest
+from trol_edge.serve.schema import PICTURES, ChatRequest
 from trol_edge.session import Session
 
 State = Literal["loading", "verifying", "ready", "failed", "stopping"]
@@ -73,15 +73,15 @@ class Job:
         request, outcome = self.request, Outcome()
         chat = runtime.chat(truncate=request.truncate, session=session)
         *before, (asked, images) = zip(request.turns, self.pictures, strict=True)
-        bits = request.options.get("bits")
+        shape = {name: request.options[name] for name in PICTURES if name in request.options}
         for turn, pictures in before:
-            chat.add(turn.prompt, turn.answer, pictures, bits=bits)
+            chat.add(turn.prompt, turn.answer, pictures, **shape)
         prompt = asked.prompt
         if request.choose is not None:
-            outcome.choice = chat.choose(prompt, request.choose, images, bits=bits, deadline_ms=self.remaining_ms)
+            outcome.choice = chat.choose(prompt, request.choose, images, deadline_ms=self.remaining_ms, **shape)
             outcome.text = outcome.choice.text
         elif request.yes_no:
-            outcome.yes_no = chat.yes_no(prompt, images, bits=bits, deadline_ms=self.remaining_ms)
+            outcome.yes_no = chat.yes_no(prompt, images, deadline_ms=self.remaining_ms, **shape)
             outcome.text = "Yes" if outcome.yes_no else "No"
         elif self.deliver is not None:
             with chat.stream(prompt, images, deadline_ms=self.remaining_ms, **request.options) as stream:

@@ -34,10 +34,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Fields that are options of Runtime.stream: OpenAI's own, then extensions.
 OPTIONS = ("temperature", "top_p", "seed", "stop")
-EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "answer_mode", "long_context", "bits", "deadline_ms")
+EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "answer_mode", "long_context", "deadline_ms")
+PICTURES = ("bits", "image_tokens", "max_tiles")  # options about pictures, which choose and yes_no take, too
 KNOWN = frozenset(
     {"model", "messages", "stream", "stream_options", "max_completion_tokens", "max_tokens", "response_format"}
-    | {"logprobs", "top_logprobs", "choose", "yes_no", "conversation", "truncation", *OPTIONS, *EXTENSIONS}
+    | {"logprobs", "top_logprobs", "choose", "yes_no", "conversation", "truncation", *OPTIONS, *EXTENSIONS, *PICTURES}
 )
 
 
@@ -101,7 +102,7 @@ def _request(data: dict[str, Any], model: str) -> ChatRequest:
     stream_options = _fields(data, "stream_options", {"include_usage": bool, "include_obfuscation": bool})
     if stream_options and not data.get("stream"):
         _refuse("stream_options", "needs stream: true")
-    options = {name: data[name] for name in (*OPTIONS, *EXTENSIONS) if name in data}
+    options = {name: data[name] for name in (*OPTIONS, *EXTENSIONS, *PICTURES) if name in data}
     options |= _lengths(data) | _logprobs(data) | _format(data)
     checked = options_from_keywords(options)
     _ = checked.sampling  # raises UsageError for what cannot be sampled with
@@ -174,7 +175,7 @@ def _choices(data: dict[str, Any], options: dict[str, Any]) -> tuple[tuple[str, 
     if choose is None and not yes_no:
         return None, False
     name = "yes_no" if yes_no else "choose"
-    unused = sorted(set(options) - {"max_new_tokens", "temperature", "seed", "bits"})
+    unused = sorted(set(options) - {"max_new_tokens", "temperature", "seed", *PICTURES})
     if unused:
         _refuse(unused[0], f"has no meaning with {name}; leave it out", "unsupported_parameter")
     if yes_no:

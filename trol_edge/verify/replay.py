@@ -49,14 +49,13 @@ from trol_edge.machine import identity
 from trol_edge.model import Model, Provider
 from trol_edge.prompt import probe
 from trol_edge.prompt.images import preprocess
+from trol_edge.rope import TABLES
 from trol_edge.verify.forced import forced_stages
 from trol_edge.verify.passed import SWITCH, Record
 from trol_edge.verify.report import ALWAYS, OLDER, SATURATES, Budget, Report, Stage, budget_of, compared
 
 Float32 = NDArray[np.float32]
 log = logging.getLogger(__name__)
-
-ROPE = ("rope.cos", "rope.sin")
 
 
 def verify(
@@ -152,8 +151,8 @@ def stages_of(model: Model, test: SelfTest) -> Iterator[Stage]:
     noted = pixels[:, :, test.pixel_rows][..., test.pixel_rows]
     yield compared("preprocess", noted, test.pixels, ALWAYS["preprocess"])
     file = bundle.weights()
-    stored = file.load((), stored=ROPE)
-    tables = np.stack([to_float32(stored[name][test.rope_rows], file.tensors[name].dtype) for name in ROPE])
+    stored = file.load((), stored=TABLES)
+    tables = np.stack([to_float32(stored[name][test.rope_rows], file.tensors[name].dtype) for name in TABLES])
     yield compared("rope", tables, test.rope, ALWAYS["rope"])
     yield from forced_stages(model, test, pixels[:1])
     yield from _stored_stages(bundle, test)
