@@ -8,6 +8,7 @@ import logging
 import ssl
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -49,7 +50,11 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take bytes; from the first to the end of the headers only so much time may pass."""
         self._silent += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         if self._silent > HEADER_BYTES:
             self.send_400_response(f"The request has more than {HEADER_BYTES} bytes of headers.")
         if self._answering and not self._heading:
@@ -77,6 +82,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Begin to answer, or let the request wait for those that came before it."""
         self._heading, self._silent = False, 0
+        if self.parser.should_upgrade():
+            return  # it comes again without that wish
         self._asked = [cycle for cycle in self._asked if not cycle.response_complete]
         if len(self._asked) >= MOST_TOGETHER:
             raise RequestError(f"{len(self._asked)} requests are not answered yet; send no more before that")
@@ -84,13 +91,16 @@ class Connection(HttpToolsProtocol):
             raise RequestError("a request names one host")
         super().on_headers_complete()
         self._asked.append(self.cycle)
-        if self.parser.should_upgrade():  # to what this server does not speak, so nothing after it is read
-            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Take some of the body."""
         self._silent = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         """The client reads too slowly."""
@@ -111,6 +121,19 @@ class Connection(HttpToolsProtocol):
             head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
+
+    def _feed(self, data: bytes) -> None:
+        """Parse. A wish for another protocol (websocket, h2c) is dropped, because with it the parser reads no body."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("this server is no proxy") from upgrade
+            kept = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
+            head = [method + b" " + self.url + b" HTTP/1.1", *(name + b": " + value for name, value in kept)]
+            self.parser = httptools.HttpRequestParser(self)
+            self._feed(b"\r\n".join(head) + b"\r\n\r\n" + data[upgrade.args[0] :])
 
     @property
     def _answering(self) -> bool:
