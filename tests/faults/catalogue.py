@@ -129,7 +129,7 @@ FAULTS = (
     ),
     Fault(
         "trol_edge/serve/door.py",
-        "        super().connection_lost(exc)\n        self._end_requests()",
+        "        super().connection_lost(exc)\n        self._end(self._asked)",
         "        super().connection_lost(exc)",
         "the first of two requests goes on after its client has gone",
         ("tests/test_serve_bad_input.py::test_pipelined_requests_end_with_their_client",),
