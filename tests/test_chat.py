@@ -40,6 +40,18 @@ def fresh(runtime: Runtime, turns: list[tuple[Any, Any, str]], length: int) -> l
     return found
 
 
+def test_a_turn_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What finds out that the conversation fits is what is asked."""
+    runtime = ScriptedRuntime(SCRIPT)
+    seen: list[Any] = []
+    real = runtime.model.tokenize
+    monkeypatch.setattr(runtime.model, "tokenize", lambda *given: seen.append(given) or real(*given))  # type: ignore[func-returns-value]
+    with runtime.chat() as chat:
+        assert [chat.ask("One?").text, chat.ask("Two?").text] == ["first", "second"] and len(seen) == 2
+        chat.yes_no("Three?")
+        assert len(seen) == 3 + 4  # the question, then each word that is weighed
+
+
 @pytest.fixture(scope="module")
 def other() -> Any:
     """A second picture."""

@@ -53,6 +53,7 @@ HOME: dict[str, tuple[str, ...]] = {
     "rich": ("trol_edge/cli/",),
     "PIL": ("trol_edge/prompt/images.py", "trol_edge/prompt/tiles.py", "export/scenes.py", "export/nano/"),
     "uvicorn": ("trol_edge/serve/door.py",),
+    "httptools": ("trol_edge/serve/door.py",),
     "llguidance": ("trol_edge/answering/constrain.py",),
     "cryptography": ("trol_edge/bundle/signature.py",),
     "cv2": ("trol_edge/examples/camera.py",),

@@ -366,6 +366,9 @@ def test_what_is_not_http(served: Served) -> None:
                 b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\x00b\r\n\r\n", b"x" * 100_000,
                 b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
                 b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+                b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", b"\r\n" * 100_000,
+                b"CONNECT a:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n",
                 b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 400_000 + b"\r\n"):  # fmt: skip
         found = spoken(served, raw)
         assert found.startswith(b"HTTP/1.1 400") and b'"code": "invalid_http"' in found, raw[:40]
@@ -381,6 +384,57 @@ def test_pipelining(served: Served) -> None:
     post = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
     found = spoken(served, post % (PATH.encode(), len(one), one) * 2 + head % b"/health/live", until=b"alive")
     assert found.count(b'"content": "fine"') == 2
+    for wrong in (b"GARBAGE\r\n\r\n", head % b"/health/live" * 100, head[:-4] + b"X" * 100_000):  # too many, too long
+        found = spoken(served, post % (PATH.encode(), len(one), one) + wrong)
+        assert 0 < found.index(b'"content": "fine"') < found.index(b'"code": "invalid_http"')
+        assert found.count(b"HTTP/1.1 400") == 1
+
+
+def test_headers_without_an_end(served: Served) -> None:
+    """Of a request, of a chunk, and after a body: 400, whatever has come by then."""
+    post = (
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    for begun, endless in (
+        (b"GET /", b"a"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"a"),
+        (post % PATH.encode() + b"1;", b"a"),
+        (post % PATH.encode() + b"1\r\n{\r\n0\r\n", b"A: b\r\n"),
+    ):
+        found = spoken(served, begun + endless * 1_000_000)
+        assert found.startswith(b"HTTP/1.1 400") and b'"code": "invalid_http"' in found, begun
+
+
+def test_what_follows_a_body_is_no_header(served: Served) -> None:
+    """Nor does it change those before it."""
+    one = json.dumps(body("What?")).encode()
+    post = (
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    chunks = b"%x\r\n%s\r\n0\r\nContent-Type: text/html\r\nHost: evil.test\r\n\r\n" % (len(one), one)
+    assert b'"content": "fine"' in spoken(served, post % PATH.encode() + chunks, until=b"fine")
+
+
+def test_a_wish_for_another_protocol_is_not_heard(served: Served) -> None:
+    """As Java's client sends it with every request: the request is answered, and the next one, too."""
+    one = json.dumps(body("What?")).encode()
+    post = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+    wish = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n\r\n"
+    live = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    found = spoken(served, (post % (PATH.encode(), len(one)) + wish + one) * 2 + live, until=b"alive")
+    assert found.count(b'"content": "fine"') == 2
+
+
+def test_pipelined_requests_end_with_their_client() -> None:
+    """The first of them, too, which is being answered."""
+    one = json.dumps(body("What?")).encode()
+    post = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+    with serving(lambda reached: ScriptedRuntime("x" * 200, step_s=0.01)) as slow:
+        with socket.create_connection(("127.0.0.1", slow.server.port)) as gone:
+            gone.sendall(post % (PATH.encode(), len(one), one) * 2)
+            waited_for(lambda: slow.app.line.inside == 1)
+        waited_for(lambda: slow.app.line.inside == 0)
+        assert slow.app.metrics.left == 1
 
 
 @pytest.mark.slow

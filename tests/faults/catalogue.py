@@ -24,8 +24,8 @@ FAULTS = (
     # -- conversations and the server ---------------------------------------------------------------------------------
     Fault(
         "trol_edge/answering/chat.py",
-        "self._size([*self._turns, new], call) > KEPT_SHARE * room",
-        "self._size([*self._turns, new], call) > 2 * room",
+        "len(ids) > KEPT_SHARE * room",
+        "len(ids) > 2 * room",
         "a full conversation drops no turn",
         ("tests/test_chat.py::test_the_oldest_turns_are_dropped",),
     ),
@@ -105,6 +105,41 @@ FAULTS = (
         "while False:",
         "a choice goes on after its client has gone",
         ("tests/test_serve.py::test_a_client_that_leaves_a_choice",),
+    ),
+    Fault(
+        "trol_edge/serve/door.py",
+        "if self._silent > HEADER_BYTES and self._broken is None:",
+        "if False:",
+        "headers may go on for ever",
+        ("tests/test_serve_bad_input.py::test_headers_without_an_end",),
+    ),
+    Fault(
+        "trol_edge/serve/door.py",
+        "        if self._heading:\n            super().on_header",
+        "        if True:\n            super().on_header",
+        "what follows a body counts as a header",
+        ("tests/test_serve_bad_input.py::test_what_follows_a_body_is_no_header",),
+    ),
+    Fault(
+        "trol_edge/serve/door.py",
+        "+ data[upgrade.args[0] :])",
+        "+ data[len(data) :])",
+        "a request that would rather speak HTTP/2 loses its body",
+        ("tests/test_serve_bad_input.py::test_a_wish_for_another_protocol_is_not_heard",),
+    ),
+    Fault(
+        "trol_edge/serve/door.py",
+        "        super().connection_lost(exc)\n        self._end(self._asked)",
+        "        super().connection_lost(exc)",
+        "the first of two requests goes on after its client has gone",
+        ("tests/test_serve_bad_input.py::test_pipelined_requests_end_with_their_client",),
+    ),
+    Fault(
+        "trol_edge/answering/chat.py",
+        "            question = ask(desk, prompt, pictures, call, self._turns, ids)",
+        "            question = ask(desk, prompt, pictures, call, self._turns)",
+        "a turn is tokenized twice",
+        ("tests/test_chat.py::test_a_turn_is_tokenized_once",),
     ),
     Fault(
         "trol_edge/serve/app.py",

@@ -114,15 +114,23 @@ def _copy(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return picture[:, :, ::-1].copy()[:, :, ::-1] if picture.strides[2] < 0 else picture.copy()
 
 
-def ask(desk: Desk, prompt: Prompt, pictures: list[Seen], call: Call, before: Sequence[Turn] = ()) -> Question:
+def ask(
+    desk: Desk,
+    prompt: Prompt,
+    pictures: list[Seen],
+    call: Call,
+    before: Sequence[Turn] = (),
+    ids: list[int] | None = None,
+) -> Question:
     """Make the question. Raises ContextError if the context has no room for it and an answer, and UnfinishedError.
 
-    before: earlier turns of the conversation.
+    before: earlier turns of the conversation. ids: the tokens of all of it, if they are known already.
     """
     call.check()
     check_length(desk, prompt, "the prompt")
     check_length(desk, [text for turn in before for text in texts(turn)], "the conversation")
-    ids = desk.model.tokenize(prompt, [p.tiles for p in pictures], before=[turn.spoken for turn in before])
+    if ids is None:
+        ids = desk.model.tokenize(prompt, [p.tiles for p in pictures], before=[turn.spoken for turn in before])
     context = _context(desk)
     if len(ids) >= context:
         raise ContextError(

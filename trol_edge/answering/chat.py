@@ -178,8 +178,8 @@ class Chat:
         pictures: list[Seen] = []
         try:
             pictures = look(desk, images, options, call)
-            self._make_room(Turn(prompt, pictures, ""), call)
-            question = ask(desk, prompt, pictures, call, self._turns)
+            ids = self._make_room(Turn(prompt, pictures, ""), call)
+            question = ask(desk, prompt, pictures, call, self._turns, ids)
         except UnfinishedError:  # the answer says so: its turn does not come
             question = UNREAD
         clock = Clock(1e3 * (desk.now() - start))
@@ -189,8 +189,8 @@ class Chat:
         desk = self._desk
         call, start = desk.call(options), desk.now()
         pictures = look(desk, images, options, call)
-        self._make_room(Turn(prompt, pictures, ""), call)
-        return Poll(prompt, pictures, list(self._turns), call, start)
+        ids = self._make_room(Turn(prompt, pictures, ""), call)
+        return Poll(prompt, pictures, list(self._turns), call, start, ids)
 
     def _heard(self, stream: AnswerStream, turn: Turn) -> Generator[Piece, None, None]:
         """Pass the pieces on, and remember the turn when they end or nobody asks for more."""
@@ -210,22 +210,27 @@ class Chat:
         if text or reason not in ("deadline", "stopped", "left", "failed"):
             self._turns.append(Turn(turn.prompt, turn.pictures, text))
 
-    def _make_room(self, new: Turn, call: Call) -> None:
-        """Drop the oldest turns that are not pinned if the conversation would not fit with `new`."""
+    def _make_room(self, new: Turn, call: Call) -> list[int] | None:
+        """Drop the oldest turns that are not pinned if the conversation would not fit with `new`.
+
+        Returns its tokens, or None where nothing may be dropped and so none were counted.
+        """
         if not self._truncate:
-            return
+            return None
         context = self._desk.model.bundle.manifest.context
         room = context - min(ANSWER_ROOM, context // 4)
         for text in texts(new):
             check_length(self._desk, text, "the prompt")
-        if self._size([*self._turns, new], call) <= room:
-            return
-        while len(self._turns) > self._pinned and self._size([*self._turns, new], call) > KEPT_SHARE * room:
-            del self._turns[self._pinned]
-            self._dropped += 1
+        ids = self._ids(new, call)
+        if len(ids) > room:
+            while len(self._turns) > self._pinned and len(ids) > KEPT_SHARE * room:
+                del self._turns[self._pinned]
+                self._dropped += 1
+                ids = self._ids(new, call)
+        return ids
 
-    def _size(self, turns: list[Turn], call: Call) -> int:
-        """The tokens of a conversation."""
+    def _ids(self, new: Turn, call: Call) -> list[int]:
+        """The tokens of the conversation with `new`."""
         call.check()
-        *before, last = [turn.spoken for turn in turns]
-        return len(self._desk.model.tokenize(last.prompt, last.tiles, last.answer, before))
+        before, last = [turn.spoken for turn in self._turns], new.spoken
+        return self._desk.model.tokenize(last.prompt, last.tiles, last.answer, before)

@@ -36,6 +36,7 @@ class Poll:
     before: Sequence[Turn]
     call: Call
     start: float  # when the call began, by the desk's clock
+    ids: list[int] | None = None  # the tokens of all of it, if they are known already
 
 
 def choose(desk: Desk, poll: Poll, texts: list[str], options: Options) -> Choice:
@@ -60,7 +61,7 @@ def _score(
 ) -> tuple[list[float], list[int], Clock]:
     """Log-probability and token count of each text as the answer. whole: count the end of the answer as a token."""
     call = poll.call
-    question = ask(desk, poll.prompt, poll.pictures, call, poll.before)
+    question = ask(desk, poll.prompt, poll.pictures, call, poll.before, poll.ids)
     answers = [_answer_ids(desk, poll, question, text) for text in texts]
     context, longest = desk.model.bundle.manifest.context, max(map(len, answers))
     if len(question.ids) + longest > context:

@@ -6,8 +6,10 @@ import asyncio
 import json
 import logging
 import ssl
+from collections import deque
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -35,6 +37,7 @@ class Connection(HttpToolsProtocol):
     _blocked: asyncio.TimerHandle | None = None
     _heading = False  # whether a request has begun whose headers are not complete
     _silent = 0  # bytes since the parser last found the end of headers, or something of a body
+    _broken: str | None = None  # why nothing more can be understood
     _asked: list[RequestResponseCycle]  # the requests that are not answered yet
 
     def connection_made(self, transport: Any) -> None:
@@ -48,9 +51,15 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; from the first to the end of the headers only so much time may pass."""
+        if self._broken is not None:
+            return
         self._silent += len(data)
-        super().data_received(data)
-        if self._silent > HEADER_BYTES:
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        if self._silent > HEADER_BYTES and self._broken is None:
             self.send_400_response(f"The request has more than {HEADER_BYTES} bytes of headers.")
         if self._answering and not self._heading:
             self._forget("_timer")
@@ -62,7 +71,7 @@ class Connection(HttpToolsProtocol):
         self._forget("_timer")
         self._forget("_blocked")
         super().connection_lost(exc)
-        self._end_requests()
+        self._end(self._asked)
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -77,6 +86,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Begin to answer, or let the request wait for those that came before it."""
         self._heading, self._silent = False, 0
+        if self.parser.should_upgrade():
+            return  # it comes again without that wish
         self._asked = [cycle for cycle in self._asked if not cycle.response_complete]
         if len(self._asked) >= MOST_TOGETHER:
             raise RequestError(f"{len(self._asked)} requests are not answered yet; send no more before that")
@@ -84,13 +95,16 @@ class Connection(HttpToolsProtocol):
             raise RequestError("a request names one host")
         super().on_headers_complete()
         self._asked.append(self.cycle)
-        if self.parser.should_upgrade():  # to what this server does not speak, so nothing after it is read
-            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Take some of the body."""
         self._silent = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         """The client reads too slowly."""
@@ -102,22 +116,51 @@ class Connection(HttpToolsProtocol):
         self._forget("_blocked")
         super().resume_writing()
 
+    def on_response_complete(self) -> None:
+        """Begin the next answer; after the last one before what is not HTTP, say so."""
+        super().on_response_complete()
+        if self._broken is not None and all(cycle.response_complete for cycle in self._asked):
+            self._refuse(self._broken)
+
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP with an error object, and end the requests before it that are not answered."""
-        begun = any(cycle.response_started and not cycle.response_complete for cycle in self._asked)
-        self._end_requests()
-        if not begun and not self.transport.is_closing():
-            body = json.dumps(error_object(RequestError(msg, code="invalid_http"))).encode()
+        """Answer what is not HTTP with an error object, once the requests that were whole before it are answered."""
+        self._broken = msg
+        cut = [cycle for cycle in self._asked if cycle.more_body and not cycle.response_complete]
+        self._asked = [cycle for cycle in self._asked if cycle not in cut and not cycle.response_complete]
+        self.pipeline = deque(entry for entry in self.pipeline if entry[0] not in cut)
+        self._end(cut)
+        if any(cycle.response_started for cycle in cut):
+            self.transport.close()
+        elif not self._asked:
+            self._refuse(msg)
+
+    def _refuse(self, reason: str) -> None:
+        if not self.transport.is_closing():
+            body = json.dumps(error_object(RequestError(reason, code="invalid_http"))).encode()
             head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        self.transport.close()
+            self.transport.close()
+
+    def _feed(self, data: bytes) -> None:
+        """Parse. A wish for another protocol (websocket, h2c) is dropped, because with it the parser reads no body."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            method = self.parser.get_method()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("this server is no proxy") from upgrade
+            kept = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
+            head = [method + b" " + self.url + b" HTTP/1.1", *(name + b": " + value for name, value in kept)]
+            self.parser = httptools.HttpRequestParser(self)
+            self._feed(b"\r\n".join(head) + b"\r\n\r\n" + data[upgrade.args[0] :])
 
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _end_requests(self) -> None:
-        for cycle in self._asked:
+    @staticmethod
+    def _end(cycles: list[RequestResponseCycle]) -> None:
+        for cycle in cycles:
             cycle.disconnected = True
             cycle.message_event.set()
 
