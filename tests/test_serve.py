@@ -234,7 +234,8 @@ def test_a_full_queue() -> None:
         for i in range(3):
             threads.append(threading.Thread(target=work, args=(i,)))
             threads[-1].start()
-            waited_for(lambda i=i: small.app.line.inside == i + 1)
+            # inside is who has sent his headers; his place comes with the body
+            waited_for(lambda i=i: small.app.line.waiting == i and sum(small.app.metrics.wait.counts) == 1)
         with pytest.raises(openai.RateLimitError) as full:
             ask(own, "One?")
         assert full.value.code == "queue_full" and int(full.value.response.headers["retry-after"]) >= 1

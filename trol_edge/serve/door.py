@@ -57,7 +57,7 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         try:
             self._feed(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, RequestError):
             self.send_400_response("Invalid HTTP request received.")
         if self._silent > HEADER_BYTES and self._broken is None:
             self.send_400_response(f"The request has more than {HEADER_BYTES} bytes of headers.")
@@ -148,7 +148,7 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             method = self.parser.get_method()
             if method == b"CONNECT":
-                raise httptools.HttpParserError("this server is no proxy") from upgrade
+                raise RequestError("this server is no proxy") from upgrade
             kept = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
             head = [method + b" " + self.url + b" HTTP/1.1", *(name + b": " + value for name, value in kept)]
             self.parser = httptools.HttpRequestParser(self)
