@@ -23,6 +23,7 @@ from trol_edge.bundle.folder import digest_of
 from trol_edge.bundle.graph_file import read_graph
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST, SELFTEST, TOKENIZER, WEIGHTS
+from trol_edge.bundle.program_counts import ProgramCounts, Work
 from trol_edge.bundle.selftest import read as read_selftest
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BundleError, TrolEdgeError, UsageError
@@ -299,7 +300,25 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "null graph": lambda d: d["graphs"].update(step=None),
     "infinite": lambda d: d["spec"].update(rope_theta=float("inf")),
     "not a number": lambda d: d["spec"].update(rms_norm_eps=float("nan")),
+    "query heads": lambda d: d["spec"].update(num_heads=4096),
+    "wide layers": lambda d: d["spec"].update(intermediate_size=2**20),
+    "tower's width": lambda d: d["spec"]["vision"].update(hidden_size=2**17),
+    "patches": lambda d: d["spec"]["vision"].update(image_size=2**13, patch_size=1),
+    "many unknown keys": lambda d: d.update({f"key {i}": 1 for i in range(50_000)}),
+    "a long unknown key": lambda d: d.update({"x" * 1_000_000: 1}),
+    "endless costs": lambda d: costs(d)["operations"][0].update(flops={"*".join(["tokens"] * 100_000): 1}),
+    "endless peak": lambda d: costs(d).update(peak=[{"*".join(["slots"] * 100_000): 1}]),
+    "another dimension": lambda d: costs(d)["operations"][0].update(flops={"anything": 1}),
+    "huge costs": lambda d: costs(d)["operations"][0].update(flops={"tokens": 2**62}),
+    "many times": lambda d: costs(d)["operations"][0].update(count=2**62),
+    "many operations": lambda d: costs(d).update(operations=costs(d)["operations"] * 1000),
 }
+
+
+def costs(data: dict[str, Any]) -> dict[str, Any]:
+    """The counts of a graph in a manifest."""
+    found: dict[str, Any] = data["graphs"]["traverse"]["costs"]
+    return found
 
 
 @pytest.mark.parametrize("change", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
@@ -452,6 +471,19 @@ def test_hostile_engine_lists(copy: Path, content: str | bytes) -> None:
     folder.mkdir(parents=True)
     (folder / "engines.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(TrolEdgeError, match=r"engines\.json"):
+        engines.read(Bundle(copy), "rtx")
+
+
+@pytest.mark.parametrize("polynomial", [{"tokens*" * 100_000 + "1": 1}, {"anything": 1}, {"tokens": 2**60}])
+def test_counts_of_engines_are_bounded(copy: Path, polynomial: dict[str, int]) -> None:
+    """`plan` evaluates them."""
+    folder = copy / "engines" / "rtx"
+    folder.mkdir(parents=True)
+    counts = ProgramCounts({}, 1, 1, 1, (Work("rest", {}, polynomial),), {})
+    one = engines.EngineInfo("step.engine", 1, "", "", 0, {}, (), 0.0, (counts,))
+    key = engines.Key("rtx", "", "", "", "")
+    engines.write(folder, engines.EngineSet(2, "", key, "", "", dict.fromkeys(engines.ENGINES, one)))
+    with pytest.raises(BundleError, match=r"the counts of vision have a (term|coefficient)"):
         engines.read(Bundle(copy), "rtx")
 
 

@@ -9,13 +9,15 @@ reads only the filled part of the cache; for the CPU target no port shows them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from trol_edge.errors import UsageError
 
 Polynomial = dict[str, int]
 KINDS = ("linear", "convolution", "attention", "norm", "pointwise", "move")  # kinds of operations
 ARITHMETIC = ("float32", "float16", "int8", "int4", "fp8")
+VARIABLES = frozenset(("images", "tokens", "slots", "capacity", "1"))
+MOST_FACTORS, MOST_OPERATIONS, MOST_NUMBER = 3, 1 << 12, 1 << 50  # above what any model has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,33 @@ def evaluate(polynomial: Polynomial, dims: Mapping[str, int]) -> int:
                 coefficient *= dims[name]
         total += coefficient
     return total
+
+
+def wrong_counts(costs: Costs) -> Iterator[str]:
+    """Describe what no counts of a graph have, because they may come from somewhere else."""
+    if not len(costs.operations) <= MOST_OPERATIONS:
+        yield f"{len(costs.operations)} kinds of work"
+    if any(o.kind not in KINDS or o.arithmetic not in ARITHMETIC for o in costs.operations):
+        yield "unknown kinds of work"
+    if any(not 1 <= o.count <= MOST_OPERATIONS or not 0 <= o.weight_bytes <= MOST_NUMBER for o in costs.operations):
+        yield "numbers that no model has"
+    if not costs.defaults.keys() <= VARIABLES or any(not 0 <= n <= MOST_NUMBER for n in costs.defaults.values()):
+        yield "dimensions that no graph has"
+    polynomials = [p for o in costs.operations for p in (o.flops, o.activation_bytes, o.cache_bytes)]
+    yield from wrong_polynomials([*costs.peak, *polynomials])
+
+
+def wrong_polynomials(polynomials: Iterable[Polynomial]) -> Iterator[str]:
+    """Describe polynomials whose evaluation would take long, or end in an error."""
+    for polynomial in polynomials:
+        for term, coefficient in polynomial.items():
+            names = term[: 10 * MOST_FACTORS].split("*")
+            if len(term) > 10 * MOST_FACTORS or len(names) > MOST_FACTORS or not VARIABLES.issuperset(names):
+                yield f"a term {term[:40]!r}"
+                return
+            if not abs(coefficient) <= MOST_NUMBER:
+                yield f"a coefficient {coefficient!r:.40}"
+                return
 
 
 def _total(operations: tuple[Operation, ...], dims: Mapping[str, int]) -> Cost:

@@ -23,7 +23,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trol_edge.bundle.costs import ARITHMETIC, KINDS, Costs
+from trol_edge.bundle.costs import Costs, wrong_counts
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
 from trol_edge.bundle.folder import digest_of, sha256_of, taken_back
 from trol_edge.bundle.graph_file import GraphFile, read_graph
@@ -277,9 +277,9 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
         yield from (f"plan of {printable(name)[:80]}: {problem:.200}" for problem in linear.problems())
     if spec.long_rope is not None:
         yield from wrong_sizes(spec.long_rope, "spec.long_rope.")
-    operations = [o for info in manifest.graphs.values() if info.costs for o in info.costs.operations]
-    if any(o.kind not in KINDS or o.arithmetic not in ARITHMETIC or o.count < 1 for o in operations):
-        yield "the costs of a graph name unknown kinds of work"
+    for name, info in manifest.graphs.items():
+        if info.costs is not None and (wrong := list(wrong_counts(info.costs))):
+            yield f"the costs of graph {printable(name)[:80]} have {', '.join(wrong)}"
     if not 2 <= manifest.context <= min(most, max(2, spec.max_position_embeddings)):
         yield f"context {manifest.context} is not 2..{spec.max_position_embeddings} (max_position_embeddings)"
     if not 1 <= manifest.prompt.tokens_per_image == spec.vision.tokens_per_image:

@@ -1,4 +1,4 @@
-"""Reads JSON strictly: every unknown, missing or mistyped field is a problem, and all are reported at once."""
+"""Reads JSON strictly: every unknown, missing or mistyped field is a problem, and they are reported at once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from trol_edge.errors import BundleError, TrolEdgeError
 
 T = TypeVar("T")
 MOST_NUMBER = 1 << 63
+MOST_LISTED = 20  # problems in a message
+MOST_SHOWN = 300  # characters of one
 
 
 def from_dict(
@@ -22,13 +24,15 @@ def from_dict(
 ) -> T:
     """Build the dataclass `cls` (nested ones included) from parsed JSON.
 
-    Unknown, missing and wrongly typed keys raise `error` in one message that lists them all and ends in `advice`. A
-    field that is silently dropped would be a silently wrong answer later.
+    Unknown, missing and wrongly typed keys raise `error` in one message that lists them and ends in `advice`. A field
+    that is silently dropped would be a silently wrong answer later.
     """
     problems: list[str] = []
     value = _convert(cls, data, where, problems)
     if problems:
-        refusal = error(f"{'; '.join(problems)}. {advice}")
+        shown = [problem if len(problem) <= MOST_SHOWN else problem[:MOST_SHOWN] + "..." for problem in problems]
+        more = f"; and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
+        refusal = error(f"{'; '.join(shown[:MOST_LISTED])}{more}. {advice}")
         raise refusal
     return value
 
