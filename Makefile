@@ -20,6 +20,9 @@ TORCH ?=
 PYTHON_OLDEST ?= python3.10
 ORT_OLDEST ?= 1.23.2
 
+# The tests start many processes, each of which would compile every file again.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tests import cases
 from tests.cases import TOLERANCE, difference
-from tests.conftest import CONTEXT, NANO
+from tests.conftest import NANO, context_of
 from tests.golden import GOLDEN
 from tests.reference import Reference
 from trol_edge.bundle.weights import WeightsFile
@@ -66,7 +66,7 @@ def bundle(traces: dict[Any, Any], tmp_path: Path) -> Callable[[Path], Path]:
 
     def make(checkpoint: Path, **options: Any) -> Path:
         out = tmp_path / "out" / checkpoint.name
-        pipeline.export(checkpoint, out, context=CONTEXT, overwrite=True, **options)
+        pipeline.export(checkpoint, out, context=context_of(CASE.name), overwrite=True, **options)
         return out
 
     return make

@@ -158,7 +158,7 @@ def test_interrupt(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, 
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("each_bundle")
+@pytest.mark.bundle
 @pytest.mark.parametrize("name", NANOS)
 def test_export(cli: Callable[..., Result], tmp_path: Path, name: str) -> None:
     """A folder or a name; what exists is refused or replaced; the bundle runs."""

@@ -247,7 +247,7 @@ def test_standard_input(
 def test_standard_input_of_a_shell(nano: Runtime, nano_bundle: Path) -> None:
     """Redirected, piped, and a pipe that the shell makes."""
     right = f"{nano.generate(QUESTION, SCENE)}\n".encode()
-    ask = f"trol run {nano_bundle} -p '{QUESTION}' -i"
+    ask = f"trol run {nano_bundle} --threads 1 -p '{QUESTION}' -i"  # a second thread doubles the processor time
     for command in (f"{ask} - < {SCENE}", f"{ask} /dev/stdin < {SCENE}", f"{ask} <(cat {SCENE})"):
         assert shell(command)[:2] == (0, right)
     assert shell(f"cat {SCENE} | {ask} /dev/stdin")[1] == right
@@ -256,7 +256,7 @@ def test_standard_input_of_a_shell(nano: Runtime, nano_bundle: Path) -> None:
 # -- readers that go, and encodings ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", ["inspect {}", "inspect {} --json", "run {} -p x", "--help"])
+@pytest.mark.parametrize("words", ["inspect {}", "inspect {} --json", "run {} -p x --threads 1", "--help"])
 def test_a_reader_that_has_gone(nano_bundle: Path, words: str) -> None:
     """Exit code 0, and not a word, by whichever way it was printed."""
     read, write = os.pipe()

@@ -50,8 +50,8 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize("call", DAEMONS.values(), ids=DAEMONS)
 def test_a_program_ends_while_daemon_threads_are_inside_calls(call: str, nano_bundle: Path) -> None:
-    """Several times, at other moments; with exit status 0 and nothing said."""
-    for moment in range(4):
+    """At once and a while later; with exit status 0 and nothing said."""
+    for moment in (0, 2):
         done = run(START + DAEMON.format(call=call), nano_bundle, str(moment))
         assert (done.returncode, done.stderr) == (0, "")
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests import cases, test_phi3
 from tests.cases import TOLERANCE, Array, difference
-from tests.conftest import CHECKPOINTS, CONTEXT, NANOS
+from tests.conftest import CHECKPOINTS, NANOS, context_of
 from tests.golden import GOLDEN
 from trol_edge.bundle.engines import left_out
 from trol_edge.bundle.folder import sha256_of
@@ -99,8 +99,7 @@ def test_lowered_graphs_equal_the_canonical_ones(
     """Every prompt of every golden case, with steps after it: the plain operators of JetPack 6 against opset 23."""
     checkpoint = phi3_checkpoint(case) if case.startswith("phi3") else GOLDEN / case
     limit = Checkpoint(checkpoint).spec.max_position_embeddings
-    most = test_phi3.CONTEXT if case.startswith("phi3") else CONTEXT
-    canonical = exported(checkpoint, context=min(most, limit), lowered=False)
+    canonical = exported(checkpoint, context=min(context_of(case), limit), lowered=False)
     runtimes = [Runtime(canonical), Runtime(lowered_bundle(canonical, tmp_path / "lowered"))]
     seen = 0
     for ids, pixels, golden in prompts_of(case):
@@ -153,8 +152,7 @@ def test_caches_in_place_equal_the_canonical_ones(
     newest_or_skip()
     checkpoint = phi3_checkpoint(case) if case.startswith("phi3") else GOLDEN / case
     limit = Checkpoint(checkpoint).spec.max_position_embeddings
-    most = test_phi3.CONTEXT if case.startswith("phi3") else CONTEXT
-    canonical = exported(checkpoint, context=min(most, limit), lowered=False)
+    canonical = exported(checkpoint, context=min(context_of(case), limit), lowered=False)
     lowered = lowered_bundle(canonical, tmp_path / "lowered", target)
     operators = Bundle(lowered).manifest.graphs["step"].operators
     assert "ScatterND" not in operators and operators["TensorScatter"] > 0 and "Attention" not in operators

@@ -67,7 +67,10 @@ def test_pictures_of_several_tiles_are_answered_right(phi3: Runtime) -> None:
     assert (score.scale, score.tiles) == (2, 5)
 
 
-@pytest.mark.parametrize(("width", "height", "tiles"), [(230, 110, 3), (120, 340, 4), (640, 480, 7), (150, 150, 1)])
+@pytest.mark.parametrize(
+    ("width", "height", "tiles"),
+    [(230, 110, 3), (120, 340, 4), (150, 150, 1), pytest.param(640, 480, 7, marks=pytest.mark.slow)],
+)
 def test_pictures_of_any_shape_are_answered_right(phi3: Runtime, width: int, height: int, tiles: int) -> None:
     """Stretched, so that the tiles cut other parts out of it; the thumbnail shows the whole."""
     right = []

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tests.conftest import context_of
 from tests.golden import GOLDEN
 from tests.phi3_tokenizer import IMAGE_ID, make
 from trol_edge.errors import CheckpointError, ContextError, UsageError
@@ -31,7 +32,7 @@ Array = NDArray[Any]
 
 TOLERANCE = 1e-4  # of the largest magnitude in golden's array
 STEPS = 8  # greedy tokens that golden stores
-CONTEXT = 1024
+CONTEXT = context_of("phi3")
 LONGEST = 2048  # positions of the reference's tables
 CASES = {path.name: json.loads((path / "case.json").read_text()) for path in sorted(GOLDEN.glob("phi3-*"))}
 RUNS = [(case, run["name"]) for case, info in CASES.items() for run in info["runs"]]

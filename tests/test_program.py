@@ -356,7 +356,7 @@ def put_engines(folder: Path, target: str, library: str, files: dict[str, bytes]
 @pytest.fixture
 def rtx_bundle(exported: Callable[..., Path], tmp_path: Path) -> Path:
     """trol-nano exported for TensorRT for RTX, without engines."""
-    return Path(shutil.copytree(exported(NANO, target="rtx", context=256), tmp_path / "bundle"))
+    return Path(shutil.copytree(exported(NANO, target="rtx"), tmp_path / "bundle"))
 
 
 def test_inspect_prints_programs(rtx_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,8 +378,8 @@ def test_inspect_prints_programs(rtx_bundle: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "vision: nothing is known of its program" in shown
     assert "step: moves 0.3 MB" in shown and "avoidable, cache copy: 0.3 MB: past.1 to present.1" in shown
-    assert main(["inspect", str(rtx_bundle), "--program", "--tokens", "257"]) == 1
-    assert "257 tokens and 257 filled rows: the bundle's context is 256" in capsys.readouterr().err
+    assert main(["inspect", str(rtx_bundle), "--program", "--tokens", "2049"]) == 1
+    assert "2049 tokens and 2049 filled rows: the bundle's context is 2048" in capsys.readouterr().err
     assert main(["inspect", str(rtx_bundle), "--tokens", "20"]) == 1
     assert "are for --program" in capsys.readouterr().err
     (rtx_bundle / "engines" / "rtx" / "step.engine").write_bytes(b"vtrt")
@@ -417,7 +417,7 @@ def test_classic_engines_are_asked(
     exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The inspector of classic TensorRT gets a context with the shapes, and its report is the same."""
-    folder = Path(shutil.copytree(exported(NANO, target="tensorrt", context=256), tmp_path / "bundle"))
+    folder = Path(shutil.copytree(exported(NANO, target="tensorrt"), tmp_path / "bundle"))
     bundle = Bundle(folder)
     plans = {
         name: trt_standin.engine_file(
@@ -436,4 +436,4 @@ def test_classic_engines_are_asked(
         (program,) = programs_of(bundle, engines, name, dims, library)
         assert (len(program.kernels), program.library) == (3, "TensorRT 10.3.0")
     with pytest.raises(BackendError, match="none of its profiles takes"):
-        programs_of(bundle, engines, "traverse", dims | {"tokens": 1000}, library)
+        programs_of(bundle, engines, "traverse", dims | {"tokens": 3000}, library)

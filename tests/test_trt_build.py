@@ -53,7 +53,7 @@ def rtx_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def plain_bundle(exported: Callable[..., Path]) -> Path:
     """trol-nano exported for classic TensorRT from 10.3 on."""
-    return exported(NANO, target="tensorrt", context=256)
+    return exported(NANO, target="tensorrt")
 
 
 @pytest.fixture(scope="module")
@@ -331,10 +331,11 @@ def copy(bundle: Path, tmp_path: Path) -> Bundle:
     return Bundle(tmp_path / "bundle")
 
 
-def test_operators_are_checked_before_parsing(rtx_bundle: Path, tmp_path: Path) -> None:
+def test_operators_are_checked_before_parsing(exported: Callable[..., Path], tmp_path: Path) -> None:
     """Graphs for a newer TensorRT on JetPack 6: the operator, the version that has it, the version here."""
+    library: Any = MadeUpLibrary()
     with pytest.raises(BackendError, match=r"Attention needs TensorRT 10\.14, this is 10\.3\.0") as caught:
-        trt_build.build(copy(rtx_bundle, tmp_path), "tensorrt", library=MadeUpLibrary())  # type: ignore[arg-type]
+        trt_build.build(copy(exported(NANO, target="rtx"), tmp_path), "tensorrt", library=library)
     assert "RMSNormalization needs TensorRT 10.15" not in str(caught.value)  # vision has LayerNormalization
     assert "export with the target of this machine's TensorRT" in str(caught.value)
     assert list((tmp_path / "bundle" / "engines").iterdir()) == []
@@ -411,8 +412,8 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
     library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()], size=3_000_000))
     bundle = copy(plain_bundle, tmp_path)
     cache = trt_build.cache_bytes(bundle.manifest.graphs["traverse"].inputs, bundle.manifest.context)
-    assert cache == 2 * 2 * 5 * 2 * 256 * 32 * 4  # sets, K and V, layers, heads, rows, head size, FP32
-    with pytest.raises(BackendError, match=r"engines vision, traverse take 0\.01 GB and the K/V cache 0\.00 GB"):
+    assert cache == 2 * 2 * 5 * 2 * 2048 * 32 * 4  # sets, K and V, layers, heads, rows, head size, FP32
+    with pytest.raises(BackendError, match=r"engines vision, traverse take 0\.01 GB and the K/V cache 0\.01 GB"):
         trt_build.build(bundle, library=library, memory_bytes=cache + 5_000_000)
     assert list((bundle.folder / "engines").iterdir()) == []
     done = trt_build.build(bundle, library=library, memory_bytes=cache + 9_100_000)  # three, and the rope tables

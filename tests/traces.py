@@ -11,16 +11,24 @@ import onnx_ir as ir
 
 from tests import kept
 from tests.conftest import installed
+from trol_edge.bundle.spec import LongRope, ModelSpec
 from trol_edge.export.graphs import canonical as graphs
 
 Trace = Callable[[str, Any, Any, int], ir.Model]
-# Numbers of a checkpoint that do not reach the graph.
-NOT_IN_THE_GRAPH = {
+# Numbers of a checkpoint that do not reach a graph, as they stand in keys.
+NEVER: dict[str, Any] = {
     "rope_theta": 0.0,
     "max_position_embeddings": 0,
     "eos_token_id": 0,
+    "more_end_ids": (),
     "image_token_id": 0,
     "embedding_rows": 0,
+}
+NOT_IN_VISION: dict[str, Any] = {
+    **dict.fromkeys(("intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"), 0),
+    "rms_norm_eps": 0.0,
+    "lora_rank": 0,
+    "long_rope": None,
 }
 
 
@@ -30,11 +38,10 @@ def remember(trace: Trace) -> Trace:
     memo: dict[str, ir.Model] = {}
 
     def once(name: str, family: Any, spec: Any, capacity: int) -> ir.Model:
-        same = dataclasses.replace(spec, **NOT_IN_THE_GRAPH)
         made_by = family.vision if name == "vision" else family.decoder
         key = kept.digest(
             sorted({*kept.sources(graphs.__name__), *kept.sources(made_by.__module__), Path(__file__)}),
-            *(versions, name, family.name, made_by.__module__, made_by.__qualname__, same),
+            *(versions, name, family.name, made_by.__module__, made_by.__qualname__, reduced(name, spec, capacity)),
             None if name == "vision" else capacity,
         )
         if key not in memo:
@@ -44,6 +51,14 @@ def remember(trace: Trace) -> Trace:
         return memo[key].clone()
 
     return once
+
+
+def reduced(name: str, spec: ModelSpec, capacity: int) -> ModelSpec:
+    """The same without what does not reach the graph; whole checkpoints share a trace so, or the tower's alone."""
+    if name == "vision":
+        return dataclasses.replace(spec, **NEVER, **NOT_IN_VISION)
+    rope = spec.long_rope and LongRope((), (), spec.long_rope.short_rows(capacity), 0.0)
+    return dataclasses.replace(spec, **NEVER, vision=None, long_rope=rope)
 
 
 def save(model: ir.Model, folder: Path) -> None:

@@ -201,9 +201,9 @@ def _export(
         )
         if program is None:
             raise ExportError("the trace returned nothing; this is a fault of trol-edge, please report it")
-        model = program.model
+        model, parameters = program.model, set(module.state_dict())
         for value in model.graph.initializers.values():
-            if value.name in module.state_dict():
+            if value.name in parameters:
                 value.const_value = None  # it is fake, so nothing below may read it
         onnxscript.optimizer.optimize(model)
     # Stack traces are most of the file's bytes, and their paths would make the file differ between machines.
