@@ -193,13 +193,19 @@ def test_shipped_counts() -> None:
     found = shipped.shipped()
     assert found.library.startswith("TensorRT for RTX 1.7")
     names = {(c.model, c.recipe, target) for c in found.engines for target in c.targets}
-    assert ("trol-3.8b", "int4", "jetson-jp6") in names
+    for model in ("trol-1.8b", "trol-3.8b"):
+        for target in ("jetson-jp6", "jetson-jp72", "rtx"):
+            assert {(model, recipe, target) for recipe in ("fp16", "int8", "int4", "fp8")} <= names
+            for recipe in ("int8", "int4"):
+                assert "traverse" in shipped.programs(model, target, recipe, 4, 4)
     assert shipped.programs("trol-9b", "jetson-jp6", "int4", 4, 4) == {}
     for model, recipe, target in names:
         engines = shipped.programs(model, target, recipe, 4, 4)
         assert "step" in engines and engines.keys() <= {"vision", "traverse", "step"}
         step = engines["step"][0]
         assert step.moved({"capacity": 2048, "slots": 2048, "tokens": 1}) > step.constants > 0
+        assert all(counts.scratch >= 0 for graph in engines.values() for counts in graph)
+        assert not step.avoidable
 
 
 def test_element_wise_operators_wait_for_memory(nano: rates_module.Platform) -> None:
