@@ -261,9 +261,12 @@ def prepare(
         qdq.separate_readers(model)
     if plan.compute == "fp16":
         half.convert(model, plan.kept_fp32, dtypes)
+    in_place = not is_gpu(target) or "TensorScatter" in TARGETS[target].takes()
     if is_gpu(target) and name == "step":
         lower_trt.add_token(model)
-        lower_cache.read_filled(model, give_rows="TensorScatter" not in TARGETS[target].takes())
+        lower_cache.read_filled(model, give_rows=not in_place)
+    elif not in_place and name != "vision":
+        lower_cache.give_rows(model)
     return LOWERINGS[target](name, model) if target in LOWERINGS else {}
 
 

@@ -25,7 +25,7 @@ from trol_edge.bundle.targets import TARGETS
 from trol_edge.errors import ExportError
 from trol_edge.export import pipeline
 from trol_edge.export.lower import trt as lower_trt
-from trol_edge.export.lower.cache import read_filled
+from trol_edge.export.lower.cache import give_rows, read_filled
 from trol_edge.export.lower.trt import add_token, lower, refusals
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
@@ -45,8 +45,8 @@ def lowered_bundle(source: Path, folder: Path, target: str = "jetson-jp6") -> Pa
     in_place = "TensorScatter" in TARGETS[target].takes()
     for name, graph in manifest.graphs.items():
         model = ir.load(source / graph.file)
-        if name == "step" and not in_place:
-            read_filled(model, give_rows=True)
+        if name != "vision" and not in_place:
+            read_filled(model, give_rows=True) if name == "step" else give_rows(model)
             outputs = pipeline.ports(model.graph.outputs)
             weights = set(graph.weights)
             inputs = pipeline.ports([v for v in model.graph.inputs if v.name not in weights])
@@ -179,21 +179,25 @@ def test_only_the_update_reads_a_cache(exported: Callable[..., Path]) -> None:
             assert node.outputs[0].is_graph_output() and past.shape is not None and len(past.shape) == 4
 
 
-def test_a_step_that_gives_its_rows(exported: Callable[..., Path], tmp_path: Path) -> None:
-    """Without TensorScatter: new rows are those of the written caches, and the token's own row of a past is not read.
+@pytest.mark.parametrize(("name", "count"), [("step", 1), ("traverse", 4)])
+def test_graphs_that_give_their_rows(name: str, count: int, exported: Callable[..., Path], tmp_path: Path) -> None:
+    """Without TensorScatter: new rows are those of the written caches, and the tokens' own rows of a past are not read.
 
     A cache may be written in place before or after attention reads it, and it may hold an older answer's rows.
     """
     folder = lowered_bundle(exported(NANO, lowered=False), tmp_path / "lowered", PLAIN.name)
     backend = Runtime(folder).model.backend
     assert isinstance(backend, OrtBackend)
-    info, rng, rows, position = Bundle(folder).manifest.graphs["step"], np.random.default_rng(0), 16, 11
-    inputs: dict[str, Array] = {name: value.numpy() for name, value in backend.weights.items() if name in info.weights}
+    info, rng, position = Bundle(folder).manifest.graphs[name], np.random.default_rng(0), 11
+    rows = 16 if name == "step" else position + count
+    inputs: dict[str, Array] = {n: value.numpy() for n, value in backend.weights.items() if n in info.weights}
     inputs |= {
-        "inputs_embeds": rng.standard_normal((1, 1, backend.spec.hidden_size), np.float32),
-        "position_ids": np.array([[position]], np.int64),
+        "inputs_embeds": rng.standard_normal((1, count, backend.spec.hidden_size), np.float32),
+        "position_ids": np.arange(position, position + count, dtype=np.int64)[None],
         "slots": np.arange(rows, dtype=np.int64),
     }
+    if name == "traverse":
+        inputs["image_mask"] = np.zeros((1, count, 1), np.float32)
     past = {
         p.name: rng.standard_normal([int(d) for d in p.shape], np.float32) for p in info.inputs if "past_" in p.name
     }
@@ -203,21 +207,21 @@ def test_a_step_that_gives_its_rows(exported: Callable[..., Path], tmp_path: Pat
         for cache in past.values():
             cache[:, :, position:] = old
             cache[:, :, rows:] = np.nan  # not read at all
-        found.append(dict(zip(names, backend.graph("step").run(names, inputs | past), strict=True)))
-    new = [name for name in names if name.startswith("new_")]
-    assert new == [name.replace("past_", "new_", 1) for name in past] and left_out(info) == {
-        name.replace("past_", "present_", 1) for name in past
-    }
-    for name in ("logits", *new):
-        assert np.isfinite(found[0][name]).all() and np.array_equal(found[0][name], found[1][name])
-    for name in new:
-        present = found[0][name.replace("new_", "present_", 1)]
-        assert np.array_equal(found[0][name], present[:, :, position : position + 1])
-        assert np.abs(found[0][name]).max() > 0
-    changed = {name: cache.copy() for name, cache in past.items()}
-    changed["past_value_0"][:, :, position - 1] += 1
-    (logits,) = backend.graph("step").run(["logits"], inputs | changed)
-    assert not np.array_equal(logits, found[0]["logits"])
+        found.append(dict(zip(names, backend.graph(name).run(names, inputs | past), strict=True)))
+    new = [port for port in names if port.startswith("new_")]
+    assert sorted(new) == sorted(port.replace("past_", "new_", 1) for port in past)
+    assert left_out(info) == {port.replace("past_", "present_", 1) for port in past}
+    for port in ("logits", *new):
+        assert np.isfinite(found[0][port]).all() and np.array_equal(found[0][port], found[1][port])
+    for port in new:
+        present = found[0][port.replace("new_", "present_", 1)]
+        assert np.array_equal(found[0][port], present[:, :, position : position + count])
+        assert np.abs(found[0][port]).max(axis=-1).min() > 0
+    for port in ("past_value_0", *(["past_second_key_0"] if name == "traverse" else [])):
+        changed = {each: cache.copy() for each, cache in past.items()}
+        changed[port][:, :, position - 1] += 1
+        (logits,) = backend.graph(name).run(["logits"], inputs | changed)
+        assert not np.array_equal(logits, found[0]["logits"])
 
 
 def test_what_each_target_keeps(exported: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trol_edge.bundle.sizes import cache_bytes, largest_bytes
 from trol_edge.errors import UsageError
 from trol_edge.export.quantize.recipes import RecipeOptions
 from trol_edge.program import text
-from trol_edge.program.traffic import Traffic, count
+from trol_edge.program.traffic import WIDENED, Traffic, count
 from trol_edge.runtimes.trt.api import load
 from trol_edge.runtimes.trt.products import differences, operations, products
 
@@ -85,6 +86,31 @@ def test_a_step_without_updates_in_place(model: str, recipe: str, tmp_path: Path
         assert found.moved + copied <= MOST * found.ideal
         assert not found.avoidable
         assert found.scratch < SCRATCH
+
+
+@pytest.mark.rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_traverse_copies_no_cache(model: str, recipe: str, target: str, tmp_path: Path) -> None:
+    """No kernel reads and writes a whole cache; the filled rows are read once, and each weight is widened once.
+
+    Without updates in place (target "tensorrt") no cache is written at all, and new rows are outputs.
+    """
+    library = library_or_skip()
+    made = one_layer.graph(model, RecipeOptions(recipe=recipe), "traverse", tmp_path, target=target)
+    engine = one_layer.engine(made, library)
+    for tokens, slots in ((32, 1024), (256, 1024), (256, made.context)):
+        found = traffic(made, engine, tokens=tokens, slots=slots)
+        assert not sum(each.whole_caches for each in found.kernels) or slots == made.context
+        read = sum(size for each in found.kernels for name, size in each.reads.items() if "past_" in name)
+        written = sum(size for each in found.kernels for name, size in each.writes.items() if "past_" in name)
+        if target == "tensorrt":
+            assert read <= 1.02 * found.cache and not written
+            assert not any("present_" in name for each in found.kernels for name in each.writes)
+        widened = Counter(a.what.split(".dequantized")[0] for a in found.avoidable if a.kind == WIDENED)
+        assert set(widened.values()) <= {1} and bool(widened) == (recipe == "int4")
 
 
 DIMS = {"step": {"slots": 1024}, "traverse": {"tokens": 1024, "slots": 1024}, "vision": {}}

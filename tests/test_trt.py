@@ -342,6 +342,36 @@ def test_new_rows_are_copied_into_the_caches(
             assert difference(new[: at + 1], right) <= 1e-5
 
 
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_a_prompt_in_parts_gives_its_rows(machine: Machine, nano: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traverse of more tokens than its engine takes runs in parts, and writes its own rows of both sets alone."""
+    monkeypatch.setattr(trt_build, "GIVEN", 128)
+    target = machine.engines
+    key = read(Bundle(machine.folder), target.name).key
+    shutil.rmtree(target)
+    add_engines(machine.folder, key)
+    runtime = machine.open()
+    state, theirs = backend(runtime).new_state(), nano.model.backend.new_state()
+    assert not [name for name in backend(runtime).infos["traverse"] if name.startswith("present_")]
+    count, start = 200, 7
+    every = np.arange(runtime.model.backend.context, dtype=np.int32)
+    rows = runtime.model.embeddings[np.arange(start + count)]
+    for each in (state, theirs):
+        each.traverse(rows[:start], None)
+    before = [array.copy() for which in (0, 1) for array in state.rows(every, which)]
+    machine.cuda.calls.clear()
+    machine.cuda.bytes.clear()
+    logits = state.traverse(rows[start:], None, start=start)
+    assert difference(logits, theirs.traverse(rows[start:], None, start=start)) <= 1e-5
+    size = cache_bytes(runtime.bundle.manifest.graphs["traverse"].inputs, 1) // len(every)
+    assert machine.cuda.bytes["2D"] == count * size
+    now = [array for which in (0, 1) for array in state.rows(every, which)]
+    wanted = [array for which in (0, 1) for array in theirs.rows(every[: start + count], which)]
+    for old, new, right in zip(before, now, wanted, strict=True):
+        assert np.flatnonzero((old != new).any(axis=1)).tolist() == list(range(start, start + count))
+        assert difference(new[: start + count], right) <= 1e-5
+
+
 @pytest.mark.parametrize("machine", ["10.16.1", "rtx"], indirect=True)
 def test_caches_are_written_in_place(machine: Machine) -> None:
     """KVCacheUpdate: the engine says which input each present is; another address, or a row too many, fails."""

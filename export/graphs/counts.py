@@ -148,7 +148,7 @@ class _Walker:
         if op == "Slice" and self._cached(inputs[0]):  # a view of the rows that attention reads
             self.cached.add(out)
             return self._operation("move", node, {}, [], [])
-        if op == "Where" and self._cached(inputs[2]):  # a view, too, with the new row in its place
+        if op == "Where" and any(map(self._cached, inputs)):  # a view, too, with the new rows in their place
             self.cached.add(out)
             return self._operation("move", node, {}, [], [])
         if op in ("Slice", "Gather", "Split", "Expand"):  # reads as much as it writes

@@ -4,8 +4,8 @@ What TensorRT for RTX 1.7 does with each form was read in the programs of its en
 ScatterND makes a new tensor, so a cache that is bound as past and as present is copied onto itself at every run.
 TensorScatter becomes TensorRT's KVCacheUpdate, which writes the new rows only. A product with the first T rows of a
 cache, written as MatMul or Attention, copies these rows first. Written as Mul and ReduceSum it reads them in place.
-Before 10.15 there is no such layer. There a step gives its new rows as outputs, its attention takes them in place of
-the cache's own row, and the caller copies them into the cache.
+Before 10.15 there is no such layer. There a step and a traverse give their new rows as outputs, their attention takes
+them in place of the cache's own rows, and the caller copies them into the cache.
 """
 
 from __future__ import annotations
@@ -58,14 +58,68 @@ def read_filled(model: ir.Model, give_rows: bool) -> None:
                 graph.outputs.append(new)
             node.replace_input_with(index, rows)
         node.replace_input_with(3, visible)
+    _remove_unused(graph)
+
+
+def give_rows(model: ir.Model) -> None:
+    """Let a traverse read past caches and not present ones, and give its new rows as outputs new_*, [1, G, S, E].
+
+    Nothing but the outputs present_* depends on the written caches then, so an engine can go without them.
+    """
+    graph = model.graph
+    slots, positions = (next(v for v in graph.inputs if v.name == name) for name in ("slots", "position_ids"))
+    shared = Shared(prefix="given")
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        build = Build(graph, node, shared)
+        first = build.once("first", partial(_first, build, positions))
+        before = build.once("before", partial(_mask, build, "Less", slots, first, 2))
+        which = build.once("which", partial(_which, build, slots, first))
+        for index in (1, 2):
+            filled = node.inputs[index]
+            cut = filled.producer() if filled is not None else None
+            present = cut.inputs[0] if cut is not None and cut.op_type == "Slice" else None
+            write = present.producer() if present is not None else None
+            if filled is None or filled.shape is None or cut is None or write is None or not is_write(write):
+                raise ExportError(f"{node.name}: its input {index} is no cache with new rows; please report this")
+            new = write.inputs[2]
+            assert new is not None and present is not None
+            rows = build.op("Slice", [write.inputs[0], *cut.inputs[1:]])
+            # The cache's own rows may hold these tokens already, where both are written at one address.
+            fresh = build.op("Gather", [new, which], axis=2)
+            result = build.op("Where", [before, rows, fresh], rows.dtype)
+            rows.shape = fresh.shape = result.shape = ir.Shape(filled.shape.dims)
+            new.name = str(present.name).replace("present_", "new_", 1)
+            graph.outputs.append(new)
+            node.replace_input_with(index, result)
+    _remove_unused(graph)
+
+
+def _which(build: Build, slots: ir.Value, first: ir.Value) -> ir.Value:
+    """For each slot [T] the new row that belongs there, 0 where none does."""
+    after = build.op("Sub", [slots, first])
+    which = build.op("Max", [after, build.ints(0)])
+    after.shape = which.shape = ir.Shape(["slots"])
+    return which
+
+
+def _first(build: Build, positions: ir.Value) -> ir.Value:
+    """The first token's position, [1]."""
+    flat = build.op("Reshape", [positions, build.ints(-1)])
+    flat.shape = ir.Shape([positions.shape[1]]) if positions.shape is not None else None
+    first = build.op("Slice", [flat, build.ints(0), build.ints(1), build.ints(0)])
+    first.shape = ir.Shape([1])
+    return first
+
+
+def _remove_unused(graph: ir.Graph) -> None:
     for unused in [n for n in reversed(graph) if not any(o.uses() or o.is_graph_output() for o in n.outputs)]:
         graph.remove(unused, safe=True)
 
 
 def _mask(build: Build, comparison: str, slots: ir.Value, positions: ir.Value, axis: int) -> ir.Value:
-    """Bool mask of four dimensions, T rows on `axis`: how each compares with the token's own row."""
+    """Bool mask of four dimensions, T rows on `axis`: how each compares with the one position that is given."""
     rows = build.op("Unsqueeze", [slots, build.ints(*(i for i in range(4) if i != axis))])
-    own = build.op("Unsqueeze", [positions, build.ints(1, 2)])
+    own = build.op("Reshape", [positions, build.ints(1, 1, 1, 1)])
     rows.shape, own.shape = ir.Shape(["slots" if i == axis else 1 for i in range(4)]), ir.Shape([1, 1, 1, 1])
     mask = build.op(comparison, [rows, own], BOOL)
     mask.shape = rows.shape
@@ -82,12 +136,8 @@ def scatter(build: Build, node: ir.Node) -> ir.Value:
     """Write new rows [1, G, S, E] with TensorScatter, from the first token's position on; positions are consecutive."""
     past, _, new = node.inputs
     positions = next(value for value in build.graph.inputs if value.name == "position_ids")
-
-    def first() -> ir.Value:
-        flat = build.op("Reshape", [positions, build.ints(-1)])
-        return build.op("Slice", [flat, build.ints(0), build.ints(1), build.ints(0)])
-
-    return build.op("TensorScatter", [past, new, build.once("first position", first)], axis=-2)
+    first = build.once("first position", partial(_first, build, positions))
+    return build.op("TensorScatter", [past, new, first], axis=-2)
 
 
 def is_step(node: ir.Node) -> bool:

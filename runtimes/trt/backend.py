@@ -1,11 +1,10 @@
 """TensorRT on a GPU: engines, device buffers, one stream. Not yet run on a GPU.
 
 Buffers are allocated once. The K/V cache is bound as past and as present, so an engine writes it in place. From
-TensorRT 10.15 on that is the rule (KVCacheUpdate). Before, a traverse updates it by a ScatterND, which puts the same
-rows at the same places however often it runs, so one address for both is safe there too. A step gives its new rows as
-outputs there, and they are copied into the caches after it. The copy is no part of its CUDA graph, because it goes to
-another place at every step. Two layers may not share a buffer, because TensorRT would not know about it, so both K/V
-sets are always kept.
+TensorRT 10.15 on that is the rule (KVCacheUpdate). Before, engines read caches and write none: they give their new rows
+as outputs, which are copied into the caches after each run. The copy is no part of a step's CUDA graph, because it goes
+to another place at every step. A traverse runs for at most GIVEN tokens at a time there, because its new rows need
+memory. Two layers may not share a buffer, because TensorRT would not know about it, so both K/V sets are always kept.
 Image features stay in device memory, and are copied within it to their places among the embeddings. A step uploads one
 embedding and one position from page-locked memory, runs, and downloads the id of the best token; logits are downloaded
 only when asked for. A step reads the filled rows of the cache, rounded up to a multiple of ROWS. As long as that number
@@ -63,7 +62,7 @@ class _Lease:
 
 @dataclasses.dataclass(frozen=True)
 class _Copy:
-    """A copy of new rows, one per head, into row 0 of caches. width: bytes of a row; pitch: of all rows of a head."""
+    """A copy of new rows, for each head, into caches from row 0. width: bytes of them; pitch: of all rows of a head."""
 
     target: int
     source: int
@@ -77,6 +76,20 @@ class _Copy:
         if dataclasses.replace(self, target=target, source=source, height=other.height) == other:
             return [dataclasses.replace(self, height=self.height + other.height)]
         return [self, other]
+
+
+def _copies(
+    ports: Sequence[Port], sources: Mapping[str, int], caches: Mapping[str, int], context: int, tokens: int = 1
+) -> list[_Copy]:
+    """The copies of new rows of this many tokens, one for all tensors if they are as tightly packed as their caches."""
+    found: list[_Copy] = []
+    for port in ports:
+        _, heads, _, size = port.shape
+        row = int(size) * np.dtype(port.dtype).itemsize
+        target, source = caches[port.name.replace("new_", "past_", 1)], sources[port.name]
+        copy = _Copy(target, source, row * tokens, row * context, int(heads))
+        found[-1:] = found[-1].joined(copy) if found else [copy]
+    return found
 
 
 class DeviceFeatures:
@@ -175,8 +188,13 @@ class TrtBackend:
         # Buffers that no state owns: the inputs of a traverse at their largest, and those of the vision engine.
         ports = (p for name in ("vision", "traverse") for p in (*graphs[name].inputs, *graphs[name].outputs))
         self._lease = _Lease(self.garbage)
-        own = [p for p in ports if not p.name.startswith(("past_", "present_"))]
+        own = [p for p in ports if not p.name.startswith(("past_", "present_", "new_"))]
         self.shared = self.allocate(own, "what all sessions share", self._lease)
+        self._new = [p for p in graphs["traverse"].outputs if p.name.startswith("new_")]
+        self._most = max(largest[1] for *_, largest in self.infos["traverse"]["inputs_embeds"].profiles)
+        if self._new:
+            new = self.allocate(self._new, "the new rows of a prompt", self._lease, self._most)
+            self._rows = min(new.values())
         self.weights = trt_weights.upload(bundle, self.cuda, verify)
         self.shared |= self.weights
         self._slots = np.arange(self.context, dtype=np.int64)
@@ -279,20 +297,26 @@ class TrtBackend:
             except OSError:
                 return  # a read-only bundle works as well, it only starts slower
 
-    def allocate(self, ports: Iterable[Port], what: str, lease: _Lease) -> dict[str, int]:
+    def allocate(self, ports: Iterable[Port], what: str, lease: _Lease, tokens: int | None = None) -> dict[str, int]:
         """Allocate device memory for tensors at their largest, in one block of the lease. The lock must be held.
 
-        The memory is zeroed, because 0 times a stray NaN would still be NaN. An error names `what` it is for.
+        The memory is zeroed, because 0 times a stray NaN would still be NaN. An error names `what` it is for. tokens:
+        the most of them (default: as many as the context).
         """
         self._sweep()
-        offsets, size = dict[str, int](), 0
-        most = {"tokens": self.context, "slots": self.context, "images": self.bundle.manifest.image.most_tiles}
-        for port in ports:
-            offsets.setdefault(port.name, size)
-            size += -(-largest_bytes(port, most) // trt_weights.ALIGNMENT) * trt_weights.ALIGNMENT
+        offsets, size = self._packed(ports, tokens or self.context)
         base = self.cuda.allocate(size, what)
         lease.blocks.append(base)
         return {name: base + offset for name, offset in offsets.items()}
+
+    def _packed(self, ports: Iterable[Port], tokens: int) -> tuple[dict[str, int], int]:
+        """Offsets of tensors in one block, and its size."""
+        offsets, size = dict[str, int](), 0
+        most = {"tokens": tokens, "slots": self.context, "images": self.bundle.manifest.image.most_tiles}
+        for port in ports:
+            offsets.setdefault(port.name, size)
+            size += -(-largest_bytes(port, most) // trt_weights.ALIGNMENT) * trt_weights.ALIGNMENT
+        return offsets, size
 
     def _sweep(self) -> None:
         """Free what nothing refers to any more."""
@@ -372,12 +396,29 @@ class TrtBackend:
             for name, array in feeds.items():
                 self.cuda.upload(self.shared[name], array)
             kept = [self._place(placed) for placed in pictures]
-            shapes = {name: array.shape for name, array in feeds.items() if name in dynamic} | {"slots": (stop,)}
-            self.run("traverse", shapes, {**self.shared, **cache})
+            parts = {name: array for name, array in feeds.items() if name in dynamic}  # [1, S, ..]
+            for first in range(start, stop, self._most):
+                self._run_part(cache, parts, start, first, min(first + self._most, stop))
             self.cuda.download(self._logits, self.shared["logits"])
             self.cuda.wait()
             del kept
             return self._logits[0].astype(np.float32)
+
+    def _run_part(
+        self, cache: Mapping[str, int], feeds: Mapping[str, NDArray[Any]], start: int, first: int, last: int
+    ) -> None:
+        """Enqueue a traverse of the tokens first..last-1 of feeds that begin with token `start`, and its copies."""
+        tokens, addresses = last - first, {**self.shared, **cache}
+        shapes = {name: (1, tokens, *array.shape[2:]) for name, array in feeds.items()} | {"slots": (last,)}
+        for name, array in feeds.items():
+            addresses[name] += (first - start) * array[0, 0].nbytes
+        if self._new:
+            offsets, _ = self._packed(self._new, tokens)
+            addresses |= {name: self._rows + offset for name, offset in offsets.items()}
+        self.run("traverse", shapes, addresses)
+        for copy in _copies(self._new, addresses, cache, self.context, tokens):
+            at = copy.target + first * (copy.width // tokens)
+            self.cuda.copy_rows((at, copy.pitch), (copy.source, copy.width), copy.width, copy.height)
 
     def _place(self, placed: Placed) -> Any:
         """Enqueue the copy of image features among the embeddings; returns what must live until the stream is idle."""
@@ -441,7 +482,7 @@ class TrtState:
             cuda.copy(self._own[port.name], backend.shared[port.name], tables[port.name].nbytes)
         self._rope: RopeRows | None = None  # the tables on the host, from the first token that is not at its row on
         self._host = {p.name: cuda.pinned(shapes[p.name], p.dtype) for p in own if p not in new}
-        self._new = self._copies(new)
+        self._new = _copies(new, self._own, self._cache, backend.context)
         self._given = [p.name for p in step.inputs if p.name in self._host]
         rope = backend.spec.long_rope
         self._long_rows = rope.short_rows(backend.context) if rope else 0
@@ -525,17 +566,6 @@ class TrtState:
             at = position * copy.width
             backend.cuda.copy_rows((copy.target + at, copy.pitch), (copy.source, copy.width), copy.width, copy.height)
         self._runs += 1
-
-    def _copies(self, new: Sequence[Port]) -> list[_Copy]:
-        """The copies of a step's new rows, one for all tensors if they are as tightly packed as their caches."""
-        found: list[_Copy] = []
-        for port in new:
-            _, heads, _, size = (int(d) for d in port.shape)
-            width = size * np.dtype(port.dtype).itemsize
-            target, source = self._cache[port.name.replace("new_", "past_", 1)], self._own[port.name]
-            copy = _Copy(target, source, width, width * self._backend.context, heads)
-            found[-1:] = found[-1].joined(copy) if found else [copy]
-        return found
 
     def _read(self, rows: int) -> None:
         """Let the next runs read this many rows of the cache."""

@@ -18,12 +18,14 @@ from trol_edge._version import __version__
 from trol_edge.bundle.engines import (
     ENGINES,
     FORMAT_VERSION,
+    GIVEN,
     EngineInfo,
     EngineSet,
     Key,
     Range,
     differences,
     folder_of,
+    gives_rows,
     left_out,
     read,
     write,
@@ -180,10 +182,11 @@ def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
         raise BundleError(f"{bundle.folder}: {graph.file} has unknown dynamic dimensions {sorted(names)}")
     if names == {"slots"}:
         return ({"slots": (1, max(1, context // 2), context)},)
-    short = min(SHORT, context)
+    most = min(context, GIVEN) if gives_rows(graph) else context
+    short = min(SHORT, most)
     ranges = [(1, max(1, short // 2), short)]
-    if context > short:
-        ranges.append((short + 1, max(short + 1, context // 2), context))
+    if most > short:
+        ranges.append((short + 1, max(short + 1, most // 2 if most == context else most), most))
     found: list[dict[str, Range]] = []
     for tokens in ranges:
         slots = (tokens[0], max(tokens[1], context // 2), context)
@@ -232,7 +235,7 @@ def build_one(
         lambda phase, done, steps: progress(f"{name}: {phase}", done, steps),
     )
     programs = _programs(library, folder / file)
-    require_products(bundle, name, programs, ranges)
+    products = require_products(bundle, name, programs, ranges)
     return EngineInfo(
         file=file,
         bytes=(folder / file).stat().st_size,
@@ -243,6 +246,7 @@ def build_one(
         profiles=ranges,
         seconds=time.perf_counter() - start,
         programs=_counts(bundle, name, programs, ranges),
+        products=products,
     )
 
 

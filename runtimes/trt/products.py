@@ -43,6 +43,12 @@ def products(traffic: Traffic) -> dict[str, int]:
     return dict(found)
 
 
+def table(asked: Mapping[str, int], found: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Type -> operations asked for and found, the most first."""
+    kinds = sorted(asked.keys() | found.keys(), key=lambda kind: -max(asked.get(kind, 0), found.get(kind, 0)))
+    return {kind: (asked.get(kind, 0), found.get(kind, 0)) for kind in kinds}
+
+
 def differences(asked: Mapping[str, int], found: Mapping[str, int]) -> list[str]:
     """The 8-bit types in which an engine multiplies less, or more, than the plan asks for, in words."""
     return [
@@ -54,19 +60,24 @@ def differences(asked: Mapping[str, int], found: Mapping[str, int]) -> list[str]
 
 def require_products(
     bundle: Bundle, name: str, profiles: Sequence[Program], ranges: Sequence[Mapping[str, Range]]
-) -> None:
-    """Raise BackendError if an engine's 8-bit products, at the best sizes of its last profile, are not the plan's.
+) -> dict[str, tuple[int, int]]:
+    """The table of an engine's products, at the best sizes of its last profile.
 
-    profiles: its programs. Nothing is known of an engine without any, or of one that they leave something open about.
+    profiles: its programs. Nothing is known of an engine without any, or of one that they leave something open about;
+    its table is empty. Raises BackendError if its 8-bit products are not the plan's.
     """
     dims = {dim: best for dim, (_, best, _) in (ranges[-1] if ranges else {}).items()}
     graph, context = bundle.manifest.graphs[name], bundle.manifest.context
     try:
         found = products(traffic_of(graph, context, profiles, dims, None, shared_weights(bundle)))
     except (BundleError, UsageError):
-        return
-    if graph.costs is not None and (wrong := differences(operations(graph, dims), found)):
+        return {}
+    if graph.costs is None:
+        return {}
+    asked = operations(graph, dims)
+    if wrong := differences(asked, found):
         raise BackendError(
             f"{graph.file}: the engine does not multiply in the precision of its plan ({'; '.join(wrong)}), so it "
             "would be slower than planned; please report this, with the version of TensorRT"
         )
+    return table(asked, found)

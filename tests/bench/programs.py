@@ -101,12 +101,14 @@ def count(
         if not all(one["graphs"].values()):
             raise UsageError(f"{model} {recipe} {target}: the programs of {one['library']} could not be counted")
         entry = {"model": model, "recipe": recipe, "targets": list(TARGETS[target])}
-        known = [e for e in known if {k: e[k] for k in entry} != entry]
-        known.append(entry | {"one": one["graphs"], "two": two["graphs"]})
-        made = f"trol-edge {__version__}, {datetime.date.today().isoformat()}"
+        # Counts of graphs that are not counted now are kept.
+        kept: dict[str, Any] = next((e for e in known if {k: e[k] for k in entry} == entry), {})
+        known = [e for e in known if e is not kept]
+        made = {"one": one["graphs"], "two": two["graphs"]}
+        known.append(entry | {layers: kept.get(layers, {}) | of for layers, of in made.items()})
         data = {
             "library": one["library"],
-            "made": made,
+            "made": f"trol-edge {__version__}, {datetime.date.today().isoformat()}",
             "engines": sorted(known, key=lambda e: str(list(e.values())[:3])),
         }
         from_dict(Shipped, data, "these counts")

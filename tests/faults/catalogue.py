@@ -773,6 +773,20 @@ FAULTS = (
     ),
     Fault(
         "runtimes/trt/backend.py",
+        "at = copy.target + first * (copy.width // tokens)",
+        "at = copy.target + start * (copy.width // tokens)",
+        "all parts of a prompt are copied to the rows of the first one",
+        ("tests/test_trt.py::test_a_prompt_in_parts_gives_its_rows",),
+    ),
+    Fault(
+        "export/lower/cache.py",
+        'result = build.op("Where", [before, rows, fresh], rows.dtype)',
+        "result = rows",
+        "a prompt attends to what the cache held before it",
+        ("tests/test_lower_trt.py::test_graphs_that_give_their_rows",),
+    ),
+    Fault(
+        "runtimes/trt/backend.py",
         "return token if token >= 0 else best_token(self._logits())",
         "return token",
         "NaN on a GPU is a token",

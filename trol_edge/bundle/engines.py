@@ -35,6 +35,7 @@ _ALTERED = (
 )
 FOLDER, MANIFEST, KERNELS = "engines", "engines.json", "kernels.cache"
 Range = tuple[int, int, int]  # smallest, best and largest size of a dynamic dimension
+GIVEN = 256  # most tokens of one run of a traverse that gives its new rows, which need memory of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,9 @@ class Key:
 class EngineInfo:
     """One engine. profiles: dynamic dimension -> range, one entry per optimization profile (none if all is fixed).
 
-    programs: what its kernels move, for each profile; empty if its program could not be read.
+    programs: what its kernels move, for each profile; empty if its program could not be read. products: type of a
+    product with weights -> operations that the plan asks for, and those of the program, at the best sizes of the last
+    profile.
     """
 
     file: str
@@ -64,6 +67,7 @@ class EngineInfo:
     profiles: tuple[dict[str, Range], ...]
     seconds: float
     programs: tuple[ProgramCounts, ...] = ()
+    products: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,11 @@ class EngineSet:
     precision: str
     weights_sha256: str  # of the weights file that the engines were built from
     engines: dict[str, EngineInfo]  # graph -> engine
+
+
+def gives_rows(graph: GraphInfo) -> bool:
+    """Whether a graph gives the new rows of its caches as outputs, for its caller to copy into place."""
+    return any(port.name.startswith("new_") for port in graph.outputs)
 
 
 def left_out(graph: GraphInfo) -> set[str]:

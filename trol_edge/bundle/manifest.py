@@ -307,7 +307,7 @@ def _ports_of(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
         "logits": (1, spec.vocab_size),
         "past_": cache,
         "present_": cache,
-        "new_": (1, spec.num_kv_heads, 1, spec.head_dim),
+        "new_": (1, spec.num_kv_heads, "", spec.head_dim),
     }
 
 
@@ -352,8 +352,13 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
         caches, new = _caches(info.inputs, "past_"), _caches(info.outputs, "new_")
         if _caches(info.outputs, "present_") != caches:
             yield f"graph {name} does not have an output present_* for each input past_*, of its name and type"
-        if new and (name != "step" or new != caches):
-            yield f"graph {name} has {len(new)} outputs new_*; a step may have one for each input past_*, of its type"
+        lengths = {port.shape[2] for port in info.outputs if port.name.startswith("new_") and len(port.shape) == 4}
+        if new and (new != caches or lengths != {1 if name == "step" else "tokens"}):
+            counted = printable(str(lengths))[:80]
+            yield (
+                f"graph {name} has {len(new)} outputs new_* of {counted} rows; it may have one for each input past_*, "
+                f"of its type, with a row for each token"
+            )
 
 
 def _caches(ports: Sequence[Port], start: str) -> dict[str, str]:

@@ -145,7 +145,7 @@ def grown(one: ProgramCounts, two: ProgramCounts, count: int) -> ProgramCounts:
         ranges=two.ranges,
         kernels=number(one.kernels, two.kernels),
         constants=number(one.constants, two.constants),
-        scratch=number(one.scratch, two.scratch),
+        scratch=max(two.scratch, number(one.scratch, two.scratch)),  # an engine with two may hold less than one
         work=tuple(
             Work(
                 kind,

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from trol_edge.bundle.engines import ENGINES, EngineSet, folder_of, read
-from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.engines import ENGINES, GIVEN, EngineSet, folder_of, gives_rows, read
+from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.programs import traffic_of
 from trol_edge.bundle.sizes import shared_weights
 from trol_edge.bundle.targets import TARGETS
@@ -18,6 +18,7 @@ from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.plan.subject import TEXT_TOKENS
 from trol_edge.program.traffic import Moved, Traffic
 
+Products = dict[str, tuple[int, int]]  # type -> operations planned, and found
 SMALL = 100_000  # kernels that move less share a row
 
 
@@ -38,15 +39,22 @@ def show_programs(bundle: Bundle, tokens: int | None, filled: int | None, as_jso
     if not sets:
         raise BundleError(f"{bundle.folder}: has no engines; make them with `trol-edge build`")
     found: dict[str, dict[str, Traffic | str]] = {}
+    products: dict[str, dict[str, Products]] = {}
     for engines in sets:
+        target = engines.key.target
         for name in ENGINES:
-            # A step adds one row to those that are filled.
+            graph = manifest.graphs[name]
+            # A step adds one row to those that are filled, and some traverses take a prompt in parts.
             sizes = dims if name == "traverse" else dims | {"tokens": 1, "slots": max(1, filled)}
-            of = found.setdefault(engines.key.target, {})
-            of[name] = _traffic(bundle, engines, name, sizes, max(tokens, filled) if name == "traverse" else filled)
+            if name == "traverse" and gives_rows(graph):
+                sizes = dims | {"tokens": min(tokens, GIVEN)}
+            traffic = _traffic(bundle, engines, name, sizes, max(tokens, filled) if name == "traverse" else filled)
+            found.setdefault(target, {})[name] = traffic
+            products.setdefault(target, {})[name] = _products(graph, sizes, traffic)
     if as_json:
-        sizes = {"tokens": tokens, "filled": filled, "images": tiles}
-        print_json(sizes | {"engines": {t: {n: _to_dict(x) for n, x in of.items()} for t, of in found.items()}})
+        given = {"tokens": tokens, "filled": filled, "images": tiles}
+        shown = {t: {n: _to_dict(x, products[t][n]) for n, x in of.items()} for t, of in found.items()}
+        print_json(given | {"engines": shown})
         return
     for engines in sets:
         out.print(
@@ -54,7 +62,8 @@ def show_programs(bundle: Bundle, tokens: int | None, filled: int | None, as_jso
             f"programs, for {tokens} tokens of a prompt, {filled} filled rows, {tiles} picture(s) or tile(s)"
         )
         for name, traffic in found[engines.key.target].items():
-            _print(name, traffic)
+            parts = name == "traverse" and gives_rows(manifest.graphs[name]) and tokens > GIVEN
+            _print(f"{name}, {GIVEN} tokens at a time" if parts else name, traffic, products[engines.key.target][name])
 
 
 def _traffic(bundle: Bundle, engines: EngineSet, name: str, dims: dict[str, int], filled: int) -> Traffic | str:
@@ -69,7 +78,16 @@ def _traffic(bundle: Bundle, engines: EngineSet, name: str, dims: dict[str, int]
         return str(error)
 
 
-def _print(name: str, traffic: Traffic | str) -> None:
+def _products(graph: GraphInfo, dims: dict[str, int], traffic: Traffic | str) -> Products:
+    """Operations of an engine's products by type: asked for by the plan, and found in the program."""
+    from trol_edge.runtimes.trt import products
+
+    if isinstance(traffic, str) or graph.costs is None:
+        return {}
+    return products.table(products.operations(graph, dims), products.products(traffic))
+
+
+def _print(name: str, traffic: Traffic | str, products: Products) -> None:
     if isinstance(traffic, str):
         out.print(f"{name}: nothing is known of its program: {traffic}", soft_wrap=True)
         return
@@ -91,6 +109,8 @@ def _print(name: str, traffic: Traffic | str) -> None:
         read, written = sum(m.read for m in group), sum(m.written for m in group)
         table.add_row(str(len(group)), kernel, product, _mb(read), _mb(written))
     out.print(table)
+    for kind, (asked, done) in products.items():
+        out.print(f"  products, {kind}: {asked / 1e9:.3f} billion operations planned, {done / 1e9:.3f} in the program")
     wasted: Counter[str] = Counter()
     for avoidable in traffic.avoidable:
         wasted[avoidable.kind] += avoidable.bytes
@@ -104,7 +124,7 @@ def _mb(size: int) -> str:
     return f"{size / 1e6:.1f}"
 
 
-def _to_dict(traffic: Traffic | str) -> dict[str, Any]:
+def _to_dict(traffic: Traffic | str, products: Products) -> dict[str, Any]:
     if isinstance(traffic, str):
         return {"unknown": traffic}
     kernels = [
@@ -120,4 +140,5 @@ def _to_dict(traffic: Traffic | str) -> dict[str, Any]:
     ]
     totals = {key: getattr(traffic, key) for key in ("moved", "ideal", "ratio", "constants", "cache", "results")}
     avoidable = [dataclasses.asdict(a) for a in traffic.avoidable]
-    return totals | {"scratch": traffic.scratch, "avoidable": avoidable, "kernels": kernels}
+    table = {kind: {"planned": asked, "found": done} for kind, (asked, done) in products.items()}
+    return totals | {"scratch": traffic.scratch, "avoidable": avoidable, "products": table, "kernels": kernels}

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from trol_edge.answering.asking import PREFILL_CHUNK
 from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import UsageError
 from trol_edge.plan.duration import GraphTime, graph_time
@@ -82,7 +83,7 @@ def plan(
         )
 
     vision = [run("vision", images=tiles)] if tiles else []
-    prefill = run("traverse" if tiles else text_graph, tokens=prompt, slots=prompt)
+    prefill = _in_chunks(run, "traverse" if tiles else text_graph, prompt)
     step = run("step", slots=prompt + work.answer // 2)
     following = run(text_graph, tokens=NEXT_QUESTION, slots=prompt + work.answer + NEXT_QUESTION)
     memory, verdict, changes = _fit(subject, machine, work, dims, desktop, reserve, smaller)
@@ -97,6 +98,20 @@ def plan(
         tokens_per_second=(1 / step.floor, 1 / step.expected),
         verdict=verdict,
         changes=changes,
+    )
+
+
+def _in_chunks(run: Callable[..., GraphTime], name: str, tokens: int) -> GraphTime:
+    """A prompt, which a Runtime computes in chunks: each reads all weights. The floor is that of the whole at once."""
+    whole = run(name, tokens=tokens, slots=tokens)
+    starts = range(0, tokens, PREFILL_CHUNK)
+    chunks = [run(name, tokens=min(PREFILL_CHUNK, tokens - n), slots=min(n + PREFILL_CHUNK, tokens)) for n in starts]
+    moved = [chunk.moved for chunk in chunks if chunk.moved is not None]
+    return dataclasses.replace(
+        whole,
+        expected=sum(chunk.expected for chunk in chunks),
+        bound=max(chunks, key=lambda chunk: chunk.expected).bound,
+        moved=sum(moved) if moved else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from trol_edge.bundle.engines import GIVEN
 from trol_edge.bundle.sizes import build_bytes
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.plan.rates import Platform
@@ -60,6 +61,8 @@ def memory_of(
         outside = subject.shareable_bytes if shared else 0  # stored once for the engines of traverse and step
         weights = sum(subject.weights[name] for name in graphs) - outside
         activations = sum(subject.graphs[name].peak_bytes(**longest) for name in graphs)
+        if "TensorScatter" not in TARGETS[machine.target].takes():  # the new rows of a part of a prompt, of both sets
+            activations += 2 * one_set * min(GIVEN, context) // context
         largest = max(subject.weights["vision"], subject.weights["traverse"] - outside)
     else:
         weights = subject.weights["vision"] + subject.decoder_bytes

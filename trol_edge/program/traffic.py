@@ -217,9 +217,11 @@ class _Counter:
                 most = -(-uses * numbers * BITS.get(self.tensors[name].dtype, 64) // 8)
                 reads[name] = min(reads[name], most)
         summed = kernel.form == "reduction" and bool(_SLICES & set(kernel.words))
-        if summed:
+        # A kernel that writes no whole cache slices those that it reads.
+        if summed or (slices and not any(self.is_whole(*item) for item in writes.items())):
             for name in (n for n in reads if n in self.caches):
-                reads[name] = reads[name] * self.sliced(kernel, name) // max(1, self.rows(name))
+                sliced = self.bytes(name) * self.sliced(kernel, name) // max(1, self.rows(name))
+                reads[name] = min(reads[name], sliced)
         product, operations = self.product(kernel)
         self.mark_fixed(kernel)
         written = {n: size for n, size in writes.items() if n not in scattered}
