@@ -85,7 +85,10 @@ def compare(
     if not others:
         raise UsageError("there is nothing to compare with the reference; give two bundles or more")
     exam = list(_answers(Path(reference), scenes, threads, progress)) if scenes else []
-    return [_compare(Path(reference), Path(other), samples, exam, threads, progress) for other in others]
+    found = [_compare(Path(reference), Path(other), samples, exam, threads, progress) for other in others]
+    # A layer without a second pass has no mixture to compare, so only those that have one in all bundles are shown.
+    shown = set.intersection(*({place.name for place in comparison.places} for comparison in found))
+    return [dataclasses.replace(c, places=tuple(place for place in c.places if place.name in shown)) for c in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,8 @@ def _compare(
                     own[FEATURES] = np.asarray(runtime.model.backend.encode_image(pixels))
             logits = [s.prefill_features(ids, v.get(FEATURES)) for s, v in zip(sessions, values, strict=True)]
             for place, array in values[0].items():
+                if place not in values[1]:  # a layer with a second pass in one of the two only
+                    continue
                 ratios.setdefault(place, []).append(ratio_db(array, values[1][place]))
             budget = min(FORCED_TOKENS, sessions[0].limit - len(ids))
             agreed = True
@@ -284,7 +289,8 @@ def _order(name: str) -> tuple[int, int]:
 
 def _require_same_model(reference: Path, a: Runtime, other: Path, b: Runtime) -> None:
     one, two = a.bundle.manifest, b.bundle.manifest
-    if one.spec != two.spec or one.prompt != two.prompt or one.image != two.image:
+    specs = [dataclasses.replace(manifest.spec, traversed=None) for manifest in (one, two)]
+    if specs[0] != specs[1] or one.prompt != two.prompt or one.image != two.image:
         raise UsageError(
             f"{reference} is {one.model} and {other} is {two.model}, which has other sizes; "
             "compare bundles of one checkpoint"

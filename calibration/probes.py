@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ def probed(
                 continue
             path = copy / graph.file
             model = ir.load(path)
-            found = _vision_places(model) if name == "vision" else _decoder_places(model)
-            layers = manifest.spec.vision.num_layers - 1 if name == "vision" else manifest.spec.num_layers
+            twice = manifest.spec.second_layers
+            found = _vision_places(model) if name == "vision" else _decoder_places(model, twice)
+            layers = manifest.spec.vision.num_layers - 1 if name == "vision" else len(twice)
             if len(found) != layers:
                 raise BundleError(
                     f"{bundle.folder}: {graph.file} shows {len(found)} of {layers} layers; compare reads graphs that "
@@ -97,14 +98,14 @@ def _copy(bundle: Bundle) -> Iterator[Path]:
         yield copy
 
 
-def _decoder_places(model: ir.Model) -> dict[str, ir.Value]:
-    """The mixture after every gate, in the order of the graph."""
+def _decoder_places(model: ir.Model, twice: Sequence[int]) -> dict[str, ir.Value]:
+    """The mixture after every gate, in the order of the graph. twice: the layers that have one."""
     found: dict[str, ir.Value] = {}
     for node in model.graph:
         if node.op_type == "Tanh":
             mixture = _mixture(node.outputs[0])
-            if mixture is not None:
-                found[f"decoder.layers.{len(found)}"] = mixture
+            if mixture is not None and len(found) < len(twice):
+                found[f"decoder.layers.{twice[len(found)]}"] = mixture
     return found
 
 

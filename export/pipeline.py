@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import metadata
@@ -64,6 +65,7 @@ def export(
     target: str = "cpu",
     context: int | None = None,
     max_tiles: int | None = None,
+    traversal: str | Collection[int] = "all",
     options: RecipeOptions | None = None,
     shared_weights: bool = False,
     calibration: Callable[[Checkpoint], Statistics] | None = None,
@@ -78,6 +80,9 @@ def export(
     700 tokens of text, 2048 for TroL-1.8B and 7B, 2560 for TroL-3.8B; at most the model's max_position_embeddings).
     max_tiles: most tiles of a picture, the thumbnail not counted (default: as many as the model was trained with, 6 for
     TroL-3.8B; the others do not tile). Fewer take less of the context and of the time, and show less detail.
+    traversal: the layers with a second pass. "all", as the model was trained; "12", the first 12 of them; "0-7,10", or
+    numbers, these. The bundle is that other model: its graphs, caches, self-test and reference have no other second
+    passes. What that costs, only an evaluation can tell.
     options choose the precision (default: the recipe fp32). All recipes but fp32, int8-dynamic, and fp16 on a CPU, need
     statistics of this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all other checks
     have passed.
@@ -93,6 +98,7 @@ def export(
     if target not in EXPORT_TARGETS:
         raise ExportError(f"target {target!r} is not one of {', '.join(EXPORT_TARGETS)}")
     source = Checkpoint(checkpoint, family=MODELS[model].family.name if model in MODELS else None)
+    source.spec = dataclasses.replace(source.spec, traversed=traversed_layers(traversal, source.spec.num_layers))
     spec = source.spec
     image = with_tiles(source.family.image(spec), max_tiles)
     context = default_context(spec, image) if context is None else context
@@ -169,6 +175,43 @@ def export(
         )
         write_manifest(folder, manifest)
     return manifest
+
+
+def traversed_layers(traversal: str | Collection[int], layers: int) -> tuple[int, ...] | None:
+    """The layers with a second pass, in order; None for all of them.
+
+    traversal: see `export`. layers: number of layers of the model. Raises UsageError for layers that do not exist, and
+    for none.
+    """
+    if isinstance(traversal, str):
+        text = traversal.strip()
+        if text == "all":
+            return None
+        if re.fullmatch(r"\d{1,6}", text):
+            count = int(text)
+            if not 1 <= count <= layers:
+                raise UsageError(f"traversal {text}: this model has {layers} layers; give 1..{layers}, the first ones")
+            return _unless_all(range(count), layers)
+        if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\s*\d{1,6}(-\d{1,6})?)*", text):
+            raise UsageError(
+                f"traversal {shown(traversal)} should be all, a number of layers (12: the first 12), or a list such as "
+                "0-7,10 (a single one: 5-5)"
+            )
+        ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
+        if wrong := [pair for pair in ends if max(pair) >= layers or pair[0] > pair[-1]]:
+            raise UsageError(
+                f"traversal {text}: {'-'.join(map(str, wrong[0]))} is not within layers 0..{layers - 1} of this model"
+            )
+        return _unless_all((i for first, *last in ends for i in range(first, (last or [first])[0] + 1)), layers)
+    found = [whole(layer, 0, layers - 1) for layer in traversal]
+    if not found or None in found:
+        raise UsageError(f"traversal {shown(traversal)} should be a list of one or more of layers 0..{layers - 1}")
+    return _unless_all((layer for layer in found if layer is not None), layers)
+
+
+def _unless_all(found: Iterable[int], layers: int) -> tuple[int, ...] | None:
+    chosen = tuple(sorted(set(found)))
+    return None if len(chosen) == layers else chosen
 
 
 def with_tiles(image: ImageSpec, max_tiles: int | None) -> ImageSpec:

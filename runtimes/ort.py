@@ -145,8 +145,9 @@ class OrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of one state's KV cache at full context: both sets, or one set and a layer's scratch."""
-        one_set = cache_bytes(self.bundle.manifest.graphs["step"].inputs, self.context)
-        return 2 * one_set if self.prefix_reuse else one_set + one_set // self.spec.num_layers
+        graphs = self.bundle.manifest.graphs
+        first, both = (cache_bytes(graphs[name].inputs, self.context) for name in ("step", "traverse"))
+        return both if self.prefix_reuse else first + first // self.spec.num_layers
 
     def _working_bytes(self, tokens: int) -> int:
         """Most bytes of the tensors of a run over this many tokens, or one picture."""
@@ -363,7 +364,8 @@ class OrtState:
         past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
         present = [p.name for p in graphs["traverse"].outputs if p.name.startswith("present_")]
         # Without reuse, every layer of a traverse writes its second pass into the same scratch and reads it at once.
-        sets, own = 2 * spec.num_layers, 2 * spec.num_layers if backend.prefix_reuse else 2
+        sets, second = 2 * spec.num_layers, 2 * len(spec.second_layers)
+        own = second if backend.prefix_reuse else 2
         # Zeros and not empty, because a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
         shape = (1, spec.num_kv_heads, backend.context, spec.head_dim)
         buffers: list[Any] = [np.zeros(shape, port.dtype) for port in past[: sets + own]]
@@ -371,7 +373,7 @@ class OrtState:
         if backend.memory != "cpu":
             buffers = list(values)
         self.cache, self.second = buffers[:sets], buffers[sets:]
-        values += values[-2:] * (spec.num_layers - own // 2)
+        values += values[-2:] * ((second - own) // 2)
         self.past = dict(zip((p.name for p in past), values, strict=True))
         self.present = dict(zip(present, values, strict=True))
         self._embedding = np.zeros((1, 1, spec.hidden_size), np.float32)

@@ -94,6 +94,7 @@ def exported() -> Iterator[Callable[..., Path]]:
         lowered: bool = True,
         recipe: str = "fp32",
         selftest: bool | None = None,
+        traversal: str = "all",
     ) -> Path:
         options = RecipeOptions(recipe)
         tested = lowered and checkpoint.parent == CHECKPOINTS if selftest is None else selftest
@@ -107,6 +108,7 @@ def exported() -> Iterator[Callable[..., Path]]:
                     folder,
                     target=target,
                     context=context,
+                    traversal=traversal,
                     options=options,
                     calibration=calibrated,
                     record_selftest=tested,
@@ -114,7 +116,7 @@ def exported() -> Iterator[Callable[..., Path]]:
 
         sources = {*kept.sources(pipeline.__name__), *kept.sources(calibration.__name__), Path(__file__)}
         files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-        choices = (checkpoint.name, target, context, lowered, options, tested)
+        choices = (checkpoint.name, target, context, lowered, options, tested, traversal)
         key = kept.digest([*sorted(sources), *files], installed(), *choices)
         return kept.folder("bundles", key, make)
 

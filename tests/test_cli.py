@@ -323,6 +323,7 @@ def test_inspect_json(cli: Callable[..., Result], nano_bundle: Path) -> None:
     manifest = json.loads((nano_bundle / MANIFEST).read_text(encoding="utf-8"))
     manifest.pop("manifest_sha256")
     manifest["spec"].setdefault("more_end_ids", [])  # left out of the file where there are none
+    manifest["spec"].setdefault("traversed", None)  # and this where every layer has a second pass
     assert {key: data[key] for key in manifest} == manifest
     step = manifest["graphs"]["step"]["weights"]
     assert data["weight_bytes"]["step"] == sum(data["weights"][name]["bytes"] for name in step)
@@ -380,6 +381,22 @@ def test_evaluate(cli: Callable[..., Result], each_bundle: Path, tmp_path: Path)
     assert (whole["image_tokens"], half["image_tokens"]) == (1, 0.5) and whole["asked"] == half["asked"]
     cli("evaluate", each_bundle, *shares, "--report", report).failed(1, "--report is for all image tokens")
     cli("evaluate", each_bundle, "--image-tokens", "0").failed(1, "image_tokens 0.0 should be the share")
+
+
+def test_inspect_of_fewer_second_passes(cli: Callable[..., Result], exported: Callable[..., Path]) -> None:
+    """The layers that have one, and the bytes of both sets."""
+    bundle = exported(CHECKPOINTS / "trol-nano", traversal="1,3")
+    spec = Bundle(bundle).manifest.spec
+    out = cli("inspect", bundle).out
+    assert f"{spec.num_layers} layers, second pass in 2 (1, 3)" in out
+    one = 2 * spec.num_kv_heads * spec.head_dim * 4
+    assert f"{one * spec.num_layers} bytes per token in the first pass's set, {one * 2} in the second's" in out
+    data = cli("inspect", bundle, "--json").json()
+    assert (data["kv_bytes_per_token"], data["second_kv_bytes_per_token"]) == (one * spec.num_layers, one * 2)
+    assert data["spec"]["traversed"] == [1, 3]
+    cli("export", CHECKPOINTS / "trol-nano", "-o", "nowhere", "--traversal", "9").failed(1, "this model has 5 layers")
+    both = ("--traversal", "2", "--max-loss", "0.1")
+    cli("export", CHECKPOINTS / "trol-nano", "-o", "nowhere", *both).failed(1, "--max-loss is measured with every")
 
 
 def test_demo(cli: Callable[..., Result], each_nano: Runtime) -> None:

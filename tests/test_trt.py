@@ -193,6 +193,30 @@ def test_fewer_image_tokens(machine: Machine, nano: Runtime) -> None:
     assert asked[0] == asked[1]
 
 
+def test_fewer_second_passes(exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers of the second pass for the layers that have one only, and the numbers of a CPU with the same passes."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(exported(NANO, target="tensorrt", traversal="1,3"), folder)
+    stand_in = CudaRuntime()
+    library = Library(trt_standin.module("tensorrt", "10.3.0", stand_in))
+    add_engines(folder, Key("tensorrt", library.title, GPU.name, GPU.capability, "12.6"))
+    monkeypatch.setattr(trt_module, "load", lambda name: library)
+    monkeypatch.setattr(trt_module, "open_cuda", lambda: CudaPython(stand_in))
+    monkeypatch.setattr(trt_module, "devices", lambda: [GPU])
+    ours, theirs = Runtime(folder), Runtime(exported(NANO, traversal="1,3"))
+    first = cache_bytes(ours.bundle.manifest.graphs["step"].inputs, ours.bundle.manifest.context)
+    assert backend(ours).cache_bytes == theirs.model.backend.cache_bytes == first * 7 // 5
+    found = []
+    for runtime in (ours, theirs):
+        ids, session = runtime.tokenize(QUESTION, 1), runtime.session(prefill_chunk=17)
+        logits = [session.prefill(ids, runtime.preprocess(PICTURE))]
+        twin = session.fork()
+        logits += [session.step(7), session.extend([5]), twin.extend([5, 6])]
+        found.append(logits)
+    for one, two in zip(*found, strict=True):
+        assert difference(one, two) <= 1e-5
+
+
 @pytest.mark.parametrize("machine", ["10.16.1"], indirect=True)
 def test_engines_that_must_be_built_again(machine: Machine) -> None:
     """One that is truncated or missing is not up to date."""

@@ -28,6 +28,7 @@ from trol_edge.export.quantize.made_up import made_up_statistics
 from trol_edge.export.quantize.recipes import RecipeOptions
 from trol_edge.export.unbuilt import published
 from trol_edge.plan.subject import subject_of
+from trol_edge.rope import TABLES
 from trol_edge.runtimes import doctor
 from trol_edge.runtimes.cuda import Gpu
 from trol_edge.runtimes.trt import build as trt_build
@@ -134,7 +135,8 @@ def test_every_precision_is_really_built(model: str, precision: str, traces: dic
     for name, engine in done.engines.engines.items():
         graph = bundle.manifest.graphs[name]
         assert verified(bundle, done.engines, name).stat().st_size == engine.bytes > engine.weight_bytes
-        assert engine.weight_bytes == sum(tensors[w].nbytes for w in graph.weights)
+        assert engine.weight_bytes == sum(tensors[w].nbytes for w in graph.constants)
+        assert set(graph.weights) - set(graph.constants) == (set(TABLES) if name != "vision" else set())
         assert {kind for kind in engine.layers if kind.startswith("MATRIX")} == {"MATRIX_MULTIPLY float16"}
         assert engine.layers["MATRIX_MULTIPLY float16"] == graph.operators["MatMul"]
         found = {kind.split()[1]: n for kind, n in engine.layers.items() if kind.startswith("DEQUANTIZE")}
@@ -152,13 +154,14 @@ def test_shared_weights_are_really_built(precision: str, traces: dict[Any, Any],
     apart = recipe(NANOS[0], precision, tmp_path / "apart")
     bundle = recipe(NANOS[0], precision, tmp_path / "shared", shared=True)
     shared = shared_weights(bundle)
-    assert shared and shared_weights(apart) == {}
+    tables = {name: shared.pop(name).nbytes for name in TABLES}  # inputs in any case
+    assert shared and shared_weights(apart).keys() == set(TABLES)
     done = trt_build.build(bundle)
     size = sum(tensor.nbytes for tensor in shared.values())
     for name in ("traverse", "step"):
         graph = bundle.manifest.graphs[name]
         tensors = {t.name: t for t in library.parse(bundle.path(graph.file)).tensors() if t.is_input}
-        assert shared.keys() == tensors.keys() - {port.name for port in graph.inputs}
+        assert shared.keys() | set(TABLES) == tensors.keys() - {port.name for port in graph.inputs}
         assert {tensors[w].dtype for w in shared} == {"float16" if precision == "fp16" else "int8"}
         assert {w: tensors[w].shape for w in shared} == {w: t.shape for w, t in shared.items()}
         whole = engine_weight_bytes(apart, apart.manifest.graphs[name].constants)
@@ -170,7 +173,7 @@ def test_shared_weights_are_really_built(precision: str, traces: dict[Any, Any],
     before, after = device_bytes(bundle)
     assert before - after == size
     held = sum(engine.weight_bytes for engine in done.engines.engines.values())
-    assert after == held + size
+    assert after == held + size + 2 * sum(tables.values())  # the shared ones, and those of a session
     # What plan says, of either bundle and of the model before it is exported.
     unbuilt = published("trol-nano").subject("rtx", RecipeOptions(recipe=precision))
     of_apart, of_shared = subject_of(apart), subject_of(bundle)
@@ -209,10 +212,11 @@ def test_plain_graphs_are_taken_too(plain_bundle: Path, tmp_path: Path) -> None:
         graph = bundle.manifest.graphs[name]
         network = library.parse(plain_bundle / graph.file)
         assert network.unused_inputs() == []
-        tensors = network.tensors()
+        tensors = [t for t in network.tensors() if t.name not in TABLES]
         assert [t.name for t in tensors] == [p.name for p in (*graph.inputs, *graph.outputs)]
         assert [t.dtype for t in tensors] == [p.dtype for p in (*graph.inputs, *graph.outputs)]
         kept = {t.name for t in trt_build.parse(library, plain_bundle / graph.file, graph).tensors()}
+        assert kept >= set(TABLES) or name == "vision"
         assert {t.name for t in tensors} - kept == left_out(graph)
         assert (left_out(graph) != set()) == (name == "step")
         assert "ATTENTION_INPUT float32" not in trt_build.count_layers(network)

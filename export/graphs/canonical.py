@@ -14,9 +14,10 @@ A family without LoRA has neither image_mask nor traverse_text. A family whose r
 one more input in traverse and step, rope_offset [1] int64. It says how many rows of the rope tables to skip (see
 `model.graph_rope_tables`), so that one graph serves both sets.
 The first cache holds keys and values of the first pass: for every layer i, past_key_<i> and past_value_<i> [1,G,C,E] in
-and present_key_<i> and present_value_<i> out. The second cache holds those of the second pass; its names are
-past_second_key_<i> and so on. New rows are written with ScatterND, so past and present may be bound to the same memory,
-and the write is then in place. Logits are those of the last token. N, S and T are dynamic, the capacity C is fixed.
+and present_key_<i> and present_value_<i> out. The second cache holds those of the second pass, for the layers that have
+one (`spec.second_layers`); its names are past_second_key_<i> and so on. New rows are written with ScatterND, so past
+and present may be bound to the same memory, and the write is then in place. Logits are those of the last token. N, S
+and T are dynamic, the capacity C is fixed.
 
 `traverse` extends a prefix of any length: tokens at positions P..P+S-1 attend, pass by pass, to the rows that the
 caches hold for 0..P-1 and to each other. `slots` is 0..T-1 with T = P+S. Its length says how much of the caches to read
@@ -53,7 +54,8 @@ TRACED = ("vision", "traverse", "step")  # traverse_text is derived from travers
 
 def cache_names(spec: ModelSpec, prefix: str) -> list[str]:
     """Names of the cache tensors in graph order. prefix is "past" or "present", or "past_second" ... for pass two."""
-    return [f"{prefix}_{kind}_{i}" for i in range(spec.num_layers) for kind in ("key", "value")]
+    layers = spec.second_layers if prefix.endswith("_second") else range(spec.num_layers)
+    return [f"{prefix}_{kind}_{i}" for i in layers for kind in ("key", "value")]
 
 
 class _CachedAttention:
@@ -73,6 +75,8 @@ class _CachedAttention:
     ) -> None:
         self.spec, self.rope, self.rope_rows, self.slots = spec, rope, rope_rows, slots
         self.cache = list(past)
+        passes = [(i, 0) for i in range(spec.num_layers)] + [(i, 1) for i in spec.second_layers]
+        self.place = {passed: 2 * at for at, passed in enumerate(passes)}  # of a pass's keys in the cache
         heads = torch.arange(spec.num_kv_heads)[:, None].expand(-1, positions.shape[1])  # [G, S]
         rows = positions.expand(spec.num_kv_heads, -1)
         # Where the new rows go: (0, key/value head, position).
@@ -88,7 +92,7 @@ class _CachedAttention:
         parts = qkv.split((h * e, g * e, g * e), dim=-1)
         q, k, v = (t.view(batch, length, -1, e).transpose(1, 2) for t in parts)  # [1, heads, S, E]
         q, k = (torch.onnx.ops.rotary_embedding(t, *self.rope, self.rope_rows) for t in (q, k))
-        first = 2 * (traversal * self.spec.num_layers + layer)
+        first = self.place[layer, traversal]
         keys, values = self._write(first, k), self._write(first + 1, v)
         context = torch.onnx.ops.attention(q, keys, values, self.visible)[0]
         return context.transpose(1, 2).reshape(batch, length, h * e)

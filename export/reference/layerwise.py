@@ -94,11 +94,22 @@ class Layerwise:
         return table[torch.from_numpy(np.searchsorted(used, ids))]
 
     def traverse(
-        self, layer: nn.Module, index: int, x: Tensor, image_mask: Tensor | None, attend: EagerAttention
+        self,
+        layer: nn.Module,
+        index: int,
+        x: Tensor,
+        image_mask: Tensor | None,
+        attend: EagerAttention,
+        twice: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Both passes of a decoder layer over x [B, S, D], and their mixture, which the next layer reads."""
+        """Both passes of a decoder layer over x [B, S, D], and their mixture, which the next layer reads.
+
+        twice: whether the layer has a second pass; if not, all three are the first.
+        """
         weight, bias = self.gate
         o1 = layer(x, image_mask, index, 0, attend)
+        if not twice:
+            return o1, o1, o1
         o2 = layer(o1, image_mask, index, 1, attend)
         s = 0.5 * torch.tanh((o1 * weight).sum(-1, keepdim=True) + bias) + 0.5
         return o1, o2, o1 * (1 - s) + o2 * s

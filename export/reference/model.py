@@ -83,7 +83,8 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x), image_mask)
 
 
-# Called by `traverse` for each layer with its index, first pass, second pass, gate and mixture.
+# Called by `traverse` for each layer with its index, first pass, second pass, gate and mixture. In a layer without a
+# second pass the gate is 0, and the others are the first pass.
 Probe = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -93,17 +94,25 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec, mlp: Callable[[ModelSpec], nn.Module] = GatedMlp) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(spec, mlp) for _ in range(spec.num_layers))
+        self.second_layers = frozenset(spec.second_layers)
         self.gate = nn.Linear(spec.hidden_size, 1)
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     def traverse(self, x: Tensor, image_mask: Tensor | None, attend: Attend, probe: Probe | None = None) -> Tensor:
-        """Run both passes and the gate. x [B, S, D] embeddings, image_mask [B, S, 1] of 0 and 1 or None; [B, S, D]."""
+        """Run both passes and the gate, or in layers without a second pass the first one alone.
+
+        x [B, S, D] embeddings, image_mask [B, S, 1] of 0 and 1 or None; [B, S, D].
+        """
         for i, layer in enumerate(self.layers):
             o1 = layer(x, image_mask, i, 0, attend)
-            o2 = layer(o1, image_mask, i, 1, attend)
-            s = 0.5 * torch.tanh(self.gate(o1)) + 0.5  # [B, S, 1]
-            x = o1 * (1 - s) + o2 * s
+            if i in self.second_layers:
+                o2 = layer(o1, image_mask, i, 1, attend)
+                s = 0.5 * torch.tanh(self.gate(o1)) + 0.5  # [B, S, 1]
+                x = o1 * (1 - s) + o2 * s
+            else:
+                x = o2 = o1
+                s = torch.zeros_like(o1[..., :1])
             if probe:
                 probe(i, o1, o2, s, x)
         return x

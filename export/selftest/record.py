@@ -163,15 +163,19 @@ class _Sequence:
         lora = self.mask.float()[None, :, None] if bool(self.mask.any()) and model.spec.lora_rank else None
         attend.positions = torch.arange(end)
         self._begin(self.graph)
-        self.x = model.traverse(layer, 0, self.x, lora, attend)[2]
+        twice = _layer_index(name) in model.spec.second_layers
+        self.x = model.traverse(layer, 0, self.x, lora, attend, twice)[2]
         attend.positions = torch.arange(end, end + STEPS)
         self._begin(STEP)
         self.steps = layer(self.steps, None, 0, 0, attend)
         for hidden in (self.x, self.steps):
             _require_finite(name, hidden)
-        rows = []  # [pass][keys, values] of [T, G*E]
+        rows: list[Any] = []  # [pass][keys, values] of [T, G*E]
         for traversal in (0, 1):
             keys, values = attend.keys[traversal], attend.values[traversal]
+            if traversal and not twice:
+                rows.append([torch.zeros_like(t) for t in rows[0]])
+                continue
             assert keys[0] is not None and values[0] is not None
             rows.append([t[0].transpose(0, 1).flatten(1) for t in (keys[0], values[0])])
             keys[0] = values[0] = None  # the next layer uses the same place again
@@ -213,14 +217,17 @@ class _Forced:
         rows = probes.pattern("inputs_embeds", width)[np.arange(self.tokens + 1) % probes.ROWS] * self.scale
         self.x, self.step = torch.from_numpy(rows[None, :-1]), torch.from_numpy(rows[None, -1:])
 
-    def through(self, model: Layerwise, layer: Any) -> None:
-        """Run one decoder layer, both passes over the prompt and then one token after it."""
-        attend, rows = self._attend, []
+    def through(self, model: Layerwise, layer: Any, name: str) -> None:
+        """Run one decoder layer, its passes over the prompt and then one token after it."""
+        attend, rows = self._attend, list[Any]()
         self._emulation.begin(self.graph, self.seen)
         attend.positions = torch.arange(self.tokens)
-        self.x = model.traverse(layer, 0, self.x, self._mask, attend)[2]
-        for traversal in (0, 1):
+        twice = _layer_index(name) in model.spec.second_layers
+        self.x = model.traverse(layer, 0, self.x, self._mask, attend, twice)[2]
+        for traversal in (0, 1) if twice else (0,):
             rows.append([_summary(t[traversal][0], probes.seen(self.tokens)) for t in (attend.keys, attend.values)])
+        if not twice:
+            rows.append([np.zeros_like(part) for part in rows[0]])
         if self.graph == "traverse":
             self._emulation.begin(STEP, self.step_seen)
             attend.positions = torch.arange(self.tokens, self.tokens + 1)
@@ -239,6 +246,11 @@ class _Forced:
         if self.graph == "traverse":
             cache, output = np.array(self._step_cache)[None], probes.summary(step_logits)
             yield STEP, ForcedGraph(**stacked(self.step_seen), cache=cache, output=output, scale=scale)
+
+
+def _layer_index(name: str) -> int:
+    """The number at the end of a layer's name."""
+    return int(name.rpartition(".")[2])
 
 
 def _summary(rows: Tensor | None, at: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -340,7 +352,7 @@ class _Run:
                 for sequence in sequences.values():
                     sequence.through(self._model, layer, name)
                 for one in made_up:
-                    one.through(self._model, layer)
+                    one.through(self._model, layer, name)
             progress("selftest", spec.vision.num_layers + i + 1, stages)
         logits, more = self._logits(list(sequences.values()), made_up)
         progress("selftest", stages, stages)

@@ -83,7 +83,7 @@ def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, A
             found["step_behind"] += [clock(fork.step_view, 5) for _ in range(2)]
     median = {name: statistics.median(values) for name, values in found.items()}
     manifest = runtime.bundle.manifest
-    one_set = cache_bytes(manifest.graphs["step"].inputs, manifest.context)
+    one_set, both = (cache_bytes(manifest.graphs[name].inputs, manifest.context) for name in ("step", "traverse"))
     return {
         "model": runtime.bundle.manifest.model,
         "rounds": rounds,
@@ -91,7 +91,7 @@ def measure(runtime: trol_edge.Runtime, rounds: int, tokens: int) -> dict[str, A
         "reused_tokens": reused,
         "milliseconds": median,
         "second_to_first_percent": 100 * median["second"] / (median["vision"] + median["first"]),
-        "kv_bytes": {"one_set": one_set, "both_sets": 2 * one_set, "per_token_and_set": one_set // manifest.context},
+        "kv_bytes": {"one_set": one_set, "both_sets": both, "per_token_and_set": one_set // manifest.context},
     }
 
 

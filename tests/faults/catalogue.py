@@ -155,6 +155,28 @@ FAULTS = (
         "an unknown field is ignored",
         ("tests/test_serve_bad_input.py::test_bad_bodies",),
     ),
+    # -- second passes in chosen layers -------------------------------------------------------------------------------
+    Fault(
+        "export/reference/layerwise.py",
+        "        if not twice:\n            return o1, o1, o1\n",
+        "",
+        "the self-test passes every layer twice",
+        ("tests/test_traversal.py",),
+    ),
+    Fault(
+        "export/reference/model.py",
+        "if i in self.second_layers:",
+        "if i + 1 in self.second_layers:",
+        "the second pass is in the layer before",
+        ("tests/test_traversal.py",),
+    ),
+    Fault(
+        "trol_edge/bundle/manifest.py",
+        "and sorted(set(spec.traversed)) == list(spec.traversed)",
+        "",
+        "a layer may be named twice among those with a second pass",
+        ("tests/test_traversal.py::test_manifests_with_bad_lists",),
+    ),
     # -- fewer image tokens -------------------------------------------------------------------------------------------
     Fault(
         "trol_edge/session.py",

@@ -215,6 +215,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     data = dataclasses.asdict(manifest)
     if not data["spec"]["more_end_ids"]:
         del data["spec"]["more_end_ids"]  # so that versions that know only one end can read it, too
+    if data["spec"]["traversed"] is None:
+        del data["spec"]["traversed"]  # the same for versions that pass every layer twice
     data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader gets them
     data["manifest_sha256"] = digest_of(data)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -285,6 +287,12 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
     if not 1 <= manifest.prompt.tokens_per_image == spec.vision.tokens_per_image:
         counts = f"{manifest.prompt.tokens_per_image} in prompt, {spec.vision.tokens_per_image} in spec.vision"
         yield f"tokens_per_image differ: {counts}"
+    if spec.traversed is not None and not (
+        spec.traversed
+        and sorted(set(spec.traversed)) == list(spec.traversed)
+        and 0 <= spec.traversed[0] <= spec.traversed[-1] < spec.num_layers
+    ):
+        yield f"spec.traversed {str(spec.traversed)[:80]} is not a rising list of layers 0..{spec.num_layers - 1}"
     if spec.num_heads % max(1, spec.num_kv_heads):
         yield f"{spec.num_heads} heads share {spec.num_kv_heads} of keys and values"
     for token in (spec.eos_token_id, *spec.more_end_ids, spec.image_token_id):
@@ -345,9 +353,9 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
             if len(shape) != len(port.shape) or any(b not in ("", a) for a, b in zip(port.shape, shape, strict=True)):
                 yield f"{port.name} of graph {name} is {list(port.shape)} instead of {list(shape)}"
         layers = sum(port.name.startswith("past_key") for port in info.inputs)
-        sets = {"step": 1, "traverse": 2, "traverse_text": 2}.get(name, 0)
+        passes = spec.num_layers + (len(spec.second_layers) if name != "step" else 0)
         past = sum(port.name.startswith("past_") for port in info.inputs)
-        if past != 2 * sets * spec.num_layers:
+        if past != (2 * passes if name in ("step", "traverse", "traverse_text") else 0):
             yield f"graph {name} has {past} inputs for the cache of {spec.num_layers} layers, {layers} of keys"
         caches, new = _caches(info.inputs, "past_"), _caches(info.outputs, "new_")
         if _caches(info.outputs, "present_") != caches:

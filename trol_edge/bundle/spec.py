@@ -61,6 +61,13 @@ class ModelSpec:
     vision: VisionSpec
     long_rope: LongRope | None = None  # None: plain rotary embedding, one set of frequencies
     more_end_ids: tuple[int, ...] = ()  # further ids that end an answer, beside eos_token_id
+    # The layers that a traverse passes twice, in order; None: all of them, as the model was trained.
+    traversed: tuple[int, ...] | None = None
+
+    @property
+    def second_layers(self) -> tuple[int, ...]:
+        """The layers with a second pass, and so with keys and values of it."""
+        return tuple(range(self.num_layers)) if self.traversed is None else self.traversed
 
     @property
     def kv_values_per_token(self) -> int:

@@ -11,6 +11,7 @@ import typer
 
 from trol_edge.cli.checkpoints import CHECKPOINTS, SENSITIVITY_SAMPLES, calibration_of, checkpoint_of, statistics_of
 from trol_edge.cli.show import Force, Json, err, extra, out, peak_bytes, print_json, progress_bars
+from trol_edge.errors import UsageError
 
 
 def export(
@@ -36,6 +37,13 @@ def export(
         int | None,
         typer.Option(help="Most tiles of a picture, the thumbnail not counted.  [default: 6 for trol-3.8b]"),
     ] = None,
+    traversal: Annotated[
+        str,
+        typer.Option(
+            help="Layers with a second pass over the prompt: all, a number (12: the first 12), or a list such as "
+            "0-7,10. Fewer are quicker and give another model."
+        ),
+    ] = "all",
     precision: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +100,10 @@ def export(
     options = recipes.read_options(
         precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling
     )
+    if max_loss is not None and traversal != "all":
+        raise UsageError(
+            "--max-loss is measured with every second pass, so it says nothing about --traversal; leave one of them out"
+        )
     model = model or known
     start = time.perf_counter()
     with progress_bars(quiet=as_json) as progress:
@@ -109,6 +121,7 @@ def export(
             target=target,
             context=context,
             max_tiles=max_tiles,
+            traversal=traversal,
             options=options,
             shared_weights=shared_weights,
             calibration=statistics,

@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from trol_edge.bundle.sizes import cache_bytes
+from trol_edge.bundle.spec import ModelSpec
 from trol_edge.cli.show import (
     PICTURE_BYTES,
     STDIN,
@@ -174,8 +175,8 @@ def inspect(
     graphs = manifest.graphs.items()
     stored = {name: sum(tensors[w].nbytes for w in graph.weights if w in tensors) for name, graph in graphs}
     as_float = {name: sum(loaded_bytes(w, tensors) for w in graph.weights) for name, graph in graphs}
-    one_set = cache_bytes(manifest.graphs["step"].inputs, manifest.context)
-    kv = one_set // manifest.context
+    first, both = (cache_bytes(manifest.graphs[name].inputs, manifest.context) for name in ("step", "traverse"))
+    kv, second_kv = first // manifest.context, (both - first) // manifest.context
     lora = {name: sum(".lora_" in w for w in graph.weights) for name, graph in manifest.graphs.items()}
     used = {w for graph in manifest.graphs.values() for w in graph.weights}
     if as_json:
@@ -185,14 +186,15 @@ def inspect(
         if is_gpu(manifest.target):
             apart, shared = device_bytes(opened)
             data["device_bytes"] = {"apart": apart, "shared": shared, "is_shared": shares_matrices(opened)}
-        data["kv_bytes_per_token"] = kv  # bytes of one set; prefix reuse keeps two
+        data["kv_bytes_per_token"] = kv  # of the first pass's set; prefix reuse keeps the second pass's, too
+        data["second_kv_bytes_per_token"] = second_kv
         print_json(data)
         return
     spec = manifest.spec
     square = "picture" if manifest.image.most_tiles == 1 else f"tile (1 to {manifest.image.most_tiles} a picture)"
     out.print(
         f"{manifest.model} ({spec.family}), {manifest.created_by}, target {manifest.target}, context "
-        f"{manifest.context} tokens\n{spec.num_layers} layers x 2 passes, hidden {spec.hidden_size}, "
+        f"{manifest.context} tokens\n{_layers(spec)}, hidden {spec.hidden_size}, "
         f"{spec.num_heads} heads, {spec.num_kv_heads} K/V heads, vocabulary {spec.vocab_size}, "
         f"{spec.vision.tokens_per_image} tokens per {square} of {spec.vision.image_size} x {spec.vision.image_size}\n"
         f"{sum(math.prod(t.shape) for t in tensors.values()):,} numbers in {len(tensors)} tensors, each stored once, "
@@ -244,8 +246,8 @@ def inspect(
     out.print(
         f"A step reads {as_float['step'] / 1e6:.2f} MB of weights ({form}, each once, {lora['step']} LoRA tensors), "
         f"one embedding row of {row} bytes, and the first pass's K/V cache.\n"
-        f"K/V cache, per session: {kv} bytes per token and set, {one_set / 1e6:.1f} MB a set; two sets, "
-        f"{2 * one_set / 1e6:.1f} MB, {sets}.\n"
+        f"K/V cache, per session: {kv} bytes per token in the first pass's set, {second_kv} in the second's; "
+        f"{first / 1e6:.1f} and {(both - first) / 1e6:.1f} MB; two sets, {both / 1e6:.1f} MB, {sets}.\n"
         f"In no graph: {', '.join(sorted(tensors.keys() - used))} (looked up by the runtime)."
     )
 
@@ -277,6 +279,13 @@ def demo(
     print(f"  {tools}/trol-edge inspect {bundle}")
     code = f"import trol_edge; print(trol_edge.Runtime('{bundle}').generate('{question}', '{shown}'))"
     print(f'  {tools}/python -c "{code}"')
+
+
+def _layers(spec: ModelSpec) -> str:
+    """The layers, and which of them have a second pass."""
+    if spec.traversed is None:
+        return f"{spec.num_layers} layers x 2 passes"
+    return f"{spec.num_layers} layers, second pass in {len(spec.traversed)} ({', '.join(map(str, spec.traversed))})"
 
 
 def _precision(manifest: Any) -> str:

@@ -55,7 +55,8 @@ def memory_of(
     """
     gpu = is_gpu(machine.target)
     graphs = [name for name in subject.graphs if not (gpu and name == "traverse_text")]
-    one_set = subject.cache_bytes * context // subject.context
+    first = subject.cache_bytes * context // subject.context
+    second = first if subject.second_bytes is None else subject.second_bytes * context // subject.context
     longest = {"images": dims["images"], "tokens": context, "slots": context}
     if gpu:
         outside = subject.shareable_bytes if shared else 0  # stored once for the engines of traverse and step
@@ -72,7 +73,7 @@ def memory_of(
     return Memory(
         weights=weights,
         embedding=subject.embedding_bytes if TARGETS[machine.target].shares_memory else 0,
-        cache=2 * one_set if reuse else one_set + (0 if gpu else one_set // subject.layers),
+        cache=first + (second if reuse else 0 if gpu else first // subject.layers),
         cache_sets=2 if reuse else 1,
         activations=activations,
         runtime=RUNTIME_BYTES["gpu" if gpu else "cpu"],

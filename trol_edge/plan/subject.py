@@ -37,7 +37,8 @@ class Subject:
     shareable_bytes: int  # the part of them that traverse and step could share (`export --shared-weights`)
     shared: bool  # whether they share it
     embedding_bytes: int  # size of the table, which is held as it is stored, in the CPU's memory
-    cache_bytes: int  # size of one K/V set at full context
+    cache_bytes: int  # size of the first K/V set at full context
+    second_bytes: int | None = None  # size of the second pass's K/V set; None: as much as the first
     programs: dict[str, tuple[ProgramCounts, ...]] = dataclasses.field(default_factory=dict)
     programs_of: str = ""
 
@@ -66,6 +67,7 @@ def subject_of(bundle: Bundle) -> Subject:
 
     sizes = {name: {w: size(w) for w in info.weights} for name, info in manifest.graphs.items()}
     decoder = {w: n for name, found in sizes.items() if name != "vision" for w, n in found.items()}
+    first = cache_bytes(manifest.graphs["step"].inputs, manifest.context)
     apart, together = device_bytes(bundle) if on_gpu else (0, 0)
     built = read(bundle, manifest.target) if folder_of(bundle, manifest.target).exists() else None
     programs = {name: engine.programs for name, engine in built.engines.items() if engine.programs} if built else {}
@@ -83,7 +85,8 @@ def subject_of(bundle: Bundle) -> Subject:
         shareable_bytes=apart - together if manifest.plan.can_share_weights else 0,
         shared=on_gpu and shares_matrices(bundle),
         embedding_bytes=tensors["embedding"].nbytes,
-        cache_bytes=cache_bytes(manifest.graphs["step"].inputs, manifest.context),
+        cache_bytes=first,
+        second_bytes=cache_bytes(manifest.graphs["traverse"].inputs, manifest.context) - first,
         programs=programs,
         programs_of=f"its own engines, {built.key.library}" if built and programs else "",
     )

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from trol_edge.backend import FIRST, SECOND
 from trol_edge.bundle import probes
 from trol_edge.bundle.selftest import ForcedGraph, SelfTest
+from trol_edge.bundle.spec import ModelSpec
 from trol_edge.model import Model
 from trol_edge.verify.report import ALWAYS, Stage, compared
 
@@ -73,7 +74,7 @@ def forced_stages(model: Model, test: SelfTest, pixels: NDArray[np.float32]) -> 
         found = backend.run_cut(graph, [value for value, _, _ in cuts], feeds, state)
         if found is None:
             return
-        yield from _compare(graph, record, found, state, tokens)
+        yield from _compare(graph, record, found, state, tokens, spec)
 
 
 def _inputs(record: ForcedGraph, width: int, tokens: int, graph: str, masked: bool) -> dict[str, NDArray[Any]]:
@@ -90,7 +91,7 @@ def _inputs(record: ForcedGraph, width: int, tokens: int, graph: str, masked: bo
 
 
 def _compare(
-    graph: str, record: ForcedGraph, found: dict[str, NDArray[Any]], state: Any, tokens: int
+    graph: str, record: ForcedGraph, found: dict[str, NDArray[Any]], state: Any, tokens: int, spec: ModelSpec
 ) -> Iterator[Stage]:
     budget = ALWAYS["arithmetic"]
     kept: list[Any] = [[], []]
@@ -101,7 +102,8 @@ def _compare(
     def cached(layer: int, which: int) -> Iterator[Stage]:
         for kind, name in enumerate(("keys", "values")):
             if kept[which]:
-                here = probes.summary(kept[which][2 * layer + kind])
+                place = spec.second_layers.index(layer) if which else layer
+                here = probes.summary(kept[which][2 * place + kind])
                 title = f"arithmetic.{graph}.layers.{layer}{_pass(graph, which)}.{name}"
                 yield compared(title, here, record.cache[which, layer, kind], budget)
 
@@ -111,7 +113,7 @@ def _compare(
             yield from cached(int(qkv[1]), use)
         computed = found[f"{value}.computed"]
         here = probes.summary(computed.reshape(-1, computed.shape[-1]))
-        yield compared(f"arithmetic.{_maker(graph, weight, use)}", here, record.seen[i, : len(here)], budget)
+        yield compared(f"arithmetic.{_maker(graph, weight, use, spec)}", here, record.seen[i, : len(here)], budget)
     (output,) = [array for name, array in found.items() if not name.endswith(".computed")]
     if graph == "vision":
         here = probes.summary(output[0][probes.seen(len(output[0]))])
@@ -124,7 +126,7 @@ def _pass(graph: str, which: int) -> str:
     return "" if graph == "step" else f".pass{which + 1}"
 
 
-def _maker(graph: str, weight: str, use: int) -> str:
+def _maker(graph: str, weight: str, use: int, spec: ModelSpec) -> str:
     """What computed the input of a Linear, in its `use`-th use."""
     layer = re.match(r"(vision|decoder)\.layers\.(\d+)\.(.*)\.(weight|lora_a|lora_b)", weight)
     if layer is None:
@@ -143,4 +145,5 @@ def _maker(graph: str, weight: str, use: int) -> str:
         return f"{here}.{_FROM[linear]}"
     if use:
         return f"{graph}.layers.{number}.pass1.down"
-    return f"{graph}.layers.{number - 1}.{'down' if graph == 'step' else 'gate'}" if number else f"{here}.norm"
+    last = "gate" if graph != "step" and number - 1 in spec.second_layers else "down"
+    return f"{graph}.layers.{number - 1}.{last}" if number else f"{here}.norm"

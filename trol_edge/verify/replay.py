@@ -183,8 +183,9 @@ def _case_stages(
     for layer in range(spec.num_layers):
         for which, cached in enumerate(sets):
             for kind, name in enumerate(("keys", "values")):
-                if cached:  # not every back end keeps the second set
-                    here, reference = cached[2 * layer + kind], case.cache[which, layer, kind]
+                # Not every back end keeps the second set, and not every layer has one.
+                if cached and layer in (layers := (tuple(range(spec.num_layers)), spec.second_layers)[which]):
+                    here, reference = cached[2 * layers.index(layer) + kind], case.cache[which, layer, kind]
                     allowed = budget.at(name, layer + 1)
                     yield compared(f"traverse.layers.{layer}.pass{which + 1}.{name}", here, reference, allowed)
     allowed_logits = budget.at("logits", spec.num_layers)
