@@ -63,7 +63,7 @@ def memory_of(
         weights = sum(subject.weights[name] for name in graphs) - outside
         activations = sum(subject.graphs[name].peak_bytes(**longest) for name in graphs)
         if "TensorScatter" not in TARGETS[machine.target].takes():  # the new rows of a part of a prompt, of both sets
-            activations += 2 * one_set * min(GIVEN, context) // context
+            activations += (first + second) * min(GIVEN, context) // context
         largest = max(subject.weights["vision"], subject.weights["traverse"] - outside)
     else:
         weights = subject.weights["vision"] + subject.decoder_bytes
