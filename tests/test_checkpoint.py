@@ -961,6 +961,7 @@ def test_spec_is_what_the_config_says() -> None:
         "lora_rank": 256,
         "eos_token_id": 2,
         "more_end_ids": (),
+        "traversed": None,
         "image_token_id": 500,
         "vision": {
             "hidden_size": 64,

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from trol_edge.answering.asking import PREFILL_CHUNK
+from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import UsageError
 from trol_edge.plan.duration import GraphTime, graph_time
