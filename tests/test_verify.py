@@ -69,6 +69,22 @@ def flip_sign(bits: Any) -> None:
     flat[order[len(order) * 3 // 4]] ^= top
 
 
+def test_arithmetic_is_named_where_it_began_to_differ() -> None:
+    """A fault that is just within the budget at its own place is above it where sums are read."""
+
+    def named(*drifts: float, names: tuple[str, str, str] = ("a", "b", "c"), graph: str = "arithmetic.step") -> Any:
+        pairs = zip(names, drifts, strict=True)
+        return budgets.place_of(budgets.Stage(f"{graph}.{name}", drift, 20.0) for name, drift in pairs)
+
+    assert named(1, 15, 19) is None
+    found = named(1, 15, 21)
+    assert found.name == "arithmetic.step.b" and "1.5e+01, and 2.1e+01 at arithmetic.step.c" in found.text
+    assert named(1, 4, 21).name == "arithmetic.step.c"
+    assert named(1, 15, 21, graph="traverse").name == "traverse.c"
+    other = [budgets.Stage("arithmetic.vision.a", 15, 20), budgets.Stage("arithmetic.step.a", 21, 20)]
+    assert budgets.place_of(other) == other[1]
+
+
 def first_wrong(folder: Path) -> str:
     """Where the self-test says that it goes wrong."""
     wrong = verify.verify(folder).first_wrong

@@ -84,13 +84,12 @@ class Trials:
 
     def inspected(self, folder: Path) -> str:
         """What the command line says about it: exit code 0 or 1, and JSON."""
-        for words in (["inspect", str(folder), "--json"], ["doctor", str(folder), "--json"], ["plan", str(folder)]):
+        for words in (["inspect", str(folder), "--json"], ["doctor", str(folder), "--json"]):
             said = io.StringIO()
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
                 code = main(words)
             assert code in (0, 1), f"{words[0]} ends with {code}"
-            if "--json" in words:
-                json.loads(said.getvalue())
+            json.loads(said.getvalue())
         return "answered"
 
     # Each changes a bundle's files and returns whether their hashes fit again.

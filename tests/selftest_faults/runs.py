@@ -20,6 +20,7 @@ from trol_edge.errors import BundleError
 from trol_edge.model import Model
 from trol_edge.runtimes import ort
 from trol_edge.verify.replay import stages_of
+from trol_edge.verify.report import place_of
 
 CHANGED = (MANIFEST, WEIGHTS, TOKENIZER)  # files that faults change
 
@@ -44,7 +45,7 @@ def first_wrong(folder: Path) -> str:
     """Where the self-test of a bundle goes wrong; "" if nowhere."""
     try:
         with Model(folder, threads=1) as model:
-            wrong = next((s for s in stages_of(model, selftest.read(model.bundle)) if not s.good), None)
+            wrong = place_of(stages_of(model, selftest.read(model.bundle)))
     except BundleError as error:
         if "engine" in str(error):
             return "engines"  # as trol_edge.verify.replay.verify calls it

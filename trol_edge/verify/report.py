@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from trol_edge.bundle.manifest import Manifest
 from trol_edge.bundle.precision import QUANTIZED
 
 SMALL = 5  # layers in the decoders of the small models on which budgets were measured
+SUSPECT = 0.25  # share of a budget that no healthy machine uses, in arithmetic with forced inputs
 UNRELATED = 1.0  # drift of an all-zero output; unrelated values drift by 1.4
 ALWAYS = {
     "preprocess": 5e-3,
@@ -116,8 +118,8 @@ class Report:
 
     @property
     def first_wrong(self) -> Stage | None:
-        """The first stage above its budget, which is where the fault is."""
-        return next((stage for stage in self.stages if not stage.good), None)
+        """Where the fault is, see `place_of`; None if every stage is within its budget."""
+        return place_of(self.stages)
 
     @property
     def could_be_rounding(self) -> bool:
@@ -156,6 +158,26 @@ class Report:
             stage["drift"] = stage["drift"] if math.isfinite(stage["drift"]) else None
         verdict = {"passed": wrong is None, "first_wrong": wrong.name if wrong else None, "verdict": self.verdict}
         return dataclasses.asdict(self) | verdict | {"stages": stages}
+
+
+def place_of(stages: Iterable[Stage]) -> Stage | None:
+    """The first stage above its budget. Arithmetic is named where it began to differ, if that was just within it.
+
+    What a Linear computes wrongly stays in the sum that later stages read. A healthy machine uses a twentieth of the
+    budget, so what is above a quarter of it before a stage that is wrong is the same fault.
+    """
+    before: list[Stage] = []
+    for stage in stages:
+        if not stage.good:
+            graph = ".".join(stage.name.split(".")[:2]) + "."
+            alike = (s for s in before if stage.name.startswith("arithmetic.") and s.name.startswith(graph))
+            began = next((s for s in alike if s.drift > s.budget * SUSPECT), None)
+            if began is None:
+                return stage
+            text = f"drift {began.drift:.1e}, and {stage.drift:.1e} at {stage.name}, the budget is {stage.budget:.1e}"
+            return dataclasses.replace(began, text=text)
+        before.append(stage)
+    return None
 
 
 def compared(name: str, here: NDArray[Any], reference: NDArray[Any], budget: float) -> Stage:
