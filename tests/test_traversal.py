@@ -29,7 +29,7 @@ from trol_edge.plan.subject import subject_of
 from trol_edge.runtime import Runtime
 from trol_edge.verify.replay import verify
 
-CHOSEN = {"trol-nano": (1, 3), "trol-nano-phi3": (0, 1)}  # layers, of 5 and of 4
+CHOSEN = {"trol-nano": (1, 3), "trol-nano-phi3": (0, 1)}  # layers, of 5
 TEXT = {"trol-nano": "1,3", "trol-nano-phi3": "2"}
 
 

@@ -516,9 +516,12 @@ class Session:
         return self._agree(rows, pictures, min(self._traversed, len(rows.ids) - 1))
 
     def _agree(self, rows: _Rows, pictures: list[_Picture], n: int) -> int:
-        """How many of the first n rows are the same as here: tokens, pictures, what is kept of them, positions."""
+        """How many of the first n rows are the same as here: tokens, pictures, and what is kept of them.
+
+        Positions follow from these.
+        """
         mine, theirs = self._held[:n], rows[:n]
-        same = _same((mine.ids == theirs.ids) & (mine.sources == theirs.sources) & (mine.positions == theirs.positions))
+        same = _same((mine.ids == theirs.ids) & (mine.sources == theirs.sources))
         at = np.flatnonzero(theirs.sources[:same] != TEXT)
         order = theirs.sources[at] // self._spec.vision.tokens_per_image
         for begin in np.flatnonzero(np.diff(order, prepend=TEXT)):
