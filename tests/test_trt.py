@@ -763,14 +763,15 @@ def test_shapes_beyond_every_profile(machine: Machine) -> None:
     folder = folder_of(bundle, machine.engines.name)
     graph = machine.folder / bundle.manifest.graphs["traverse"].file
     path = folder / "traverse.engine"
-    path.write_bytes(trt_standin.engine_file(graph, [{"tokens": [1, 8, 16], "slots": [1, 16, 32]}]))
+    sizes = [{"tokens": [1, 8, 256], "slots": [1, 16, 32]}]
+    path.write_bytes(trt_standin.engine_file(graph, sizes, left_out(bundle.manifest.graphs["traverse"])))
     engines = read(bundle, machine.engines.name)
     info = dataclasses.replace(engines.engines["traverse"], bytes=path.stat().st_size, sha256=sha256_of(path))
     write(folder, dataclasses.replace(engines, engines=engines.engines | {"traverse": info}))
     session = machine.open().session()
-    session.prefill(np.arange(16))
-    with pytest.raises(ContextError, match=r"the traverse engine was built for other sizes than .*17"):
-        session.prefill(np.arange(17))
+    session.prefill(np.arange(32))
+    with pytest.raises(ContextError, match=r"the traverse engine was built for other sizes than .*33"):
+        session.prefill(np.arange(33))
     session.prefill(np.arange(3))  # and it stays usable
 
 

@@ -420,7 +420,7 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
     with pytest.raises(BackendError, match=r"engines vision, traverse take 0\.01 GB and the K/V cache 0\.01 GB"):
         trt_build.build(bundle, library=library, memory_bytes=cache + 5_000_000)
     assert list((bundle.folder / "engines").iterdir()) == []
-    done = trt_build.build(bundle, library=library, memory_bytes=cache + 9_100_000)  # three, and the rope tables
+    done = trt_build.build(bundle, library=library, memory_bytes=cache + 9_500_000)  # three, and the rope tables
     assert done.built and read(bundle, "tensorrt") == done.engines
 
 
