@@ -88,7 +88,7 @@ KINDS = (
 
 
 @pytest.fixture(scope="module", params=NANOS)
-def exported(request: pytest.FixtureRequest) -> tuple[str, PromptSpec, int]:
+def written(request: pytest.FixtureRequest) -> tuple[str, PromptSpec, int]:
     """tokenizer.json as export writes it, the template, and the vocabulary."""
     source = Checkpoint(CHECKPOINTS / request.param)
     template = source.family.prompt(source.spec)
@@ -103,9 +103,9 @@ def said_by(text: str, template: PromptSpec, vocabulary: int) -> tuple[bytes, li
     return probe.token_digests(made, text, vocabulary).tobytes(), probe.prompt_ids(made, template)
 
 
-def test_edited_tokenizers_are_found(exported: tuple[str, PromptSpec, int]) -> None:
+def test_edited_tokenizers_are_found(written: tuple[str, PromptSpec, int]) -> None:
     """All of hundreds, by kind; one that is written in another way is the same."""
-    text, template, vocabulary = exported
+    text, template, vocabulary = written
     right, missed, refused = said_by(text, template, vocabulary), [], 0
     for seed in range(EDITS):
         dice, data = random.Random(seed), json.loads(text)
@@ -122,10 +122,10 @@ def test_edited_tokenizers_are_found(exported: tuple[str, PromptSpec, int]) -> N
 
 
 def test_a_library_that_computes_something_else_is_found(
-    exported: tuple[str, PromptSpec, int], monkeypatch: pytest.MonkeyPatch
+    written: tuple[str, PromptSpec, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same file, other ids or bytes."""
-    text, template, vocabulary = exported
+    text, template, vocabulary = written
     right = said_by(text, template, vocabulary)
     encode, token_bytes = Tokenizer.encode, Tokenizer.token_bytes
     with monkeypatch.context() as patch:

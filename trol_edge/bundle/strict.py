@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import Any, TypeVar
@@ -37,6 +38,11 @@ def from_dict(
     return value
 
 
+@functools.cache  # a manifest has hundreds of objects of a few classes
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -46,7 +52,7 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
             if not attempt:
                 return found
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        hints = typing.get_type_hints(hint)
+        hints = _hints(hint)
         fields = {f.name: f for f in dataclasses.fields(hint)}
         problems += [f"{where}: unknown key {key!r}" for key in value if key not in fields]
         problems += [
