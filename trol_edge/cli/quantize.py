@@ -113,14 +113,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of a trol-nano or trol-nano-phi3 bundle on held-out rendered scenes, by kind of question."""
+    several = image_tokens not in (None, [1.0])
+    if several and report:
+        raise UsageError("--report is for all image tokens; leave --image-tokens out, or --report")
     from trol_edge.calibration import evaluate as evaluation
     from trol_edge.runtime import Runtime
 
     with Runtime(bundle) as runtime, progress_bars(quiet=as_json) as progress:
         scores = evaluation.evaluate_each(runtime, number, progress, scale, image_tokens or [1.0])
-    several = image_tokens not in (None, [1.0])
-    if several and report:
-        raise UsageError("--report is for all image tokens; leave --image-tokens out, or --report")
     text = evaluation.side_by_side(scores, str(bundle)) if several else evaluation.markdown(scores[0], str(bundle))
     if report:
         evaluation.update_report(report, text)
