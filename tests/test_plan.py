@@ -175,6 +175,14 @@ def test_plan_of_a_subject_with_programs(nano: rates_module.Platform) -> None:
     assert [stage.moved is None for stage in known.stages] == [True, True, False]
 
 
+def test_scratch_memory_of_a_counted_engine_is_needed(nano: rates_module.Platform) -> None:
+    """Where it holds more than its graph's tensors take at their largest, and not where it holds less."""
+    plain = plan.plan(subject(), nano).memory
+    less, more = (plan.plan(subject(programs={"step": (counts(GB, scratch=n),)}), nano).memory for n in (0, 3 * GB))
+    assert less.activations == plain.activations
+    assert 2 * GB < more.activations - plain.activations <= 3 * GB
+
+
 def test_counts_of_more_layers() -> None:
     """Each further layer counts as much as the second one adds; a kind that one engine lacks is none there."""
     one, two = counts(5, 100), counts(8, 130)

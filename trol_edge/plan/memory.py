@@ -46,6 +46,11 @@ class Memory:
         return self.usable - self.system - self.build
 
 
+def _held(subject: Subject, name: str) -> int:
+    """Bytes of scratch memory that a graph's engine says it holds; 0 if its engine was not counted."""
+    return max((counts.scratch for counts in subject.programs.get(name, ())), default=0)
+
+
 def memory_of(
     subject: Subject, machine: Platform, dims: Mapping[str, int], context: int, reuse: bool, desktop: bool, shared: bool
 ) -> Memory:
@@ -61,7 +66,7 @@ def memory_of(
     if gpu:
         outside = subject.shareable_bytes if shared else 0  # stored once for the engines of traverse and step
         weights = sum(subject.weights[name] for name in graphs) - outside
-        activations = sum(subject.graphs[name].peak_bytes(**longest) for name in graphs)
+        activations = sum(max(subject.graphs[name].peak_bytes(**longest), _held(subject, name)) for name in graphs)
         if "TensorScatter" not in TARGETS[machine.target].takes():  # the new rows of a part of a prompt, of both sets
             activations += (first + second) * min(GIVEN, context) // context
         largest = max(subject.weights["vision"], subject.weights["traverse"] - outside)
