@@ -275,12 +275,13 @@ class Crew:
         return reader, writer
 
     async def _call(self, body: Any, length: int | None = None) -> tuple[int, bytes]:
-        """Status and body of one call."""
+        """Status and body of one call. A server that still waits for the rest of a body is not waited for."""
         reader, writer = await self._open(body, length)
-        found = await reader.read()
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        size = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
+        found = await reader.readexactly(size)
         writer.close()
-        head, _, rest = found.partition(b"\r\n\r\n")
-        return int(head.split()[1]), rest
+        return int(head.split()[1]), found
 
     def _asked(self, question: str, at: int, **more: Any) -> dict[str, Any]:
         return {"messages": [self._cases.message(question, at)], "max_tokens": MAX_TOKENS, **more}
