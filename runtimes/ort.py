@@ -407,17 +407,15 @@ class OrtState:
                 binding.bind_output(port.name)
         return binding
 
-    def _place(self, start: int, rotary: NDArray[np.int64]) -> None:
-        """Let the rows from `start` on have the rotary embedding of these positions [S]."""
-        offset, backend = int(self.rope_offset[0]), self._backend
+    def _place(self, start: int, count: int, rotary: NDArray[np.int64] | int | None) -> None:
+        """Let `count` rows from `start` on have the rotary embedding of these positions (None: of their rows)."""
+        is_new, offset, backend = self._rope is None, int(self.rope_offset[0]), self._backend
         if self._rope is None:
+            if rotary is None:
+                return
             self._rope = RopeRows({name: backend.weights[name].numpy() for name in TABLES})
-            is_new = True
-        else:
-            is_new = False
-        if not self._rope.place(offset + start, offset + rotary) and not is_new:
-            return
-        if is_new or backend.memory != "cpu":  # on a CPU the values refer to the arrays
+        changed = self._rope.place(offset + start, count, None if rotary is None else offset + rotary)
+        if is_new or (changed and backend.memory != "cpu"):  # on a CPU the values refer to the arrays
             self._tables = {name: value_of(table) for name, table in self._rope.own.items()}
             for binding in (self.step_binding, self._traverse_one):
                 for name, table in self._tables.items() if binding is not None else ():
@@ -447,8 +445,7 @@ class OrtState:
         self.rope_offset[0] = self.long_rope_offset if long_rope and self.long_rope_offset is not None else 0
         self._backend.require_room(len(embeddings))
         stop = start + len(embeddings)
-        if rotary is not None or self._rope is not None:
-            self._place(start, self._slots[start:stop] if rotary is None else rotary)
+        self._place(start, len(embeddings), rotary)
         name = "traverse_text" if self._text and image_mask is None else "traverse"
         if len(embeddings) == 1 and image_mask is None:  # decoding with both passes; only the length changes
             self._embedding[0], self._position[0, 0] = embeddings, start
@@ -491,8 +488,7 @@ class OrtState:
 
     def step(self, embedding: Float32, position: int, rotary: int | None = None) -> Float32:
         """Run one pass over one token, embedding [D] in row `position`; the next call overwrites the logits [V]."""
-        if rotary is not None or self._rope is not None:
-            self._place(position, np.array([position if rotary is None else rotary]))
+        self._place(position, 1, rotary)
         self._embedding[0, 0] = embedding
         self._position[0, 0] = position
         self._run_again("step", self.step_binding)

@@ -24,12 +24,16 @@ class RopeRows:
         self.own = {name: np.array(table, order="C") for name, table in tables.items()}
         self._held = np.arange(min(len(table) for table in tables.values()))  # the shared row in each of ours
 
-    def place(self, first: int, rows: NDArray[np.int64]) -> bool:
-        """Put these rows of the shared tables into ours, from row `first` on. Returns whether that changed ours."""
-        part = slice(first, first + len(rows))
-        if np.array_equal(self._held[part], rows):
+    def place(self, first: int, count: int, rows: NDArray[np.int64] | int | None) -> bool:
+        """Put these rows of the shared tables into `count` of ours, from `first` on; None: the same rows as ours.
+
+        Returns whether that changed ours.
+        """
+        part = slice(first, first + count)
+        wanted = np.arange(first, first + count) if rows is None else np.atleast_1d(rows)
+        if np.array_equal(self._held[part], wanted):
             return False
         for name, table in self._shared.items():
-            self.own[name][part] = table[rows]
-        self._held[part] = rows
+            self.own[name][part] = table[wanted]
+        self._held[part] = wanted
         return True

@@ -506,9 +506,8 @@ class TrtState:
     ) -> Float32:
         """See trol_edge.backend.State."""
         self._rope_offset = self._long_rows if long_rope else 0
-        rows = np.arange(start, start + len(embeddings)) if rotary is None else rotary
         with native, self._backend.lock:
-            self._place(start, rows)
+            self._place(start, len(embeddings), rotary)
         own = self._cache | {port.name: self._own[port.name] for port in self._tables}
         return self._backend.traverse(own, embeddings, image_mask, self._rope_offset, start, pictures)
 
@@ -526,30 +525,31 @@ class TrtState:
             token = int(self._host["token"][0])
             return token if token >= 0 else best_token(self._logits())  # negative if a logit is not finite
 
-    def _place(self, start: int, rotary: NDArray[np.int64]) -> None:
-        """Let the rows from `start` on have the rotary embedding of these positions [S]. The lock must be held."""
-        backend, stop = self._backend, start + len(rotary)
+    def _place(self, start: int, count: int, rotary: NDArray[np.int64] | int | None) -> None:
+        """Let `count` rows from `start` on have the rotary embedding of these positions (None: of their rows).
+
+        The lock must be held.
+        """
+        backend = self._backend
         if self._rope is None:
-            if np.array_equal(rotary, np.arange(start, stop)):
+            if rotary is None:
                 return
             tables = {port.name: np.empty([int(d) for d in port.shape], port.dtype) for port in self._tables}
             for name, table in tables.items():
                 backend.cuda.download(table, backend.shared[name])
             backend.cuda.wait()
             self._rope = RopeRows(tables)
-        offset = self._rope_offset
-        if self._rope.place(offset + start, offset + rotary):
+        first = self._rope_offset + start
+        if self._rope.place(first, count, None if rotary is None else self._rope_offset + rotary):
             for name, table in self._rope.own.items():
-                part = table[offset + start : offset + stop]
-                backend.cuda.upload(self._own[name] + (offset + start) * table.strides[0], part)
+                backend.cuda.upload(self._own[name] + first * table.strides[0], table[first : first + count])
             backend.cuda.wait()  # before the next call changes them
 
     def _start(self, embedding: Float32, position: int, rotary: int | None) -> None:
         """Enqueue a step."""
         backend = self._backend
         backend.require_open()
-        if rotary is not None or self._rope is not None:
-            self._place(position, np.array([position if rotary is None else rotary]))
+        self._place(position, 1, rotary)
         self._host["inputs_embeds"][0, 0] = embedding
         self._host["position_ids"][0, 0] = position
         if "rope_offset" in self._host:
