@@ -54,7 +54,7 @@ TRACED = ("vision", "traverse", "step")  # traverse_text is derived from travers
 
 def cache_names(spec: ModelSpec, prefix: str) -> list[str]:
     """Names of the cache tensors in graph order. prefix is "past" or "present", or "past_second" ... for pass two."""
-    layers = spec.second_layers if prefix.endswith("_second") else range(spec.num_layers)
+    layers = spec.cached_layers[prefix.endswith("_second")]
     return [f"{prefix}_{kind}_{i}" for i in layers for kind in ("key", "value")]
 
 
@@ -75,7 +75,7 @@ class _CachedAttention:
     ) -> None:
         self.spec, self.rope, self.rope_rows, self.slots = spec, rope, rope_rows, slots
         self.cache = list(past)
-        passes = [(i, 0) for i in range(spec.num_layers)] + [(i, 1) for i in spec.second_layers]
+        passes = [(i, traversal) for traversal, layers in enumerate(spec.cached_layers) for i in layers]
         self.place = {passed: 2 * at for at, passed in enumerate(passes)}  # of a pass's keys in the cache
         heads = torch.arange(spec.num_kv_heads)[:, None].expand(-1, positions.shape[1])  # [G, S]
         rows = positions.expand(spec.num_kv_heads, -1)

@@ -157,13 +157,12 @@ class _Sequence:
         self.step_cache: list[Tensor] = []
         self.x = self.steps = torch.empty(0)
 
-    def through(self, model: Layerwise, layer: Any, name: str) -> None:
-        """Run one decoder layer, the prompt in both passes and then the stepped tokens in one."""
+    def through(self, model: Layerwise, layer: Any, name: str, twice: bool) -> None:
+        """Run one decoder layer, the prompt in its passes and then the stepped tokens in one. twice: see Layerwise."""
         attend, end = self.attend, len(self.ids)
         lora = self.mask.float()[None, :, None] if bool(self.mask.any()) and model.spec.lora_rank else None
         attend.positions = torch.arange(end)
         self._begin(self.graph)
-        twice = _layer_index(name) in model.spec.second_layers
         self.x = model.traverse(layer, 0, self.x, lora, attend, twice)[2]
         attend.positions = torch.arange(end, end + STEPS)
         self._begin(STEP)
@@ -217,12 +216,11 @@ class _Forced:
         rows = probes.pattern("inputs_embeds", width)[np.arange(self.tokens + 1) % probes.ROWS] * self.scale
         self.x, self.step = torch.from_numpy(rows[None, :-1]), torch.from_numpy(rows[None, -1:])
 
-    def through(self, model: Layerwise, layer: Any, name: str) -> None:
-        """Run one decoder layer, its passes over the prompt and then one token after it."""
+    def through(self, model: Layerwise, layer: Any, twice: bool) -> None:
+        """Run one decoder layer, its passes over the prompt and then one token after it. twice: see Layerwise."""
         attend, rows = self._attend, list[Any]()
         self._emulation.begin(self.graph, self.seen)
         attend.positions = torch.arange(self.tokens)
-        twice = _layer_index(name) in model.spec.second_layers
         self.x = model.traverse(layer, 0, self.x, self._mask, attend, twice)[2]
         for traversal in (0, 1) if twice else (0,):
             rows.append([_summary(t[traversal][0], probes.seen(self.tokens)) for t in (attend.keys, attend.values)])
@@ -246,11 +244,6 @@ class _Forced:
         if self.graph == "traverse":
             cache, output = np.array(self._step_cache)[None], probes.summary(step_logits)
             yield STEP, ForcedGraph(**stacked(self.step_seen), cache=cache, output=output, scale=scale)
-
-
-def _layer_index(name: str) -> int:
-    """The number at the end of a layer's name."""
-    return int(name.rpartition(".")[2])
 
 
 def _summary(rows: Tensor | None, at: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -347,12 +340,12 @@ class _Run:
             for one in made_up:
                 one.start(scale)
         for i in range(spec.num_layers):
-            name = f"decoder.layers.{i}"
+            name, twice = f"decoder.layers.{i}", i in spec.second_layers
             with self._part(name) as layer:
                 for sequence in sequences.values():
-                    sequence.through(self._model, layer, name)
+                    sequence.through(self._model, layer, name, twice)
                 for one in made_up:
-                    one.through(self._model, layer, name)
+                    one.through(self._model, layer, twice)
             progress("selftest", spec.vision.num_layers + i + 1, stages)
         logits, more = self._logits(list(sequences.values()), made_up)
         progress("selftest", stages, stages)

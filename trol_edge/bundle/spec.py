@@ -70,6 +70,11 @@ class ModelSpec:
         return tuple(range(self.num_layers)) if self.traversed is None else self.traversed
 
     @property
+    def cached_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The layers with keys and values in the first set of a K/V cache (of the first pass), and in the second."""
+        return tuple(range(self.num_layers)), self.second_layers
+
+    @property
     def kv_values_per_token(self) -> int:
         """Numbers that one token takes in a K/V set: K and V of all layers. (For bytes see sizes.py.)"""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim

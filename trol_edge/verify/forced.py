@@ -102,7 +102,7 @@ def _compare(
     def cached(layer: int, which: int) -> Iterator[Stage]:
         for kind, name in enumerate(("keys", "values")):
             if kept[which]:
-                place = spec.second_layers.index(layer) if which else layer
+                place = spec.cached_layers[which].index(layer)
                 here = probes.summary(kept[which][2 * place + kind])
                 title = f"arithmetic.{graph}.layers.{layer}{_pass(graph, which)}.{name}"
                 yield compared(title, here, record.cache[which, layer, kind], budget)

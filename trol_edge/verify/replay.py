@@ -181,13 +181,13 @@ def _case_stages(
         logits = [state.traverse(rows[part], pictured, long_rope, part.start).copy()]
     sets = [state.rows(case.positions, which) for which in (FIRST, SECOND)]
     for layer in range(spec.num_layers):
-        for which, cached in enumerate(sets):
+        for which, (cached, layers) in enumerate(zip(sets, spec.cached_layers, strict=True)):
+            if not cached or layer not in layers:  # not every back end keeps the second set, nor has every layer one
+                continue
             for kind, name in enumerate(("keys", "values")):
-                # Not every back end keeps the second set, and not every layer has one.
-                if cached and layer in (layers := (tuple(range(spec.num_layers)), spec.second_layers)[which]):
-                    here, reference = cached[2 * layers.index(layer) + kind], case.cache[which, layer, kind]
-                    allowed = budget.at(name, layer + 1)
-                    yield compared(f"traverse.layers.{layer}.pass{which + 1}.{name}", here, reference, allowed)
+                here, reference = cached[2 * layers.index(layer) + kind], case.cache[which, layer, kind]
+                allowed = budget.at(name, layer + 1)
+                yield compared(f"traverse.layers.{layer}.pass{which + 1}.{name}", here, reference, allowed)
     allowed_logits = budget.at("logits", spec.num_layers)
     yield compared("traverse.logits", probes.centred(logits[0]), probes.centred(case.logits[0]), allowed_logits)
     for i, token in enumerate(case.forced):
