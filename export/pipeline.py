@@ -304,7 +304,7 @@ def prepare(
         qdq.separate_readers(model)
     if plan.compute == "fp16":
         half.convert(model, plan.kept_fp32, dtypes)
-    in_place = not is_gpu(target) or "TensorScatter" in TARGETS[target].takes()
+    in_place = target not in TARGETS or TARGETS[target].in_place
     if is_gpu(target) and name == "step":
         lower_trt.add_token(model)
         lower_cache.read_filled(model, give_rows=not in_place)

@@ -13,7 +13,6 @@ from pathlib import Path
 from trol_edge import telemetry
 from trol_edge._version import __version__
 from trol_edge.bundle.engines import differences, read, verified
-from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import SELFTEST, WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, embedding_bytes
@@ -245,7 +244,7 @@ def _bundle(folder: Path, found: list[Gpu] | str, here: Machine, known: dict[str
         f"{sum(info.bytes for info in manifest.files.values()) / 1e6:.1f} MB, made by {manifest.created_by}"
     )
     checks = [Check("bundle", True, text)]
-    whole = sha256_of(weights.path) == manifest.files[WEIGHTS].sha256
+    whole = bundle.is_unaltered(WEIGHTS)
     text = "as exported (sha256)" if whole else "altered since export (sha256 differs); copy the bundle again"
     checks.append(Check("weights", whole, text, True))
     status, target = known.get(manifest.target), TARGETS.get(manifest.target)

@@ -120,7 +120,7 @@ def _require_unaltered(bundle: Bundle) -> None:
     A self-test sees no single wrong number inside an engine. So it is made sure that none came from the files.
     """
     for file in (WEIGHTS, *(bundle.manifest.graphs[name].file for name in ENGINES)):
-        if sha256_of(bundle.path(file)) != bundle.manifest.files[file].sha256:
+        if not bundle.is_unaltered(file):
             raise BundleError(
                 f"{bundle.folder}: {file} was altered since export (sha256 differs), so no engines were built from it; "
                 "copy the bundle again"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trol_edge.bundle.costs import MOST_NUMBER, wrong_polynomials
+from trol_edge.bundle.costs import MOST_NUMBER
 from trol_edge.bundle.folder import digest_of, sha256_of
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
@@ -135,14 +135,9 @@ def read(bundle: Bundle, target: str) -> EngineSet:
     if lacking := set(ENGINES) - found.engines.keys():
         raise BundleError(f"{path}: lists no engine {', '.join(sorted(lacking))}; run `trol-edge build --force`")
     for name, engine in found.engines.items():
-        counts = [engine.bytes, engine.weight_bytes, *(n for p in engine.programs for n in (p.constants, p.scratch))]
-        polynomials = [
-            polynomial
-            for program in engine.programs
-            for polynomial in (*(p for w in program.work for p in (w.operations, w.bytes)), *program.avoidable.values())
-        ]
-        wrong = [f"a number {n!r:.40}" for n in counts if not 0 <= n <= MOST_NUMBER]
-        if wrong := [*wrong, *wrong_polynomials(polynomials)]:
+        sizes = [n for n in (engine.bytes, engine.weight_bytes) if not 0 <= n <= MOST_NUMBER]
+        wrong = [f"a number {n!r:.40}" for n in sizes] + [w for p in engine.programs for w in p.wrong()]
+        if wrong:
             raise BundleError(
                 f"{path}: the counts of {printable(name)[:80]} have {wrong[0]}; run `trol-edge build --force`"
             )

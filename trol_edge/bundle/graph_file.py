@@ -45,7 +45,7 @@ TYPES = {
     21: "uint4",
     22: "int4",
 }
-_WHOLE = {6: "<i", 7: "<q"}  # types whose numbers decide shapes
+WHOLE = {6: "<i", 7: "<q"}  # types whose numbers decide shapes
 _FLOAT, _INT, _FLOATS, _INTS = 1, 2, 6, 7  # ONNX's numbers of types of attributes
 _DATA = (4, 5, 6, 7, 9, 10, 11)  # fields of a tensor with its numbers
 
@@ -181,10 +181,10 @@ def _tensor(parts: Mapping[int, list[Any]], outside: Mapping[str, tuple[int, int
     count = math.prod(shape)
     if count > 2 * held:  # two numbers of 4 bits in a byte
         raise ValueError(f"tensor {printable(name)!r:.80} says {count} numbers, but has {held} bytes of them")
-    if count > MOST_NUMBERS or name in outside or code not in _WHOLE:
+    if count > MOST_NUMBERS or name in outside or code not in WHOLE:
         return Tensor(shape)
     if 9 in parts:
-        numbers = [number for (number,) in struct.iter_unpack(_WHOLE[code], parts[9][-1])]
+        numbers = [number for (number,) in struct.iter_unpack(WHOLE[code], parts[9][-1])]
     else:
         numbers = [number for value in parts.get(7 if TYPES[code] == "int64" else 5, ()) for number in _whole(value)]
     if len(numbers) != count:

@@ -12,13 +12,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from trol_edge.bundle.graph_file import MOST_NUMBERS, Node, Tensor
+from trol_edge.bundle.graph_file import MOST_NUMBERS, WHOLE, Node, Tensor
 
 Interval = tuple[int, int]  # smallest and largest
 Found = tuple[list["Value"], int]  # the outputs of a node, and numbers in the scratch memory of its kernel
 _ANY = 1 << 63
 _MOST_WHOLE = (1 << 31) - 1
-_WHOLE = (6, 7)  # ONNX's numbers of the types int32 and int64, whose numbers are followed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +150,7 @@ def _fits(number: Interval) -> bool:
 def _cast(node: _Node) -> Found:
     """Whole numbers stay what they are in 32 and 64 bits; those of other types are not followed."""
     span = _span(node[0])
-    if node.whole("to", 0) in _WHOLE and span is not None and _fits(span):
+    if node.whole("to", 0) in WHOLE and span is not None and _fits(span):
         return [node[0]], 0
     return _copied(node)
 

@@ -39,6 +39,7 @@ from trol_edge.numeric import shown
 from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
 from trol_edge.reading import MOST_SHOWN, guard, is_plain_name, printable, read_json_value, read_plain, stays_inside
+from trol_edge.rope import TABLES
 
 FORMAT = "trol-edge-bundle"
 # 2: traverse continues from a prefix (slots, and a cache of the second pass), and there is a plan of precisions
@@ -166,7 +167,7 @@ class Bundle:
                 yield f"{name} is not a regular file" if path.exists() else f"{name} is missing"
             elif path.stat().st_size != info.bytes:
                 yield f"{name} has {path.stat().st_size} bytes instead of {info.bytes}"
-            elif name != WEIGHTS and sha256_of(path) != info.sha256:
+            elif name != WEIGHTS and not self.is_unaltered(name):
                 yield f"{name} was altered (sha256 differs)"
 
     def _contradictions(self) -> Iterator[str]:
@@ -192,6 +193,10 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.folder}: the manifest lists no {name}; export the bundle again")
         return self.folder / name
+
+    def is_unaltered(self, name: str) -> bool:
+        """Whether a file has the hash that the manifest has of it. It is read as a whole."""
+        return sha256_of(self.path(name)) == self.manifest.files[name].sha256
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, which are those that the manifest has the hash of, whatever became of the file since."""
@@ -326,7 +331,7 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
         found = list(tensors[EMBEDDING].shape)
         yield f"its {EMBEDDING} is {found} instead of [{spec.embedding_rows}, {spec.hidden_size}]"
     rows = manifest.context + (spec.long_rope.short_rows(manifest.context) if spec.long_rope else 0)
-    for table in ("rope.cos", "rope.sin"):
+    for table in TABLES:
         if table in tensors and tensors[table].shape != (rows, spec.head_dim // 2):
             yield f"its {table} is {list(tensors[table].shape)} instead of [{rows}, {spec.head_dim // 2}]"
     tower = spec.vision

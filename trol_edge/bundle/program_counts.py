@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from trol_edge.bundle.costs import Polynomial, evaluate
+from trol_edge.bundle.costs import MOST_NUMBER, Polynomial, evaluate, wrong_polynomials
 from trol_edge.errors import BundleError
 from trol_edge.program.traffic import UNFILLED, Traffic
 
@@ -50,6 +50,12 @@ class ProgramCounts:
     def takes(self, dims: Mapping[str, int]) -> bool:
         """Whether these sizes are within the profile."""
         return all(low <= dims[name] <= high for name, (low, high) in self.ranges.items() if name in dims)
+
+    def wrong(self) -> Iterator[str]:
+        """Describe what no counts of an engine have, because they may come from somewhere else."""
+        yield from (f"a number {n!r:.40}" for n in (self.constants, self.scratch) if not 0 <= n <= MOST_NUMBER)
+        of_work = [polynomial for work in self.work for polynomial in (work.operations, work.bytes)]
+        yield from wrong_polynomials([*of_work, *self.avoidable.values()])
 
     def moved(self, dims: Mapping[str, int]) -> int:
         """Bytes that one run reads and writes. dims must have every variable."""

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from trol_edge.bundle import engines, signature
-from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.targets import TARGETS
@@ -20,7 +19,7 @@ def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> str:
     """
     private = signature.private_key(Path(key))
     bundle = Bundle(folder)
-    if sha256_of(bundle.path(WEIGHTS)) != bundle.manifest.files[WEIGHTS].sha256:
+    if not bundle.is_unaltered(WEIGHTS):
         raise BundleError(f"{bundle.path(WEIGHTS)}: altered since export (sha256 differs); copy the bundle again")
     statements = [signature.bundle_statement(bundle.identity)]
     for target in TARGETS:

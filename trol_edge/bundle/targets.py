@@ -55,6 +55,11 @@ class Target:
         """The operators that its parser supports; none if the target is not TensorRT."""
         return supported(self.operators, self.rtx) if self.operators else {}
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what runs its graphs writes K/V caches in place: ONNX Runtime, and TensorRT from KVCacheUpdate on."""
+        return not self.gpu or "TensorScatter" in self.takes()
+
     def serves(self, version: Version) -> bool:
         """Whether graphs are made for this version of its library."""
         return self.versions[0] <= version < self.versions[1]

@@ -67,7 +67,7 @@ def memory_of(
         outside = subject.shareable_bytes if shared else 0  # stored once for the engines of traverse and step
         weights = sum(subject.weights[name] for name in graphs) - outside
         activations = sum(max(subject.graphs[name].peak_bytes(**longest), _held(subject, name)) for name in graphs)
-        if "TensorScatter" not in TARGETS[machine.target].takes():  # the new rows of a part of a prompt, of both sets
+        if not TARGETS[machine.target].in_place:  # the new rows of a part of a prompt, of both sets
             activations += (first + second) * min(GIVEN, context) // context
         largest = max(subject.weights["vision"], subject.weights["traverse"] - outside)
     else:
