@@ -12,11 +12,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trol_edge.answering.options import Options
 from trol_edge.answering.results import Answer
 from trol_edge.bundle.folder import write_text
 from trol_edge.errors import UsageError
 from trol_edge.export import scenes
+from trol_edge.prompt.pruning import checked_share
 from trol_edge.reading import read_text
 from trol_edge.runtime import Runtime
 
@@ -76,17 +76,15 @@ def evaluate_each(
     """
     if not image_tokens:
         raise UsageError("image_tokens is empty; give one share or more, 1 for all tokens")
-    options = [Options(max_new_tokens=96, image_tokens=share) for share in image_tokens]
+    used = [checked_share(share) for share in image_tokens]
     # Each share has a session of its own, so that none continues from the rows of another.
-    sessions = [runtime.session() for _ in options]
-    tallies = [_Tally() for _ in options]
+    sessions = [runtime.session() for _ in used]
+    tallies = [_Tally() for _ in used]
     tiles = 1
     for done, (image, kind, question, wanted) in enumerate(scenes.held_out(count, scale), 1):
         (tiles,) = runtime.count_tiles(image)
-        for option, session, tally in zip(options, sessions, tallies, strict=True):
-            given = runtime.generate(
-                question, image, max_new_tokens=96, image_tokens=option.image_tokens, session=session
-            )
+        for share, session, tally in zip(used, sessions, tallies, strict=True):
+            given = runtime.generate(question, image, max_new_tokens=96, image_tokens=share, session=session)
             tally.add(kind, question, wanted, given)
         progress("ask", done, count)
     # Features of a picture are cached, so only the first answer about it has the time of the tower.
@@ -98,11 +96,11 @@ def evaluate_each(
             mistakes=tuple(tally.mistakes),
             scale=scale,
             tiles=tiles,
-            image_tokens=option.image_tokens,
+            image_tokens=share,
             vision_ms=vision,
             prefill_ms=statistics.median(tally.prefill_ms),
         )
-        for option, tally in zip(options, tallies, strict=True)
+        for share, tally in zip(used, tallies, strict=True)
     ]
 
 

@@ -45,7 +45,7 @@ def test_a_turn_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = ScriptedRuntime(SCRIPT)
     seen: list[Any] = []
     real = runtime.model.tokenize
-    monkeypatch.setattr(runtime.model, "tokenize", lambda *given: seen.append(given) or real(*given))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(runtime.model, "tokenize", lambda *given: seen.append(given) or real(*given))
     with runtime.chat() as chat:
         assert [chat.ask("One?").text, chat.ask("Two?").text] == ["first", "second"] and len(seen) == 2
         chat.yes_no("Three?")
@@ -206,7 +206,7 @@ def test_bad_arguments_and_failures() -> None:
         chat.ask(" ")
     for wrong in (5, None):
         with pytest.raises(UsageError, match="prompt"):
-            chat.ask(wrong)  # type: ignore[arg-type]
+            chat.ask(wrong)
     with pytest.raises(UsageError, match="did you mean"):
         chat.ask("One?", max_new_token=3)  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="cannot be streamed"):

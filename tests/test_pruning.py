@@ -212,7 +212,7 @@ def test_extend_fork_become_and_beams(asked: Asked) -> None:
     runtime.generate(QUESTION, picture, max_new_tokens=3)  # another share of the same picture, in the kept session
     again = runtime.generate(QUESTION, picture, num_beams=3, image_tokens=PRUNED, max_new_tokens=8)
     assert (given.text, given.token_ids) == (again.text, again.token_ids)
-    assert abs(given.score - again.score) < 1e-4  # type: ignore[operator]
+    assert abs(given.score - again.score) < 1e-4
 
 
 def test_rope_factors_follow_the_whole_prompt(load: Any) -> None:
@@ -250,10 +250,10 @@ def test_calls_take_it(each_nano: Runtime) -> None:
     assert session.dropped == sum(each_nano.count_tiles(picture)) * 32
     fresh = Runtime(each_nano.bundle.folder)
     for shape in ({}, {"image_tokens": PRUNED}):
-        ours = each_nano.choose("Which colour is it?", ["red", "blue"], picture, **shape)  # type: ignore[arg-type]
-        theirs = fresh.choose("Which colour is it?", ["red", "blue"], picture, **shape)  # type: ignore[arg-type]
+        ours = each_nano.choose("Which colour is it?", ["red", "blue"], picture, **shape)
+        theirs = fresh.choose("Which colour is it?", ["red", "blue"], picture, **shape)
         assert math.isclose(ours.probability, theirs.probability, rel_tol=1e-3)
-        yes = [r.yes_no("Is there a red star?", picture, **shape).probability for r in (each_nano, fresh)]  # type: ignore[arg-type]
+        yes = [r.yes_no("Is there a red star?", picture, **shape).probability for r in (each_nano, fresh)]
         assert math.isclose(*yes, rel_tol=1e-3)
 
 

@@ -161,9 +161,9 @@ def test_chunks_turns_forks_and_beams(asked: Asked) -> None:
     picture = CHECKPOINTS / runtime.bundle.manifest.model / "scene.png"
     alone = Runtime(runtime.bundle.folder)
     for options in ({"num_beams": 3}, {"answer_mode": "traverse"}):
-        given = alone.generate("What is left of the red star?", picture, max_new_tokens=6, **options)  # type: ignore[arg-type]
+        given = alone.generate("What is left of the red star?", picture, max_new_tokens=6, **options)
         runtime.generate("Describe the scene.", picture, max_new_tokens=3)
-        again = runtime.generate("What is left of the red star?", picture, max_new_tokens=6, **options)  # type: ignore[arg-type]
+        again = runtime.generate("What is left of the red star?", picture, max_new_tokens=6, **options)
         assert given.token_ids == again.token_ids
 
 

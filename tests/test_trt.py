@@ -280,7 +280,7 @@ def test_engines_that_share_their_weights(
     assert apart.weights.keys() == set(TABLES)
     assert shared.weights.keys() == shared_weights(shared.bundle).keys() > set(TABLES)
     state, traverse = shared.new_state(), shared.contexts["traverse"]
-    for raw in (state.execution.raw, traverse.raw):  # type: ignore[attr-defined]
+    for raw in (state.execution.raw, traverse.raw):
         for name, address in shared.weights.items():
             assert (raw.addresses[name] == address) == (name not in TABLES)  # each state has tables of its own
     # Altered weights are found before anything is uploaded.

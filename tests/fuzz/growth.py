@@ -27,7 +27,7 @@ class Builder:
 
     def constant(self, array: Any) -> ir.Value:
         """A constant."""
-        return self.op("Constant", value=ir.tensor(np.asarray(array)))  # type: ignore[no-any-return]
+        return self.op("Constant", value=ir.tensor(np.asarray(array)))
 
     def ints(self, *numbers: int) -> ir.Value:
         """A constant [n] int64."""
@@ -36,7 +36,7 @@ class Builder:
     def column(self) -> ir.Value:
         """The embeddings [D, 1] of the last token."""
         last = self.op("Slice", self.x, self.ints(-1), self.ints(np.iinfo(np.int64).max), self.ints(1))
-        return self.op("Reshape", last, self.ints(-1, 1))  # type: ignore[no-any-return]
+        return self.op("Reshape", last, self.ints(-1, 1))
 
     def finish(self, value: ir.Value) -> None:
         """Add nothing of a value to the logits, so that it is computed."""
@@ -136,7 +136,7 @@ def padded(b: Builder, size: int) -> ir.Value:
 def blocks(b: Builder, size: int) -> ir.Value:
     """A 4-bit product that says how many outputs it has."""
     row = b.op("Transpose", b.column(), perm=[1, 0])
-    width = int(b.x.shape[2])  # type: ignore[index]
+    width = int(b.x.shape[2])
     there = min(size, 8)
     packed = b.constant(np.zeros((there, width // 32, 16), np.uint8))
     scales = b.constant(np.ones(there * width // 32, np.float32))

@@ -57,11 +57,12 @@ def share(value: object) -> float | None:
 def shares(image_tokens: float | Sequence[float]) -> float | list[float]:
     """Return a share, or a list of them. Raises UsageError for anything else."""
     if isinstance(image_tokens, (list, tuple)):
-        return [_checked(value) for value in image_tokens]
-    return _checked(image_tokens)
+        return [checked_share(value) for value in image_tokens]
+    return checked_share(image_tokens)
 
 
-def _checked(value: object) -> float:
+def checked_share(value: object) -> float:
+    """Return a share. Raises UsageError for anything else."""
     found = share(value)
     if found is None:
         raise UsageError(f"image_tokens {shown(value)} should be {SHARE}")
