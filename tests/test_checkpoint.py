@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -339,6 +340,17 @@ def test_garbage_file(folder: Path, name: str) -> None:
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_list_of_problems_is_cut(folder: Path) -> None:
+    """A config.json with far more layers than there are tensors: the number of what is missing, and the first 20."""
+    edit_json(folder / "config.json", num_hidden_layers=100)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(folder)
+    lines = str(caught.value).splitlines()
+    count = int(re.search(r"(\d+) problem\(s\)", lines[0])[1])  # type: ignore[index]
+    assert count > 500 and len(lines) == 22
+    assert lines[-1] == f"  and {count - 20} more"
 
 
 def test_everything_wrong_is_listed_at_once(folder: Path, state: State, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_tiles() -> None:
     rt = ScriptedRuntime("yes")
     assert rt.tokenize("?", np.int64(2)) == rt.tokenize("?", 2) == rt.tokenize("?", [1, 1])  # type: ignore[arg-type]
     assert rt.tokenize("?", np.array([70, 1], np.uint8)) == rt.tokenize("?", (70, 1))  # type: ignore[arg-type]
-    for bad in (-1, True, 2.5, "2", HUGE, [0], [True], [1, HUGE], 10**9, [10**9], None):
+    for bad in (-1, True, 2.5, "2", HUGE, [0], [True], [1, HUGE], 10**9, [10**9], None, np.array(2.5), np.ones((2, 1))):
         with pytest.raises(UsageError, match="tiles"):
             rt.tokenize("?", bad)  # type: ignore[arg-type]
 
@@ -185,6 +185,14 @@ def test_threads_that_are_none(nano_bundle: Any, threads: Any) -> None:
     """Refused before anything is loaded."""
     with pytest.raises(UsageError, match="threads should be None or a whole number from 1 to"):
         Runtime(nano_bundle, threads=threads)
+
+
+@pytest.mark.parametrize("name", ["verify", "prefix_reuse", "selftest"])
+@pytest.mark.parametrize("value", ["no", 1, 0.0, np.zeros(3), b"", ..., [True]])
+def test_switches_that_are_neither_true_nor_false(nano_bundle: Any, name: str, value: Any) -> None:
+    """Refused before anything is loaded: "no" would switch it on."""
+    with pytest.raises(UsageError, match=f"{name} should be True or False, found "):
+        Runtime(nano_bundle, **{name: value})
 
 
 def test_far_more_threads_than_cores(nano_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:

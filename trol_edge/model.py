@@ -16,7 +16,7 @@ from trol_edge.bundle.signature import PublicKey
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import Lifetime
-from trol_edge.numeric import shown, whole
+from trol_edge.numeric import shown, switch, whole
 from trol_edge.prompt.template import Prompt, Spoken, build_prompt, end_ids
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.session import Session
@@ -47,6 +47,8 @@ class Model:
         trusted_keys: Sequence[PublicKey] | None = None,
     ) -> None:
         """Open a bundle; for arguments and errors see trol_edge.Runtime."""
+        threads, verify = _checked_threads(threads), switch("verify", verify)
+        prefix_reuse = switch("prefix_reuse", prefix_reuse)
         self.bundle = Bundle(bundle, trusted_keys)
         manifest = self.bundle.manifest
         if manifest.target not in BACKENDS and provider is None:
@@ -67,7 +69,7 @@ class Model:
                     f"{manifest.spec.image_token_id} in the manifest; export the bundle again"
                 )
         verify = verify or bool(self.bundle.trusted_keys)  # a signature covers hashes, and these cover the files
-        settings = {"threads": _checked_threads(threads), "verify": verify, "prefix_reuse": prefix_reuse}
+        settings = {"threads": threads, "verify": verify, "prefix_reuse": prefix_reuse}
         self.backend: Backend
         if provider is not None:
             self.backend = _backend_class("cpu")(self.bundle, provider=provider, **settings)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from trol_edge.errors import UsageError
+
 
 def whole(value: Any, low: int | None = None, high: int | None = None) -> int | None:
     """The value as an int; None if it is not a whole number, is a truth value, or is outside low..high."""
@@ -39,6 +41,14 @@ def real(value: Any) -> float | None:
 def truth(value: Any) -> bool | None:
     """The value as a bool; None if it is neither True nor False."""
     return bool(value) if isinstance(value, (bool, np.bool_)) else None
+
+
+def switch(name: str, value: Any) -> bool:
+    """The value of an argument that is True or False. Raises UsageError for anything else, "no" among it."""
+    found = truth(value)
+    if found is None:
+        raise UsageError(f"{name} should be True or False, found {shown(value)}")
+    return found
 
 
 def is_one_of(value: Any, choices: Sequence[Any]) -> bool:

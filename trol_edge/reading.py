@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from trol_edge.errors import BundleError, TrolEdgeError
 
 MOST_JSON_BYTES = 64 << 20  # the largest tokenizer.json of a published model has 20 MB
+MOST_PROBLEM = 300  # characters of one problem of a list
 MOST_SHOWN = 1000  # characters of a path in a message; what is given as one by mistake may be long
 MOST_NAME_BYTES = 200  # longest name of a file; file systems take 255, and temporary names are longer
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -68,6 +69,12 @@ def reason(error: BaseException) -> str:
 def printable(value: object) -> str:
     """A value as text that every terminal can show, because names of files and keys may contain anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+
+
+def listing(problems: Sequence[str], joint: str = "; ", most: int = 20) -> str:
+    """The problems as one text: the first `most` of them, each cut where it is long, and how many more there are."""
+    shown = [problem if len(problem) <= MOST_PROBLEM else problem[:MOST_PROBLEM] + "..." for problem in problems[:most]]
+    return joint.join([*shown, *([f"and {len(problems) - most} more"] if len(problems) > most else [])])
 
 
 def is_plain_name(name: object) -> bool:

@@ -21,7 +21,7 @@ from trol_edge.answering.streams import AnswerStream, pieces
 from trol_edge.bundle.signature import PublicKey
 from trol_edge.errors import UnfinishedError, UsageError
 from trol_edge.model import Model, Provider
-from trol_edge.numeric import shown, truth
+from trol_edge.numeric import shown, switch
 from trol_edge.prompt.images import count_tiles, load_rgb, preprocess
 from trol_edge.prompt.template import Prompt
 from trol_edge.session import Session
@@ -78,6 +78,7 @@ class Runtime:
         and VerifyError (the numbers are not the reference's).
         """
         vision_cache = VisionCache(vision_cache_bytes)
+        is_tested = wanted(None if selftest is None else switch("selftest", selftest))
         self.model = Model(
             bundle,
             threads=threads,
@@ -88,7 +89,7 @@ class Runtime:
             trusted_keys=trusted_keys,
         )
         self.bundle = self.model.bundle
-        if wanted(selftest):
+        if is_tested:
             first_load(self.model)
         self.desk = Desk(self.model, vision_cache)
 
@@ -237,10 +238,7 @@ class Runtime:
         long_context: see Options. prefill_chunk: tokens per traverse of a prompt (None: all at once). A session's own
         calls take no turns; they run beside answers of other threads.
         """
-        is_long = truth(long_context)
-        if is_long is None:
-            raise UsageError(f"long_context should be True or False, found {shown(long_context)}")
-        return self.model.session(is_long, prefill_chunk)
+        return self.model.session(switch("long_context", long_context), prefill_chunk)
 
     def tokenize(self, prompt: Prompt, tiles: int | Sequence[int] = (), answer: str = "") -> list[int]:
         """The token ids of a whole prompt, template included. Raises UsageError as generate does.

@@ -37,6 +37,7 @@ from trol_edge.export.reference.family import Family, Source
 from trol_edge.reading import (
     guard,
     is_plain_name,
+    listing,
     open_plain,
     printable,
     read_json,
@@ -230,7 +231,7 @@ class Checkpoint:
             problems += [f"NaN or infinite: {name}" for name in self._not_finite(matched)]
             raise CheckpointError(
                 f"{self.folder}: {len(problems)} problem(s) with the tensors of this {self.family.name} checkpoint:\n  "
-                + "\n  ".join(problems)
+                + listing(problems, "\n  ")
             )
         return matched
 

@@ -15,7 +15,7 @@ from trol_edge.answering.results import Answer, Choice, Clock, Piece, YesNo
 from trol_edge.answering.streams import AnswerStream, pieces
 from trol_edge.answering.turns import Call
 from trol_edge.errors import UnfinishedError, UsageError
-from trol_edge.numeric import shown, truth, whole
+from trol_edge.numeric import shown, switch, whole
 from trol_edge.prompt.template import Prompt
 from trol_edge.session import Session
 
@@ -39,11 +39,9 @@ class Chat:
 
     def __init__(self, desk: Desk, *, pinned: int = 0, truncate: bool = True, session: Session | None = None) -> None:
         """Begin a conversation; for arguments see trol_edge.Runtime.chat. Raises UsageError."""
-        found, is_truncating = whole(pinned, 0), truth(truncate)
+        found, is_truncating = whole(pinned, 0), switch("truncate", truncate)
         if found is None:
             raise UsageError(f"pinned should be a number of turns, 0 or more, found {shown(pinned)}")
-        if is_truncating is None:
-            raise UsageError(f"truncate should be True or False, found {shown(truncate)}")
         self._desk, self._pinned, self._truncate = desk, found, is_truncating
         self._turns: list[Turn] = []
         self._dropped = 0

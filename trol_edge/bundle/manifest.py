@@ -38,7 +38,16 @@ from trol_edge.errors import BundleError, UsageError
 from trol_edge.numeric import shown
 from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.template import PromptSpec
-from trol_edge.reading import MOST_SHOWN, guard, is_plain_name, printable, read_json_value, read_plain, stays_inside
+from trol_edge.reading import (
+    MOST_SHOWN,
+    guard,
+    is_plain_name,
+    listing,
+    printable,
+    read_json_value,
+    read_plain,
+    stays_inside,
+)
 from trol_edge.rope import TABLES
 
 FORMAT = "trol-edge-bundle"
@@ -155,8 +164,7 @@ class Bundle:
     def _require(self, problems: Iterator[str], advice: str) -> None:
         found = list(problems)
         if found:
-            more = f", and {len(found) - 10} more" if len(found) > 10 else ""
-            raise BundleError(f"{self.folder}: {'; '.join(found[:10])}{more}; {advice}")
+            raise BundleError(f"{self.folder}: {listing(found)}; {advice}")
 
     def _wrong_files(self) -> Iterator[str]:
         for name, info in self.manifest.files.items():

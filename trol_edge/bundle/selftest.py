@@ -24,7 +24,7 @@ from trol_edge.bundle.names import SELFTEST
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.errors import BundleError
 from trol_edge.prompt.images import MAX_PIXELS, count_tiles
-from trol_edge.reading import guard
+from trol_edge.reading import guard, listing
 
 MOST_FORCED = 8  # tokens of a forced prompt
 Float32 = NDArray[np.float32]
@@ -115,7 +115,7 @@ def read(bundle: Bundle) -> SelfTest:
             )
         test = SelfTest(**arrays, cases=cases, forced=forced)
         if wrong := list(_contradictions(test, bundle)):
-            raise ValueError("; ".join(wrong))
+            raise ValueError(listing(wrong))
         return test
 
 

@@ -9,11 +9,10 @@ import typing
 from typing import Any, TypeVar
 
 from trol_edge.errors import BundleError, TrolEdgeError
+from trol_edge.reading import listing
 
 T = TypeVar("T")
 MOST_NUMBER = 1 << 63
-MOST_LISTED = 20  # problems in a message
-MOST_SHOWN = 300  # characters of one
 
 
 def from_dict(
@@ -31,10 +30,7 @@ def from_dict(
     problems: list[str] = []
     value = _convert(cls, data, where, problems)
     if problems:
-        shown = [problem if len(problem) <= MOST_SHOWN else problem[:MOST_SHOWN] + "..." for problem in problems]
-        more = f"; and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
-        refusal = error(f"{'; '.join(shown[:MOST_LISTED])}{more}. {advice}")
-        raise refusal
+        raise error(f"{listing(problems)}. {advice}")
     return value
 
 

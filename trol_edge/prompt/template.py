@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -119,8 +119,10 @@ def _user(turn: Spoken, spec: PromptSpec) -> list[str | ImageMark]:
 def _counts(tiles: int | Sequence[int]) -> list[int]:
     """The number of tiles of each picture."""
     pictures = whole(tiles, 0, MOST_TILES)
-    listed = [1] * pictures if pictures is not None else tiles
-    counts = [whole(count, 1) for count in listed] if isinstance(listed, (list, tuple, np.ndarray)) else [None]
+    listed: Any = [1] * pictures if pictures is not None else tiles
+    if isinstance(listed, np.ndarray) and listed.ndim == 1:
+        listed = list(listed)
+    counts = [whole(count, 1) for count in listed] if isinstance(listed, (list, tuple)) else [None]
     found = [count for count in counts if count is not None]
     if len(found) < len(counts) or sum(found) > MOST_TILES:
         raise UsageError(
