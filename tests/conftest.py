@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -34,6 +35,13 @@ NANO = CHECKPOINTS / NANOS[0]
 def context_of(case: str) -> int:
     """Tokens: room for the longest prompt of a golden case, in one family two pictures. It is a part of the trace."""
     return 1024 if case.startswith("phi3") else 2560
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage: looking through it again and again is a tenth of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ They may have only operators that export writes, no graphs within graphs, and no
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import struct
 from collections import Counter
@@ -88,10 +89,15 @@ class GraphFile:
         return dict(Counter(node.kind for node in self.nodes))
 
 
-def read_graph(path: Path, weights: str) -> GraphFile:
-    """Read a graph whose weights are in the file `weights`. Raises BundleError if it is not one of ours."""
+def read_graph(path: Path, weights: str, sha256: str | None = None) -> GraphFile:
+    """Read a graph whose weights are in the file `weights`.
+
+    Raises BundleError if it is not one of ours, or if its bytes do not have the hash that is asked for.
+    """
     advice = "copy the bundle again, or export it again"
     data = read_plain(path, BundleError, advice, MOST_BYTES)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise BundleError(f"{path}: was altered (sha256 differs); copy the bundle again")
     with guard(path, BundleError, advice, "not readable as an ONNX graph"):
         top = _all(memoryview(data))
         if 25 in top or 20 in top:  # functions, training_info

@@ -30,7 +30,8 @@ def from_dict(
     problems: list[str] = []
     value = _convert(cls, data, where, problems)
     if problems:
-        raise error(f"{listing(problems)}. {advice}")
+        refusal = error(f"{listing(problems)}. {advice}")
+        raise refusal
     return value
 
 

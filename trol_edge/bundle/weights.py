@@ -58,8 +58,9 @@ class WeightsFile:
             length = int.from_bytes(start, "little")
             if not 2 <= length <= min(size - 8, MOST_HEADER_BYTES):
                 raise ValueError(f"header length {length} in a file of {size} bytes")
-            header: dict[str, Any] = parse_json(f.read(length).decode())
-            self.header_bytes = 8 + length
+            text = f.read(length)
+            header: dict[str, Any] = parse_json(text.decode())
+            self.header_bytes, self.header_sha256 = 8 + length, hashlib.sha256(text).hexdigest()
             self.tensors = {name: self._info(name, t) for name, t in header.items() if name != "__metadata__"}
             places = sorted((t.offset, t.offset + t.nbytes) for t in self.tensors.values())
             end = max((stop for _, stop in places), default=self.header_bytes)
