@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.golden import GOLDEN
+from trol_edge.errors import TrolEdgeError
 
 pytestmark = pytest.mark.heavy
 
@@ -25,15 +28,6 @@ CASE = GOLDEN / "internlm2-text"
 REPOSITORY = "BK-Lee/TroL-1.8B"
 FIRST, SECOND = "a" * 40, "b" * 40  # commits
 WANTED = ("config.json", "model.safetensors", "trol_gating.pt")
-FETCH = """
-import sys
-from trol_edge.errors import TrolEdgeError
-from trol_edge.export.reference import hub
-try:
-    print(hub.fetch("trol-1.8b", sys.argv[1], *sys.argv[2:]))
-except TrolEdgeError as error:
-    sys.exit(f"{type(error).__name__}: {error}")
-"""
 
 
 class Hub(ThreadingHTTPServer):
@@ -145,12 +139,56 @@ def hub() -> Iterator[Hub]:
         thread.join()
 
 
-def fetch(hub: Hub, folder: Path, *revision: str, code: str = FETCH) -> subprocess.CompletedProcess[str]:
-    """Fetch in a process of its own: the hub's library reads its address when it is imported."""
-    environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder.parent / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+def download(model: str, folder: str, *revision: str) -> None:
+    """What runs in the other process."""
+    from trol_edge.export.reference import hub
+
+    try:
+        print(hub.fetch(model, folder, *revision))
+    except TrolEdgeError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def export(*arguments: str) -> None:
+    """The same for the command."""
+    from trol_edge.cli.main import main
+
+    sys.exit(main(["export", *arguments]))
+
+
+def process(hub: Hub, home: Path, work: Callable[..., None], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Call a function in a process of its own: the hub's library reads its address when it is imported.
+
+    They are forks of one process that has imported PyTorch and the hub's code, and not that library.
+    """
+    environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "", "no_proxy": "127.0.0.1"}
-    command = [sys.executable, "-c", code, str(folder), *revision]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trol_edge.export.reference.hub"])
+    with tempfile.TemporaryDirectory() as place:
+        said = [Path(place) / name for name in ("out", "err")]
+        child = context.Process(target=run_child, args=(environment, said, work, arguments))
+        child.start()
+        child.join(timeout=120)
+        assert child.exitcode is not None
+        out, err = (path.read_text(encoding="utf-8") for path in said)
+    return subprocess.CompletedProcess([], child.exitcode, out, err)
+
+
+def run_child(
+    environment: dict[str, str], said: list[Path], work: Callable[..., None], arguments: tuple[str, ...]
+) -> None:
+    """In the child: what it prints goes to two files."""
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    for path, number in zip(said, (1, 2), strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    assert "huggingface_hub" not in sys.modules
+    work(*arguments)
+
+
+def fetch(hub: Hub, folder: Path, *revision: str, model: str = "trol-1.8b") -> subprocess.CompletedProcess[str]:
+    return process(hub, folder.parent / "home", download, model, str(folder), *revision)
 
 
 def source(folder: Path) -> dict[str, Any]:
@@ -250,7 +288,7 @@ def test_files_put_there_by_hand(hub: Hub, tmp_path: Path) -> None:
 
 def test_shipped_model_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
     """trol-nano comes with the repository."""
-    done = fetch(hub, tmp_path / "unused", code=FETCH.replace("trol-1.8b", "trol-nano"))
+    done = fetch(hub, tmp_path / "unused", model="trol-nano")
     assert done.stdout.strip().endswith("trol-nano")
     assert hub.log == []
     assert not (tmp_path / "unused").exists()
@@ -258,9 +296,8 @@ def test_shipped_model_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
 
 def test_export_fetches_first(hub: Hub, tmp_path: Path) -> None:
     """`trol-edge export trol-1.8b`: a checkpoint that does not hold what its name says is found before any tracing."""
-    code = "import sys\nfrom trol_edge.cli.main import main\nsys.exit(main(sys.argv[2:]))"
-    arguments = ("export", "trol-1.8b", "-o", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "checkpoints"))
-    done = fetch(hub, tmp_path / "unused", *arguments, code=code)
+    arguments = ("trol-1.8b", "-o", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "checkpoints"))
+    done = process(hub, tmp_path / "home", export, *arguments)
     assert done.returncode == 1
     shape = "wrong shape: vit.vision_tower.vision_model.embeddings.patch_embedding.weight is"  # these are small weights
     assert "problem(s) with the tensors of this internlm2 checkpoint" in done.stderr and shape in done.stderr

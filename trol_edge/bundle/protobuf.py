@@ -13,17 +13,20 @@ def protobuf_fields(data: bytes | memoryview) -> Iterator[tuple[int, Any]]:
 
     Raises ValueError or IndexError if it is not a message.
     """
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        number, wire_type = divmod(key, 8)
+    at, end = 0, len(data)
+    while at < end:
+        key, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
+        number, wire_type = key >> 3, key & 7
         if wire_type == 0:
             value, at = _varint(data, at)
             yield number, value
             continue
         if wire_type not in (1, 2, 5):
             raise ValueError(f"wire type {wire_type} at byte {at}")
-        length, at = _varint(data, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
+        if wire_type == 2:
+            length, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
+        else:
+            length = 8 if wire_type == 1 else 4
         part = data[at : at + length]
         if len(part) != length:
             raise ValueError(f"it ends within a field at byte {at}")

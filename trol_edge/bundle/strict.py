@@ -40,8 +40,15 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+@functools.cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(hint), typing.get_args(hint)
+
+
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if type(value) is hint and (hint is str or hint is bool or (hint is int and abs(value) < MOST_NUMBER)):
+        return value  # most values of a manifest
+    origin, args = _parts(hint)
     if origin in (typing.Union, types.UnionType):
         for option in args:
             attempt: list[str] = []
