@@ -45,7 +45,8 @@ def library_or_skip() -> Any:
 
 @pytest.fixture(scope="module")
 def rtx_bundle(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """trol-nano exported for TensorRT for RTX, a copy that may be written to."""
+    """trol-nano exported for TensorRT for RTX, a copy that may be written to; nothing is exported without it."""
+    library_or_skip()
     folder = tmp_path_factory.mktemp("rtx") / "bundle"
     shutil.copytree(exported(NANO, target="rtx", context=256), folder)
     return folder
@@ -60,7 +61,6 @@ def plain_bundle(exported: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def built(rtx_bundle: Path) -> trt_build.Build:
     """Its engines, really built, with what the progress said."""
-    library_or_skip()
     phases: list[tuple[str, int, int]] = []
     done = trt_build.build(Bundle(rtx_bundle), progress=lambda *report: phases.append(report))
     assert {what.split(":")[0] for what, _, _ in phases} == set(ENGINES)
@@ -252,7 +252,6 @@ def test_a_graph_that_the_parser_refuses(tmp_path: Path) -> None:
 @pytest.mark.rtx
 def test_ctrl_c_ends_a_build(rtx_bundle: Path, tmp_path: Path) -> None:
     """What progress raises comes out when TensorRT has stopped, and nothing is left of the build."""
-    library_or_skip()
     folder = tmp_path / "bundle"
     shutil.copytree(rtx_bundle, folder, ignore=shutil.ignore_patterns("engines"))
 
