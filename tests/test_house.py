@@ -35,7 +35,10 @@ NOT_FOR = {"export": {"trol_edge.runtime"}, "runtimes": {"trol_edge.runtime"}}
 LATE = "trol_edge/cli/"
 # The only files or folders that know each of these libraries.
 HOME: dict[str, tuple[str, ...]] = {
-    "torch": ("export/", *(f"calibration/{name}.py" for name in ("run", "collect", "sensitivity", "outliers"))),
+    "torch": (
+        "export/",
+        *(f"calibration/{name}.py" for name in ("run", "collect", "left_out", "sensitivity", "outliers")),
+    ),
     "onnx": (),  # onnx_ir is what we use
     "onnx_ir": ("export/", "calibration/probes.py"),
     "onnxscript": ("export/graphs/canonical.py",),
@@ -519,6 +522,7 @@ def test_errors_that_are_raised_are_ours() -> None:
             "trol_edge/bundle/signature.py",
             "trol_edge/bundle/weights.py",
             "trol_edge/prompt/charsmap.py",
+            "export/gates.py",
             "export/quantize/stats.py",
         },
         "OSError": {"trol_edge/bundle/folder.py"},  # caught by `writing`

@@ -26,6 +26,14 @@ def calibrate(
     compute: Annotated[
         str, typer.Option(help="Type to compute in: float32, or bfloat16, up to 3 times faster with AVX512-BF16.")
     ] = "float32",
+    leave_out: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Samples on which second passes are left out, to see what that costs (docs/traversal.md); "
+            "a sample takes as long as a dozen others, 0 leaves this out.",
+        ),
+    ] = 4,
     force: Annotated[
         bool, typer.Option("--force", help="Replace statistics of another checkpoint or other samples.")
     ] = False,
@@ -37,10 +45,20 @@ def calibrate(
     folder, _ = checkpoint_of(checkpoint)
     start = time.perf_counter()
     with progress_bars(quiet=as_json) as progress:
-        found = measure(folder, data, output, count=samples, compute=compute, overwrite=force, progress=progress)
+        found = measure(
+            folder,
+            data,
+            output,
+            count=samples,
+            compute=compute,
+            left_out=leave_out,
+            overwrite=force,
+            progress=progress,
+        )
     seconds, peak = time.perf_counter() - start, peak_bytes()
     if as_json:
         result = {"statistics": str(output), "samples": found.samples, "skipped": found.state.skipped}
+        result["left_out"] = found.state.left_out
         result |= {"points": len(found.points), "checkpoint": found.checkpoint, "peaks": dict(found.peaks)}
         print_json(result | {"seconds": seconds, "peak_bytes": peak})
         return
