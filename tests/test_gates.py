@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests import shut_gate
-from trol_edge.calibration import run
+from trol_edge.calibration import gate_figure, run
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.prompts import SamplePrompt, kinds_of, model_prompts
 from trol_edge.calibration.run import calibrate
+from trol_edge.cli.main import main
 from trol_edge.errors import CalibrationError
 from trol_edge.export.gates import ACTIVE, GATE_BINS, KINDS, Gates, load
 from trol_edge.export.quantize.stats import STATE, Statistics, part_path
@@ -242,3 +247,61 @@ def test_a_system_turn_that_merges_is_cut_before(plain: Plain) -> None:
     assert {p.system for p in plain.prompts} == {first.system} and 0 < first.system < first.question
     shorter = dataclasses.replace(first, system=0)
     assert KINDS.index("system") not in kinds_of(shorter, plain.spec)
+
+
+# -- the verb ----------------------------------------------------------------------------------------------------------
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What a command line prints."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def test_gates_of_a_calibration(folder: Path, gates: Gates, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each layer, the same as JSON, and the figure."""
+    lines = shown(capsys, "gates", folder, "-o", tmp_path / "gates.svg").splitlines()
+    assert re.split(r"\s{2,}", lines[0].strip())[:2] == ["layer", "image: s, % > 0.1"]
+    rows = {words[0]: words for words in (re.split(r"\s{2,}", line.strip()) for line in lines[1:-1])}
+    assert list(rows) == ["0", "1", "2", "3"]
+    assert rows["2"][1:4] == ["0.000, 0"] * 3 and float(rows["2"][4]) < 1e-9 < 1e-3 < float(rows["1"][4])
+    assert f"left out on {LEFT_OUT}" in lines[-1]
+    data = json.loads(shown(capsys, "gates", folder, "--json"))
+    assert data["layers"][1]["alone"] == json.loads(json.dumps(dataclasses.asdict(gates.alone[1])))
+    assert data["layers"][0]["gate"]["image"]["tokens"] == gates.layers[0]["image"].tokens
+    drawn = (tmp_path / "gates.svg").read_text(encoding="utf-8")
+    assert drawn.startswith("<svg") and all(p.name in drawn for p in gates.prompts)
+    picture = re.findall(r"base64,([^\"]+)", drawn)[1]  # after the scale of colours
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+    s = gates.values(0)
+    assert pixels.shape == (*s.shape, 3)
+    assert tuple(pixels[0, 0]) == gate_figure.SHUT  # the top layer is the first row
+    assert abs(int(pixels[-1, 5, 0]) - (247 - 231 * float(s[0, 5]))) <= 1
+
+
+def test_gates_of_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the user's own picture; without a measurement of what is left out, and with it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copyfile(checkpoint / "scene.png", data / "mine.png")
+    out = tmp_path / "gates.svg"
+    text = shown(capsys, "gates", checkpoint, "--data", data, "-o", out)
+    assert "nats" not in text and "1 samples" in text and "mine.png" in out.read_text(encoding="utf-8")
+    found = json.loads(shown(capsys, "gates", checkpoint, "--samples", 1, "--leave-out", 1, "--json"))
+    assert found["left_out"] == 1 and found["layers"][1]["alone"]["nats"] > 1e-3 > found["layers"][2]["alone"]["nats"]
+
+
+def test_gates_of_other_things(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle, data beside a calibration, and a place that cannot be written."""
+    (tmp_path / "bundle.json").write_text("{}", encoding="utf-8")
+    for words, message in (
+        ((tmp_path,), "is a bundle, whose graphs do not put the gate out; give the checkpoint"),
+        ((folder, "--data", tmp_path), "is a calibration, which has its samples already"),
+        ((folder, "-o", tmp_path / "no" / "gates.svg"), "no/gates.svg"),
+    ):
+        capsys.readouterr()
+        assert main(["gates", *map(str, words)]) == 1
+        assert message in capsys.readouterr().err
