@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from trol_edge.errors import CalibrationError
+from trol_edge.export.gates import ACTIVE, GATE_BINS, KINDS, Gate
 from trol_edge.export.quantize.stats import (
     BINS,
     ROWS,
@@ -33,6 +36,8 @@ class Collector:
         self.points: dict[str, _Point] = {}
         self.peaks: dict[str, float] = {}
         self.sample_name = ""
+        self.more: dict[str, Any] = {}  # what else the stage keeps, in JSON
+        self.arrays: dict[str, NDArray[Any]] = {}  # and as arrays
         self._seen: tuple[Tensor, _Rows] | None = None  # q, k and v (gate and up) read the same tensor
 
     @contextlib.contextmanager
@@ -177,6 +182,32 @@ class _Point:
             histogram_max=self.top,
             output_absmax=self.output_absmax,
         )
+
+
+class GateCounts:
+    """Counts the values of the gate in one layer, by kind of token."""
+
+    def __init__(self) -> None:
+        self._histogram = np.zeros((len(KINDS), GATE_BINS), np.int64)
+        self._sum, self._active = np.zeros(len(KINDS)), np.zeros(len(KINDS), np.int64)
+
+    def add(self, s: NDArray[np.float32], kinds: NDArray[np.uint8]) -> None:
+        """Count the tokens of a prompt. s [S], 0..1; kinds [S], places in KINDS."""
+        for kind in range(len(KINDS)):
+            values = s[kinds == kind]
+            self._histogram[kind] += np.histogram(values, GATE_BINS, (0.0, 1.0))[0]
+            self._sum[kind] += values.sum(dtype=np.float64)
+            self._active[kind] += (values > ACTIVE).sum()
+
+    def finished(self) -> dict[str, Any]:
+        """Return a `Gate` as plain data for each kind that was seen."""
+        found = {}
+        for kind, name in enumerate(KINDS):
+            if tokens := int(self._histogram[kind].sum()):
+                mean, active = float(self._sum[kind]) / tokens, int(self._active[kind]) / tokens
+                gate = Gate(tokens, mean, active, tuple(map(int, self._histogram[kind])))
+                found[name] = dataclasses.asdict(gate)
+        return found
 
 
 class _Scores(TorchFunctionMode):

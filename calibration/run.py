@@ -1,9 +1,10 @@
 """Gathers activation statistics of a checkpoint with the PyTorch reference, one layer's weights in memory at a time.
 
 Stages run in order: vision.embed, every layer of the tower, vision.features, decoder.embed, every decoder layer (both
-passes of the traversal, LoRA at image tokens, the gate), decoder.lm_head. The hidden states of all samples are on disk
-between stages, so memory grows neither with the samples nor with the layers. A finished stage is a file; a run that was
-killed continues after the last one.
+passes of the traversal, LoRA at image tokens, the gate), decoder.lm_head. If asked, the decoder's layers run once more
+with second passes left out (left_out.layers.*, left_out.lm_head), to see what that does to the logits. The hidden
+states of all samples are on disk between stages, so memory grows neither with the samples nor with the layers. A
+finished stage is a file; a run that was killed continues after the last one.
 
 Axes: N pictures or tiles of a sample, S tokens of its prompt (and answer, if known), D hidden, K inputs of a Linear.
 """
@@ -11,6 +12,7 @@ Axes: N pictures or tiles of a sample, S tokens of its prompt (and answer, if kn
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import math
 import os
@@ -27,10 +29,12 @@ from torch import Tensor
 from trol_edge.bundle.folder import new_file, writing
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.calibration import samples as sampling
-from trol_edge.calibration.collect import Collector
-from trol_edge.calibration.prompts import SamplePrompt, model_prompts
+from trol_edge.calibration.collect import Collector, GateCounts
+from trol_edge.calibration.left_out import Runs, alone_and_from_top, causal, lora_mask, losses
+from trol_edge.calibration.prompts import SamplePrompt, kinds_of, model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
+from trol_edge.export.gates import EMBED, LEFT_OUT, SHOWN, read_array
 from trol_edge.export.quantize.stats import (
     PARTS,
     ROOM,
@@ -43,8 +47,7 @@ from trol_edge.export.quantize.stats import (
     write_state,
 )
 from trol_edge.export.reference.checkpoint import Checkpoint
-from trol_edge.export.reference.layerwise import Layerwise, rope_of
-from trol_edge.export.reference.model import EagerAttention
+from trol_edge.export.reference.layerwise import Layerwise
 from trol_edge.prompt.images import preprocess
 
 HIDDEN = "hidden"
@@ -58,6 +61,7 @@ def calibrate(
     *,
     count: int | None = sampling.DEFAULT_COUNT,
     compute: str = "float32",
+    left_out: int = 0,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Statistics:
@@ -65,11 +69,14 @@ def calibrate(
 
     samples: a SampleSet, or what `samples.load` takes (of which `count` are used). compute: type of Linears and
     attention; "bfloat16" is up to three times faster if the CPU has AVX512-BF16 (sums, norms and the residual stream
-    stay float32). overwrite: replace statistics of another checkpoint or other samples.
+    stay float32). left_out: number of samples on which second passes are left out, of every layer alone and of all
+    layers from one up, to see what that does to the logits. With L layers such a sample takes L^2 first and L^2/2
+    second passes of a layer, beside the L and L of the statistics, and on disk 4 L times its hidden states. overwrite:
+    replace statistics of another checkpoint or other samples.
 
-    A finished cache of the same checkpoint and samples is returned at once, an unfinished one is continued. Raises
-    CalibrationError for a cache of something else, if no sample is usable, and if activations are NaN or infinite;
-    CheckpointError for an unusable checkpoint.
+    A finished cache of the same checkpoint and samples is returned at once, an unfinished one is continued; one that
+    leaves out less is made again. Raises CalibrationError for a cache of something else, if no sample is usable, and
+    if activations are NaN or infinite; CheckpointError for an unusable checkpoint.
     """
     if compute not in COMPUTE:
         raise UsageError(f"compute {compute!r} is not one of {', '.join(COMPUTE)}")
@@ -78,29 +85,33 @@ def calibrate(
     side = spec.vision.image_size
     chosen = samples if isinstance(samples, SampleSet) else sampling.load(samples, count, progress, side)
     prompts, skipped = model_prompts(source, chosen)
-    run = _Run(source, prompts, Path(cache), COMPUTE[compute], progress)
-    state = CalibrationState(
-        checkpoint=source.identity(),
-        samples_sha256=chosen.sha256,
-        samples=len(prompts),
-        stages=tuple(run.stages()),
-        skipped=(*chosen.skipped, *skipped),
-    )
-    with writing(run.folder, CalibrationError):
-        _open_cache(run.folder, state, overwrite)
+    identity = source.identity()
+
+    def started(left_out: int) -> tuple[_Run, CalibrationState]:
+        run = _Run(source, prompts, Path(cache), COMPUTE[compute], left_out, progress)
+        reasons = (*chosen.skipped, *skipped)
+        return run, CalibrationState(identity, chosen.sha256, len(prompts), tuple(run.stages()), reasons, left_out)
+
+    with writing(cache, CalibrationError):
+        run, state = started(min(left_out, len(prompts)))
+        found = read_state(run.folder) if not overwrite or (run.folder / STATE).is_file() else None
+        if found is not None and found.left_out > state.left_out and started(found.left_out)[1] == found:
+            run, state = started(found.left_out)  # it has all that is asked for, and more
+        _open_cache(run.folder, found, state, overwrite)
     with torch.no_grad(), writing(run.folder, CalibrationError, ROOM):
         run.all()
-    found = Statistics.load(run.folder, state.checkpoint)
-    assert len(found.points) >= 4 * spec.num_layers
-    return found
+    statistics = Statistics.load(run.folder, state.checkpoint)
+    assert len(statistics.points) >= 4 * spec.num_layers
+    return statistics
 
 
-def _open_cache(folder: Path, state: CalibrationState, overwrite: bool) -> None:
-    """Make the cache folder ready for this run. Anything else in it is refused, or removed with `overwrite`."""
-    found = read_state(folder) if not overwrite or (folder / STATE).is_file() else None
+def _open_cache(folder: Path, found: CalibrationState | None, state: CalibrationState, overwrite: bool) -> None:
+    """Make the cache folder, of the state `found`, ready for this run. What is of another one is refused, or removed
+    with `overwrite`."""
     if found == state:
         return
-    if found is not None and not overwrite:
+    same = found is not None and dataclasses.replace(found, left_out=state.left_out, stages=state.stages) == state
+    if found is not None and not same and not overwrite:
         what = "another checkpoint" if found.checkpoint != state.checkpoint else "other samples"
         raise CalibrationError(f"{folder}: statistics of {what}; choose another folder, or replace them (--force)")
     if folder.exists():
@@ -117,24 +128,38 @@ class _Run:
     """One run of all stages over all samples."""
 
     def __init__(
-        self, source: Checkpoint, prompts: list[SamplePrompt], folder: Path, compute: torch.dtype, progress: Progress
+        self,
+        source: Checkpoint,
+        prompts: list[SamplePrompt],
+        folder: Path,
+        compute: torch.dtype,
+        left_out: int,
+        progress: Progress,
     ) -> None:
         self.source, self.prompts, self.folder, self.progress = source, prompts, folder, progress
+        self.shown = prompts[: max(SHOWN, left_out)]  # of which single tokens are kept
+        self.left_out = prompts[:left_out]
         self.spec: ModelSpec = source.spec
         self.model = Layerwise(source, compute)
         self.pictures = [p for p in prompts if p.squares]
+        self.runs = Runs(alone_and_from_top(self.spec.num_layers), self.spec.num_layers)
 
     def stages(self) -> dict[str, Callable[[Collector], None]]:
         """The stages by name, in the order in which they run."""
         tower = {f"vision.layers.{i}": self._vision_layer(i) for i in range(self.spec.vision.num_layers)}
         layers = {f"decoder.layers.{i}": self._decoder_layer(i) for i in range(self.spec.num_layers)}
+        again: dict[str, Callable[[Collector], None]] = {}
+        if self.left_out:
+            again = {f"left_out.layers.{i}": self._left_out_layer(i) for i in range(self.spec.num_layers)}
+            again[LEFT_OUT] = self._left_out_lm_head
         return {
             "vision.embed": self._vision_embed,
             **tower,
             "vision.features": self._vision_features,
-            "decoder.embed": self._decoder_embed,
+            EMBED: self._decoder_embed,
             **layers,
             "decoder.lm_head": self._lm_head,
+            **again,
         }
 
     def all(self) -> None:
@@ -153,7 +178,7 @@ class _Run:
             self.stage, self.number = name, number
             collector = Collector(seed=zlib.crc32(name.encode()))
             stage(collector)
-            write_part(self.folder, name, collector.finished(), collector.peaks)
+            write_part(self.folder, name, collector.finished(), collector.peaks, collector.more, collector.arrays)
             keep = {self._hidden(n) for n in ([] if number + 1 == len(stages) else self._needed(number + 1))}
             for path in (self.folder / HIDDEN).glob("*"):
                 if path not in keep:
@@ -161,7 +186,8 @@ class _Run:
 
     def _needed(self, number: int) -> list[str]:
         """The stages whose hidden states stage `number` reads."""
-        return [self.order[number - 1]] if number else []
+        first = number == 0 or self.order[number] == "left_out.layers.0"  # what this one reads is in a part
+        return [] if first else [self.order[number - 1]]
 
     def _hidden(self, name: str) -> Path:
         return self.folder / HIDDEN / f"{name}.f32"
@@ -174,15 +200,16 @@ class _Run:
 
     # -- hidden states on disk ---------------------------------------------------------------------------------
 
-    def _each(self, shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Tensor]]:
-        """Yield the hidden states that the stage before wrote, float32, sample by sample."""
+    def _each(self, shapes: Sequence[tuple[int, ...]], runs: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Yield the hidden states that the stage before wrote, float32, sample by sample, `runs` of each."""
         with self._hidden(self.order[self.number - 1]).open("rb") as f:
             for i, shape in enumerate(shapes):
                 array = np.fromfile(f, np.float32, math.prod(shape))
                 if array.size != math.prod(shape):
                     raise CalibrationError(f"{f.name}: ends early; remove {self.folder} and calibrate again")
                 yield i, torch.from_numpy(array.reshape(shape))
-                self._tick(i + 1, len(shapes))
+                if (i + 1) % runs == 0:
+                    self._tick((i + 1) // runs, len(shapes) // runs)
 
     @contextlib.contextmanager
     def _writer(self) -> Iterator[Callable[[Tensor], None]]:
@@ -251,29 +278,37 @@ class _Run:
         tokens, width = self.spec.vision.tokens_per_image, self.spec.hidden_size
         features = (x for _, x in self._each([(p.squares * tokens, width) for p in self.pictures]))
         with self._writer() as write:
-            for prompt in self.prompts:
+            for i, prompt in enumerate(self.prompts):
                 x = table[torch.from_numpy(np.searchsorted(used, prompt.ids))]
                 if prompt.squares:
                     x[torch.from_numpy(prompt.ids == self.spec.image_token_id)] = next(features)
                 collector.peak("decoder.embed.residual", x, prompt.name)
                 write(x)
+                if i < len(self.left_out):
+                    collector.arrays[f"embedded/{i}"] = x.numpy()
+        collector.more["prompts"] = [{"name": p.name, "question": p.question} for p in self.shown]
+        collector.arrays |= {f"kinds/{i}": kinds_of(p, self.spec) for i, p in enumerate(self.shown)}
 
     def _decoder_layer(self, index: int) -> Callable[[Collector], None]:
         def stage(collector: Collector) -> None:
             name = f"decoder.layers.{index}"
             shapes = [(len(p.ids), self.spec.hidden_size) for p in self.prompts]
+            gates = GateCounts()
             with self.model.part(name) as layer, collector.watch(layer, name), self._writer() as write:
                 for i, x in self._each(shapes):
                     prompt = self.prompts[i]
-                    mask = torch.from_numpy(prompt.ids == self.spec.image_token_id).float()[None, :, None]
-                    lora = mask if prompt.squares and self.spec.lora_rank else None
+                    lora = lora_mask(self.spec, prompt.ids == self.spec.image_token_id)
                     with collector.sample(prompt.name):
-                        attend = EagerAttention(self.spec, *rope_of(self.spec, len(prompt.ids)))
-                        attend.positions = torch.arange(len(prompt.ids))
+                        attend = causal(self.spec, len(prompt.ids))
                         passes = self.model.traverse(layer, 0, x[None], lora, attend)
                         for hidden in passes:
                             collector.peak(f"{name}.residual", hidden)
                         write(passes[2])
+                    s = self.model.share(passes[0])[0, :, 0].numpy()
+                    gates.add(s, kinds_of(prompt, self.spec))
+                    if i < len(self.shown):
+                        collector.arrays[f"gate/{i}"] = s
+            collector.more["gate"] = gates.finished()
 
         return stage
 
@@ -291,3 +326,40 @@ class _Run:
         rows = torch.cat(hidden)
         for _, block in self.source.blocks("decoder.lm_head.weight"):
             collector.output(name, F.linear(rows, block.float()))
+
+    # -- second passes left out --------------------------------------------------------------------------------
+
+    def _branched(self, runs: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (sample, run, hidden states) of the stage before."""
+        shapes = [(len(p.ids), self.spec.hidden_size) for p in self.left_out for _ in range(runs)]
+        for i, x in self._each(shapes, runs):
+            yield *divmod(i, runs), x
+
+    def _embedded(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the decoder's input of each sample."""
+        part = part_path(self.folder, EMBED)
+        for k, prompt in enumerate(self.left_out):
+            shape = (len(prompt.ids), self.spec.hidden_size)
+            yield k, 0, torch.from_numpy(read_array(part, f"embedded/{k}", shape))
+
+    def _left_out_layer(self, index: int) -> Callable[[Collector], None]:
+        def stage(collector: Collector) -> None:
+            before = self.runs.before[index]
+            each = self._branched(len(before)) if index else self._embedded()
+            with self.model.part(f"decoder.layers.{index}") as layer, self._writer() as write:
+                for k, run, x in each:
+                    images = self.left_out[k].ids == self.spec.image_token_id
+                    for after in self.runs.through(self.model, layer, index, before[run], x, images):
+                        write(after)
+
+        return stage
+
+    def _left_out_lm_head(self, collector: Collector) -> None:
+        """Run the output layer where a token of an answer is chosen."""
+        runs = self.runs.before[-1]
+        rows: list[list[Tensor]] = [[] for _ in runs]
+        with self.model.part("decoder.norm") as norm:
+            for k, run, x in self._branched(len(runs)):
+                rows[run].append(norm(x[self.left_out[k].question - 1 :].clone()))
+        found = losses(self.source, self.runs, rows)
+        collector.more["losses"] = [dataclasses.asdict(loss) for loss in found]

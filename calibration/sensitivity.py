@@ -2,8 +2,9 @@
 
 The cost of a Linear is the Kullback-Leibler divergence of the logits from the float32 model when only this Linear is
 rounded. It is in nats, the mean over calibration samples, over the last token of the prompt and the tokens of the
-answer. The Linears are raised in the order of their costs, from the recipe's precision to int8 and from int8 to
-floating point. As few are raised as keep the divergence of the whole plan, measured again, within the limit.
+answer. If layers have no second pass, that counts, too: every loss is that from the whole model. The Linears are
+raised in the order of their costs, from the recipe's precision to int8 and from int8 to floating point. As few are
+raised as keep the divergence of the whole plan, measured again, within the limit.
 
 This runs the whole PyTorch reference in float32, so a model needs four bytes of memory per parameter here. Low-rank
 parts have their weights rounded, not their inputs.
@@ -15,7 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trol_edge.bundle.precision import QUANTIZED, LinearPlan
 from trol_edge.calibration.prompts import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, UsageError
+from trol_edge.export.pipeline import traversed_layers
 from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
 from trol_edge.export.quantize.rounding import quantize, restore, round_to
 from trol_edge.export.quantize.scales import Scales, find_scales
@@ -79,10 +81,12 @@ def find_plan(
     options: RecipeOptions,
     max_loss: float,
     progress: Progress = lambda what, done, total: None,
+    traversal: str | Collection[int] = "all",
 ) -> MixedPlan:
     """Find the fewest Linears to raise in the recipe of `options` to keep the loss within `max_loss` nats.
 
-    calibration(checkpoint) loads or gathers its statistics, once all other checks have passed.
+    calibration(checkpoint) loads or gathers its statistics, once all other checks have passed. traversal: the layers
+    that keep their second pass, see `pipeline.export`; the limit is for what is left out and rounded together.
     Raises UsageError for a limit that is not above zero or a recipe that rounds nothing, CalibrationError for
     statistics of another checkpoint.
     """
@@ -91,6 +95,7 @@ def find_plan(
     # The search replaces the recipe's own rule, which raises Linears by the error of their weights.
     options = dataclasses.replace(options, sensitive=None)
     source = Checkpoint(checkpoint)
+    twice = traversed_layers(traversal, source.spec.num_layers)
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, "cpu")
     if not plan.quantized:
         raise UsageError(f"recipe {options.recipe} rounds no Linear, so there is nothing to raise; choose int4 or int8")
@@ -100,6 +105,8 @@ def find_plan(
     scales = find_scales(source, plan, statistics, None, progress)
     model = RoundedModel(source, samples, scales)
     wanted = model.logits({})
+    if twice is not None:
+        model.decoder.second_layers = frozenset(twice)
     plans = {name: linear for name, linear in scales.plan.linears.items() if linear.precision in QUANTIZED}
 
     def loss(linears: Mapping[str, LinearPlan]) -> float:
@@ -129,13 +136,15 @@ def within(
     options: RecipeOptions,
     max_loss: float,
     progress: Progress = lambda what, done, total: None,
+    traversal: str | Collection[int] = "all",
 ) -> RecipeOptions:
     """Options for an export that loses at most `max_loss` nats. Raises UsageError if no mixture of precisions does."""
-    found = find_plan(checkpoint, calibration, samples, options, max_loss, progress)
+    found = find_plan(checkpoint, calibration, samples, options, max_loss, progress, traversal)
     if not found.reached:
         raise UsageError(
             f"--max-loss {max_loss:g} nats: {found.nats:.2e} are lost even with {len(found.linears)} of "
             f"{len(found.sensitivity)} Linears raised; choose a higher limit, or a recipe of more bits"
+            + ("" if traversal == "all" else ", or more second passes (--traversal)")
         )
     return found.mixed()
 

@@ -21,7 +21,7 @@ from trol_edge.bundle.manifest import FORMAT, FORMAT_VERSION, FileInfo, GraphInf
 from trol_edge.bundle.names import EMBEDDING, SELFTEST, TOKENIZER, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, PrecisionPlan
 from trol_edge.bundle.sizes import is_shareable
-from trol_edge.bundle.spec import ModelSpec
+from trol_edge.bundle.spec import ModelSpec, TraversalChoice
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import CalibrationError, CheckpointError, ExportError, UsageError
 from trol_edge.export import storage
@@ -66,6 +66,7 @@ def export(
     context: int | None = None,
     max_tiles: int | None = None,
     traversal: str | Collection[int] = "all",
+    choice: TraversalChoice | None = None,
     options: RecipeOptions | None = None,
     shared_weights: bool = False,
     calibration: Callable[[Checkpoint], Statistics] | None = None,
@@ -82,7 +83,8 @@ def export(
     TroL-3.8B; the others do not tile). Fewer take less of the context and of the time, and show less detail.
     traversal: the layers with a second pass. "all", as the model was trained; "12", the first 12 of them; "0-7,10", or
     numbers, these. The bundle is that other model: its graphs, caches, self-test and reference have no other second
-    passes. What that costs, only an evaluation can tell.
+    passes. What that costs, `calibration.traversal.choose` measures, or an evaluation. choice: how it was chosen, for
+    the manifest.
     options choose the precision (default: the recipe fp32). All recipes but fp32, int8-dynamic, and fp16 on a CPU, need
     statistics of this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all other checks
     have passed.
@@ -172,6 +174,7 @@ def export(
             plan=plan,
             calibration=CalibrationInfo(statistics.samples, statistics.checkpoint) if statistics else None,
             distance=distance,
+            traversal=choice,
         )
         write_manifest(folder, manifest)
     return manifest

@@ -41,10 +41,15 @@ class Unbuilt:
         """Describe a model. context: size of the cache in tokens (default: export's default)."""
         self.name, self.family, self.spec = name, family, spec
         self.context = pipeline.default_context(spec, family.image(spec)) if context is None else context
-        self._traces: dict[tuple[str, int], ir.Model] = {}
+        self._traces: dict[tuple[str, int, bool], ir.Model] = {}
 
-    def subject(self, target: str, options: RecipeOptions) -> Subject:
-        """The subject of a plan for one target and precision. Raises UsageError if they do not go together."""
+    def subject(self, target: str, options: RecipeOptions, twice: int | None = None) -> Subject:
+        """The subject of a plan for one target and precision. Raises UsageError if they do not go together.
+
+        twice: number of layers with a second pass (None: all). No engine of a model with fewer was counted.
+        """
+        if twice is not None and twice < self.spec.num_layers:
+            return self._fewer(target, options, twice)
         layers, tower = self.spec.num_layers, self.spec.vision.num_layers
         if options.linears:
             return self._subject(target, options, layers, tower)
@@ -65,6 +70,18 @@ class Unbuilt:
             **self._programs(target, options),
         )
 
+    def _fewer(self, target: str, options: RecipeOptions, twice: int) -> Subject:
+        """The same with a second pass in `twice` layers."""
+        whole, layers = self.subject(target, options), self.spec.num_layers
+        plain = dataclasses.replace(options, linears={})
+        two, less = (self._subject(target, plain, 2, 2, once) for once in (False, True))
+        graphs = {
+            name: counts.without(costs, two.graphs[name], less.graphs[name], layers - twice)
+            for name, costs in whole.graphs.items()
+        }
+        second = whole.cache_bytes * twice // layers
+        return dataclasses.replace(whole, graphs=graphs, twice=twice, second_bytes=second, programs={}, programs_of="")
+
     def _programs(self, target: str, options: RecipeOptions) -> dict[str, Any]:
         """What engines of this model move, if it was counted for the plain recipe that is asked for."""
         recipe = options.recipe
@@ -74,9 +91,11 @@ class Unbuilt:
         found = shipped.programs(self.name, target, recipe, layers, tower)
         return {"programs": found, "programs_of": f"{shipped.shipped().library}, one layer and two"} if found else {}
 
-    def _subject(self, target: str, options: RecipeOptions, layers: int, tower: int) -> Subject:
+    def _subject(self, target: str, options: RecipeOptions, layers: int, tower: int, once: bool = False) -> Subject:
+        """A model of fewer layers. once: its last layer has no second pass."""
         vision = dataclasses.replace(self.spec.vision, num_layers=tower)
         spec = dataclasses.replace(self.spec, num_layers=layers, vision=vision)
+        spec = dataclasses.replace(spec, traversed=tuple(range(layers - 1)) if once else None)
         shapes = {name: source.shape for name, source in self.family.sources(spec).items()}
         shapes |= {"decoder.gate.weight": (1, spec.hidden_size), "decoder.gate.bias": (1,)}
         plan = make_plan(options, shapes, target)
@@ -108,7 +127,8 @@ class Unbuilt:
             target=target,
             precision=plan.recipe,
             context=self.context,
-            layers=layers,
+            layers=self.spec.num_layers,
+            twice=self.spec.num_layers,
             tokens_per_tile=spec.vision.tokens_per_image,
             most_tiles=self.family.image(spec).most_tiles,
             graphs=costs,
@@ -122,9 +142,10 @@ class Unbuilt:
 
     def _trace(self, name: str, spec: ModelSpec) -> ir.Model:
         layers = spec.vision.num_layers if name == "vision" else spec.num_layers
-        if (name, layers) not in self._traces:
-            self._traces[name, layers] = canonical.trace(name, self.family, spec, self.context)
-        return self._traces[name, layers]
+        key = (name, layers, name == "traverse" and spec.traversed is not None)
+        if key not in self._traces:
+            self._traces[key] = canonical.trace(name, self.family, spec, self.context)
+        return self._traces[key]
 
 
 def published(name: str, context: int | None = None) -> Unbuilt:

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from tests.conftest import NANOS
+from tests.conftest import CHECKPOINTS, NANOS
 from trol_edge.bundle.costs import Cost, Costs, Operation
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.spec import ModelSpec
@@ -176,6 +176,21 @@ def test_bundle_and_model_agree(name: str, bundle_of: Callable[[str], Path]) -> 
     whole = subject_of(Bundle(bundle_of(name)))
     quick = model(whole.name).subject("cpu", RecipeOptions())
     assert numbers(quick) == numbers(whole)
+
+
+@pytest.mark.parametrize("name", [NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
+def test_bundle_and_model_agree_on_fewer_second_passes(name: str, exported: Callable[..., Path]) -> None:
+    """A layer without one is counted apart: every count is that of the export with a second pass in these layers."""
+    folder = exported(CHECKPOINTS / name, traversal={"trol-nano": "1,3", "trol-nano-phi3": "2"}[name])
+    whole = subject_of(Bundle(folder))
+    quick = model(whole.name).subject("cpu", RecipeOptions(), twice=2)
+    assert numbers(quick)[1:] == numbers(whole)[1:]
+    assert (quick.twice, quick.second_bytes) == (whole.twice, whole.second_bytes) == (2, quick.cache_bytes * 2 // 5)
+    sizes = [{"images": 3, "tokens": s, "slots": t} for s, t in SIZES]
+    for graph, costs in whole.graphs.items():
+        for dims in sizes:
+            assert by_kind(quick.graphs[graph], **dims) == by_kind(costs, **dims), graph
+    assert whole.passes.startswith("5 layers, second pass in 2 (") and not quick.programs
 
 
 def numbers(subject: Subject) -> Any:

@@ -47,6 +47,7 @@ def subject(weights: float = 1.0, precision: str = "fp16", **changes: Any) -> su
         precision=precision,
         context=2048,
         layers=10,
+        twice=10,
         tokens_per_tile=256,
         most_tiles=4,
         graphs={"vision": graph(GB // 10, GB // 20), "traverse": graph(size, GB // 10), "step": graph(size)},
@@ -314,6 +315,39 @@ def test_best_precision_for_a_goal(nano: rates_module.Platform) -> None:
     assert compare.best(plans, None, fast - 1) is plans[2]
     assert compare.best(plans, None, fast + 1) is None
     assert compare.best(plans, 1e-6, None) is None
+
+
+def test_fewer_second_passes(nano: rates_module.Platform) -> None:
+    """Beside the plan: the prompt by its counts, whatever is known of the engines, less cache, the same answer."""
+    half = graph(GB, GB // 10)
+    half = dataclasses.replace(
+        half, operations=(dataclasses.replace(half.operations[0], flops={"tokens": 10**9 // 2}),)
+    )
+    less = subject(twice=5, second_bytes=GB // 4)
+    less = dataclasses.replace(less, graphs={**less.graphs, "traverse": half})
+    plain = plan.plan(subject(), nano, fewer=less)
+    assert plain.fewer is not None and plain.fewer.twice == 5
+    assert plain.memory.cache - plain.fewer.memory.cache == GB // 4
+    alone = plan.plan(less, nano)
+    assert plain.fewer.first_token == pytest.approx(alone.first_token)
+    assert plain.fewer.first_token[1] < plain.first_token[1] and plain.tokens_per_second == alone.tokens_per_second
+    known = plan.plan(subject(programs={"traverse": (counts(2 * GB, scratch=GB),)}), nano, fewer=less)
+    assert known.fewer is not None
+    held = [p.memory.activations - q.memory.activations for p, q in ((known, plain), (known.fewer, plain.fewer))]
+    assert held[0] == held[1] > 0
+    seen = known.stages[0].expected
+    share = (plain.fewer.first_token[1] - seen) / (plain.first_token[1] - seen)
+    assert known.fewer.first_token[1] - seen == pytest.approx((known.first_token[1] - seen) * share)
+    assert plan.to_dict(known)["fewer"]["first_token"]["expected"] == known.fewer.first_token[1]
+    assert plan.to_dict(alone)["fewer"] is None and plan.to_dict(alone)["passes"] == {"layers": 10, "twice": 5}
+
+
+def test_the_share_of_the_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    """Said to be an assumption, and in how many layers."""
+    assert main(["plan", "--model", "trol-nano", "--device", NANO, "--precision", "fp16"]) == 0
+    text = capsys.readouterr().out
+    assert "5 layers x 2 passes" in text and "first token (*)" in text
+    assert "(*) an assumption: a second pass in 2 of 5 layers" in text
 
 
 def test_bundle_on_the_robot(nano_bundle: Path) -> None:

@@ -70,6 +70,20 @@ def repeat(one: Costs, two: Costs, layers: int) -> Costs:
     return Costs(tuple(operations), two.peak if layers > 1 else one.peak, two.defaults)
 
 
+def without(whole: Costs, two: Costs, less: Costs, count: int) -> Costs:
+    """Take `count` second passes out of a model's counts.
+
+    two, less: the counts of two layers that both have a second pass, and of two of which one has it.
+    """
+    found, with_it, without_it = ({_key(o): o for o in costs.operations} for costs in (whole, two, less))
+    operations = []
+    for key, operation in (found | without_it).items():
+        start, more, fewer = (side[key].count if key in side else 0 for side in (found, with_it, without_it))
+        if left := start - count * (more - fewer):
+            operations.append(dataclasses.replace(operation, count=left))
+    return Costs(tuple(operations), whole.peak, whole.defaults)
+
+
 def _key(o: Operation) -> Any:
     polynomials = (tuple(sorted(p.items())) for p in (o.flops, o.activation_bytes, o.cache_bytes))
     return o.kind, o.arithmetic, o.stored, o.weight_bytes, *polynomials

@@ -3,7 +3,8 @@
 A folder of statistics holds
 
 state.json          format, checkpoint identity, hash of the samples, and the stages (in order) that make it complete
-parts/<stage>.npz   one per finished stage: the arrays of its points, and "meta", JSON with their numbers and peaks
+parts/<stage>.npz   one per finished stage: the arrays of its points, and "meta", JSON with their numbers and peaks;
+                    what else is in some of them, `trol_edge.export.gates` says
 
 A "point" is the input of one Linear, named by its parameter without ".weight": "decoder.layers.3.qkv",
 "vision.proj1"; the low-rank middle of a partial LoRA is "decoder.layers.3.qkv.lora_b". Both passes of the traversal
@@ -85,6 +86,7 @@ class CalibrationState:
     samples: int
     stages: tuple[str, ...]  # in the order in which they run
     skipped: tuple[str, ...] = ()  # samples that could not be used, each with the reason
+    left_out: int = 0  # samples on which second passes are left out
 
 
 class Statistics:
@@ -118,25 +120,12 @@ class Statistics:
         `checkpoint_identity` (from Checkpoint.identity; None accepts any).
         """
         path = Path(folder)
-        state = read_state(path)
-        if state is None:
-            raise CalibrationError(f"{path}: no {STATE} here; gather statistics with `trol-edge calibrate`")
-        if checkpoint_identity is not None and state.checkpoint != checkpoint_identity:
-            raise CalibrationError(
-                f"{path}: statistics of another checkpoint ({state.checkpoint[:12]}, this one is "
-                f"{checkpoint_identity[:12]}); calibrate this one into another folder"
-            )
-        missing = [stage for stage in state.stages if not part_path(path, stage).is_file()]
-        if missing:
-            raise CalibrationError(
-                f"{path}: unfinished, {len(missing)} of {len(state.stages)} stages are missing (next: {missing[0]}); "
-                "run `trol-edge calibrate` again with the same arguments to continue where it stopped"
-            )
+        state = finished_state(path, checkpoint_identity)
         points: dict[str, Path] = {}
         peaks: dict[str, float] = {}
         for stage in state.stages:
             part = part_path(path, stage)
-            meta = _read_meta(part)
+            meta = read_meta(part)
             points |= dict.fromkeys(meta["points"], part)
             peaks |= meta["peaks"]
         return cls(_Points(points), peaks, state)
@@ -174,12 +163,31 @@ def read_state(folder: Path) -> CalibrationState | None:
         if data.pop("format") != FORMAT or data.pop("format_version") != FORMAT_VERSION:
             raise ValueError("another format or version")
         strings = all(isinstance(data[key], str) for key in ("checkpoint", "samples_sha256"))
-        if not strings or not isinstance(data["samples"], int):
+        if not strings or not all(isinstance(data.get(key, 0), int) for key in ("samples", "left_out")):
             raise ValueError("fields of other types")
         stages, skipped = (tuple(map(str, data.pop(key))) for key in ("stages", "skipped"))
         if strange := [stage for stage in stages if not is_plain_name(stage)]:
             raise ValueError(f"a stage {strange[0]!r:.80}")
         return CalibrationState(**data, stages=stages, skipped=skipped)
+
+
+def finished_state(folder: Path, checkpoint_identity: str | None) -> CalibrationState:
+    """The state of a finished cache folder. Raises CalibrationError as `Statistics.load` does."""
+    state = read_state(folder)
+    if state is None:
+        raise CalibrationError(f"{folder}: no {STATE} here; gather statistics with `trol-edge calibrate`")
+    if checkpoint_identity is not None and state.checkpoint != checkpoint_identity:
+        raise CalibrationError(
+            f"{folder}: statistics of another checkpoint ({state.checkpoint[:12]}, this one is "
+            f"{checkpoint_identity[:12]}); calibrate this one into another folder"
+        )
+    missing = [stage for stage in state.stages if not part_path(folder, stage).is_file()]
+    if missing:
+        raise CalibrationError(
+            f"{folder}: unfinished, {len(missing)} of {len(state.stages)} stages are missing (next: {missing[0]}); "
+            "run `trol-edge calibrate` again with the same arguments to continue where it stopped"
+        )
+    return state
 
 
 def write_state(folder: Path, state: CalibrationState) -> None:
@@ -191,8 +199,18 @@ def write_state(folder: Path, state: CalibrationState) -> None:
         part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], peaks: Mapping[str, float]) -> None:
-    """Store one stage completely or not at all. Raises CalibrationError for numbers that are not finite."""
+def write_part(
+    folder: Path,
+    stage: str,
+    points: Mapping[str, PointStatistics],
+    peaks: Mapping[str, float],
+    more: Mapping[str, Any] | None = None,
+    more_arrays: Mapping[str, Any] | None = None,
+) -> None:
+    """Store one stage completely or not at all. Raises CalibrationError for numbers that are not finite.
+
+    more, more_arrays: what the stage keeps beside points and peaks, in JSON and as arrays.
+    """
     bad = [name for name, point in points.items() if not _finite(point)]
     bad += [name for name, peak in peaks.items() if not math.isfinite(peak)]
     if bad:
@@ -202,6 +220,8 @@ def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], 
         )
     arrays: dict[str, Any] = {f"{name}/{a}": getattr(p, a) for name, p in points.items() for a in _ARRAYS}
     meta = {"points": {name: {n: getattr(p, n) for n in _NUMBERS} for name, p in points.items()}, "peaks": dict(peaks)}
+    meta |= more or {}
+    arrays |= more_arrays or {}
     path = part_path(folder, stage)
     with writing(path, CalibrationError, ROOM), new_file(path) as part, part.open("wb") as f:
         np.savez(f, meta=np.array(json.dumps(meta)), **arrays)
@@ -209,22 +229,27 @@ def write_part(folder: Path, stage: str, points: Mapping[str, PointStatistics], 
 
 def read_point(path: Path, name: str) -> PointStatistics:
     """Read one point of a part. Raises CalibrationError if the file is damaged."""
-    numbers = _read_meta(path)["points"][name]
-    with _part(path) as file:
+    numbers = read_meta(path)["points"][name]
+    with open_part(path) as file:
         point = PointStatistics(**{a: file[f"{name}/{a}"] for a in _ARRAYS}, **numbers)
         if not _finite(point):
             raise ValueError(f"{name} holds NaN or infinite values")
         return point
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    with _part(path) as file:
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON of a part. Raises CalibrationError if the file is damaged."""
+    with open_part(path) as file:
         meta = parse_json(str(file["meta"]))
-        return {"points": dict(meta["points"]), "peaks": {k: float(v) for k, v in meta["peaks"].items()}}
+        return {
+            **meta,
+            "points": dict(meta["points"]),
+            "peaks": {k: float(v) for k, v in meta["peaks"].items()},
+        }
 
 
 @contextlib.contextmanager
-def _part(path: Path) -> Iterator[Any]:
+def open_part(path: Path) -> Iterator[Any]:
     """Open a part. Raises CalibrationError for anything that is wrong with it."""
     advice = "remove the folder and calibrate again"
     with (

@@ -106,13 +106,17 @@ class Layerwise:
 
         twice: whether the layer has a second pass; if not, all three are the first.
         """
-        weight, bias = self.gate
         o1 = layer(x, image_mask, index, 0, attend)
         if not twice:
             return o1, o1, o1
         o2 = layer(o1, image_mask, index, 1, attend)
-        s = 0.5 * torch.tanh((o1 * weight).sum(-1, keepdim=True) + bias) + 0.5
+        s = self.share(o1)
         return o1, o2, o1 * (1 - s) + o2 * s
+
+    def share(self, o1: Tensor) -> Tensor:
+        """The gate, which is the share of the second pass in a layer's output, 0..1. o1 [B, S, D]; [B, S, 1]."""
+        weight, bias = self.gate
+        return 0.5 * torch.tanh((o1 * weight).sum(-1, keepdim=True) + bias) + 0.5
 
 
 def rope_of(spec: ModelSpec, length: int, long: bool | None = None) -> tuple[Tensor, Tensor]:

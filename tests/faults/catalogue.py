@@ -177,6 +177,34 @@ FAULTS = (
         "a layer may be named twice among those with a second pass",
         ("tests/test_traversal.py::test_manifests_with_bad_lists",),
     ),
+    Fault(
+        "calibration/left_out.py",
+        "return [(mixed if each == run else o1)[0] for each in after]",
+        "return [mixed[0] for each in after]",
+        "no second pass is left out where that is measured",
+        ("tests/test_gates.py::test_losses_equal_the_whole_model",),
+    ),
+    Fault(
+        "calibration/traversal.py",
+        "key=lambda layer: (gates.alone[layer].nats, -layer)",
+        "key=lambda layer: layer",
+        "second passes are taken out from the first layer on, whatever they are worth",
+        ("tests/test_auto_traversal.py::test_shut_layers_are_found",),
+    ),
+    Fault(
+        "calibration/sensitivity.py",
+        "        model.decoder.second_layers = frozenset(twice)\n",
+        "        pass\n",
+        "--max-loss does not count the second passes that are left out",
+        ("tests/test_auto_traversal.py::test_the_search_for_precision_counts_it",),
+    ),
+    Fault(
+        "export/graphs/counts.py",
+        "start - count * (more - fewer)",
+        "start - (more - fewer)",
+        "plan takes one second pass out, however many are left out",
+        ("tests/test_costs.py::test_bundle_and_model_agree_on_fewer_second_passes",),
+    ),
     # -- fewer image tokens -------------------------------------------------------------------------------------------
     Fault(
         "trol_edge/session.py",

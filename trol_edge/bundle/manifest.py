@@ -31,7 +31,7 @@ from trol_edge.bundle.graph_sizes import Work, work
 from trol_edge.bundle.names import EMBEDDING, LISTED_FILES, MANIFEST, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
 from trol_edge.bundle.signature import PublicKey, bundle_statement, public_keys, require
-from trol_edge.bundle.spec import ModelSpec
+from trol_edge.bundle.spec import ModelSpec, TraversalChoice
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.weights import TensorInfo, WeightsFile
 from trol_edge.errors import BundleError, UsageError
@@ -115,6 +115,18 @@ class Manifest:
     # How far this precision is from FP32 on the self-test, by kind of value (largest drift; "tokens" is the share of
     # equal best tokens); None without a self-test, or in bundles that recorded the FP32 reference itself.
     distance: dict[str, float] | None = None
+    traversal: TraversalChoice | None = None  # how spec.traversed was chosen; None: it was given
+
+    @property
+    def passes(self) -> str:
+        """The layers, and which of them have a second pass, in words."""
+        layers, twice, choice = self.spec.num_layers, self.spec.traversed, self.traversal
+        text = f"{layers} layers x 2 passes"
+        if twice is not None:
+            text = f"{layers} layers, second pass in {len(twice)} ({', '.join(map(str, twice))})"
+        if choice is None:
+            return text
+        return f"{text}, chosen on {choice.samples} samples: {choice.nats:.1e} nats, at most {choice.max_nats:.1e}"
 
 
 # Bundles in which this process found no contradiction, by hash: the sizes of their graphs' tensors. Opening one again
@@ -247,6 +259,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         del data["spec"]["more_end_ids"]  # so that versions that know only one end can read it, too
     if data["spec"]["traversed"] is None:
         del data["spec"]["traversed"]  # the same for versions that pass every layer twice
+    if data["traversal"] is None:
+        del data["traversal"]  # and for those that do not choose
     data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader gets them
     data["manifest_sha256"] = digest_of(data)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -323,6 +337,11 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
         and 0 <= spec.traversed[0] <= spec.traversed[-1] < spec.num_layers
     ):
         yield f"spec.traversed {str(spec.traversed)[:80]} is not a rising list of layers 0..{spec.num_layers - 1}"
+    choice = manifest.traversal
+    if choice is not None and not (
+        0 <= choice.nats <= choice.max_nats < math.inf and 0 <= choice.same_top <= 1 and choice.samples > 0
+    ):
+        yield f"traversal has numbers that no measurement gives ({str(choice)[:200]})"
     if spec.num_heads % max(1, spec.num_kv_heads):
         yield f"{spec.num_heads} heads share {spec.num_kv_heads} of keys and values"
     for token in (spec.eos_token_id, *spec.more_end_ids, spec.image_token_id):

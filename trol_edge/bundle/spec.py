@@ -40,6 +40,19 @@ class LongRope:
 
 
 @dataclasses.dataclass(frozen=True)
+class TraversalChoice:
+    """How the layers with a second pass were chosen by measurement (`export --traversal auto`).
+
+    nats: the divergence of the logits of the checkpoint without the other second passes from those with all, in FP32.
+    """
+
+    nats: float  # Kullback-Leibler divergence, the mean over samples
+    max_nats: float  # how much was allowed
+    same_top: float  # share of the rows whose most probable token stayed
+    samples: int  # of the calibration, on which this was measured
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """The shape of one TroL model. Names follow the published `config.json` if it has them."""
 

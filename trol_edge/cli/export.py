@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -40,8 +41,8 @@ def export(
     traversal: Annotated[
         str,
         typer.Option(
-            help="Layers with a second pass over the prompt: all, a number (12: the first 12), or a list such as "
-            "0-7,10. Fewer are quicker and give another model."
+            help="Layers with a second pass over the prompt: all, a number (12: the first 12), a list such as 0-7,10, "
+            "or auto, those that a --calibration found worth it. Fewer are quicker and give another model."
         ),
     ] = "all",
     precision: Annotated[
@@ -69,7 +70,8 @@ def export(
     max_loss: Annotated[
         float | None,
         typer.Option(
-            help="Raise just enough Linears to keep the KL divergence below this, in nats (see trol-edge mix)."
+            help="Raise just enough Linears to keep the KL divergence below this, in nats (see trol-edge mix); "
+            "--traversal auto may take half of it, and without this option 1e-4."
         ),
     ] = None,
     selftest: Annotated[
@@ -94,26 +96,36 @@ def export(
     with extra("export"):
         from trol_edge.export import pipeline
         from trol_edge.export.quantize import recipes
+    if traversal == "auto" and calibration is None:
+        raise UsageError(
+            "--traversal auto takes out the second passes that a calibration found to be worth little; give its folder "
+            "(--calibration, see trol-edge calibrate)"
+        )
     folder, known = checkpoint_of(checkpoint, checkpoints, revision)
     if precision is None:
         precision = _default_precision(folder, target, quiet=as_json)
     options = recipes.read_options(
         precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling
     )
-    if max_loss is not None and traversal != "all":
-        raise UsageError(
-            "--max-loss is measured with every second pass, so it says nothing about --traversal; leave one of them out"
-        )
     model = model or known
     start = time.perf_counter()
     with progress_bars(quiet=as_json) as progress:
         statistics = statistics_of(calibration, folder, None, calibration_of(folder, output), progress)
-        if max_loss is not None:
+        twice: str | tuple[int, ...] = traversal
+        choice, rounds = None, max_loss is not None
+        if traversal == "auto":
+            from trol_edge.calibration import traversal as choosing
+
+            assert calibration is not None
+            budget, rounds = choosing.budget(folder, options, max_loss)
+            twice, choice = choosing.choose(folder, calibration, budget, progress)
+        if rounds:
             from trol_edge.calibration import samples as sampling
             from trol_edge.calibration.sensitivity import within
 
+            assert max_loss is not None
             chosen = sampling.load(None, SENSITIVITY_SAMPLES)
-            options = within(folder, statistics, chosen, options, max_loss, progress)
+            options = within(folder, statistics, chosen, options, max_loss, progress, twice)
         manifest = pipeline.export(
             folder,
             output,
@@ -121,7 +133,8 @@ def export(
             target=target,
             context=context,
             max_tiles=max_tiles,
-            traversal=traversal,
+            traversal=twice,
+            choice=choice,
             options=options,
             shared_weights=shared_weights,
             calibration=statistics,
@@ -132,10 +145,13 @@ def export(
     size = sum(info.bytes for info in manifest.files.values())
     seconds, peak = time.perf_counter() - start, peak_bytes()
     if as_json:
-        print_json({"bundle": str(output), "bytes": size, "seconds": seconds, "peak_bytes": peak})
+        made = {"traversal": None if choice is None else dataclasses.asdict(choice), "passes": manifest.passes}
+        print_json({"bundle": str(output), "bytes": size, "seconds": seconds, "peak_bytes": peak} | made)
         return
     for note in manifest.notes:
         err.print(f"note: {note}")
+    if manifest.spec.traversed is not None or choice is not None:
+        out.print(manifest.passes)
     out.print(f"{manifest.model}: {size / 1e6:.1f} MB in {output}, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB")
 
 

@@ -68,6 +68,7 @@ VERBS: tuple[tuple[Callable[..., None], str], ...] = (
     (run.inspect, "trol-edge inspect build/trol-nano --json"),
     (export.synth, "trol-edge synth --model trol-7b -o build/checkpoints/trol-7b"),
     (quantize.calibrate, "trol-edge calibrate trol-1.8b --data pictures -o build/calibration/trol-1.8b"),
+    (quantize.gates, "trol-edge gates build/calibration/trol-1.8b -o build/gates.svg"),
     (quantize.mix, "trol-edge mix trol-nano --precision int4 --max-loss 0.01 -o build/mixed.json"),
     (export.outliers, "trol-edge outliers export/checkpoints/trol-nano -o build/checkpoints/trol-nano-outliers"),
     (quantize.evaluate, "trol-edge evaluate build/trol-nano -n 500"),

@@ -52,7 +52,7 @@ def plan(
     from trol_edge.plan import compare as planning
     from trol_edge.plan.estimate import to_dict
     from trol_edge.plan.rates import platform_of
-    from trol_edge.plan.subject import Subject, Workload, subject_of
+    from trol_edge.plan.subject import FIGURE, Subject, Workload, subject_of
 
     if show_device is not None:
         print(devices.to_json(devices.find(show_device)[0]))
@@ -71,6 +71,7 @@ def plan(
         else:
             machines.append(platform_of(*devices.find(name)))
     subject: Callable[[str, str], Subject]
+    fewer: Callable[[str, str], Subject] | None = None
     if fixed is not None:
         precision, subject = [fixed.precision], lambda target, recipe: fixed
     else:
@@ -80,6 +81,8 @@ def plan(
             from trol_edge.export.quantize.recipes import read_options
         shape = unbuilt.published(model, context)
         subject = functools.cache(lambda target, recipe: shape.subject(target, read_options(recipe)))
+        twice = max(1, round(FIGURE * shape.spec.num_layers))
+        fewer = functools.cache(lambda target, recipe: shape.subject(target, read_options(recipe), twice))
     with phases(quiet=as_json) as progress:
         plans = planning.compare(
             machines,
@@ -89,6 +92,7 @@ def plan(
             desktop=desktop,
             reserve=int(reserve * 1e9),
             progress=lambda line: progress(line, 1, 1),
+            fewer=fewer,
         )
     goal = None if goal_ms is None else goal_ms / 1000
     chosen = {}
@@ -118,9 +122,14 @@ def plan(
 def _print_plans(plans: Any) -> None:
     """Print a table with a row for each plan, or everything about a single plan."""
     first = plans[0].subject
-    out.print(f"{first.name}, context {first.context}; times expected (floor); GB = 1e9 bytes")
+    passes = first.passes or f"{first.layers} layers x 2 passes"
+    out.print(f"{first.name}, context {first.context}, {passes}; times expected (floor); GB = 1e9 bytes")
     table = Table(box=None, padding=(0, 1))
-    for column in ("device", "precision", "weights", "K/V", "remains", "first token, s", "tokens/s", "verdict"):
+    columns = ["device", "precision", "weights", "K/V", "remains", "first token, s", "tokens/s", "verdict"]
+    assumed = plans[0].fewer
+    if assumed is not None:
+        columns[7:7] = ["first token (*)", "K/V (*)"]
+    for column in columns:
         words = column in ("device", "precision", "verdict")
         table.add_column(column, justify="left" if words else "right", no_wrap=column != "verdict")
     for p in plans:
@@ -133,9 +142,17 @@ def _print_plans(plans: Any) -> None:
             f"{m.remains / 1e9:.2f}",
             f"{p.first_token[1]:.2f} ({p.first_token[0]:.2f})",
             f"{p.tokens_per_second[1]:.1f} ({p.tokens_per_second[0]:.1f})",
+            *((f"{p.fewer.first_token[1]:.2f}", f"{p.fewer.memory.cache / 1e9:.2f}") if p.fewer else ()),
             p.verdict,
         )
     out.print(table)
+    if assumed is not None:
+        out.print(
+            f"(*) an assumption: a second pass in {assumed.twice} of {first.layers} layers, the share of the authors' "
+            "figure of TroL-7B; `trol-edge gates` and `export --traversal auto` measure what a checkpoint needs",
+            style="dim",
+            soft_wrap=True,
+        )
     from trol_edge.bundle.targets import is_gpu
 
     for p in plans if len(plans) == 1 else []:

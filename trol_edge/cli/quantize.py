@@ -1,8 +1,9 @@
-"""The verbs calibrate, mix, compare and evaluate, about precision."""
+"""The verbs calibrate, gates, mix, compare and evaluate, about what a smaller model costs."""
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,14 @@ def calibrate(
     compute: Annotated[
         str, typer.Option(help="Type to compute in: float32, or bfloat16, up to 3 times faster with AVX512-BF16.")
     ] = "float32",
+    leave_out: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Samples on which second passes are left out, to see what that costs (docs/traversal.md); "
+            "a sample takes as long as a dozen others, 0 leaves this out.",
+        ),
+    ] = 4,
     force: Annotated[
         bool, typer.Option("--force", help="Replace statistics of another checkpoint or other samples.")
     ] = False,
@@ -37,10 +46,20 @@ def calibrate(
     folder, _ = checkpoint_of(checkpoint)
     start = time.perf_counter()
     with progress_bars(quiet=as_json) as progress:
-        found = measure(folder, data, output, count=samples, compute=compute, overwrite=force, progress=progress)
+        found = measure(
+            folder,
+            data,
+            output,
+            count=samples,
+            compute=compute,
+            left_out=leave_out,
+            overwrite=force,
+            progress=progress,
+        )
     seconds, peak = time.perf_counter() - start, peak_bytes()
     if as_json:
         result = {"statistics": str(output), "samples": found.samples, "skipped": found.state.skipped}
+        result["left_out"] = found.state.left_out
         result |= {"points": len(found.points), "checkpoint": found.checkpoint, "peaks": dict(found.peaks)}
         print_json(result | {"seconds": seconds, "peak_bytes": peak})
         return
@@ -50,6 +69,77 @@ def calibrate(
         f"{len(found.points)} points over {found.samples} samples ({len(found.state.skipped)} skipped) in "
         f"{output}, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB"
     )
+
+
+def gates(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a calibration, or a checkpoint folder or model name. Not a bundle, because its graphs do "
+            "not put the gate out."
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help='For a checkpoint: folder of pictures, or JSONL of {"image", "prompt"}.  [default: rendered scenes]'
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="For a checkpoint: most samples to use.")] = 4,
+    leave_out: Annotated[
+        int, typer.Option(min=0, help="For a checkpoint: samples on which second passes are left out.")
+    ] = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="SVG to draw: s of every token and layer of a few samples.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how much each layer's second pass counts, and what leaving it out costs."""
+    with extra("export"):
+        from trol_edge.calibration import gate_figure
+        from trol_edge.calibration.run import calibrate as measure
+        from trol_edge.export.gates import ACTIVE, KINDS, load
+        from trol_edge.export.quantize.stats import STATE
+    from trol_edge.bundle.names import MANIFEST
+
+    if (Path(source) / MANIFEST).is_file():
+        raise UsageError(f"{source}: is a bundle, whose graphs do not put the gate out; give the checkpoint")
+    kept = (Path(source) / STATE).is_file()
+    if kept and data is not None:
+        raise UsageError(f"{source}: is a calibration, which has its samples already; give the checkpoint with --data")
+    with tempfile.TemporaryDirectory() as place, progress_bars(quiet=as_json) as progress:
+        folder = Path(source)
+        if not kept:
+            checkpoint, _ = checkpoint_of(source)
+            folder = Path(place) / "calibration"
+            measure(checkpoint, data, folder, count=samples, left_out=leave_out, progress=progress)
+        found = load(folder, None)
+        if output:
+            gate_figure.save(output, found)
+    alone, from_top = found.alone, found.from_top
+    if as_json:
+        layers = [
+            {
+                "gate": {kind: dataclasses.asdict(gate) for kind, gate in layer.items()},
+                "alone": dataclasses.asdict(alone[i]) if alone else None,
+                "from_top": dataclasses.asdict(from_top[i]) if from_top else None,
+            }
+            for i, layer in enumerate(found.layers)
+        ]
+        told = {"checkpoint": found.state.checkpoint, "samples": found.state.samples, "left_out": found.state.left_out}
+        print_json(told | {"layers": layers})
+        return
+    kinds = [kind for kind in KINDS if any(kind in layer for layer in found.layers)]
+    losses = ("without it, nats", "and those above", "same top token, %") if alone else ()
+    table = Table("layer", *(f"{kind}: s, % > {ACTIVE:g}" for kind in kinds), *losses, box=None, padding=(0, 2))
+    for i, layer in enumerate(found.layers):
+        cells = [f"{layer[kind].mean:.3f}, {100 * layer[kind].active:.0f}" if kind in layer else "" for kind in kinds]
+        if alone:
+            cells += [f"{alone[i].nats:.1e}", f"{from_top[i].nats:.1e}", f"{100 * from_top[i].same_top:.0f}"]
+        table.add_row(str(i), *cells)
+    out.print(table)
+    left_out = f"second passes were left out on {found.state.left_out}" if alone else "none were left out (--leave-out)"
+    out.print(f"{found.state.samples} samples; {left_out}")
 
 
 def mix(

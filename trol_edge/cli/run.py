@@ -13,7 +13,6 @@ import typer
 from rich.table import Table
 
 from trol_edge.bundle.sizes import cache_bytes
-from trol_edge.bundle.spec import ModelSpec
 from trol_edge.cli.show import (
     PICTURE_BYTES,
     STDIN,
@@ -194,7 +193,7 @@ def inspect(
     square = "picture" if manifest.image.most_tiles == 1 else f"tile (1 to {manifest.image.most_tiles} a picture)"
     out.print(
         f"{manifest.model} ({spec.family}), {manifest.created_by}, target {manifest.target}, context "
-        f"{manifest.context} tokens\n{_layers(spec)}, hidden {spec.hidden_size}, "
+        f"{manifest.context} tokens\n{manifest.passes}, hidden {spec.hidden_size}, "
         f"{spec.num_heads} heads, {spec.num_kv_heads} K/V heads, vocabulary {spec.vocab_size}, "
         f"{spec.vision.tokens_per_image} tokens per {square} of {spec.vision.image_size} x {spec.vision.image_size}\n"
         f"{sum(math.prod(t.shape) for t in tensors.values()):,} numbers in {len(tensors)} tensors, each stored once, "
@@ -279,13 +278,6 @@ def demo(
     print(f"  {tools}/trol-edge inspect {bundle}")
     code = f"import trol_edge; print(trol_edge.Runtime('{bundle}').generate('{question}', '{shown}'))"
     print(f'  {tools}/python -c "{code}"')
-
-
-def _layers(spec: ModelSpec) -> str:
-    """The layers, and which of them have a second pass."""
-    if spec.traversed is None:
-        return f"{spec.num_layers} layers x 2 passes"
-    return f"{spec.num_layers} layers, second pass in {len(spec.traversed)} ({', '.join(map(str, spec.traversed))})"
 
 
 def _precision(manifest: Any) -> str:

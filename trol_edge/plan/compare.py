@@ -29,11 +29,12 @@ def compare(
     desktop: bool,
     reserve: int,
     progress: Callable[[str], None] = lambda line: None,
+    fewer: Callable[[str, str], Subject] | None = None,
 ) -> list[Planned]:
     """Plan each precision on each machine. precisions: None plans all that the machine supports.
 
-    subject(target, precision) makes what is planned. If a single precision is asked for and does not fit, the smaller
-    ones are tried, too.
+    subject(target, precision) makes what is planned, and fewer, if given, the same with fewer second passes. If a
+    single precision is asked for and does not fit, the smaller ones are tried, too.
     """
     found = []
     for machine in machines:
@@ -49,6 +50,7 @@ def compare(
                     work,
                     desktop=desktop,
                     reserve=reserve,
+                    fewer=None if fewer is None else fewer(machine.target, precision),
                     smaller=functools.partial(map, functools.partial(subject, machine.target), below),
                 )
             )

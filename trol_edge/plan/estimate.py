@@ -10,6 +10,7 @@ the program of an engine is known, its kernels take the place of the operators: 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -27,6 +28,15 @@ NEXT_QUESTION = 30  # tokens that a second question about the same picture adds
 
 
 @dataclasses.dataclass(frozen=True)
+class Fewer:
+    """What a plan would be with a second pass in fewer layers; an answer takes as long per token."""
+
+    twice: int  # layers with a second pass
+    first_token: tuple[float, float]  # floor and expected time, in seconds
+    memory: Memory
+
+
+@dataclasses.dataclass(frozen=True)
 class Planned:
     """The plan for one machine and one precision. Times are in seconds."""
 
@@ -39,6 +49,7 @@ class Planned:
     tokens_per_second: tuple[float, float]  # highest possible, expected
     verdict: str  # "fits", "fits with these changes" or "does not fit"
     changes: tuple[str, ...]
+    fewer: Fewer | None = None  # an assumption, if one was asked for
 
 
 # -- the answer ----------------------------------------------------------------------------------------------------
@@ -52,10 +63,13 @@ def plan(
     desktop: bool = False,
     reserve: int = RESERVE_BYTES,
     smaller: Callable[[], Iterator[Subject]] = lambda: iter(()),
+    fewer: Subject | None = None,
 ) -> Planned:
     """Compute times, memory and the verdict: whether it fits and leaves `reserve` bytes to the rest of the robot.
 
-    smaller gives the same model in smaller precisions; it is called only if the subject itself does not fit.
+    smaller gives the same model in smaller precisions; it is called only if the subject itself does not fit. fewer: the
+    same model with a second pass in fewer layers, planned beside it. No engine of it was ever counted, so its prompt
+    takes the share of the subject's time that the graphs say, and its scratch memory is the subject's.
 
     Raises UsageError if the question does not fit the context, or the machine cannot run such a bundle.
     """
@@ -88,6 +102,17 @@ def plan(
     following = run(text_graph, tokens=NEXT_QUESTION, slots=prompt + work.answer + NEXT_QUESTION)
     memory, verdict, changes = _fit(subject, machine, work, dims, desktop, reserve, smaller)
     first = [*vision, prefill]
+    assumed = None
+    if fewer is not None:
+        bare, less = (_in_chunks(functools.partial(_bare, s, machine), prefill.graph, prompt) for s in (subject, fewer))
+        times = (less.floor, prefill.expected * less.expected / bare.expected)
+        seen = sum(s.floor for s in vision), sum(s.expected for s in vision)
+        held = dataclasses.replace(fewer, programs=subject.programs)
+        assumed = Fewer(
+            twice=fewer.twice,
+            first_token=(seen[0] + times[0], seen[1] + times[1]),
+            memory=memory_of(held, machine, dims, subject.context, True, desktop, subject.shared),
+        )
     return Planned(
         machine=machine,
         subject=subject,
@@ -98,7 +123,13 @@ def plan(
         tokens_per_second=(1 / step.floor, 1 / step.expected),
         verdict=verdict,
         changes=changes,
+        fewer=assumed,
     )
+
+
+def _bare(subject: Subject, machine: Platform, name: str, **given: int) -> GraphTime:
+    """A graph's time by its own counts, whatever is known of its engine."""
+    return graph_time(name, subject.graphs[name], subject.weights[name], machine, **given)
 
 
 def _in_chunks(run: Callable[..., GraphTime], name: str, tokens: int) -> GraphTime:
@@ -177,8 +208,18 @@ def to_dict(planned: Planned) -> dict[str, Any]:
         "stages": [dataclasses.asdict(graph_time) for graph_time in planned.stages],
         "first_token": dict(zip(("floor", "expected"), planned.first_token, strict=True)),
         "next_question": planned.next_question,
+        "passes": {"layers": subject.layers, "twice": subject.twice},
+        "fewer": None if planned.fewer is None else _fewer_dict(planned.fewer),
         "tokens_per_second": dict(zip(("floor", "expected"), planned.tokens_per_second, strict=True)),
         "peak": dataclasses.asdict(machine.peak),
         "reached": dataclasses.asdict(machine.reached),
         "notes": list(machine.notes),
+    }
+
+
+def _fewer_dict(fewer: Fewer) -> dict[str, Any]:
+    return {
+        "twice": fewer.twice,
+        "first_token": dict(zip(("floor", "expected"), fewer.first_token, strict=True)),
+        "memory": dataclasses.asdict(fewer.memory) | {"remains": fewer.memory.remains},
     }

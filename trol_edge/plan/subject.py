@@ -14,6 +14,8 @@ from trol_edge.errors import BundleError
 
 TEXT_TOKENS = 84  # of the template and a short question
 ANSWER_TOKENS = 64
+# Share of the layers whose second pass counts: in the authors' figure of TroL-7B the gate is shut in 16 of 32 layers.
+FIGURE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Subject:
     """A bundle, or a model as it would be exported. Bytes are those in the device's memory.
 
     programs: what the kernels of each graph's engine move, by optimization profile; a graph without it is planned from
-    its own counts. programs_of: which engines these are, in words.
+    its own counts. programs_of: which engines these are, in words. passes: the layers with a second pass, in words.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Subject:
     precision: str
     context: int  # tokens
     layers: int
+    twice: int  # layers with a second pass
     tokens_per_tile: int
     most_tiles: int
     graphs: dict[str, Costs]
@@ -41,6 +44,7 @@ class Subject:
     second_bytes: int | None = None  # size of the second pass's K/V set; None: as much as the first
     programs: dict[str, tuple[ProgramCounts, ...]] = dataclasses.field(default_factory=dict)
     programs_of: str = ""
+    passes: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,7 @@ def subject_of(bundle: Bundle) -> Subject:
         precision=manifest.plan.recipe,
         context=manifest.context,
         layers=manifest.spec.num_layers,
+        twice=len(manifest.spec.second_layers),
         tokens_per_tile=manifest.spec.vision.tokens_per_image,
         most_tiles=manifest.image.most_tiles,
         graphs=graphs,
@@ -88,5 +93,6 @@ def subject_of(bundle: Bundle) -> Subject:
         cache_bytes=first,
         second_bytes=cache_bytes(manifest.graphs["traverse"].inputs, manifest.context) - first,
         programs=programs,
+        passes=manifest.passes,
         programs_of=f"its own engines, {built.key.library}" if built and programs else "",
     )
