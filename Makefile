@@ -7,7 +7,7 @@ CONTEXT ?=
 SCENES ?= 2000
 MINUTES ?= 10
 PIECE_MB ?= 48
-# Empty: the best that runs on this machine (`trol-edge targets --best`), in the recipe fp32.
+# Empty: the best that runs on this machine (`trol-edge targets --best`), in the recipe that export chooses.
 TARGET ?=
 PRECISION ?=
 PYTHON ?= python3
@@ -98,7 +98,7 @@ profile: $(VENV)/engine.stamp  ## stages, memory, energy of a bundle, and a page
 	@test -n "$(BUNDLES)" || test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
 	$(BIN)/trol-edge profile $(or $(BUNDLES),$(BUNDLE)) -o build/profile $(ARGS)
 
-ACCURACY := fp32 fp16 int8-dynamic int8 int4
+ACCURACY := fp32 fp16 int8-dynamic int4-dynamic int8 int4
 accuracy: $(VENV)/engine.stamp  ## what other precisions lose against fp32 on 2000 held-out questions (MODEL=, CHECKPOINT=, SCENES=)
 	for p in $(ACCURACY); do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
 	$(BIN)/trol-edge compare $(foreach p,$(ACCURACY),build/accuracy/$(MODEL)-$(p)) --scenes $(SCENES) --threads 1 -o build/accuracy/$(MODEL)
@@ -108,9 +108,9 @@ accuracy-outliers: $(VENV)/engine.stamp  ## the same with outlier channels in tr
 	mkdir -p build/accuracy
 	echo '{"recipe": "int8", "scaling": false, "clipping": false, "observer": "minmax"}' > build/accuracy/plain.json
 	$(BIN)/trol-edge outliers export/checkpoints/trol-nano -o build/accuracy/outliers --force
-	for p in fp32 int8-dynamic int8 build/accuracy/plain.json; do $(BIN)/trol-edge export build/accuracy/outliers --precision $$p -o build/accuracy/outliers-$$(basename $$p .json) --force || exit 1; done
+	for p in fp32 int8-dynamic int4-dynamic int8 build/accuracy/plain.json; do $(BIN)/trol-edge export build/accuracy/outliers --precision $$p -o build/accuracy/outliers-$$(basename $$p .json) --force || exit 1; done
 	$(BIN)/trol-edge export trol-nano --precision build/accuracy/plain.json -o build/accuracy/trol-nano-plain --force
-	$(BIN)/trol-edge compare $(foreach p,fp32 int8-dynamic int8 plain,build/accuracy/outliers-$(p)) build/accuracy/trol-nano-plain --scenes $(SCENES) --threads 1 -o build/accuracy/outliers-report
+	$(BIN)/trol-edge compare $(foreach p,fp32 int8-dynamic int4-dynamic int8 plain,build/accuracy/outliers-$(p)) build/accuracy/trol-nano-plain --scenes $(SCENES) --threads 1 -o build/accuracy/outliers-report
 
 # --scale 2: larger pictures of the same scenes, which trol-nano-phi3 cuts into tiles.
 nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle
