@@ -7,7 +7,7 @@ CONTEXT ?=
 SCENES ?= 2000
 MINUTES ?= 10
 PIECE_MB ?= 48
-# Empty: the best that runs on this machine (`trol-edge targets --best`), in the recipe fp32.
+# Empty: the best that runs on this machine (`trol-edge targets --best`), in the recipe that export chooses.
 TARGET ?=
 PRECISION ?=
 PYTHON ?= python3
@@ -26,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test check test-slow test-all test-golden faults fault-catalogue fuzz load browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
+.PHONY: help engine test check test-slow test-all test-golden faults fault-catalogue fuzz load browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench bench-peers soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -86,6 +86,9 @@ lint: $(VENV)/test.stamp  ## ruff and mypy only
 bench: $(VENV)/engine.stamp  ## prefill, decode, memory: our precisions beside torch, llama.cpp and OpenVINO (if installed; see ARGS=--help)
 	$(BIN)/python -m tests.bench.speed $(ARGS)
 
+bench-peers: $(VENV)/engine.stamp  ## an environment for each peer of make bench in build/peers: llama.cpp, OpenVINO (3 GB, minutes)
+	$(BIN)/python -m tests.bench.peers
+
 soak: $(VENV)/engine.stamp  ## hours in minutes: four threads against one Runtime (MINUTES=10, BUNDLE=)
 	@test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
 	@$(BIN)/trol-edge soak $(BUNDLE) --minutes $(MINUTES)
@@ -98,7 +101,7 @@ profile: $(VENV)/engine.stamp  ## stages, memory, energy of a bundle, and a page
 	@test -n "$(BUNDLES)" || test -f $(BUNDLE)/bundle.json || $(BIN)/trol-edge export $(CHECKPOINT) -o $(BUNDLE) --model $(MODEL)
 	$(BIN)/trol-edge profile $(or $(BUNDLES),$(BUNDLE)) -o build/profile $(ARGS)
 
-ACCURACY := fp32 fp16 int8-dynamic int8 int4
+ACCURACY := fp32 fp16 int8-dynamic int4-dynamic int8 int4
 accuracy: $(VENV)/engine.stamp  ## what other precisions lose against fp32 on 2000 held-out questions (MODEL=, CHECKPOINT=, SCENES=)
 	for p in $(ACCURACY); do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
 	$(BIN)/trol-edge compare $(foreach p,$(ACCURACY),build/accuracy/$(MODEL)-$(p)) --scenes $(SCENES) --threads 1 -o build/accuracy/$(MODEL)
@@ -108,9 +111,9 @@ accuracy-outliers: $(VENV)/engine.stamp  ## the same with outlier channels in tr
 	mkdir -p build/accuracy
 	echo '{"recipe": "int8", "scaling": false, "clipping": false, "observer": "minmax"}' > build/accuracy/plain.json
 	$(BIN)/trol-edge outliers export/checkpoints/trol-nano -o build/accuracy/outliers --force
-	for p in fp32 int8-dynamic int8 build/accuracy/plain.json; do $(BIN)/trol-edge export build/accuracy/outliers --precision $$p -o build/accuracy/outliers-$$(basename $$p .json) --force || exit 1; done
+	for p in fp32 int8-dynamic int4-dynamic int8 build/accuracy/plain.json; do $(BIN)/trol-edge export build/accuracy/outliers --precision $$p -o build/accuracy/outliers-$$(basename $$p .json) --force || exit 1; done
 	$(BIN)/trol-edge export trol-nano --precision build/accuracy/plain.json -o build/accuracy/trol-nano-plain --force
-	$(BIN)/trol-edge compare $(foreach p,fp32 int8-dynamic int8 plain,build/accuracy/outliers-$(p)) build/accuracy/trol-nano-plain --scenes $(SCENES) --threads 1 -o build/accuracy/outliers-report
+	$(BIN)/trol-edge compare $(foreach p,fp32 int8-dynamic int4-dynamic int8 plain,build/accuracy/outliers-$(p)) build/accuracy/trol-nano-plain --scenes $(SCENES) --threads 1 -o build/accuracy/outliers-report
 
 # --scale 2: larger pictures of the same scenes, which trol-nano-phi3 cuts into tiles.
 nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle

@@ -18,7 +18,7 @@ from trol_edge._version import __version__
 from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.folder import new_folder, sha256_of
 from trol_edge.bundle.manifest import FORMAT, FORMAT_VERSION, FileInfo, GraphInfo, Manifest, Port, write_manifest
-from trol_edge.bundle.names import EMBEDDING, SELFTEST, TOKENIZER, WEIGHTS
+from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, MIX, SELFTEST, SINGLE, TOKENIZER, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, PrecisionPlan
 from trol_edge.bundle.sizes import is_shareable
 from trol_edge.bundle.spec import ModelSpec, TraversalChoice
@@ -26,6 +26,7 @@ from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import CalibrationError, CheckpointError, ExportError, UsageError
 from trol_edge.export import storage
 from trol_edge.export.graphs import canonical, counts
+from trol_edge.export.graphs.layers import only_image_rows
 from trol_edge.export.lower import cache as lower_cache
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.lower import trt as lower_trt
@@ -51,9 +52,9 @@ if TYPE_CHECKING:
 MIN_DEFAULT_CONTEXT = 2048  # smallest default context, in tokens
 ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture with the most tiles
 
-# Rewrites a quantized graph for a target, in place: (name of the graph, model) -> layouts of tensors that are written
-# beside the parameters. Those that the graph reads stay initializers.
-Lowering = Callable[[str, ir.Model], dict[str, Layout]]
+# Rewrites a quantized graph for a target, in place: (name of the graph, model, whether 4-bit weights are held once) ->
+# layouts of tensors that are written beside the parameters. Those that the graph reads stay initializers.
+Lowering = Callable[[str, ir.Model, bool], dict[str, Layout]]
 LOWERINGS: dict[str, Lowering] = {"cpu": lower_ort.lower}
 
 
@@ -85,9 +86,9 @@ def export(
     numbers, these. The bundle is that other model: its graphs, caches, self-test and reference have no other second
     passes. What that costs, `calibration.traversal.choose` measures, or an evaluation. choice: how it was chosen, for
     the manifest.
-    options choose the precision (default: the recipe fp32). All recipes but fp32, int8-dynamic, and fp16 on a CPU, need
-    statistics of this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all other checks
-    have passed.
+    options choose the precision (default: the recipe fp32). All recipes but fp32, int8-dynamic, int4-dynamic, and fp16
+    on a CPU, need statistics of this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all
+    other checks have passed.
     record_selftest: keep what the bundle's arithmetic gives on a small prompt, for `trol_edge.verify.replay`, and how
     far that is from the FP32 reference.
     shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on
@@ -131,11 +132,14 @@ def export(
         stored = StoredWeights(source, context, plan, scales)
         models = _trace(source, context, progress)
         inputs = scales.inputs if scales else {}
-        emulation = Emulation(plan, target, inputs, {name: find_cuts(traced) for name, traced in models.items()})
+        cuts = {name: find_cuts(traced) for name, traced in models.items()}
+        emulation = Emulation(plan, target, inputs, cuts, options.once)
+        if options.once:
+            models |= _trace_layers(source, context)
         layouts, lowered = dict(stored.layouts), dict[str, Layout]()
         dtypes = {n: IR_TYPES[t.dtype] for n, t in stored.layouts.items()}
         for name, traced in models.items():
-            lowered |= prepare(name, traced, target, plan, inputs, dtypes)
+            lowered |= prepare(name, traced, target, plan, inputs, dtypes, options.once)
         used = {weight for traced in models.values() for weight in canonical.weight_names(traced)} | {
             EMBEDDING,
             *lowered,
@@ -282,6 +286,12 @@ def _trace(source: Checkpoint, context: int, progress: Progress) -> dict[str, ir
     return models
 
 
+def _trace_layers(source: Checkpoint, context: int) -> dict[str, ir.Model]:
+    models = {name: canonical.trace(name, source.family, source.spec, context) for name in (LAYERS, MIX, HEAD)}
+    only_image_rows(models[LAYERS])
+    return models
+
+
 def _fold_transposes(name: str, model: ir.Model) -> None:
     linear = {w for w in canonical.weight_names(model) if is_linear(w, tuple(model.graph.initializers[w].shape or ()))}
     if canonical.fold_transposes(model) != linear:
@@ -295,10 +305,11 @@ def prepare(
     plan: PrecisionPlan,
     input_scales: Mapping[str, float],
     dtypes: Mapping[str, ir.DataType],
+    once: bool = False,
 ) -> dict[str, Layout]:
     """Quantize and lower a traced graph in place; returns the layouts of tensors written beside the parameters.
 
-    dtypes: the stored dtype of every parameter that is not quantized.
+    dtypes: the stored dtype of every parameter that is not quantized. once: 4-bit weights are held once.
     """
     _fold_transposes(name, model)
     if plan.quantized:
@@ -313,13 +324,15 @@ def prepare(
         lower_cache.read_filled(model, give_rows=not in_place)
     elif not in_place and name != "vision":
         lower_cache.give_rows(model)
-    return LOWERINGS[target](name, model) if target in LOWERINGS else {}
+    return LOWERINGS[target](name, model, once) if target in LOWERINGS else {}
 
 
 def take_inputs(
-    model: ir.Model, target: str, lowered: Collection[str], shared: Collection[str] = ()
-) -> tuple[tuple[str, ...], list[str], Costs]:
+    name: str, model: ir.Model, target: str, lowered: Collection[str], shared: Collection[str] = ()
+) -> tuple[tuple[str, ...], list[str], Costs | None]:
     """Make weights graph inputs if the target wants that. Returns all weights, those that are inputs now, and costs.
+
+    A graph of single passes has no costs of its own: traverse and step have them.
 
     lowered: the names that `prepare` returned, of all graphs. shared: weights that traverse and step share, see
     `export`.
@@ -327,8 +340,12 @@ def take_inputs(
     weights = tuple(canonical.weight_names(model))
     as_inputs = [w for w in weights if w in shared or (is_gpu(target) and w in TABLES)]  # see trol_edge/rope.py
     if target == "cpu":
-        as_inputs = canonical.weights_as_inputs(model, {w for w in weights if w not in lowered})
-    return weights, as_inputs, counts.count(model, weights, scores=not is_gpu(target))
+        given = {w for w in weights if w not in lowered}
+        if name == LAYERS:  # no other session reads its matrices
+            given = {w for w in given if w in TABLES or w.endswith("norm.weight")}
+        as_inputs = canonical.weights_as_inputs(model, given)
+    costs = None if name in SINGLE else counts.count(model, weights, scores=not is_gpu(target))
+    return weights, as_inputs, costs
 
 
 def _require_shareable(plan: PrecisionPlan, target: str) -> None:
@@ -361,7 +378,7 @@ def _write_graph(
     found: dict[str, Place],
 ) -> GraphInfo:
     inputs, outputs = ports(model.graph.inputs), ports(model.graph.outputs)
-    weights, as_inputs, costs = take_inputs(model, target, lowered, shared)
+    weights, as_inputs, costs = take_inputs(name, model, target, lowered, shared)
     canonical.weights_from_file(model, WEIGHTS, {n: (p.dtype, p.offset, p.nbytes) for n, p in found.items()}, as_inputs)
     if is_gpu(target):
         model = lower_trt.lower(model, TARGETS[target])

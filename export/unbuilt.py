@@ -108,7 +108,8 @@ class Unbuilt:
             models["traverse_text"] = canonical.without_lora(models["traverse"])
         lowered: set[str] = set()
         for name, model in models.items():
-            lowered |= pipeline.prepare(name, model, target, plan, defaultdict(lambda: 1.0), dtypes).keys()
+            given: dict[str, float] = defaultdict(lambda: 1.0)
+            lowered |= pipeline.prepare(name, model, target, plan, given, dtypes, options.once).keys()
         can_share = is_gpu(target) and plan.can_share_weights
         shared = pipeline.shareable(models) if can_share else set()
         costs: dict[str, Costs] = {}
@@ -117,7 +118,9 @@ class Unbuilt:
         for name, model in models.items():
             if name == "step":
                 caches = cache_bytes(pipeline.ports(model.graph.inputs), self.context)
-            names, _, costs[name] = pipeline.take_inputs(model, target, lowered)
+            names, _, counted = pipeline.take_inputs(name, model, target, lowered)
+            assert counted is not None
+            costs[name] = counted
             values = {v.name: v for v in (*model.graph.initializers.values(), *model.graph.inputs)}
             sizes[name] = {w: counts.bytes_of(values[w]) for w in names}
         decoder = {w: n for name, found in sizes.items() if name != "vision" for w, n in found.items()}

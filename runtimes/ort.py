@@ -25,15 +25,17 @@ from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.graph_cut import cut, eight_bit_product
+from trol_edge.bundle.graph_part import constants_of, part_of_layer
 from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.bundle.manifest import Bundle
-from trol_edge.bundle.names import EMBEDDING, WEIGHTS
+from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, MIX, WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, embedding_bytes
 from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory, share_arenas
 from trol_edge.numeric import is_one_of, shown
 from trol_edge.rope import TABLES, RopeRows
+from trol_edge.runtimes.layered import LayeredState, LayerSessions
 
 try:
     import onnxruntime as ort
@@ -44,6 +46,7 @@ end_calls_at_exit()
 Float32 = NDArray[np.float32]
 # Whether a session copies constants that it is given; older ones refer to them, so they have to stay.
 COPIES_CONSTANTS = hasattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory")
+WHOLE = ("traverse", "traverse_text", "step")
 OLDEST = (1, 23)  # first version with RMSNormalization, RotaryEmbedding and Attention of opset 23
 # The user's name of a provider -> ONNX Runtime's name, and its name of the memory that the provider computes in.
 PROVIDERS = {
@@ -83,8 +86,11 @@ class OrtBackend:
         self.identity = f"onnxruntime {ort.__version__}" + ("" if provider == "cpu" else f", {provider}")
         file = bundle.weights()
         self._tensors = file.tensors
-        used = {name for graph in manifest.graphs.values() for name in graph.weights}
-        constants = {name for graph in manifest.graphs.values() for name in graph.constants}
+        self._by_layer = LAYERS in manifest.graphs and self.memory == "cpu"
+        # In a bundle with graphs of single passes the whole ones serve measurements, and are loaded by them.
+        self._serving = {name: g for name, g in manifest.graphs.items() if not (self._by_layer and name in WHOLE)}
+        used = {name for graph in self._serving.values() for name in graph.weights}
+        constants = {name for graph in self._serving.values() for name in graph.constants}
         inputs = used - constants  # ONNX Runtime finds the constants in the file itself
         derived = derived_parameters(inputs - set(file.tensors))
         sources = {parameter + suffix for parameter in derived for suffix in (NBITS, NBITS_SCALE)}
@@ -130,10 +136,11 @@ class OrtBackend:
         # For measurements: further outputs of a graph that the manifest does not list, and who gets their values.
         self.watched: dict[str, tuple[str, ...]] = {}
         self.watcher: Callable[[str, dict[str, NDArray[Any]]], None] = lambda graph, values: None
-        for name in ("traverse", "step"):
+        self.layers = self._load_layers() if self._by_layer else None
+        for name in () if self._by_layer else ("traverse", "step"):
             self.graph(name)
         if COPIES_CONSTANTS:
-            unloaded = [graph for name, graph in manifest.graphs.items() if name not in self.sessions]
+            unloaded = [graph for name, graph in self._serving.items() if name not in self.sessions]
             needed = {weight for graph in unloaded for weight in graph.constants}
             self._constants = {name: array for name, array in self._constants.items() if name in needed}
 
@@ -151,7 +158,8 @@ class OrtBackend:
 
     def _working_bytes(self, tokens: int) -> int:
         """Most bytes of the tensors of a run over this many tokens, or one picture."""
-        return 4 * max(work.at(1 if name == "vision" else tokens) for name, work in self.bundle.work.items())
+        works = {name: work for name, work in self.bundle.work.items() if name in self._serving}
+        return 4 * max(work.at(1 if name == "vision" else tokens) for name, work in works.items())
 
     def _require_memory(self) -> None:
         if self.memory != "cpu":
@@ -162,7 +170,8 @@ class OrtBackend:
             raise BackendError(
                 f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights {self.weight_bytes / 1e9:.1f}, "
                 f"KV cache {self.cache_bytes / 1e9:.1f}, a run {working / 1e9:.1f}), but {free / 1e9:.1f} GB are free; "
-                "free memory, export with a smaller --context, use a smaller model"
+                + ("" if self._by_layer else "export with --precision int4-dynamic, which takes least, or ")
+                + "free memory, export with a smaller --context, use a smaller model"
                 + (", or open it with prefix_reuse=False" if self.prefix_reuse else "")
             )
 
@@ -186,10 +195,12 @@ class OrtBackend:
                 # prefixes and chunks of any length that would be a leak.
                 options = self._session_options(mem_pattern=name == "step")
                 graph = self.bundle.manifest.graphs[name]
+                self._read_inputs(name)
+                arrays = self._constants_of(name) if name not in self._serving else self._constants
                 model: str | bytes = self._models[name]
                 given: Any = None  # what the options point to
-                if graph.constants and (self._constants or self._image is not None):
-                    given = self._give_constants(options, graph.constants, self._constants)
+                if graph.constants and (arrays or self._image is not None):
+                    given = self._give_constants(options, graph.constants, arrays)
                 elif graph.constants:
                     model = os.fspath(self.bundle.path(graph.file))  # its constants are found beside it
                 providers = self.providers_of(name)
@@ -197,6 +208,37 @@ class OrtBackend:
                 del given
                 self._require_used(self.sessions[name])
             return self.sessions[name]
+
+    def _load_layers(self) -> LayerSessions:
+        """The sessions of the graphs of single passes, whose constants they take out of `_constants`."""
+        sessions = []
+        for layer in range(self.spec.num_layers):
+            names = constants_of(self._models[LAYERS], layer) & self._constants.keys()
+            model = part_of_layer(self._models[LAYERS], layer, {name: self._constants.pop(name) for name in names})
+            options = self._session_options(mem_pattern=False)
+            # Else each session would keep scratch memory of its own, and its threads would wait in a loop for work
+            # while those of the next session work.
+            options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+            sessions.append(_call(f"load layer {layer}", open_unkept, model, options, ["CPUExecutionProvider"]))
+            self.sessions[f"{LAYERS} {layer}"] = sessions[-1]
+        return LayerSessions(tuple(sessions), self.graph(MIX), self.graph(HEAD))
+
+    def _constants_of(self, name: str) -> dict[str, NDArray[Any]]:
+        """The constants of a graph as they are stored, from memory or the weights file."""
+        names = self.bundle.manifest.graphs[name].constants
+        arrays = {weight: self._constants[weight] for weight in names if weight in self._constants}
+        if missing := [weight for weight in names if weight not in arrays]:
+            sha256 = self.bundle.manifest.files[WEIGHTS].sha256
+            arrays |= self.bundle.weights().load((), sha256, missing)
+        return arrays
+
+    def _read_inputs(self, name: str) -> None:
+        """Load weights that a graph takes as inputs, and that no graph in use reads."""
+        graph = self.bundle.manifest.graphs[name]
+        if missing := set(graph.weights) - set(graph.constants) - self.weights.keys():
+            arrays = self.bundle.weights().load(missing, self.bundle.manifest.files[WEIGHTS].sha256)
+            self.weights |= {weight: ort.OrtValue.ortvalue_from_numpy(array) for weight, array in arrays.items()}
 
     def _give_constants(self, options: Any, names: Sequence[str], arrays: Mapping[str, NDArray[Any]]) -> Any:
         """Let a graph take its constants from memory, instead of the file that it names.
@@ -285,14 +327,18 @@ class OrtBackend:
         watched = self.watched.get(name, ())
         for output in watched:
             binding.bind_output(output)
+        self.run_session(name, self.graph(name), binding, shrink)
+        if watched:
+            values = binding.get_outputs()[-len(watched) :]
+            self.watcher(name, {key: value.numpy() for key, value in zip(watched, values, strict=True)})
+
+    def run_session(self, name: str, session: Any, binding: Any, shrink: bool = False) -> None:
+        """Run a session, of the graph `name` or a part of it. shrink: see `run`."""
         options = None
         if shrink and self.memory == "cpu":
             options = ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        _call(f"run {name}", self.graph(name).run_with_iobinding, binding, options)
-        if watched:
-            values = binding.get_outputs()[-len(watched) :]
-            self.watcher(name, {key: value.numpy() for key, value in zip(watched, values, strict=True)})
+        _call(f"run {name}", session.run_with_iobinding, binding, options)
 
     def encode_image(self, pixel_values: Float32) -> Float32:
         """Encode pixel_values [N, 3, P, P] into image features [N, T, D].
@@ -326,11 +372,8 @@ class OrtBackend:
             return None
         graph = self.bundle.manifest.graphs[name]
         options = self._session_options(mem_pattern=False)
-        arrays = self._constants
-        if missing := [weight for weight in graph.constants if weight not in arrays]:
-            sha256 = self.bundle.manifest.files[WEIGHTS].sha256
-            arrays = {**arrays, **self.bundle.weights().load((), sha256, missing)}
-        given = self._give_constants(options, graph.constants, arrays) if graph.constants else None
+        self._read_inputs(name)
+        given = self._give_constants(options, graph.constants, self._constants_of(name)) if graph.constants else None
         session = _call(
             f"load {graph.file}", open_session, cut(self._models[name], cuts), options, ["CPUExecutionProvider"]
         )
@@ -390,8 +433,23 @@ class OrtState:
         self._anew = {**self._one, "rope_offset": value_of(self.rope_offset)}  # inputs that change with every run
         self._rope: RopeRows | None = None  # tables of its own, from the first token that is not at its row on
         self._tables: dict[str, Any] = {}  # they as values
-        self.step_binding = self._bind("step", self._one)
-        self._traverse_one: Any = None  # bound at first use
+        self._step_one: Any = None  # bound at first use
+        self._traverse_one: Any = None  # the same
+        self._layered: LayeredState | None = None
+        if backend.layers is not None:
+            second_values = values[sets:]
+            second_of = {layer: second_values[2 * i : 2 * i + 2] for i, layer in enumerate(spec.second_layers)}
+            self._layered = LayeredState(
+                backend.layers,
+                backend.weights,
+                lambda *given: backend.run_session(*given),  # which a measurement may replace
+                value_of,
+                values[:sets],
+                second_of,
+                self._logits,
+            )
+        else:
+            self._step_one = self._bind("step", self._one)
 
     def _bind(self, name: str, feeds: Mapping[str, Any]) -> Any:
         graph = self._backend.bundle.manifest.graphs[name]
@@ -417,9 +475,26 @@ class OrtState:
         changed = self._rope.place(offset + start, count, None if rotary is None else offset + rotary)
         if is_new or (changed and backend.memory != "cpu"):  # on a CPU the values refer to the arrays
             self._tables = {name: value_of(table) for name, table in self._rope.own.items()}
-            for binding in (self.step_binding, self._traverse_one):
+            for binding in (self._step_one, self._traverse_one):
                 for name, table in self._tables.items() if binding is not None else ():
                     binding.bind_ortvalue_input(name, table)
+
+    @property
+    def step_binding(self) -> Any:
+        """What a step runs, with its buffers bound."""
+        self._step_one = self._step_one or self._bind("step", self._one)
+        return self._step_one
+
+    def _by_layer(
+        self, graph: str, embeddings: Float32, start: int, image_mask: NDArray[np.bool_] | None
+    ) -> Float32 | None:
+        """Compute tokens layer by layer; None if the bundle or a measurement wants the whole graph."""
+        if self._layered is None or self._backend.watched.get(graph):
+            return None
+        rows = np.zeros(0, np.int64) if image_mask is None else np.flatnonzero(image_mask).astype(np.int64)
+        changing = {"rope_offset": value_of(self.rope_offset), **self._tables}
+        self._layered.compute(embeddings, start, graph != "step", rows, changing)
+        return self._logits[0]
 
     def _run_again(self, name: str, binding: Any) -> None:
         """Run a graph that was bound before, on the present contents of its input arrays."""
@@ -447,6 +522,8 @@ class OrtState:
         stop = start + len(embeddings)
         self._place(start, len(embeddings), rotary)
         name = "traverse_text" if self._text and image_mask is None else "traverse"
+        if (logits := self._by_layer(name, embeddings, start, image_mask)) is not None:
+            return logits
         if len(embeddings) == 1 and image_mask is None:  # decoding with both passes; only the length changes
             self._embedding[0], self._position[0, 0] = embeddings, start
             self._traverse_one = self._traverse_one or self._bind(name, self._one)
@@ -489,6 +566,8 @@ class OrtState:
     def step(self, embedding: Float32, position: int, rotary: int | None = None) -> Float32:
         """Run one pass over one token, embedding [D] in row `position`; the next call overwrites the logits [V]."""
         self._place(position, 1, rotary)
+        if (logits := self._by_layer("step", embedding[None], position, None)) is not None:
+            return logits
         self._embedding[0, 0] = embedding
         self._position[0, 0] = position
         self._run_again("step", self.step_binding)
@@ -541,6 +620,19 @@ def value_of(array: NDArray[Any], memory: str = "cpu") -> Any:
 
 def open_session(model: str | bytes, options: Any, providers: list[Any]) -> Any:
     return ort.InferenceSession(model, options, providers=providers)
+
+
+def open_unkept(model: bytes, options: Any, providers: list[Any]) -> Any:
+    """Open a session of a model that has its weights in it, without keeping them.
+
+    A session that is made from bytes keeps these as long as it lives. So it gets a file in memory, where there is one.
+    """
+    if not hasattr(os, "memfd_create") or not os.path.isdir("/proc/self/fd"):
+        return open_session(model, options, providers)
+    with os.fdopen(os.memfd_create("trol-edge"), "wb") as file:
+        file.write(model)
+        file.flush()
+        return open_session(f"/proc/self/fd/{file.fileno()}", options, providers)
 
 
 @functools.cache

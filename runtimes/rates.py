@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trol_edge.errors import BackendError
 from trol_edge.machine.identity import available_memory
-from trol_edge.plan.rates import Platform, Rates, platform_of_host
+from trol_edge.plan.rates import PACKED, Platform, Rates, platform_of_host
 
 try:
     import onnxruntime as ort
@@ -31,6 +31,7 @@ WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30, 8 << 3
 MATRICES = 64  # matrices of a working set; larger ones read faster, so one above MOST has only as many as fit MOST
 MOST = 1 << 30
 ATTENTIONS = ((128, 4, 32), (256, 16, 128))  # tokens, heads, head size
+BLOCK = 128  # inputs that share a scale of 4-bit weights
 CAPACITY = 2048  # size of the cache in these runs, in tokens
 TENSORS = (1 << 16, 1 << 20, 4 << 20, 16 << 20, 64 << 20)  # bytes
 COLD = 16 << 20  # bytes that flush the caches of single cores
@@ -55,7 +56,7 @@ def measure(
     A busy machine gives lower rates, which cannot be noticed here.
     """
     rng = np.random.default_rng(0)
-    steps = len(WORKING_SETS) + len(TENSORS) + 2 * len(PRODUCTS) + len(ATTENTIONS) + 3
+    steps = len(WORKING_SETS) + len(TENSORS) + 3 * len(PRODUCTS) + len(ATTENTIONS) + 3
     done = 0
 
     def next_step() -> None:
@@ -87,7 +88,7 @@ def measure(
         touches.append((3 * size, count * 3 * size / max(spent, 1e-9)))
         next_step()
     scale: dict[str, Array] = {"s": np.array(0.01, np.float32), "z": np.array(128, np.uint8)}
-    arithmetic: dict[str, list[tuple[int, float]]] = {"float32": [], "int8": []}
+    arithmetic: dict[str, list[tuple[int, float]]] = {"float32": [], "int8": [], PACKED: []}
     for tokens, depth, width in PRODUCTS:
         x, w = rng.random((tokens, depth), np.float32), np.full((depth, width), 1 / depth, np.float32)
         back = np.full((width, depth), 1 / width, np.float32)
@@ -109,6 +110,10 @@ def measure(
         spent = _seconds(nodes, {**integers, **weights}, {}, threads) - run
         arithmetic["int8"].append((flops, count * flops / spent))
         next_step()
+        nodes, given = _packed(rng, depth, width, count)
+        spent = _seconds(nodes, {"x": x}, given, threads) - run
+        arithmetic[PACKED].append((flops, count * flops / spent))
+        next_step()
     tokens, heads, size = ATTENTIONS[0]
     start = _attention(rng, 1, heads, size, threads)[1]  # of one token with an empty cache
     attention = []
@@ -121,13 +126,9 @@ def measure(
     nodes = [("", "MatMulInteger", ["x", name], f"y{i}", {}) for i, name in enumerate(many)]
     stored = {"int8": 32 * eight.nbytes / _seconds(nodes, {"x": integers["x"][:1], **many}, {}, threads)}
     next_step()
-    block = 128
-    packed = {f"w{i}": rng.integers(0, 255, (WIDTH, WIDTH // block, block // 2), np.uint8) for i in range(32)}
-    scales = rng.random(WIDTH * WIDTH // block, np.float32)
-    about = {"K": WIDTH, "N": WIDTH, "bits": 4, "block_size": block, "accuracy_level": 4}
-    nodes = [(MICROSOFT, "MatMulNBits", ["x", name, "s"], f"y{i}", about) for i, name in enumerate(packed)]
-    taken = _seconds(nodes, {"x": x[:1]}, {**packed, "s": scales}, threads)
-    stored["int4"] = 32 * (packed["w0"].nbytes + scales.nbytes) / taken
+    nodes, given = _packed(rng, WIDTH, WIDTH, 32)
+    taken = _seconds(nodes, {"x": x[:1]}, given, threads)
+    stored["int4"] = 32 * (given["w0"].nbytes + given["s"].nbytes) / taken
     next_step()
     products = {kind: tuple(points) for kind, points in arithmetic.items()} | {"attention": tuple(attention)}
     return Rates(
@@ -141,6 +142,16 @@ def measure(
         run=run,
         fused=False,
     )
+
+
+def _packed(rng: np.random.Generator, depth: int, width: int, count: int) -> tuple[list[Node], dict[str, Array]]:
+    """Products of x [S, depth] with 4-bit weights [depth, width], and these constants."""
+    given: dict[str, Array] = {
+        f"w{i}": rng.integers(0, 255, (width, depth // BLOCK, BLOCK // 2), np.uint8) for i in range(count)
+    }
+    about = {"K": depth, "N": width, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+    nodes: list[Node] = [(MICROSOFT, "MatMulNBits", ["x", name, "s"], f"y{i}", about) for i, name in enumerate(given)]
+    return nodes, given | {"s": rng.random(width * depth // BLOCK, np.float32)}
 
 
 def _link(i: int) -> Node:

@@ -56,7 +56,7 @@ def graph(model: str, options: RecipeOptions, name: str, folder: Path, layers: i
     made = canonical.trace(name, whole.family, spec, whole.context)
     pipeline.prepare(name, made, target, plan, defaultdict(lambda: 0.03), dtypes)
     inputs, outputs = pipeline.ports(made.graph.inputs), pipeline.ports(made.graph.outputs)
-    weights, as_inputs, costs = pipeline.take_inputs(made, target, ())
+    weights, as_inputs, costs = pipeline.take_inputs(name, made, target, ())
     _write(made, weights, dtypes, folder / WEIGHTS, as_inputs)
     lowered = lower_trt.lower(made, TARGETS[target])
     path = folder / f"{name}.onnx"

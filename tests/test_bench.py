@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.bench import contenders
+from tests.bench import contenders, peers
 from tests.bench import speed as bench
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.errors import UsageError
@@ -153,3 +155,37 @@ def test_a_peer_whose_model_cannot_be_made_does_not_stop_the_others(nano_bundle:
         shape = bench.SHAPES["nano"]
         jobs = bench.prepare(shape, ("int8", "Q4_0"), tmp_path, bundles, pythons, failed, lambda line: None)
     assert set(jobs) == {"int8"} and "no_such_function" in str(failed["Q4_0"])
+
+
+def test_an_environment_for_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip says last is why there is none; without an environment the peer is looked for here."""
+    assert peers.python_of("OpenVINO", tmp_path) == sys.executable
+    python = tmp_path / "openvino" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    said = subprocess.CompletedProcess([], 1, "", "first\nERROR: No matching distribution found for nothing\n")
+    monkeypatch.setattr(peers.subprocess, "run", lambda *a, **b: said)
+    assert peers.make("OpenVINO", ("nothing",), tmp_path) == "ERROR: No matching distribution found for nothing"
+    assert peers.python_of("OpenVINO", tmp_path) == str(python)
+
+
+def test_a_run_that_is_stopped_has_the_rows_so_far(
+    nano_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"vision_s": [], "prefill_s": [1.0], "step_s": [1.0]}
+    sizes = {"load_s": 1.0, "peak_bytes": 2, "step_bytes": 1, "weight_bytes": 1}
+    taken: list[str] = []
+
+    def run(job: Any, python: str) -> dict[str, Any]:
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(job.contender)
+        return {**sizes, "times": dict.fromkeys(job.prompts, times)}
+
+    monkeypatch.setattr(bench, "run_task", run)
+    given = {("nano", name): nano_bundle for name in contenders.OURS}
+    found = bench.bench(("nano",), rounds=2, only=("fp32", "int8"), folder=tmp_path, bundles=given)
+    (shape,) = found["shapes"]
+    rows = {row["name"]: row["error"] for row in shape["contenders"]}
+    assert found["stopped"] and rows == {"fp32": None, "int8": "the run was stopped before"}
+    bench.show(found, Console(file=io.StringIO()))

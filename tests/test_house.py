@@ -388,7 +388,7 @@ print(json.dumps(sorted(sys.modules)))
     loaded = json.loads(python(code))
     assert set(loaded) & HEAVY == {"onnxruntime"}
     rooms = {name for name in loaded if name.startswith(tuple(OTHER_ROOMS))}
-    assert rooms == {"trol_edge.runtimes", "trol_edge.runtimes.ort"}
+    assert rooms == {"trol_edge.runtimes", "trol_edge.runtimes.layered", "trol_edge.runtimes.ort"}
 
 
 def test_help_loads_no_room() -> None:

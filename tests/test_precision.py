@@ -17,7 +17,7 @@ from tests.conftest import NANO
 from tests.statistics import statistics_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
-from trol_edge.bundle.precision import LinearPlan, tensor_bytes
+from trol_edge.bundle.precision import BLOCKS, LinearPlan, tensor_bytes
 from trol_edge.bundle.weights import WeightsFile
 from trol_edge.cli import main as cli
 from trol_edge.errors import CalibrationError, UsageError
@@ -120,9 +120,25 @@ def test_int8_without_calibration(shapes: dict[str, tuple[int, ...]]) -> None:
         assert needs_statistics(options, make_plan(options, shapes, "cpu")) == (recipe in ("int8", "int4"))
 
 
+def test_int4_without_calibration(shapes: dict[str, tuple[int, ...]]) -> None:
+    """The decoder's Linears have the largest blocks that fit, and the rest has eight bits."""
+    options = RecipeOptions("int4-dynamic")
+    plan = make_plan(options, shapes, "cpu")
+    qkv = plan.linears["decoder.layers.0.qkv.weight"]
+    assert qkv == LinearPlan("int4", max(b for b in BLOCKS if shapes["decoder.layers.0.qkv.weight"][1] % b == 0))
+    eight = ("decoder.lm_head.weight", "decoder.layers.0.qkv.lora_a", "vision.layers.0.qkv.weight")
+    assert {plan.linears[name] for name in eight if name in plan.linears} == {LinearPlan("int8")}
+    assert plan.clipping and not needs_statistics(options, plan)
+    assert make_plan(RecipeOptions("int4-dynamic", block=32), shapes, "cpu").linears["decoder.layers.0.qkv.weight"] == (
+        LinearPlan("int4", 32)
+    )
+    with pytest.raises(UsageError, match=r"int4-dynamic: only the target cpu .* choose int4"):
+        make_plan(options, shapes, "rtx")
+
+
 def test_the_default_is_what_a_laptop_can_hold() -> None:
     assert default_recipe("cpu", SMALL) == "fp32" == default_recipe("rtx", SMALL + 1)
-    assert default_recipe("cpu", SMALL + 1) == "int8-dynamic"
+    assert default_recipe("cpu", SMALL + 1) == "int4-dynamic"
 
 
 def test_a_large_checkpoint_is_rounded_and_the_user_is_told(
@@ -132,10 +148,10 @@ def test_a_large_checkpoint_is_rounded_and_the_user_is_told(
     monkeypatch.setattr("trol_edge.export.quantize.recipes.SMALL", 1_000_000)
     assert cli.main(["export", str(NANO), "-o", str(tmp_path / "b"), "--no-selftest"]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "precision int8-dynamic: 0.0 GB of weights instead of the 0.0 GB of fp32; no calibration needed" in said
+    assert "precision int4-dynamic: 0.0 GB of weights instead of the 0.0 GB of fp32; no calibration needed" in said
     assert not list(tmp_path.glob("calibration*"))
     manifest = Bundle(tmp_path / "b").manifest
-    assert manifest.plan.recipe == "int8-dynamic" and manifest.calibration is None
+    assert manifest.plan.recipe == "int4-dynamic" and manifest.calibration is None
     with Runtime(tmp_path / "b", selftest=False) as rt:
         assert rt.generate("What is left of the red star?", NANO / "scene.png").text == "cyan ring"
 
@@ -193,7 +209,9 @@ def test_plan_files(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(UsageError, match="not readable as JSON"):
         read_options(path)
-    with pytest.raises(UsageError, match="neither one of fp32, fp16, int8, int4, fp8, int8-dynamic nor a file"):
+    with pytest.raises(
+        UsageError, match="neither one of fp32, fp16, int8, int4, fp8, int8-dynamic, int4-dynamic nor a file"
+    ):
         read_options(tmp_path / "nowhere.json")
 
 

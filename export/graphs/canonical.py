@@ -9,10 +9,15 @@ No weights are needed.
 |               | image_mask [1,S,1], both caches                                  |                           |
 | traverse_text | the same without image_mask: no LoRA in the graph                | logits [1,V], both caches |
 | step          | inputs_embeds [1,1,D], position_ids [1,1], first cache           | logits [1,V], first cache |
+| layers        | those of traverse, but the first cache only; a layer's input     | hidden_<i> [1,S,D] of     |
+|               | (of any layer) as inputs_embeds                                  | every layer, first cache  |
+| mix           | first [1,S,D], second [1,S,D] (what two passes gave)             | mixed [1,S,D]             |
+| head          | inputs_embeds [1,1,D]                                            | logits [1,V]              |
 
-A family without LoRA has neither image_mask nor traverse_text. A family whose rotary embedding has two factor sets has
-one more input in traverse and step, rope_offset [1] int64. It says how many rows of the rope tables to skip (see
-`model.graph_rope_tables`), so that one graph serves both sets.
+The last three serve a CPU that holds 4-bit weights once (export/graphs/layers.py). A family without LoRA has neither
+image_mask nor traverse_text. A family whose rotary embedding has two factor sets has one more input in traverse and
+step, rope_offset [1] int64. It says how many rows of the rope tables to skip (see `model.graph_rope_tables`), so that
+one graph serves both sets.
 The first cache holds keys and values of the first pass: for every layer i, past_key_<i> and past_value_<i> [1,G,C,E] in
 and present_key_<i> and present_value_<i> out. The second cache holds those of the second pass, for the layers that have
 one (`spec.second_layers`); its names are past_second_key_<i> and so on. New rows are written with ScatterND, so past
@@ -134,11 +139,33 @@ class _DecoderGraph(nn.Module):
         rows = position_ids + extra["rope_offset"] if "rope_offset" in extra else position_ids
         rope = self.rope["cos"], self.rope["sin"]
         attend = _CachedAttention(self.spec, rope, position_ids, rows, past, extra.get("slots"))
+        if self.name == "layers":
+            mask = extra.get("image_mask")
+            outputs = [layer(inputs_embeds, mask, i, 0, attend) for i, layer in enumerate(self.decoder.layers)]
+            return [*outputs, *attend.cache]
         if self.name == "step":
             x = self.decoder.step(inputs_embeds, attend)
         else:
             x = self.decoder.traverse(inputs_embeds, extra.get("image_mask"), attend)
         return [self.decoder.logits(x[:, -1:])[:, 0], *attend.cache]
+
+
+class _MixGraph(nn.Module):
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, first: Tensor, second: Tensor) -> list[Tensor]:
+        return [self.decoder.mix(first, second)[0]]
+
+
+class _HeadGraph(nn.Module):
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, inputs_embeds: Tensor) -> list[Tensor]:
+        return [self.decoder.logits(inputs_embeds)[:, 0]]
 
 
 class _VisionGraph(nn.Module):
@@ -151,7 +178,7 @@ class _VisionGraph(nn.Module):
 
 
 def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model:
-    """Trace vision, traverse or step with a cache of `capacity` tokens; its weights are initializers without values.
+    """Trace a graph (but not traverse_text) with a cache of `capacity` tokens; its weights have no values.
 
     No parameter is allocated, because everything is traced with fake tensors.
     """
@@ -160,26 +187,33 @@ def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model
             pixels = torch.empty(2, 3, spec.vision.image_size, spec.vision.image_size)
             module: nn.Module = _VisionGraph(family.vision(spec))
             return _export(module, (pixels,), ({0: _dim("images")},), ["pixel_values"], ["image_features"])
+        decoder = family.decoder(spec)
+        assert isinstance(decoder, Decoder)
+        if name == "mix":
+            both = (torch.empty(1, 8, spec.hidden_size), torch.empty(1, 8, spec.hidden_size))
+            return _export(_MixGraph(decoder), both, ({1: _dim("tokens")},) * 2, ["first", "second"], ["mixed"])
+        if name == "head":
+            last = (torch.empty(1, 1, spec.hidden_size),)
+            return _export(_HeadGraph(decoder), last, ({},), ["inputs_embeds"], ["logits"])
         length = 1 if name == "step" else 8  # the trace works with any length above one
         dynamic: dict[int, Any] = {} if name == "step" else {1: _dim("tokens")}
-        sets = ("",) if name == "step" else ("", "_second")
+        sets = ("", "_second") if name == "traverse" else ("",)
         past_names = [n for s in sets for n in cache_names(spec, f"past{s}")]
         past = [torch.empty(1, spec.num_kv_heads, capacity, spec.head_dim) for _ in past_names]
         embeds = torch.empty(1, length, spec.hidden_size)
         extra: dict[str, Tensor] = {}
         extra_shapes: dict[str, Any] = {}
-        if name == "traverse":
+        if name != "step":
             extra["slots"], extra_shapes["slots"] = torch.zeros(length + 3, dtype=torch.int64), {0: _dim("slots")}
         if spec.long_rope:
             extra["rope_offset"], extra_shapes["rope_offset"] = torch.zeros(1, dtype=torch.int64), {}
-        if name == "traverse" and spec.lora_rank:
+        if name != "step" and spec.lora_rank:
             extra["image_mask"], extra_shapes["image_mask"] = torch.empty(1, length, 1), dynamic
         args: tuple[Any, ...] = (embeds, torch.zeros(1, length, dtype=torch.int64), extra, past)
         shapes: tuple[Any, ...] = (dynamic, dynamic, extra_shapes, [{} for _ in past])
         inputs = ["inputs_embeds", "position_ids", *extra, *past_names]
-        outputs = ["logits", *(n for s in sets for n in cache_names(spec, f"present{s}"))]
-        decoder = family.decoder(spec)
-        assert isinstance(decoder, Decoder)
+        outputs = [f"hidden_{i}" for i in range(spec.num_layers)] if name == "layers" else ["logits"]
+        outputs += (n for s in sets for n in cache_names(spec, f"present{s}"))
         module = _DecoderGraph(spec, decoder, capacity, name)
         return _export(module, args, shapes, inputs, outputs)
 

@@ -6,6 +6,7 @@
 | W8A8: MatMul of two DequantizeLinear               | MatMulIntegerToFloat, u8 x s8        | MatMulInteger, u8 x s8 |
 | W8: MatMul of a DequantizeLinear, 8 bits           | the same, input rounded by token     | the same               |
 | W4: MatMul of a DequantizeLinear, 4 bits in blocks | the same, weights made 8-bit on load | MatMulNBits, packed    |
+| the same, held once (int4-dynamic)                 | MatMulNBits, packed                  | MatMulNBits, packed    |
 
 Reasons (figures in docs/decisions.md):
 - 8-bit weights stay as they are stored, [K, N] int8, as graph inputs. One copy serves both passes and all graphs, and
@@ -32,16 +33,18 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
+from trol_edge.bundle.names import IMAGE_ROWS
 from trol_edge.errors import ExportError
 from trol_edge.export.storage import Layout, Rows
 
 MICROSOFT = "com.microsoft"
+OUTPUT_LAYER = "decoder.lm_head.weight"
 ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates heads whose size is a multiple of this
 EPSILON = 1e-30  # smallest step of a rounded token, so that a token of zeros stays zeros
 
 
-def lower(name: str, model: ir.Model) -> dict[str, Layout]:
-    """Lower one graph ("vision", "traverse", "traverse_text" or "step") in place.
+def lower(name: str, model: ir.Model, once: bool = False) -> dict[str, Layout]:
+    """Lower one graph ("vision", "traverse", "step", ...) in place. once: read the packed 4 bits in every graph.
 
     Returns the layouts of tensors to be written beside the parameters. Those that the graph reads stay initializers;
     parameters, and 8-bit weights derived from 4-bit ones on load, are to become inputs. Raises ExportError if the graph
@@ -50,9 +53,13 @@ def lower(name: str, model: ir.Model) -> dict[str, Layout]:
     ports = _ports(model)
     layouts: dict[str, Layout] = {}
     group_query_attention(model)
-    if name == "step":
+    if once or name == "step":
         nbits_matmul(model, layouts)
+    if name == "step":
         one_token_matmul(model, layouts)
+    elif once:
+        one_token_matmul(model, layouts, OUTPUT_LAYER)  # which reads the last token of every run
+        integer_matmul(model, layouts)
     else:
         integer_matmul(model, layouts)
     common.RemoveUnusedNodesPass()(model)
@@ -99,7 +106,9 @@ def group_query_attention(model: ir.Model) -> bool:
     model.opset_imports[MICROSOFT] = 1
     common.RemoveUnusedNodesPass()(model)
     _sort(model)
-    left = {node.op_type for node in model.graph} & {"Attention", "RotaryEmbedding", "ScatterND"}
+    left = {node.op_type for node in model.graph} & {"Attention", "RotaryEmbedding"}
+    caches = [value for value in model.graph.inputs if (value.name or "").startswith("past_")]
+    left |= {node.op_type for value in caches for node, _ in value.uses()} - {"GroupQueryAttention"}
     if left:
         raise ExportError(f"{', '.join(sorted(left))} left beside GroupQueryAttention; please report this")
     return True
@@ -196,9 +205,12 @@ def integer_matmul(model: ir.Model, layouts: dict[str, Layout]) -> bool:
     return _finish(model, found)
 
 
-def one_token_matmul(model: ir.Model, layouts: dict[str, Layout]) -> bool:
-    """Turn MatMul of an 8-bit weight and one token into MatMulInteger without zero points; whether there was any."""
-    found = [match for match in _quantized(model) if match.bits == 8]
+def one_token_matmul(model: ir.Model, layouts: dict[str, Layout], weight: str | None = None) -> bool:
+    """Turn MatMul of an 8-bit weight and one token into MatMulInteger without zero points; whether there was any.
+
+    weight: the only one to look for.
+    """
+    found = [match for match in _quantized(model) if match.bits == 8 and weight in (None, match.weight.name)]
     rounded: dict[ir.Value, tuple[ir.Value, ...]] = {}
     for match in found:
         new = _Builder(model, match.node)
@@ -319,8 +331,7 @@ class _Quantized:
     """MatMul(x, DequantizeLinear(weight, scale)), x rounded with one scale or not at all."""
 
     def __init__(self, node: ir.Node, restored: ir.Node) -> None:
-        self.node = node
-        self.x = _inputs(node)[0]
+        self.node = self._reader = node
         self.weight, self.scale = _inputs(restored)[:2]
         self.bits = {ir.DataType.INT8: 8, ir.DataType.INT4: 4}.get(self.weight.dtype or ir.DataType.UNDEFINED, 0)
         block = restored.attributes.get("block_size")
@@ -328,8 +339,8 @@ class _Quantized:
         self.input_scale: ir.Value | None = None
         producer = self.x.producer()
         if producer is not None and producer.op_type == "DequantizeLinear":
-            quantize = _producer(_inputs(producer)[0], "QuantizeLinear")
-            self.x, self.input_scale = _inputs(quantize)[:2]
+            self._reader = quantize = _producer(_inputs(producer)[0], "QuantizeLinear")
+            self.input_scale = _inputs(quantize)[1]
             zero = _inputs(quantize)[2]
             if zero.dtype != ir.DataType.INT8 or zero.const_value is None or zero.const_value.numpy() != 0:
                 raise ExportError(f"{quantize.name}: the zero point is not an int8 0; please report this")
@@ -337,6 +348,11 @@ class _Quantized:
             raise ExportError(
                 f"{self.weight.name}: {self.weight.dtype} with block {self.block} has no operator on this target"
             )
+
+    @property
+    def x(self) -> ir.Value:
+        """The input before any rounding; another value once the Linear that made it was lowered."""
+        return _inputs(self._reader)[0]
 
 
 def _quantized(model: ir.Model) -> list[_Quantized]:
@@ -416,6 +432,9 @@ class _Builder:
         name = f"{x.name}.token"
         axis = self.constant("lowered.last_axis", np.array([-1], np.int64))
         largest = self.op("ReduceMax", [self.op("Abs", [x], f"{name}.abs"), axis], f"{name}.max")
+        if x.shape is not None and str(x.shape[1]) == IMAGE_ROWS:  # may be none, which 1.23.2 does not reduce
+            ends = [self.constant(f"lowered.{n}", np.array([n], np.int64)) for n in (0, 1)]
+            largest = self.op("Slice", [largest, *ends, axis], f"{name}.largest")
         step = self.op("Mul", [largest, self.constant("lowered.127th", np.array(1 / 127, np.float32))], f"{name}.step")
         scale = self.op("Max", [step, self.constant("lowered.epsilon", np.array(EPSILON, np.float32))], f"{name}.scale")
         flat = self.op("Reshape", [scale, self.constant("lowered.column", np.array([-1], np.int64))], f"{name}.rows")

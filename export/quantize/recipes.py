@@ -7,12 +7,13 @@
 | int8 | W8A8 | A: W8A8, B: W8 | W8A8 | W8A8 | floating point |
 | int8-dynamic (CPU only) | W8 | W8 | W8 | W8 | FP32 |
 | int4 | W4 in blocks; W8 where that costs too much | as int8 | W8 | W8A8 | floating point |
+| int4-dynamic (CPU only) | W4 in blocks | W8 | W8 | W8 | FP32 |
 | fp8  | W8A8 in E4M3 | A: the same, B: FP16 | the same | the same | floating point |
 
 W8A8: 8-bit weights with a scale per output channel, inputs rounded to 8 bits with one static scale per tensor.
 W8 and W4 round weights only. On a CPU the input of a W8 product is rounded while it runs, with one scale per token, for
-which int8-dynamic needs no calibration. TensorRT has no product for W8, so its targets get W8A8 instead, but for a
-low-rank B. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the others.
+which int8-dynamic and int4-dynamic need no calibration. TensorRT has no product for W8, so its targets get W8A8
+instead, but for a low-rank B. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the others.
 Norms, biases, the gate, the patch convolution, rotary tables, attention and the embedding are never quantized.
 """
 
@@ -42,7 +43,7 @@ class RecipeOptions:
     """What a user can choose. A mixed plan file has these keys. None leaves the choice to the recipe."""
 
     recipe: str = "fp32"  # one of RECIPES
-    block: int = 32  # block size of int4
+    block: int | None = None  # inputs that share a scale of int4; None: 32, in int4-dynamic the largest that fits
     lm_head: str | None = None  # precision of the output layer
     vision: str | None = None  # precision of vision tower and projector
     lora: str | None = None  # precision of the low-rank parts
@@ -55,7 +56,7 @@ class RecipeOptions:
     def __post_init__(self) -> None:
         known = {
             "recipe": (self.recipe, RECIPES),
-            "block": (self.block, BLOCKS),
+            "block": (self.block, (None, *BLOCKS)),
             "lm_head": (self.lm_head, (None, *PRECISIONS)),
             "vision": (self.vision, (None, *PRECISIONS)),
             "lora": (self.lora, (None, *PRECISIONS)),
@@ -72,6 +73,11 @@ class RecipeOptions:
             wrong += [f"{pattern}: {problem}" for problem in linear.problems()]
         if wrong:
             raise UsageError(f"precision: {'; '.join(wrong)}")
+
+    @property
+    def once(self) -> bool:
+        """Whether 4-bit weights are held once, for prompts and steps alike (see export/graphs/layers.py)."""
+        return DYNAMIC.get(self.recipe) == "int4"
 
 
 def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> RecipeOptions:
@@ -98,16 +104,16 @@ def read_options(recipe_or_file: str | os.PathLike[str], **chosen: Any) -> Recip
 def default_recipe(target: str, parameters: int) -> str:
     """The recipe of an export whose user chooses none. parameters: numbers of the checkpoint.
 
-    On a CPU a published size is too large in FP32 for most laptops, and int8-dynamic needs no calibration.
+    On a CPU a published size is too large in FP32 for most laptops, and int4-dynamic needs no calibration.
     """
-    return DYNAMIC if target == "cpu" and parameters > SMALL else "fp32"
+    return "int4-dynamic" if target == "cpu" and parameters > SMALL else "fp32"
 
 
 def needs_statistics(options: RecipeOptions, plan: PrecisionPlan) -> bool:
     """Whether the plan that these options give needs calibration statistics."""
     if plan.compute == "fp16" or any(linear.activations for linear in plan.linears.values()):
         return True
-    return plan.quantized and options.recipe != DYNAMIC
+    return plan.quantized and options.recipe not in DYNAMIC
 
 
 def is_linear(name: str, shape: Sequence[object]) -> bool:
@@ -145,8 +151,11 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
             "precision fp8: ONNX Runtime has no FP8 kernels on a CPU; choose int8, or --target onnx for a GPU that "
             "has FP8 (NVIDIA Ada, Hopper, Blackwell, Thor; not Orin)"
         )
-    if options.recipe == DYNAMIC and target != "cpu":
-        raise UsageError(f"precision {DYNAMIC}: only the target cpu rounds inputs while it runs; choose int8")
+    if options.recipe in DYNAMIC and target != "cpu":
+        raise UsageError(
+            f"precision {options.recipe}: only the target cpu rounds inputs while it runs; choose "
+            f"{DYNAMIC[options.recipe]}"
+        )
     compute = "fp16" if target != "cpu" and options.recipe != "fp32" else "fp32"
     quantized = [linear for linear in linears.values() if linear.precision in QUANTIZED]
     return PrecisionPlan(
@@ -155,7 +164,8 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
         linears=linears,
         observer=options.observer if any(linear.activations for linear in quantized) else None,
         scaling=options.scaling and bool(quantized),
-        clipping=options.clipping and bool(quantized) and options.recipe != DYNAMIC,
+        # With a scale per channel and nothing known of the inputs, the largest weight is the best guess.
+        clipping=options.clipping and bool(quantized) and options.recipe != "int8-dynamic",
     )
 
 
@@ -171,8 +181,8 @@ def _with_product(name: str, linear: LinearPlan) -> LinearPlan:
 
 
 def _recipe(name: str, shape: tuple[int, ...], options: RecipeOptions) -> LinearPlan:
-    recipe = precision = "int8" if options.recipe == DYNAMIC else options.recipe
-    calibrated = options.recipe != DYNAMIC
+    recipe = precision = DYNAMIC.get(options.recipe, options.recipe)
+    calibrated = options.recipe not in DYNAMIC
     if name.startswith("vision."):
         precision = options.vision or {"int4": "int8"}.get(recipe, recipe)
     elif name == "decoder.lm_head.weight":
@@ -183,5 +193,14 @@ def _recipe(name: str, shape: tuple[int, ...], options: RecipeOptions) -> Linear
         if name.endswith(".lora_b"):
             calibrated = False  # no calibration sees its input
             precision = "fp16" if precision == "fp8" else precision  # FP8 weights alone have no kernels
-    block = options.block if precision == "int4" else None
+    block = (options.block or _block(shape[1], options)) if precision == "int4" else None
     return LinearPlan(precision, block, calibrated and precision in ("int8", "fp8"))
+
+
+def _block(inputs: int, options: RecipeOptions) -> int:
+    """The block size for a Linear's inputs, if the user chooses none.
+
+    Large blocks take least memory: what ONNX Runtime packs has two numbers of 32 bits for each, and the scale stays.
+    """
+    fitting = [block for block in BLOCKS if inputs % block == 0]
+    return max(fitting, default=BLOCKS[0]) if options.once else BLOCKS[0]

@@ -108,14 +108,18 @@ class Decoder(nn.Module):
             o1 = layer(x, image_mask, i, 0, attend)
             if i in self.second_layers:
                 o2 = layer(o1, image_mask, i, 1, attend)
-                s = 0.5 * torch.tanh(self.gate(o1)) + 0.5  # [B, S, 1]
-                x = o1 * (1 - s) + o2 * s
+                x, s = self.mix(o1, o2)
             else:
                 x = o2 = o1
                 s = torch.zeros_like(o1[..., :1])
             if probe:
                 probe(i, o1, o2, s, x)
         return x
+
+    def mix(self, o1: Tensor, o2: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixture [B, S, D] of what both passes gave, and the share [B, S, 1] of the second."""
+        s = 0.5 * torch.tanh(self.gate(o1)) + 0.5
+        return o1 * (1 - s) + o2 * s, s
 
     def step(self, x: Tensor, attend: Attend) -> Tensor:
         """Run answer tokens in one pass without gate and LoRA. x [B, S, D]; returns [B, S, D]."""

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from trol_edge.bundle import probes
 from trol_edge.bundle.precision import QUANTIZED, LinearPlan, PrecisionPlan
+from trol_edge.export.lower.ort import OUTPUT_LAYER
 from trol_edge.export.quantize.recipes import GATE
 from trol_edge.export.quantize.rounding import round_to
 
@@ -72,7 +73,8 @@ class Seen:
 class Emulation(TorchFunctionMode):
     """Replaces F.linear on the parameters of a part of the model; everything else runs as it is.
 
-    cuts: by graph, see `find_cuts`. inputs: scales of rounded inputs by Linear.
+    cuts: by graph, see `find_cuts`. inputs: scales of rounded inputs by Linear. once: all graphs of a CPU read 4-bit
+    weights as they are, and the output layer sees one token in each.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class Emulation(TorchFunctionMode):
         target: str,
         inputs: Mapping[str, float],
         cuts: Mapping[str, Mapping[tuple[str, int], Cut]],
+        once: bool = False,
     ) -> None:
         super().__init__()
-        self._plan, self._target, self._cuts = plan, target, cuts
+        self._plan, self._target, self._cuts, self._once = plan, target, cuts, once
         # (graph, value, precision) -> the scale of the one pair that rounds it, which is its first reader's.
         self._steps: dict[tuple[str, str, str], float] = {}
         # (graph, value) -> the first reader of 8 bits, which on a CPU decides how the value is rounded for all of them.
@@ -93,7 +96,7 @@ class Emulation(TorchFunctionMode):
                 linear = plan.linears[weight]
                 if linear.activations:
                     self._steps.setdefault((graph, cut.value, linear.precision), inputs[weight])
-                if linear.precision == "int8" or (linear.precision == "int4" and graph != STEP):
+                if linear.precision == "int8" or (linear.precision == "int4" and graph != STEP and not once):
                     self._first.setdefault((graph, cut.value), linear)
         self._names: dict[int, str] = {}
         self._derived: dict[str, Tensor] = {}
@@ -111,6 +114,11 @@ class Emulation(TorchFunctionMode):
         with self:
             yield
         self._names = {}
+
+    @property
+    def _packed(self) -> bool:
+        """Whether the graph on a CPU reads 4-bit weights in their packed form."""
+        return self._once or self._graph == STEP
 
     @property
     def forced(self) -> bool:
@@ -137,7 +145,7 @@ class Emulation(TorchFunctionMode):
     def is_derived(self, name: str) -> bool:
         """Whether the graph reads the 8-bit form of a 4-bit weight."""
         linear = self._plan.linears.get(name)
-        return linear is not None and linear.precision == "int4" and self._target == "cpu" and self._graph != STEP
+        return linear is not None and linear.precision == "int4" and self._target == "cpu" and not self._packed
 
     def input(self, name: str, x: Tensor) -> Tensor:
         """The input that a Linear multiplies, for x [..., K]."""
@@ -152,10 +160,10 @@ class Emulation(TorchFunctionMode):
             if cut.value not in self._forced:
                 self._forced[cut.value] = self._force(cut, x, self._seen)
             x = self._forced[cut.value]
-        own = linear.precision not in QUANTIZED or (self._graph == STEP and linear.precision == "int4")
+        own = linear.precision not in QUANTIZED or (self._packed and linear.precision == "int4")
         if self._target == "cpu" and not own:
             linear = self._first.get((self._graph, cut.value), linear)
-        return self._rounded(x, linear, self._steps.get((self._graph, cut.value, linear.precision)))
+        return self._rounded(name, x, linear, self._steps.get((self._graph, cut.value, linear.precision)))
 
     def _force(self, cut: Cut, x: Tensor, seen: Seen) -> Tensor:
         tokens, width = x.shape[-2:]
@@ -175,7 +183,7 @@ class Emulation(TorchFunctionMode):
         given = torch.from_numpy(numbers.astype(np.float32) * np.float32(scale))
         return given[torch.arange(tokens) % probes.ROWS].view(x.shape)
 
-    def _rounded(self, x: Tensor, linear: LinearPlan, step: float | None) -> Tensor:
+    def _rounded(self, name: str, x: Tensor, linear: LinearPlan, step: float | None) -> Tensor:
         """The numbers that a graph multiplies with instead of x, see export/lower/ort.py."""
         if linear.precision not in QUANTIZED:
             return x
@@ -186,13 +194,13 @@ class Emulation(TorchFunctionMode):
             return (x / step).round().clamp(-128, 127) * step
         if self._target != "cpu":
             return x
-        if self._graph != STEP:
-            by_token = (x.abs().amax(-1, keepdim=True) * np.float32(1 / 127)).clamp_min(1e-30)
-            return (x / by_token).round().clamp(-128, 127) * by_token
-        if linear.precision == "int4":
+        if linear.precision == "int4" and self._packed:
             blocks = x.reshape(*x.shape[:-1], -1, linear.block or 1)
             steps = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
             return ((blocks / steps).round() * steps).view(x.shape)
+        if self._graph != STEP and not (self._once and name == OUTPUT_LAYER):
+            by_token = (x.abs().amax(-1, keepdim=True) * np.float32(1 / 127)).clamp_min(1e-30)
+            return (x / by_token).round().clamp(-128, 127) * by_token
         low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
         width = ((high - low) / 255).clamp_min(1e-30)
         zero = (-low / width).round().clamp(0, 255)

@@ -297,6 +297,7 @@ CONTENDERS = {
     "fp32": Kind("trol-edge bundle", "FP32", BundleContender, 2),
     "int8": Kind("trol-edge bundle", "INT8", BundleContender, 2),
     "int4": Kind("trol-edge bundle", "INT4", BundleContender, 2),
+    "int4-dynamic": Kind("trol-edge bundle", "INT4, once", BundleContender, 2),
     "torch": Kind("torch reference", "FP32", TorchContender, 2),
     "Q8_0": Kind("llama.cpp", "Q8_0", LlamaCppContender, 1, *_LLAMA),
     "Q4_0": Kind("llama.cpp", "Q4_0", LlamaCppContender, 1, *_LLAMA),
@@ -367,22 +368,20 @@ def measure(job: Task) -> dict[str, Any]:
 
 
 class _Timed:
-    """An inference session whose runs are timed."""
+    """A function whose calls are timed."""
 
-    def __init__(self, session: Any) -> None:
-        self.session, self.seconds = session, 0.0
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.seconds = function, 0.0
 
-    def io_binding(self) -> Any:
-        return self.session.io_binding()
-
-    def run_with_iobinding(self, *arguments: Any) -> None:
+    def __call__(self, *arguments: Any) -> Any:
         start = time.perf_counter()
-        self.session.run_with_iobinding(*arguments)
-        self.seconds = time.perf_counter() - start
+        found = self.function(*arguments)
+        self.seconds += time.perf_counter() - start
+        return found
 
 
 def own_cost(runtime: trol_edge.Runtime, picture: str | None, steps: int) -> dict[str, list[float]]:
-    """Measure seconds per answer token: {"total": whole stream steps, "inference": ONNX Runtime's call in each}."""
+    """Measure seconds per answer token: {"total": whole stream steps, "inference": ONNX Runtime's calls in each}."""
     model = runtime.model
     if model.tokenizer is None:
         manifest = runtime.bundle.manifest
@@ -390,18 +389,17 @@ def own_cost(runtime: trol_edge.Runtime, picture: str | None, steps: int) -> dic
         picture = None
     model.ends = frozenset()  # so that the answer continues after its end
     backend: Any = model.backend
-    sessions = backend.sessions
-    timed = sessions["step"] = _Timed(sessions["step"])
+    timed = backend.run_session = _Timed(backend.run_session)
     stream = runtime.stream(QUESTION, picture, max_new_tokens=steps + 8)
     for _ in range(4):
         next(stream)
     out: dict[str, list[float]] = {"total": [], "inference": []}
     for _ in range(steps):
-        start = time.perf_counter()
+        start, timed.seconds = time.perf_counter(), 0.0
         next(stream)
         out["total"].append(time.perf_counter() - start)
         out["inference"].append(timed.seconds)
-    sessions["step"] = timed.session
+    backend.run_session = timed.function
     return out
 
 

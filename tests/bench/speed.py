@@ -34,6 +34,7 @@ from rich.table import Table
 
 import trol_edge
 from tests.bench.contenders import CONTENDERS, OURS, QUESTION, Shape, Task
+from tests.bench.peers import python_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import TOKENIZER
 from trol_edge.errors import BackendError, TrolEdgeError, UsageError
@@ -104,7 +105,8 @@ def bench(
     while neither checkpoint nor exporter changes. `bundles` (by shape and contender) are used instead, if given.
     only: contenders to measure, all by default. pythons: an interpreter by a contender's label ("llama.cpp",
     "OpenVINO"), for a peer that is not installed here. Raises UsageError for an unknown shape or contender and
-    BackendError if there is nothing to measure. The row of a contender that fails, or is not installed, says so.
+    BackendError if there is nothing to measure. The row of a contender that fails, or is not installed, says so. Ctrl-C
+    ends it early, with what was measured until then.
     """
     unknown = [name for name in shapes if name not in SHAPES] + [name for name in only if name not in CONTENDERS]
     if unknown:
@@ -113,7 +115,7 @@ def bench(
         raise UsageError("rounds should be >= 1")
     report("memory bandwidth ...")
     start, before = time.perf_counter(), _cpu_seconds()
-    result: dict[str, Any] = {"machine": machine(), "rounds": rounds, "notes": NOTES, "shapes": []}
+    result: dict[str, Any] = {"machine": machine(), "rounds": rounds, "notes": NOTES, "shapes": [], "stopped": False}
     chosen = [n for n, kind in CONTENDERS.items() if (n in only if only else peers or not kind.peer)]
     interpreters = {n: (pythons or {}).get(CONTENDERS[n].label, sys.executable) for n in chosen}
     absent = {n: absent(n, interpreters[n]) for n in chosen if CONTENDERS[n].peer}
@@ -122,18 +124,27 @@ def bench(
     for shape in shapes:
         own = {n: path for (s, n), path in (bundles or {}).items() if s == shape}
         missing = dict(absent)
-        jobs = prepare(SHAPES[shape], names, Path(folder), own, interpreters, missing, report)
-        ready = list(jobs)
-        samples: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
-        for i in range(rounds):
-            rates.append(read_rate(machine_cores(), READ_BYTES) / 1e9)
-            for name in ready[i % len(ready) :] + ready[: i % len(ready)]:  # so that the first one changes
-                if not any("error" in sample for sample in samples[name]):
-                    report(f"{jobs[name].shape.model}: round {i + 1} of {rounds}, {CONTENDERS[name].label} {name}")
-                    samples[name].append(run_task(jobs[name], interpreters[name]))
-        result["shapes"].append(summary(shape, jobs, samples))
-        result["shapes"][-1]["contenders"] += [row_of(n, why) for n, why in missing.items() if why]
-    result["machine"]["read_gb_per_s"] = _spread(rates)
+        jobs: dict[str, Task] = {}
+        samples: dict[str, list[dict[str, Any]]] = {}
+        try:
+            jobs = prepare(SHAPES[shape], names, Path(folder), own, interpreters, missing, report)
+            ready = list(jobs)
+            samples = {name: [] for name in ready}
+            for i in range(rounds):
+                rates.append(read_rate(machine_cores(), READ_BYTES) / 1e9)
+                for name in ready[i % len(ready) :] + ready[: i % len(ready)]:  # so that the first one changes
+                    if not any("error" in sample for sample in samples[name]):
+                        report(f"{jobs[name].shape.model}: round {i + 1} of {rounds}, {CONTENDERS[name].label} {name}")
+                        samples[name].append(run_task(jobs[name], interpreters[name]))
+        except KeyboardInterrupt:
+            report("stopped: what was measured until now follows")
+            result["stopped"] = True
+        if jobs:
+            result["shapes"].append(summary(shape, jobs, samples))
+            result["shapes"][-1]["contenders"] += [row_of(n, why) for n, why in missing.items() if why]
+        if result["stopped"]:
+            break
+    result["machine"]["read_gb_per_s"] = _spread(rates or [0.0])
     result["seconds"] = time.perf_counter() - start
     if before is not None and (after := _cpu_seconds()) is not None:
         others = (after[0] - before[0]) - (after[1] - before[1])
@@ -154,7 +165,7 @@ def absent(name: str, python: str) -> str | None:
         return f"{python} does not run ({error})"
     if found == "[]":
         return None
-    return f"not installed ({found.strip('[]')}): pip install {kind.install}, here or in an interpreter to be named"
+    return f"not installed ({found.strip('[]')}): make bench-peers, or pip install {kind.install} here"
 
 
 def prepare(
@@ -242,13 +253,15 @@ def _exported(model: str, name: str, checkpoint: Path, folder: Path, report: Rep
 
 def prepare_bundle() -> None:
     """Entry point of a process that exports; it reads [checkpoint, bundle, model, recipe] as JSON from stdin."""
+    from trol_edge.bundle.precision import DYNAMIC
     from trol_edge.export.pipeline import export
     from trol_edge.export.quantize.made_up import made_up_statistics
     from trol_edge.export.quantize.recipes import RecipeOptions
 
     checkpoint, bundle, model, recipe = json.load(sys.stdin)
     # Like the peers, all matrices have the same bits; searches would mean nothing for random weights.
-    alike = {"lm_head": recipe, "scaling": False, "clipping": False, "sensitive": None}
+    bits = DYNAMIC.get(recipe, recipe)
+    alike: dict[str, Any] = {"lm_head": bits, "scaling": False, "clipping": False, "sensitive": None}
     options = RecipeOptions(recipe=recipe, block=BLOCK, **alike)
     export(checkpoint, bundle, model=model, options=options, calibration=made_up_statistics, overwrite=True)
 
@@ -299,6 +312,7 @@ def summary(shape: str, jobs: Mapping[str, Task], samples: dict[str, list[dict[s
     rows = []
     for name, rounds in samples.items():
         failed = next((sample["error"] for sample in rounds if "error" in sample), None)
+        failed = failed if rounds else "the run was stopped before"
         row = row_of(name, failed)
         rows.append(row)
         if failed is not None:
@@ -513,8 +527,12 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Number of turns of each contender.")] = 3,
     peers: Annotated[bool, typer.Option(help="Measure llama.cpp and OpenVINO too, if they are installed.")] = True,
     only: Annotated[str, typer.Option(help=f"Contenders, separated by commas, from {', '.join(CONTENDERS)}.")] = "",
-    llama_python: Annotated[str, typer.Option(help="Interpreter that has llama-cpp-python and gguf.")] = sys.executable,
-    openvino_python: Annotated[str, typer.Option(help="Interpreter that has OpenVINO.")] = sys.executable,
+    llama_python: Annotated[
+        str | None, typer.Option(help="Interpreter that has llama-cpp-python and gguf.  [default: of make bench-peers]")
+    ] = None,
+    openvino_python: Annotated[
+        str | None, typer.Option(help="Interpreter that has OpenVINO.  [default: of make bench-peers]")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.")] = None,
     folder: Annotated[Path, typer.Option(help="Folder for models; 1.8b needs 25 GB.")] = FOLDER,
 ) -> None:
@@ -527,7 +545,10 @@ def main(
             rounds=rounds,
             peers=peers,
             only=tuple(n for n in only.split(",") if n),
-            pythons={"llama.cpp": llama_python, "OpenVINO": openvino_python},
+            pythons={
+                "llama.cpp": llama_python or python_of("llama.cpp"),
+                "OpenVINO": openvino_python or python_of("OpenVINO"),
+            },
             folder=folder,
             report=lambda line: err.print(line, style="dim"),
         )

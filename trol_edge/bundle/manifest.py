@@ -28,7 +28,7 @@ from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
 from trol_edge.bundle.folder import digest_of, sha256_of, taken_back
 from trol_edge.bundle.graph_file import GraphFile, read_graph
 from trol_edge.bundle.graph_sizes import Work, work
-from trol_edge.bundle.names import EMBEDDING, LISTED_FILES, MANIFEST, WEIGHTS
+from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, LISTED_FILES, MANIFEST, MIX, SINGLE, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
 from trol_edge.bundle.signature import PublicKey, bundle_statement, public_keys, require
 from trol_edge.bundle.spec import ModelSpec, TraversalChoice
@@ -361,6 +361,10 @@ def _ports_of(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
         "pixel_values": ("", 3, side, side),
         "image_features": ("", spec.vision.tokens_per_image, spec.hidden_size),
         "inputs_embeds": (1, "", spec.hidden_size),
+        "hidden_": (1, "", spec.hidden_size),
+        "first": (1, "", spec.hidden_size),
+        "second": (1, "", spec.hidden_size),
+        "mixed": (1, "", spec.hidden_size),
         "logits": (1, spec.vocab_size),
         "past_": cache,
         "present_": cache,
@@ -393,18 +397,20 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
     if positions is None or positions.shape[-2] not in (patches, patches + 1):
         yield f"its vision.positions is not for {patches} patches"
     wanted = _ports_of(manifest)
-    for name in ("vision", "traverse", "step"):
+    for name in ("vision", "traverse", "step", *(SINGLE if SINGLE & manifest.graphs.keys() else ())):
         if name not in manifest.graphs:
             yield f"its manifest lists no graph {name}"
+    if manifest.graphs.keys() >= SINGLE:
+        yield from _wrong_passes(manifest)
     for name, info in manifest.graphs.items():
         for port in (*info.inputs, *info.outputs):
             shape = next((shape for start, shape in wanted.items() if port.name.startswith(start)), port.shape)
             if len(shape) != len(port.shape) or any(b not in ("", a) for a, b in zip(port.shape, shape, strict=True)):
                 yield f"{port.name} of graph {name} is {list(port.shape)} instead of {list(shape)}"
         layers = sum(port.name.startswith("past_key") for port in info.inputs)
-        passes = spec.num_layers + (len(spec.second_layers) if name != "step" else 0)
+        passes = spec.num_layers + (len(spec.second_layers) if name not in ("step", LAYERS) else 0)
         past = sum(port.name.startswith("past_") for port in info.inputs)
-        if past != (2 * passes if name in ("step", "traverse", "traverse_text") else 0):
+        if past != (2 * passes if name in ("step", "traverse", "traverse_text", LAYERS) else 0):
             yield f"graph {name} has {past} inputs for the cache of {spec.num_layers} layers, {layers} of keys"
         caches, new = _caches(info.inputs, "past_"), _caches(info.outputs, "new_")
         if _caches(info.outputs, "present_") != caches:
@@ -416,6 +422,19 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
                 f"graph {name} has {len(new)} outputs new_* of {counted} rows; it may have one for each input past_*, "
                 f"of its type, with a row for each token"
             )
+
+
+def _wrong_passes(manifest: Manifest) -> Iterator[str]:
+    """Yield which ports graphs of single passes lack."""
+    layers = range(manifest.spec.num_layers)
+    inputs = {HEAD: {"inputs_embeds"}, MIX: {"first", "second"}, LAYERS: {"inputs_embeds", "position_ids", "slots"}}
+    outputs = {HEAD: {"logits"}, MIX: {"mixed"}, LAYERS: {f"hidden_{i}" for i in layers}}
+    inputs[LAYERS] |= {f"past_{kind}_{i}" for kind in ("key", "value") for i in layers}
+    outputs[LAYERS] |= {f"present_{kind}_{i}" for kind in ("key", "value") for i in layers}
+    for name, info in manifest.graphs.items():
+        for wanted, ports in ((inputs, info.inputs), (outputs, info.outputs)):
+            if lacking := wanted.get(name, set()) - {port.name for port in ports}:
+                yield f"graph {name} has no port {min(lacking)}"
 
 
 def _caches(ports: Sequence[Port], start: str) -> dict[str, str]:

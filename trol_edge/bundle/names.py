@@ -11,4 +11,8 @@ SIGNATURES = "signatures.json"
 # Patterns of files that a manifest may list, and of everything that a bundle's folder may hold.
 LISTED_FILES = (WEIGHTS, TOKENIZER, SELFTEST, "*.onnx")
 BUNDLE_FILES = (MANIFEST, *LISTED_FILES, VERIFIED, SIGNATURES, "engines")
+# Graphs of single passes, which serve in place of traverse and step where 4-bit weights are held once.
+LAYERS, MIX, HEAD = "layers", "mix", "head"
+SINGLE = frozenset((LAYERS, MIX, HEAD))
+IMAGE_ROWS = "image_rows"  # an input of LAYERS: places of image tokens among those of the run, int64 [I]
 EMBEDDING = "embedding"  # looked up by the runtime, in no graph

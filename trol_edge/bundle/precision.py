@@ -6,8 +6,8 @@ import dataclasses
 import math
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8")
-DYNAMIC = "int8-dynamic"
-RECIPES = (*PRECISIONS, DYNAMIC)
+DYNAMIC = {"int8-dynamic": "int8", "int4-dynamic": "int4"}  # recipes without calibration -> precision of the decoder
+RECIPES = (*PRECISIONS, *DYNAMIC)
 QUANTIZED = ("int8", "int4", "fp8")
 BLOCKS = (32, 64, 128)
 BITS = {"int8": 8, "int4": 4, "fp8": 8}

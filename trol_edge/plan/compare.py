@@ -10,7 +10,7 @@ from trol_edge.plan.estimate import Planned, plan
 from trol_edge.plan.rates import Platform
 from trol_edge.plan.subject import Subject, Workload
 
-QUALITY = ("fp32", "fp16", "fp8", "int8", "int8-dynamic", "int4")  # best first
+QUALITY = ("fp32", "fp16", "fp8", "int8", "int8-dynamic", "int4", "int4-dynamic")  # best first
 
 
 def device_names(bundle: Subject | None) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from trol_edge.bundle.costs import Costs, Operation, evaluate
 from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.errors import UsageError
-from trol_edge.plan.rates import Platform, Points, Rates
+from trol_edge.plan.rates import PACKED, Platform, Points, Rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,8 @@ def _seconds(o: Operation, dims: Mapping[str, int], weight_bytes: int, rates: Ra
     touched = 0.0 if rates.fused and product else cost.activation_bytes / rate_at(rates.touches, cost.activation_bytes)
     memory = (cost.weight_bytes + cost.cache_bytes) / read + touched
     points = rates.arithmetic.get("attention") if o.kind == "attention" else None
+    if o.stored == "int4" and o.arithmetic == "float32":
+        points = rates.arithmetic.get(PACKED)
     arithmetic = cost.flops / rate_at(points or _points(rates, o.arithmetic), cost.flops) if product else 0.0
     if product and o.kind != "attention":  # the measured rate of attention includes the time for its scores
         arithmetic += touched

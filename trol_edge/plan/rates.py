@@ -14,6 +14,7 @@ from trol_edge.machine.devices import Device, Mode
 BANDWIDTH = 0.85
 ARITHMETIC = {"float32": 0.45, "float16": 0.45, "int8": 0.29, "fp8": 0.29}
 OPERATOR_CYCLES = 12_000  # GPU clock cycles to start a kernel and let it drain: 12 us at 1 GHz
+PACKED = "packed"  # products of packed 4-bit weights on a CPU, which round their inputs to 8 bits
 Points = tuple[tuple[int, float], ...]
 
 
@@ -21,12 +22,13 @@ Points = tuple[tuple[int, float], ...]
 class Rates:
     """Throughput curves: each is a series of (size, rate) points, interpolated log-linearly.
 
-    arithmetic: operations per second, by data type and by the operations of one matmul; "attention" has its own curve
-    where its rate differs. reads: bandwidth for weights and cache, by the bytes of a graph's weights (what fits the
-    processor's caches is read faster). touches: bandwidth for activations, by the bytes of one operator. On a CPU this
-    time adds to a matmul's; it is not hidden by it. stored: bytes per second of weights of a type whose unpacking is
-    slower than memory. operator, product, attention, run: seconds to start an element-wise operator, a matmul, an
-    attention, a graph. fused: element-wise operators and copies are fused into their neighbours and take no time.
+    arithmetic: operations per second, by data type and by the operations of one matmul; "attention", and products of
+    4-bit weights (PACKED), have their own curves where their rates differ. reads: bandwidth for weights and cache, by
+    the bytes of a graph's weights (what fits the processor's caches is read faster). touches: bandwidth for
+    activations, by the bytes of one operator. On a CPU this time adds to a matmul's; it is not hidden by it. stored:
+    bytes per second of weights of a type whose unpacking is slower than memory. operator, product, attention, run:
+    seconds to start an element-wise operator, a matmul, an attention, a graph. fused: element-wise operators and copies
+    are fused into their neighbours and take no time.
     """
 
     arithmetic: dict[str, Points]

@@ -7,6 +7,7 @@ import dataclasses
 from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.engines import folder_of, read
 from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.names import SINGLE
 from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.bundle.sizes import cache_bytes, device_bytes, loaded_bytes, shares_matrices
 from trol_edge.bundle.targets import is_gpu
@@ -60,7 +61,7 @@ def subject_of(bundle: Bundle) -> Subject:
     """Describe a bundle by its manifest and the header of its weights file. Raises BundleError if it has no counts."""
     manifest, tensors = bundle.manifest, bundle.weights().tensors
     graphs = {name: info.costs for name, info in manifest.graphs.items() if info.costs is not None}
-    if len(graphs) != len(manifest.graphs):
+    if manifest.graphs.keys() - graphs.keys() - SINGLE:
         raise BundleError(
             f"{bundle.folder}: its graphs were never counted ({manifest.created_by} wrote it); export it again"
         )

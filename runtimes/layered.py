@@ -1,0 +1,134 @@
+"""Runs prompts and steps one pass of one layer at a time, so that each 4-bit weight is in memory once.
+
+ONNX Runtime packs the 4-bit weights of each node that reads them, so here each layer is a session, whose nodes both
+passes and all steps run (trol_edge/bundle/graph_part.py). Hidden states stay in a few buffers that the passes read and
+write in turn; keys and values are written in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trol_edge.bundle.graph_part import INPUTS, OUTPUTS
+from trol_edge.bundle.names import HEAD, IMAGE_ROWS, LAYERS, MIX
+
+Float32 = NDArray[np.float32]
+ValueOf = Callable[[NDArray[Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSessions:
+    """The sessions of single passes: of every layer, of the mixture, and of the output layer."""
+
+    layers: tuple[Any, ...]
+    mix: Any
+    head: Any
+
+
+class _Sequence:
+    """The runs of a prompt's tokens or of a step, bound to their buffers.
+
+    runs: (graph, session, binding). buffers: float32 [1, S, D], the first for the embeddings.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        self.buffers = [np.zeros((1, count, width), np.float32) for _ in range(3)]
+        self.runs: list[tuple[str, Any, Any]] = []
+        self.changing: list[tuple[Any, set[str]]] = []  # bindings, and what they read that may change with every run
+
+
+class LayeredState:
+    """Runs the passes of one state, over its caches.
+
+    cache, second: float32 [1, G, C, E] of every layer's keys and values in turn, of the first pass, and of the second
+    of those layers that have one. logits: float32 [1, V], which every run overwrites.
+    """
+
+    def __init__(
+        self,
+        sessions: LayerSessions,
+        weights: Mapping[str, Any],
+        run: Callable[[str, Any, Any], None],
+        value_of: ValueOf,
+        cache: Sequence[Any],
+        second: Mapping[int, Sequence[Any]],
+        logits: Float32,
+    ) -> None:
+        """cache: OrtValues, two for each layer. second: two for each layer with a second pass."""
+        self._sessions, self._weights, self._run, self._value_of = sessions, weights, run, value_of
+        self._cache, self._second = cache, second
+        self._logits = value_of(logits)
+        self._steps: dict[bool, _Sequence] = {}  # those of one token, by whether they have second passes
+
+    def compute(
+        self, embeddings: Float32, start: int, both: bool, image_rows: NDArray[np.int64], changing: Mapping[str, Any]
+    ) -> None:
+        """Compute tokens [S, D] at start..start+S-1 by one pass or both; the logits of the last are written.
+
+        image_rows: places of image tokens among them. changing: values of further inputs by name.
+        """
+        count = len(embeddings)
+        if count > 1:
+            sequence = self._sequence(count, embeddings.shape[1], both)
+        else:
+            if both not in self._steps:
+                self._steps[both] = self._sequence(1, embeddings.shape[1], both)
+            sequence = self._steps[both]
+        stop = start + count
+        values = {
+            "position_ids": self._value_of(np.arange(start, stop, dtype=np.int64)[None]),
+            "slots": self._value_of(np.arange(stop, dtype=np.int64)),
+            IMAGE_ROWS: self._value_of(image_rows),
+            **changing,
+        }
+        for binding, names in sequence.changing:
+            for name in names & values.keys():
+                binding.bind_ortvalue_input(name, values[name])
+        sequence.buffers[0][0] = embeddings
+        for graph, session, binding in sequence.runs:
+            self._run(graph, session, binding)
+
+    def _sequence(self, count: int, width: int, both: bool) -> _Sequence:
+        made = _Sequence(count, width)
+        values = [self._value_of(buffer) for buffer in made.buffers]
+        order = [0, 1, 2]  # of the buffers: what a layer reads, what its first pass writes, and its second
+        for layer in range(len(self._sessions.layers)):
+            a, b, c = order
+            self._add(made, layer, values[a], values[b], self._cache[2 * layer : 2 * layer + 2])
+            if both and layer in self._second:
+                self._add(made, layer, values[b], values[c], self._second[layer])
+                inputs = {"first": values[b], "second": values[c]}
+                made.runs.append(
+                    (MIX, self._sessions.mix, self._bound(self._sessions.mix, inputs, {"mixed": values[a]}))
+                )
+            else:
+                order = [b, a, c]
+        inputs = {"inputs_embeds": self._value_of(made.buffers[order[0]][:, -1:])}
+        made.runs.append(
+            (HEAD, self._sessions.head, self._bound(self._sessions.head, inputs, {"logits": self._logits}))
+        )
+        return made
+
+    def _add(self, made: _Sequence, layer: int, x: Any, y: Any, cache: Sequence[Any]) -> None:
+        """Add a pass of a layer, which reads x and writes y."""
+        session = self._sessions.layers[layer]
+        inputs = {"inputs_embeds": x, **dict(zip(INPUTS, cache, strict=True))}
+        binding = self._bound(session, inputs, dict(zip(OUTPUTS, (y, *cache), strict=True)))
+        made.changing.append((binding, {port.name for port in session.get_inputs()}))
+        made.runs.append((LAYERS, session, binding))
+
+    def _bound(self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:
+        """A binding with these values, and with the weights that are inputs."""
+        binding = session.io_binding()
+        for port in session.get_inputs():
+            value = inputs.get(port.name, self._weights.get(port.name))
+            if value is not None:
+                binding.bind_ortvalue_input(port.name, value)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        return binding
