@@ -29,7 +29,7 @@ SCENE = NANO / "scene.png"
 QUESTION = "What is left of the red circle?"
 VERBS = (
     *("export", "run", "inspect", "synth", "calibrate", "mix", "outliers", "evaluate", "compare", "demo", "verify"),
-    *("soak", "sign", "profile", "plan", "targets", "build", "doctor", "version", "chat", "serve"),
+    *("soak", "sign", "profile", "plan", "targets", "build", "doctor", "version", "chat", "serve", "gates"),
 )
 
 

@@ -370,6 +370,7 @@ sys.exit(code)
     assert {kind: len(points) for kind, points in reached["arithmetic"].items()} == {
         "float32": 4,
         "int8": 4,
+        rates_module.PACKED: 4,
         "attention": 2,
     }
     assert set(reached["stored"]) == {"int8", "int4"}
