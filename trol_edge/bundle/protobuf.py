@@ -1,4 +1,4 @@
-"""Reads protobuf messages without protobuf, whose generated code ties a program to one release of it."""
+"""Reads and writes protobuf messages without protobuf, whose generated code ties a program to one release of it."""
 
 from __future__ import annotations
 
@@ -51,3 +51,19 @@ def varints(data: bytes | memoryview) -> Iterator[int]:
     while at < len(data):
         number, at = _varint(data, at)
         yield number
+
+
+def protobuf_field(number: int, content: Any) -> bytes:
+    """A field of a message: a varint for an int, else bytes with their length."""
+    if isinstance(content, int):
+        return _written(number * 8) + _written(content)
+    return _written(number * 8 + 2) + _written(len(content)) + bytes(content)
+
+
+def _written(number: int) -> bytes:
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
