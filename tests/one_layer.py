@@ -12,8 +12,11 @@ import numpy as np
 import onnx_ir as ir
 
 from trol_edge.bundle.engines import Range
+from trol_edge.bundle.layer_graphs import Parts, layer_name
 from trol_edge.bundle.manifest import GraphInfo
 from trol_edge.bundle.names import WEIGHTS
+from trol_edge.bundle.precision import PrecisionPlan
+from trol_edge.bundle.spec import ModelSpec
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.export import pipeline
 from trol_edge.export.graphs import canonical
@@ -31,13 +34,24 @@ STEP = 997  # numbers between the beginnings of two weights, because TensorRT st
 
 
 @dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a weights file says of a tensor; two INT4 values share a byte of it."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Graph:
-    """A lowered graph with weights beside it. info: as a manifest has it."""
+    """A lowered graph with weights beside it. info, spec, plan: as a manifest has them; tensors: of its weights."""
 
     path: Path
     info: GraphInfo
     context: int
     tiles: int
+    spec: ModelSpec
+    plan: PrecisionPlan
+    tensors: dict[str, Stored]
 
 
 def graph(model: str, options: RecipeOptions, name: str, folder: Path, layers: int = 1, target: str = "rtx") -> Graph:
@@ -57,7 +71,7 @@ def graph(model: str, options: RecipeOptions, name: str, folder: Path, layers: i
     pipeline.prepare(name, made, target, plan, defaultdict(lambda: 0.03), dtypes)
     inputs, outputs = pipeline.ports(made.graph.inputs), pipeline.ports(made.graph.outputs)
     weights, as_inputs, costs = pipeline.take_inputs(name, made, target, ())
-    _write(made, weights, dtypes, folder / WEIGHTS, as_inputs)
+    tensors = _write(made, weights, dtypes, folder / WEIGHTS, as_inputs)
     lowered = lower_trt.lower(made, TARGETS[target])
     path = folder / f"{name}.onnx"
     path.write_bytes(ir.to_proto(lowered).SerializeToString())
@@ -66,7 +80,7 @@ def graph(model: str, options: RecipeOptions, name: str, folder: Path, layers: i
         operators[node.op_type] += 1
     constants = tuple(name for name in weights if name not in as_inputs)
     info = GraphInfo(path.name, inputs, outputs, weights, constants, dict(operators), costs)
-    return Graph(path, info, whole.context, whole.family.image(spec).most_tiles)
+    return Graph(path, info, whole.context, whole.family.image(spec).most_tiles, spec, plan, tensors)
 
 
 def _write(
@@ -75,11 +89,12 @@ def _write(
     dtypes: dict[str, ir.DataType],
     path: Path,
     as_inputs: list[str],
-) -> None:
-    """Write random weights, and point the graph's initializers at them."""
+) -> dict[str, Stored]:
+    """Write random weights, and point the graph's initializers at them; returns what a weights file says of them."""
     rng = np.random.default_rng(0)
     numbers, raw = rng.standard_normal(POOL, dtype=np.float32) * 0.02, rng.integers(0, 256, POOL, dtype=np.uint8)
     places: dict[str, tuple[ir.DataType, int, int]] = {}
+    tensors = {}
     with path.open("wb") as file:
         for index, name in enumerate(weights):
             value = made.graph.initializers[name]
@@ -95,8 +110,22 @@ def _write(
                 data = np.resize(np.roll(bits, index * STEP), round(count * dtype.itemsize)).tobytes()
             file.write(bytes(-file.tell() % 64))
             places[name] = (dtype, file.tell(), len(data))
+            shape = (len(data),) if dtype == ir.DataType.INT4 else tuple(map(int, value.shape.numpy()))
+            tensors[name] = Stored(shape, len(data))
             file.write(data)
     canonical.weights_from_file(made, WEIGHTS, places, as_inputs)
+    return tensors
+
+
+def layer(made: Graph, number: int) -> tuple[Graph, bytes]:
+    """One layer of a traverse, as engines by layer have it: what it is cut from, with its own ports, and its graph."""
+    manifest = SimpleNamespace(graphs={"traverse": made.info}, spec=made.spec, plan=made.plan)
+    weights = SimpleNamespace(tensors=made.tensors)
+    bundle: Any = SimpleNamespace(  # all that is read of one
+        manifest=manifest, folder=made.path.parent, path=made.path.with_name, weights=lambda: weights
+    )
+    part = Parts(bundle).cut(layer_name(number))
+    return dataclasses.replace(made, info=part.info), part.model
 
 
 def profiles_of(made: Graph) -> tuple[dict[str, Range], ...]:
@@ -106,9 +135,12 @@ def profiles_of(made: Graph) -> tuple[dict[str, Range], ...]:
     return trt_build.profiles(bundle, made.info)
 
 
-def engine(made: Graph, library: Library) -> Path:
-    """Build a graph's engine beside it, with the optimization profiles that a bundle's engine has."""
+def engine(made: Graph, library: Library, model: bytes | None = None) -> Path:
+    """Build a graph's engine beside it, with the optimization profiles that a bundle's engine has.
+
+    model: a part that was cut from the graph, to be built instead.
+    """
     path = made.path.with_suffix(".engine")
     profiles = [trt_build.shapes_of(made.info, each) for each in profiles_of(made)]
-    trt_build.parse(library, made.path, made.info).build(path, profiles, None, lambda *progress: None)
+    trt_build.parse(library, made.path, made.info, model).build(path, profiles, None, lambda *progress: None)
     return path

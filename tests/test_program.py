@@ -430,10 +430,11 @@ def test_classic_engines_are_asked(
     library = Library(trt_standin.module("tensorrt", "10.3.0", trt_standin.CudaRuntime()))
     dims = {"images": 1, "tokens": 100, "slots": 120}
     with pytest.raises(BundleError, match="by their names only"):
-        programs_of(bundle, engines, "step", dims, library)
+        programs_of(bundle, engines, "step", bundle.manifest.graphs["step"], dims, library)
     monkeypatch.setattr(trt_standin.EngineInspector, "said", described())
     for name in ENGINES:
-        (program,) = programs_of(bundle, engines, name, dims, library)
+        (program,) = programs_of(bundle, engines, name, bundle.manifest.graphs[name], dims, library)
         assert (len(program.kernels), program.library) == (3, "TensorRT 10.3.0")
     with pytest.raises(BackendError, match="none of its profiles takes"):
-        programs_of(bundle, engines, "traverse", dims | {"tokens": 3000}, library)
+        graph = bundle.manifest.graphs["traverse"]
+        programs_of(bundle, engines, "traverse", graph, dims | {"tokens": 3000}, library)

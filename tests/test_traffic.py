@@ -15,12 +15,15 @@ from trol_edge.errors import UsageError
 from trol_edge.export.quantize.recipes import RecipeOptions
 from trol_edge.program import text
 from trol_edge.program.traffic import WIDENED, Traffic, count
+from trol_edge.rope import TABLES
 from trol_edge.runtimes.trt.api import load
 from trol_edge.runtimes.trt.products import differences, operations, products
 
 MODELS, RECIPES = ("trol-1.8b", "trol-3.8b"), ("fp16", "int8", "int4", "fp8")
 MOST = 1.10  # times constants, filled rows and logits
 SCRATCH = 32_000_000  # bytes
+LAYER_FILE = 1.07  # times the weights of a layer
+LAYER_SCRATCH = 60_000_000  # bytes, for at most 512 tokens
 
 
 def library_or_skip() -> Any:
@@ -39,6 +42,7 @@ def traffic(made: one_layer.Graph, engine: Path, **dims: int) -> Traffic:
                 shapes_of(made.info, dims),
                 caches=caches_of(made.info, made.context),
                 filled=dims.get("slots"),
+                weights=set(made.info.weights) - set(made.info.constants),
             )
         except UsageError as error:  # the other profile
             problems.append(str(error))
@@ -111,6 +115,38 @@ def test_a_traverse_copies_no_cache(model: str, recipe: str, target: str, tmp_pa
             assert not any("present_" in name for each in found.kernels for name in each.writes)
         widened = Counter(a.what.split(".dequantized")[0] for a in found.avoidable if a.kind == WIDENED)
         assert set(widened.values()) <= {1} and bool(widened) == (recipe == "int4")
+
+
+@pytest.mark.rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_layer_holds_its_weights_once(model: str, recipe: str, tmp_path: Path) -> None:
+    """One engine for prompts and steps: little more than its weights, the scratch of activations, no weight widened.
+
+    A step reads them once. It reads the filled rows three times, and casts the rope tables.
+    """
+    library = library_or_skip()
+    whole = one_layer.graph(model, RecipeOptions(recipe=recipe), "traverse", tmp_path, 2)
+    made, part = one_layer.layer(whole, 1)
+    engine = one_layer.engine(made, library, part)
+    weights = sum(whole.tensors[name].nbytes for name in made.info.constants)
+    assert engine.stat().st_size <= LAYER_FILE * weights
+    for tokens, slots in ((1, 256), (1, 1024), (512, made.context)):
+        found = traffic(made, engine, tokens=tokens, slots=slots)
+        print(
+            f"{model} {recipe}: weights {weights / 1e6:.1f} MB, engine {engine.stat().st_size / 1e6:.1f}; {tokens} of "
+            f"{slots} moves {found.moved / 1e6:.1f} ({found.ratio:.2f}), scratch {found.scratch / 1e6:.1f}"
+        )
+        assert found.constants <= 1.01 * weights
+        assert found.scratch < LAYER_SCRATCH
+        if tokens == 1:
+            assert found.moved <= 1.05 * (found.constants + 3 * found.cache) + 1.6 * tables(made)
+
+
+def tables(made: one_layer.Graph) -> int:
+    """Bytes of the rope tables."""
+    return sum(made.tensors[name].nbytes for name in TABLES)
 
 
 DIMS = {"step": {"slots": 1024}, "traverse": {"tokens": 1024, "slots": 1024}, "vision": {}}

@@ -35,7 +35,7 @@ from trol_edge.bundle.engines import (
     write,
 )
 from trol_edge.bundle.folder import sha256_of
-from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, shared_weights
 from trol_edge.cli import main as cli
@@ -71,17 +71,21 @@ def add_engines(folder: Path, key: Key) -> None:
     infos = {}
     for name in ENGINES:
         graph = bundle.manifest.graphs[name]
-        ranges = trt_build.profiles(bundle, graph)
-        path = target / f"{name}.engine"
-        path.write_bytes(
-            trt_standin.engine_file(
-                folder / graph.file, [{k: list(v) for k, v in r.items()} for r in ranges], left_out(graph)
-            )
-        )
-        sha = bundle.manifest.files[graph.file].sha256
-        infos[name] = EngineInfo(path.name, path.stat().st_size, sha256_of(path), sha, 0, {}, ranges, 0.0)
+        infos[name] = stand_in_engine(bundle, name, graph, folder / graph.file, target)
     weights = bundle.manifest.files[WEIGHTS].sha256
     write(target, EngineSet(FORMAT_VERSION, "a test", key, "fp32", weights, infos))
+
+
+def stand_in_engine(
+    bundle: Bundle, name: str, graph: GraphInfo, source: Path, target: Path, scratch: int = 0
+) -> EngineInfo:
+    """Write an engine that runs the graph in the file `source`."""
+    ranges = trt_build.profiles(bundle, graph)
+    path = target / f"{name}.engine"
+    shown = [{k: list(v) for k, v in r.items()} for r in ranges]
+    path.write_bytes(trt_standin.engine_file(source, shown, left_out(graph), scratch))
+    sha = bundle.manifest.files[graph.file].sha256
+    return EngineInfo(path.name, path.stat().st_size, sha256_of(path), sha, 0, {}, ranges, 0.0)
 
 
 @dataclasses.dataclass
@@ -279,8 +283,8 @@ def test_engines_that_share_their_weights(
     apart, shared = used
     assert apart.weights.keys() == set(TABLES)
     assert shared.weights.keys() == shared_weights(shared.bundle).keys() > set(TABLES)
-    state, traverse = shared.new_state(), shared.contexts["traverse"]
-    for raw in (state.execution.raw, traverse.raw):
+    state, traverse = shared.new_state(), shared.loaded.contexts["traverse"]
+    for raw in (state.execution.contexts["step"].raw, traverse.raw):
         for name, address in shared.weights.items():
             assert (raw.addresses[name] == address) == (name not in TABLES)  # each state has tables of its own
     # Altered weights are found before anything is uploaded.
@@ -329,7 +333,7 @@ def test_a_step_reads_filled_rows(machine: Machine, nano: Runtime, monkeypatch: 
     shapes = []
     for at in range(5, 25):
         assert difference(state.step(rows[at], at), theirs.step(rows[at], at)) <= 1e-5
-        shapes.append(state.execution.raw.shapes["slots"][0])
+        shapes.append(state.execution.contexts["step"].raw.shapes["slots"][0])
     assert shapes == [8] * 3 + [16] * 8 + [24] * 8 + [32]
     assert machine.cuda.calls.count("launch") == 20 - 4  # the first run of each is not captured
     for at in (5, 6, 7):  # back, as after a shorter question
@@ -351,7 +355,7 @@ def test_new_rows_are_copied_into_the_caches(
     runtime = machine.open()
     state, theirs = backend(runtime).new_state(), nano.model.backend.new_state()
     caches = [p for p in runtime.bundle.manifest.graphs["step"].inputs if p.name.startswith("past_")]
-    assert not [name for name in backend(runtime).infos["step"] if name.startswith("present_")]
+    assert not [name for name in backend(runtime).loaded.infos["step"] if name.startswith("present_")]
     rows, every = runtime.model.embeddings[np.arange(8)], np.arange(runtime.model.backend.context, dtype=np.int32)
     for each in (state, theirs):
         each.traverse(rows[:5], None)
@@ -376,7 +380,7 @@ def test_a_prompt_in_parts_gives_its_rows(machine: Machine, nano: Runtime, monke
     add_engines(machine.folder, key)
     runtime = machine.open()
     state, theirs = backend(runtime).new_state(), nano.model.backend.new_state()
-    assert not [name for name in backend(runtime).infos["traverse"] if name.startswith("present_")]
+    assert not [name for name in backend(runtime).loaded.infos["traverse"] if name.startswith("present_")]
     count, start = 200, 7
     every = np.arange(runtime.model.backend.context, dtype=np.int32)
     rows = runtime.model.embeddings[np.arange(start + count)]
@@ -402,7 +406,7 @@ def test_caches_are_written_in_place(machine: Machine) -> None:
     runtime = machine.open()
     trt = backend(runtime)
     for name in ("traverse", "step"):
-        aliases = {n: info.alias for n, info in trt.infos[name].items() if n.startswith("present_")}
+        aliases = {n: info.alias for n, info in trt.loaded.infos[name].items() if n.startswith("present_")}
         assert aliases and aliases == {n: n.replace("present_", "past_", 1) for n in aliases}
     state = trt.new_state()
     rows = runtime.model.embeddings[np.arange(3)]
@@ -410,7 +414,7 @@ def test_caches_are_written_in_place(machine: Machine) -> None:
     before = state.rows(np.arange(3, dtype=np.int32), 0)
     state.step(rows[0], 3)
     assert all(np.array_equal(a, b) for a, b in zip(before, state.rows(np.arange(3, dtype=np.int32), 0), strict=True))
-    raw: Any = state.execution.raw
+    raw: Any = state.execution.contexts["step"].raw
     raw.addresses["present_key_0"] = raw.addresses["present_key_1"]
     assert raw.execute_async_v3(7) is False
     raw.addresses["present_key_0"] = raw.addresses["past_key_0"]
@@ -806,7 +810,7 @@ def context(machine: Machine) -> Iterator[tuple[Any, CudaRuntime, Library]]:
     """The step's execution context, bare, with good addresses."""
     runtime = machine.open()
     state = backend(runtime).new_state()
-    yield state.execution.raw, machine.cuda, backend(runtime).library
+    yield state.execution.contexts["step"].raw, machine.cuda, backend(runtime).library
     del runtime  # until here: with it goes the memory
 
 

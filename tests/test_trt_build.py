@@ -220,7 +220,8 @@ def test_plain_graphs_are_taken_too(plain_bundle: Path, tmp_path: Path) -> None:
         assert {t.name for t in tensors} - kept == left_out(graph)
         assert (left_out(graph) != set()) == (name == "step")
         assert "ATTENTION_INPUT float32" not in trt_build.count_layers(network)
-    info = trt_build.build_one(bundle, "step", library, tmp_path, None, lambda *report: None)
+    job = trt_build.Job(bundle, library, None, lambda *report: None)
+    info = job.build("step", trt_build.Source.of(bundle, "step"), tmp_path)
     assert info.sha256 == sha256_of(tmp_path / "step.engine")
 
 
@@ -317,7 +318,7 @@ class MadeUpLibrary:
         """See Library."""
         return f"TensorRT {'.'.join(map(str, self.version))}"
 
-    def parse(self, path: Path) -> MadeUpNetwork:
+    def parse(self, path: Path, model: bytes | None = None) -> MadeUpNetwork:
         """See Library."""
         assert self.network is not None
         return self.network
@@ -421,6 +422,108 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
     assert list((bundle.folder / "engines").iterdir()) == []
     done = trt_build.build(bundle, library=library, memory_bytes=cache + 9_500_000)  # three, and the rope tables
     assert done.built and read(bundle, "tensorrt") == done.engines
+
+
+class Killed(MadeUpNetwork):
+    """Builds other bytes each time, and notes of what. At the engine `at` it writes half of it and is interrupted."""
+
+    at = ""
+
+    def __init__(self, at: str = "") -> None:
+        super().__init__([], [product()])
+        self.at, self.built = at, list[str]()
+
+    def build(self, path: Path, *rest: object) -> None:
+        """See Network."""
+        path.write_bytes(path.name.encode() * 10)
+        if path.stem == self.at:
+            raise KeyboardInterrupt
+        path.write_bytes(path.name.encode() * 20)
+        self.built.append(path.stem)
+
+
+LAYERED = ["vision", *(f"layer_{i}" for i in range(5)), "mixture", "head"]
+
+
+def unfinished(bundle: Bundle, at: str) -> Path:
+    """Begin a build by layer that is killed at an engine; returns the folder with what it kept."""
+    library: Any = MadeUpLibrary(network=Killed(at))
+    with pytest.raises(KeyboardInterrupt):
+        trt_build.build(bundle, by_layer=True, library=library)
+    (folder,) = (bundle.folder / "engines").iterdir()
+    with pytest.raises(BundleError, match="no engines for target tensorrt"):
+        read(bundle, "tensorrt")
+    return folder
+
+
+def test_a_killed_build_goes_on(plain_bundle: Path, tmp_path: Path) -> None:
+    """After the last engine that was finished; then they are those of a build at once, and nothing else is left."""
+    bundle = copy(plain_bundle, tmp_path)
+    folder = unfinished(bundle, "layer_2")
+    assert folder.name == ".tensorrt.unfinished"
+    assert {path.name for path in folder.iterdir()} == {
+        "layer_2.engine",
+        *(f"{name}.{end}" for name in LAYERED[:3] for end in ("engine", "json")),
+    }
+    network = Killed()
+    library: Any = MadeUpLibrary(network=network)
+    done = trt_build.build(bundle, by_layer=True, library=library)
+    assert network.built == LAYERED[3:]
+    assert done.engines.by_layer and list(done.engines.engines) == LAYERED and read(bundle, "tensorrt") == done.engines
+    assert [path.name for path in (bundle.folder / "engines").iterdir()] == ["tensorrt"]
+    assert {path.name for path in done.folder.iterdir()} == {"engines.json", *(f"{name}.engine" for name in LAYERED)}
+    for name in LAYERED:
+        assert verified(bundle, done.engines, name).read_bytes() == f"{name}.engine".encode() * 20
+    assert trt_build.build(bundle, by_layer=True, library=library).reason == "up to date"
+    assert trt_build.why(bundle, done.engines.key) == "built by layer, and now whole"
+    assert not trt_build.build(bundle, library=library).engines.by_layer
+
+
+@pytest.mark.parametrize(
+    ("harm", "again"),
+    [
+        ("an engine", ["layer_0"]),
+        ("a note", ["layer_0"]),
+        ("swapped", ["layer_0", "layer_1"]),
+        ("another library", LAYERED[:4]),
+        ("other settings", LAYERED[:4]),
+        ("touched weights", LAYERED[:4]),
+        ("force", LAYERED[:4]),
+    ],
+)
+def test_what_is_not_of_this_build_is_built_again(
+    harm: str, again: list[str], plain_bundle: Path, tmp_path: Path
+) -> None:
+    """An engine that was changed, one in another's place, and those that were built otherwise."""
+    bundle = copy(plain_bundle, tmp_path)
+    folder = unfinished(bundle, "layer_3")
+    one, two = (folder / f"layer_{i}" for i in (0, 1))
+    engine, note = one.with_suffix(".engine"), one.with_suffix(".json")
+    if harm == "an engine":
+        engine.write_bytes(engine.read_bytes()[:-1] + b"!")
+    elif harm == "a note":
+        note.write_text(note.read_text().replace('"seconds": ', '"seconds": 1'))
+    elif harm == "swapped":
+        first, second = engine.read_bytes(), two.with_suffix(".engine").read_bytes()
+        engine.write_bytes(second)
+        two.with_suffix(".engine").write_bytes(first)
+    elif harm == "touched weights":
+        (bundle.folder / WEIGHTS).touch()
+    network = Killed()
+    library: Any = MadeUpLibrary(version=(10, 7, 0) if harm == "another library" else (10, 3, 0), network=network)
+    workspace = 1 << 30 if harm == "other settings" else None
+    done = trt_build.build(bundle, by_layer=True, library=library, workspace_bytes=workspace, force=harm == "force")
+    assert network.built == again + LAYERED[4:]
+    assert list(done.engines.engines) == LAYERED
+    for name in LAYERED:
+        assert verified(bundle, done.engines, name)
+
+
+def test_layers_have_no_use_for_shared_weights(traces: dict[Any, Any], tmp_path: Path) -> None:
+    """Each engine holds its own weights once."""
+    library: Any = MadeUpLibrary(version=(1, 7, 1), rtx=True)
+    with pytest.raises(UsageError, match="exported with --shared-weights, which engines by layer have no use for"):
+        trt_build.build(recipe(NANOS[0], "fp16", tmp_path / "it", shared=True), by_layer=True, library=library)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "step.onnx"])

@@ -38,9 +38,15 @@ TYPES = {
 NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool", "INT8": "int8"}
 
 
-def engine_file(graph: Path, profiles: list[dict[str, list[int]]], without: Collection[str] = ()) -> bytes:
-    """A stand-in for a plan: which graph to run, without these outputs, and the ranges of its dynamic dimensions."""
-    return json.dumps({"graph": str(graph), "profiles": profiles, "without": sorted(without)}).encode()
+def engine_file(
+    graph: Path, profiles: list[dict[str, list[int]]], without: Collection[str] = (), scratch: int = 0
+) -> bytes:
+    """A stand-in for a plan: which graph to run, without these outputs, and the ranges of its dynamic dimensions.
+
+    scratch: bytes of memory that a run overwrites.
+    """
+    plan = {"graph": str(graph), "profiles": profiles, "without": sorted(without), "scratch": scratch}
+    return json.dumps(plan).encode()
 
 
 class Status(enum.Enum):
@@ -277,6 +283,13 @@ class TensorIOMode(enum.Enum):
     OUTPUT = 2
 
 
+class ExecutionContextAllocationStrategy(enum.Enum):
+    """trt.ExecutionContextAllocationStrategy."""
+
+    STATIC = 0
+    USER_MANAGED = 2
+
+
 class ILogger:
     """trt.ILogger."""
 
@@ -324,7 +337,7 @@ class ICudaEngine:
         # KVCacheUpdate writes its cache input; no other kind of output shares memory with an input.
         in_place = b"TensorScatter" in Path(plan["graph"]).read_bytes()
         self.aliases = {n: n.replace("present_", "past_", 1) for n in self.outputs if in_place and "present_" in n}
-        self.device_memory_size_v2 = 0
+        self.device_memory_size_v2 = plan.get("scratch", 0)
         self.num_io_tensors = len(self.names)
         self.num_optimization_profiles = max(1, len(self.profiles))
 
@@ -358,6 +371,8 @@ class ICudaEngine:
         return EngineInspector(self)
 
     def create_execution_context(self, strategy: Any = None) -> Any:
+        if getattr(strategy, "strategy", strategy) is ExecutionContextAllocationStrategy.USER_MANAGED:
+            return IExecutionContext(self, strategy, own_scratch=False)
         if self.cuda.scratch > self.cuda.total - self.cuda.held():
             why = f"[executionContext.cpp] OutOfMemory: Requested size was {self.cuda.scratch} bytes."
             self.logger.log(ILogger.Severity.ERROR, why)
@@ -393,6 +408,10 @@ class IRuntimeConfig:
 
     def __init__(self) -> None:
         self.cache: IRuntimeCache | None = None
+        self.strategy = ExecutionContextAllocationStrategy.STATIC
+
+    def set_execution_context_allocation_strategy(self, strategy: Any = None) -> None:
+        self.strategy = strategy
 
     def create_runtime_cache(self) -> Any:
         return IRuntimeCache()
@@ -422,8 +441,10 @@ class IRuntimeCache:
 class IExecutionContext:
     """trt.IExecutionContext."""
 
-    def __init__(self, engine: ICudaEngine, config: Any) -> None:
+    def __init__(self, engine: ICudaEngine, config: Any, own_scratch: bool = True) -> None:
         self.engine, self.cuda = engine, engine.cuda
+        self.own_scratch = own_scratch
+        self.scratch: tuple[int, int] | None = None
         self.cache = getattr(config, "cache", None)
         self.profile_index = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -458,6 +479,9 @@ class IExecutionContext:
         self.addresses[name] = memory
         return True
 
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self.scratch = memory, size
+
     def is_stream_capturable(self, stream: int) -> bool:
         return self.runs > 0
 
@@ -484,6 +508,9 @@ class IExecutionContext:
         others = [self.addresses[n] for n in engine.names if not n.startswith("present_")]
         if len(set(others)) != len(others):
             return self._refuse("two tensors share an address")
+        needed, scratch = engine.device_memory_size_v2, self.scratch
+        if needed and not self.own_scratch and (scratch is None or scratch[0] % ALIGNMENT or scratch[1] < needed):
+            return self._refuse(f"no device memory of {needed} bytes was set")
         addresses = dict(self.addresses)
         if not self.cuda.recording and self.cache is not None:
             self.cache.kernels = b"kernels of " + ",".join(engine.outputs).encode()[:40]
@@ -491,6 +518,8 @@ class IExecutionContext:
 
         def work() -> None:
             feeds = {}
+            if needed and scratch is not None:
+                self.cuda._find(scratch[0], needed)[:] = 0xA5  # whatever else is there is lost
             for name, shape in shapes.items():
                 dtype = np.dtype(NUMPY[engine.get_tensor_dtype(name).name])
                 assert shape is not None
@@ -524,6 +553,7 @@ def module(name: str, version: str, cuda: CudaRuntime) -> Any:
     runtime = type("Runtime", (Runtime,), {"cuda": cuda})
     members = {"__version__": version, "ILogger": ILogger, "Runtime": runtime, "TensorIOMode": TensorIOMode}
     members |= {"LayerInformationFormat": LayerInformationFormat}
+    members |= {"ExecutionContextAllocationStrategy": ExecutionContextAllocationStrategy}
     stand_in = types.ModuleType(name)
     vars(stand_in).update(members)
     return stand_in

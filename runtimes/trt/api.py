@@ -115,8 +115,11 @@ class Library:
             advice = "memory is short: close sessions and other programs, or export with lower precision or --context"
         raise BackendError(f"{self.title} could not {what}: {said}; {advice}") from cause
 
-    def parse(self, graph: Path) -> Network:
-        """Read an ONNX file (and the weights file beside it) into a strongly typed network. Raises BackendError."""
+    def parse(self, graph: Path, model: bytes | None = None) -> Network:
+        """Read an ONNX file (and the weights file beside it) into a strongly typed network. Raises BackendError.
+
+        model: read these bytes instead, which would be such a file.
+        """
         trt = self.module
         self.messages.clear()
         try:
@@ -125,7 +128,8 @@ class Library:
             self.fail("start its builder", NO_GPU, error)
         definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(definition, self._logger)
-        if not parser.parse_from_file(str(graph)):
+        read = parser.parse_from_file(str(graph)) if model is None else parser.parse(model, str(graph))
+        if not read:
             for fault in [parser.get_error(i) for i in range(parser.num_errors)]:
                 self.messages.append(f"{fault.node_operator()} {fault.node_name()}: {fault.desc()}")
             self.fail(f"read {graph.name}", "export the bundle again for this target")
@@ -335,14 +339,20 @@ class Engine:
     def _alias(self, output: str) -> str | None:
         return self._engine.get_aliased_input_tensor(output) or None
 
-    def context(self, cache: bytes | None = None) -> Context:
-        """Make an execution context. cache: compiled kernels from an earlier run (TensorRT for RTX only)."""
+    def context(self, cache: bytes | None = None, own_scratch: bool = True) -> Context:
+        """Make an execution context. cache: compiled kernels from an earlier run (TensorRT for RTX only).
+
+        own_scratch: let it allocate its scratch memory. Without, `Context.scratch` must give it some before it runs.
+        """
+        trt = self.module
         self.library.messages.clear()
         kept = None
         if self.library.has(Engine._with_cache):
-            context, kept = self._with_cache(cache)
-        else:
+            context, kept = self._with_cache(cache, own_scratch)
+        elif own_scratch:
             context = self._engine.create_execution_context()
+        else:
+            context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             self.library.fail("make an execution context", "free GPU memory, or export with a smaller --context")
         return Context(self, context, kept)
@@ -358,8 +368,11 @@ class Engine:
         return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
     @only(rtx=(1, 7))
-    def _with_cache(self, blob: bytes | None) -> tuple[trt.IExecutionContext, Any]:
+    def _with_cache(self, blob: bytes | None, own_scratch: bool) -> tuple[trt.IExecutionContext, Any]:
+        trt = self.module
         config = self._engine.create_runtime_config()
+        if not own_scratch:
+            config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         cache = config.create_runtime_cache()
         if blob:
             cache.deserialize(blob)  # refused (False) if driver or GPU changed; kernels are compiled again then
@@ -373,6 +386,10 @@ class Context:
     def __init__(self, engine: Engine, context: trt.IExecutionContext, cache: Any) -> None:
         self.engine, self.library, self.module = engine, engine.library, engine.module
         self.raw, self._cache = context, cache
+
+    def scratch(self, pointer: int, size: int) -> None:
+        """Give a context without memory of its own this block as scratch, which others may use between its runs."""
+        self.raw.set_device_memory(pointer, size)
 
     def profile(self, index: int, stream: int) -> None:
         """Choose an optimization profile; shapes must be set again afterwards."""

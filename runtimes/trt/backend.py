@@ -4,26 +4,22 @@ Buffers are allocated once. The K/V cache is bound as past and as present, so an
 TensorRT 10.15 on that is the rule (KVCacheUpdate). Before, engines read caches and write none: they give their new rows
 as outputs, which are copied into the caches after each run. The copy is no part of a step's CUDA graph, because it goes
 to another place at every step. A traverse runs for at most GIVEN tokens at a time there, because its new rows need
-memory. Two layers may not share a buffer, because TensorRT would not know about it, so both K/V sets are always kept.
+memory. A decoder is two engines (`whole.py`), or one for each layer (`layers.py`). In the first case two layers may not
+share a buffer, because TensorRT would not know about it, so both K/V sets are always kept.
 Image features stay in device memory, and are copied within it to their places among the embeddings. A step uploads one
 embedding and one position from page-locked memory, runs, and downloads the id of the best token; logits are downloaded
 only when asked for. A step reads the filled rows of the cache, rounded up to a multiple of ROWS. As long as that number
 stays, steps are one CUDA graph from the second on. Calls from several threads take turns.
-Finalizers of sessions and features only queue device memory. It is freed at the next allocation, because a garbage
-collection may run during a graph capture.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import threading
 import warnings
 import weakref
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,65 +27,24 @@ from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
-from trol_edge.bundle.engines import ENGINES, KERNELS, EngineSet, Key, differences, folder_of, left_out, mapped, read
-from trol_edge.bundle.folder import new_file
+from trol_edge.bundle.engines import EngineSet, Key, differences, read
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
-from trol_edge.bundle.sizes import cache_bytes, largest_bytes, shared_weights
+from trol_edge.bundle.sizes import cache_bytes, shared_weights
 from trol_edge.bundle.targets import target as target_of
-from trol_edge.errors import BackendError, BundleError, ContextError, UsageError
+from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory
-from trol_edge.reading import read_plain
 from trol_edge.rope import TABLES, RopeRows
 from trol_edge.runtimes.cuda import Cuda, Gpu, devices, open_cuda
 from trol_edge.runtimes.trt import weights as trt_weights
-from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library, load
+from trol_edge.runtimes.trt.api import Library, load
+from trol_edge.runtimes.trt.layers import LayeredDecoder, LayeredStep
+from trol_edge.runtimes.trt.loaded import Loaded
+from trol_edge.runtimes.trt.memory import Lease, Memory, copies
+from trol_edge.runtimes.trt.whole import WholeDecoder, WholeStep
 
 Float32 = NDArray[np.float32]
 ROWS = 256  # a step reads a multiple of this number of rows, each of which needs a CUDA graph of its own
-MOST_KERNELS = 1 << 30  # most bytes of kernels from an earlier run
-_Garbage = tuple[list[int], list[Any]]  # blocks of device memory and captured graphs to be freed
-
-
-class _Lease:
-    """Device memory and captured graphs of one object, which are queued for freeing when the object is gone."""
-
-    def __init__(self, garbage: deque[_Garbage]) -> None:
-        self.blocks: list[int] = []
-        self.graphs: list[Any] = []
-        weakref.finalize(self, garbage.append, (self.blocks, self.graphs)).atexit = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Copy:
-    """A copy of new rows, for each head, into caches from row 0. width: bytes of them; pitch: of all rows of a head."""
-
-    target: int
-    source: int
-    width: int
-    pitch: int
-    height: int
-
-    def joined(self, other: _Copy) -> list[_Copy]:
-        """Both as one, if the other goes on where this one ends."""
-        target, source = self.target + self.height * self.pitch, self.source + self.height * self.width
-        if dataclasses.replace(self, target=target, source=source, height=other.height) == other:
-            return [dataclasses.replace(self, height=self.height + other.height)]
-        return [self, other]
-
-
-def _copies(
-    ports: Sequence[Port], sources: Mapping[str, int], caches: Mapping[str, int], context: int, tokens: int = 1
-) -> list[_Copy]:
-    """The copies of new rows of this many tokens, one for all tensors if they are as tightly packed as their caches."""
-    found: list[_Copy] = []
-    for port in ports:
-        _, heads, _, size = port.shape
-        row = int(size) * np.dtype(port.dtype).itemsize
-        target, source = caches[port.name.replace("new_", "past_", 1)], sources[port.name]
-        copy = _Copy(target, source, row * tokens, row * context, int(heads))
-        found[-1:] = found[-1].joined(copy) if found else [copy]
-    return found
 
 
 class DeviceFeatures:
@@ -100,7 +55,7 @@ class DeviceFeatures:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, backend: TrtBackend, shape: tuple[int, ...], pointer: int, lease: _Lease) -> None:
+    def __init__(self, backend: TrtBackend, shape: tuple[int, ...], pointer: int, lease: Lease) -> None:
         self.backend, self.shape, self.pointer, self._lease = backend, shape, pointer, lease
 
     @property
@@ -128,7 +83,6 @@ class DeviceFeatures:
 class TrtBackend:
     """The engines of one bundle, which are loaded on the first GPU."""
 
-    prefix_reuse = True
     embedding: NDArray[Any] | None = None
     saturates = False
 
@@ -149,18 +103,19 @@ class TrtBackend:
         threads is for a CPU and has no effect. verify: hash weights that engines share; engines are always hashed.
         library, cuda, device: used instead of what this machine has. cuda_graphs: capture the step.
         Raises BackendError (no TensorRT, driver or GPU, not enough memory), BundleError (no engines, altered ones, or
-        engines for another GPU, driver or TensorRT) and UsageError (prefix_reuse=False).
+        engines for another GPU, driver or TensorRT) and UsageError (prefix_reuse=False, unless they are by layer).
         """
-        if not prefix_reuse:
-            raise UsageError(
-                f"{bundle.folder}: prefix_reuse=False would save nothing with engines, because each layer needs its "
-                "own buffers for the second pass; leave it out"
-            )
         self.bundle, self.spec, self.context = bundle, bundle.manifest.spec, bundle.manifest.context
         target = target_of(bundle.manifest.target)
         if "token" not in {port.name for port in bundle.manifest.graphs["step"].outputs}:
             raise BundleError(f"{bundle.folder}: its step does not say the best token; export the bundle again")
         self._built = engines = read(bundle, target.name)
+        if not prefix_reuse and not engines.by_layer:
+            raise UsageError(
+                f"{bundle.folder}: prefix_reuse=False would save nothing with engines of the whole decoder, where each "
+                "layer needs its own buffers for the second pass; leave it out, or build with --engines layers"
+            )
+        self.prefix_reuse = prefix_reuse
         self.library = library or load(target.module)
         if device is None and cuda is None:
             found = devices()
@@ -175,34 +130,28 @@ class TrtBackend:
         self.cuda_graphs = cuda_graphs and self.cuda.graphs
         self._require_memory(device)
         self.lock = threading.RLock()
-        self.garbage: deque[_Garbage] = deque()
         keep_in_forks(self)  # CUDA cannot be used in a child either, and its destructors fail there
         end_calls_at_exit()  # registered after the libraries, which are loaded by now
-        with contextlib.ExitStack() as plans:  # at its end the files are hashed once more
-            opened = {name: plans.enter_context(mapped(bundle, engines, name)) for name in ENGINES}
-            self._engines = {n: self.library.open(plan, engines.engines[n].file) for n, plan in opened.items()}
-        self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
-        self.contexts = {name: self.new_context(name) for name in ("vision", "traverse")}
-        self._profiles = dict.fromkeys(self.contexts, 0)
+        self.memory = Memory(self.cuda, self.context, bundle.manifest.image.most_tiles)
+        self.loaded = Loaded(bundle, engines, self.library, self.cuda)
         graphs = bundle.manifest.graphs
         # Buffers that no state owns: the inputs of a traverse at their largest, and those of the vision engine.
         ports = (p for name in ("vision", "traverse") for p in (*graphs[name].inputs, *graphs[name].outputs))
-        self._lease = _Lease(self.garbage)
+        self._lease = self.memory.lease()
         own = [p for p in ports if not p.name.startswith(("past_", "present_", "new_"))]
-        self.shared = self.allocate(own, "what all sessions share", self._lease)
-        self._new = [p for p in graphs["traverse"].outputs if p.name.startswith("new_")]
-        self._most = max(largest[1] for *_, largest in self.infos["traverse"]["inputs_embeds"].profiles)
-        if self._new:
-            new = self.allocate(self._new, "the new rows of a prompt", self._lease, self._most)
-            self._rows = min(new.values())
+        self.shared = self.memory.allocate(own, "what all sessions share", self._lease)
+        decoder = LayeredDecoder if engines.by_layer else WholeDecoder
+        self._decoder = decoder(bundle, self.loaded, self.memory, self._lease)
+        self.loaded.open_contexts(["vision"])
+        # Without reuse of prefixes all layers and all states use one pair of buffers for the second pass, in turn.
+        self.scratch_caches = {} if prefix_reuse else self._scratch_caches()
         self.weights = trt_weights.upload(bundle, self.cuda, verify)
         self.shared |= self.weights
         self._slots = np.arange(self.context, dtype=np.int64)
         self.cuda.upload(self.shared["slots"], self._slots)  # every run reads the first of them
         self.cuda.wait()
         self._logits = self.cuda.pinned((1, self.spec.vocab_size), _dtype(graphs["traverse"], "logits"))
-        self._kept = False
-        self._closing = weakref.finalize(self, _close, self.cuda, self.contexts, self._engines)
+        self._closing = weakref.finalize(self, _close, self.cuda, self.loaded)
         self._closing.atexit = False  # the end of the process frees all, and must not take memory from a thread
 
     def _require_fit(self, engines: EngineSet, device: Gpu | None) -> None:
@@ -243,8 +192,18 @@ class TrtBackend:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of one state's K/V cache, both sets."""
-        return cache_bytes(self.bundle.manifest.graphs["traverse"].inputs, self.context)
+        """Bytes of one state's K/V cache: both sets, or the first and what is scratch for one layer of the second."""
+        graphs = self.bundle.manifest.graphs
+        first, both = (cache_bytes(graphs[name].inputs, self.context) for name in ("step", "traverse"))
+        return both if self.prefix_reuse else first + first // self.spec.num_layers
+
+    def _scratch_caches(self) -> dict[str, int]:
+        """One pair of buffers for the second pass, under the names of all layers."""
+        ports = [p for p in self.bundle.manifest.graphs["traverse"].inputs if p.name.startswith("past_second_")]
+        kinds = {port.name.rpartition("_")[0]: port for port in ports}
+        pair = [dataclasses.replace(port, name=kind) for kind, port in kinds.items()]
+        found = self.memory.allocate(pair, "the second pass of one layer", self._lease)
+        return {port.name: found[port.name.rpartition("_")[0]] for port in ports}
 
     @property
     def weight_bytes(self) -> int:
@@ -252,121 +211,21 @@ class TrtBackend:
         engines = sum(engine.bytes for engine in self._built.engines.values())
         return engines + sum(tensor.nbytes for tensor in shared_weights(self.bundle).values())
 
-    def _checked(self, name: str, engine: Engine) -> dict[str, EngineTensor]:
-        """An engine's tensors by name, checked to be those of the graph."""
-        graph = self.bundle.manifest.graphs[name]
-        found = {info.name: info for info in engine.tensors()}
-        without = left_out(graph)
-        wanted = {port.name: port for port in (*graph.inputs, *graph.outputs) if port.name not in without}
-        weights = set(graph.weights) - set(graph.constants)
-        wrong = sorted(found.keys() ^ (wanted.keys() | weights)) + [
-            n for n, info in found.items() if n in wanted and info.dtype != wanted[n].dtype
-        ]
-        wrong += [n for n, info in found.items() if info.alias not in (None, n.replace("present_", "past_", 1))]
-        if wrong:
-            raise BundleError(
-                f"{self.bundle.folder}: the {name} engine has other inputs or outputs than the graph "
-                f"({', '.join(wrong[:5])}); build the engines again with `trol-edge build --force`"
-            )
-        return found
-
-    def new_context(self, name: str) -> Context:
-        """Make an execution context of an engine, with the kernels that an earlier run compiled, if there are any.
-
-        Such kernels are programs that nobody signed, so with trusted keys they are compiled again instead.
-        """
-        kept = None if self.bundle.trusted_keys else _unwrapped(self._kernels(name))
-        return self._engines[name].context(kept)
-
-    def _kernels(self, name: str) -> Path:
-        return folder_of(self.bundle, self.bundle.manifest.target) / f"{name}.{KERNELS}"
-
-    def keep_kernels(self, contexts: Mapping[str, Context]) -> None:
-        """Write the kernels that TensorRT for RTX compiled beside the engines, once, to speed up the next start."""
-        if self._kept:
-            return
-        self._kept = True
-        for name, context in {**self.contexts, **contexts}.items():
-            blob = context.compiled()
-            path = self._kernels(name)
-            if not blob or _unwrapped(path) == blob:
-                continue
-            try:
-                with new_file(path) as part:
-                    part.write_bytes(hashlib.sha256(blob).digest() + blob)
-            except OSError:
-                return  # a read-only bundle works as well, it only starts slower
-
-    def allocate(self, ports: Iterable[Port], what: str, lease: _Lease, tokens: int | None = None) -> dict[str, int]:
-        """Allocate device memory for tensors at their largest, in one block of the lease. The lock must be held.
-
-        The memory is zeroed, because 0 times a stray NaN would still be NaN. An error names `what` it is for. tokens:
-        the most of them (default: as many as the context).
-        """
-        self._sweep()
-        offsets, size = self._packed(ports, tokens or self.context)
-        base = self.cuda.allocate(size, what)
-        lease.blocks.append(base)
-        return {name: base + offset for name, offset in offsets.items()}
-
-    def _packed(self, ports: Iterable[Port], tokens: int) -> tuple[dict[str, int], int]:
-        """Offsets of tensors in one block, and its size."""
-        offsets, size = dict[str, int](), 0
-        most = {"tokens": tokens, "slots": self.context, "images": self.bundle.manifest.image.most_tiles}
-        for port in ports:
-            offsets.setdefault(port.name, size)
-            size += -(-largest_bytes(port, most) // trt_weights.ALIGNMENT) * trt_weights.ALIGNMENT
-        return offsets, size
-
-    def _sweep(self) -> None:
-        """Free what nothing refers to any more."""
-        if self.garbage:
-            self.cuda.wait()  # enqueued work, such as zeroing, may still use the memory
-        while self.garbage:
-            blocks, graphs = self.garbage.popleft()
-            for graph in graphs:
-                self.cuda.drop(graph)
-            for block in blocks:
-                self.cuda.free(block)
-
-    def run(self, name: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
-        """Enqueue vision or traverse with these shapes of its dynamic inputs. The lock must be held."""
-        context, index = self.contexts[name], self._profile(name, shapes)
-        if index != self._profiles[name]:
-            context.profile(index, self.cuda.stream)
-            self._profiles[name] = index
-        for tensor, shape in shapes.items():
-            context.shape(tensor, shape)
-        for tensor in self.infos[name]:
-            context.address(tensor, addresses[tensor])
-        context.run(self.cuda.stream)
-
-    def _profile(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The first optimization profile that allows these shapes."""
-        profiles = [self.infos[name][tensor].profiles for tensor in shapes]
-        for index in range(min((len(p) for p in profiles), default=0)):
-            if all(_within(shape, p[index]) for p, shape in zip(profiles, shapes.values(), strict=True)):
-                return index
-        raise ContextError(
-            f"the {name} engine was built for other sizes than { ({n: list(s) for n, s in shapes.items()}) }; "
-            "build the engines again with `trol-edge build --force`, or give a shorter prompt"
-        )
-
     def encode_image(self, pixel_values: Float32) -> DeviceFeatures:
         """Encode pixel_values [N, 3, P, P] into image features [N, T, D] in device memory."""
         count, most = len(pixel_values), self.bundle.manifest.image.most_tiles
         shape = (count, self.spec.vision.tokens_per_image, self.spec.hidden_size)
-        lease = _Lease(self.garbage)
+        lease = self.memory.lease()
         port = Port("features", "float32", shape)
         with native, self.lock:
-            pointer = self.allocate([port], f"the features of {count} picture(s) or tile(s)", lease)["features"]
+            pointer = self.memory.allocate([port], f"the features of {count} picture(s) or tile(s)", lease)["features"]
         features = DeviceFeatures(self, shape, pointer, lease)
         for start in range(0, count, most):
             part = np.ascontiguousarray(pixel_values[start : start + most], np.float32)
             rows = features[start]
             with native, self.lock:
                 self.cuda.upload(self.shared["pixel_values"], part)
-                self.run("vision", {"pixel_values": part.shape}, self.shared)
+                self.loaded.run("vision", {"pixel_values": part.shape}, self.shared)
                 self.cuda.copy(rows.pointer, self.shared["image_features"], len(part) * rows.nbytes)
                 self.cuda.wait()  # `part` must live until the copy is done
         return features
@@ -397,28 +256,11 @@ class TrtBackend:
                 self.cuda.upload(self.shared[name], array)
             kept = [self._place(placed) for placed in pictures]
             parts = {name: array for name, array in feeds.items() if name in dynamic}  # [1, S, ..]
-            for first in range(start, stop, self._most):
-                self._run_part(cache, parts, start, first, min(first + self._most, stop))
+            self._decoder.traverse({**self.shared, **cache}, parts, start, stop)
             self.cuda.download(self._logits, self.shared["logits"])
             self.cuda.wait()
             del kept
             return self._logits[0].astype(np.float32)
-
-    def _run_part(
-        self, cache: Mapping[str, int], feeds: Mapping[str, NDArray[Any]], start: int, first: int, last: int
-    ) -> None:
-        """Enqueue a traverse of the tokens first..last-1 of feeds that begin with token `start`, and its copies."""
-        tokens, addresses = last - first, {**self.shared, **cache}
-        shapes = {name: (1, tokens, *array.shape[2:]) for name, array in feeds.items()} | {"slots": (last,)}
-        for name, array in feeds.items():
-            addresses[name] += (first - start) * array[0, 0].nbytes
-        if self._new:
-            offsets, _ = self._packed(self._new, tokens)
-            addresses |= {name: self._rows + offset for name, offset in offsets.items()}
-        self.run("traverse", shapes, addresses)
-        for copy in _copies(self._new, addresses, cache, self.context, tokens):
-            at = copy.target + first * (copy.width // tokens)
-            self.cuda.copy_rows((at, copy.pitch), (copy.source, copy.width), copy.width, copy.height)
 
     def _place(self, placed: Placed) -> Any:
         """Enqueue the copy of image features among the embeddings; returns what must live until the stream is idle."""
@@ -432,6 +274,15 @@ class TrtBackend:
         rows = np.ascontiguousarray(features[placed.first : placed.first + placed.count], np.float32)
         self.cuda.upload(target, rows)
         return rows
+
+    @property
+    def step_ports(self) -> list[Port]:
+        """Inputs of a step's engines that the step graph does not have. They stay zero."""
+        return self._decoder.step_ports
+
+    def new_step(self, addresses: Mapping[str, int]) -> WholeStep | LayeredStep:
+        """Make what runs a step of one state, bound to these addresses."""
+        return self._decoder.new_step(addresses)
 
     def new_state(self) -> TrtState:
         """Make empty K/V buffers for one sequence."""
@@ -462,34 +313,35 @@ class TrtState:
         self._backend = backend
         graphs, cuda = backend.bundle.manifest.graphs, backend.cuda
         past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
+        if not backend.prefix_reuse:
+            past = [p for p in past if not p.name.startswith("past_second_")]
         self._ports = {p.name: p for p in past}
         step = graphs["step"]
         own = [p for p in (*step.inputs, *step.outputs) if not p.name.startswith(("past_", "present_", "slots"))]
         new = [p for p in own if p.name.startswith("new_")]
-        self._lease = _Lease(backend.garbage)
-        what = f"a session (both K/V sets for {backend.context} tokens)"
-        found = backend.allocate((*past, *own), what, self._lease)
-        self._own = {p.name: found[p.name] for p in own}
-        self._cache = {p.name: found[p.name] for p in past}
+        more = backend.step_ports
+        self._lease = backend.memory.lease()
+        what = f"a session ({'both K/V sets' if backend.prefix_reuse else 'one K/V set'} for {backend.context} tokens)"
+        found = backend.memory.allocate((*past, *own, *more), what, self._lease)
+        self._own = {p.name: found[p.name] for p in (*own, *more)}
+        self._cache = {p.name: found[p.name] for p in past} | backend.scratch_caches
         # Past and present are one buffer, because engines write in place.
         self._cache |= {name.replace("past_", "present_", 1): pointer for name, pointer in self._cache.items()}
         # Page-locked, so that copies are part of the captured graph, which reads and writes these addresses.
         shapes = {p.name: tuple(int(d) for d in p.shape) for p in own if p not in new}
         tables = shared_weights(backend.bundle)
         self._tables = [Port(t, "float32", tables[t].shape) for t in TABLES if t in tables]  # its own, see rope.py
-        self._own |= backend.allocate(self._tables, "rope tables", self._lease)
+        self._own |= backend.memory.allocate(self._tables, "rope tables", self._lease)
         for port in self._tables:
             cuda.copy(self._own[port.name], backend.shared[port.name], tables[port.name].nbytes)
         self._rope: RopeRows | None = None  # the tables on the host, from the first token that is not at its row on
         self._host = {p.name: cuda.pinned(shapes[p.name], p.dtype) for p in own if p not in new}
-        self._new = _copies(new, self._own, self._cache, backend.context)
+        self._new = copies(new, self._own, self._cache, backend.context)
         self._given = [p.name for p in step.inputs if p.name in self._host]
         rope = backend.spec.long_rope
         self._long_rows = rope.short_rows(backend.context) if rope else 0
         self._rope_offset = 0
-        self.execution = backend.new_context("step")
-        for name in backend.infos["step"]:
-            self.execution.address(name, {**backend.shared, **self._own, **self._cache}[name])
+        self.execution = backend.new_step({**backend.shared, **self._own, **self._cache})
         self._rows = 0  # that the next run reads
         self._runs = 0  # with this number of rows
         self._ran = False
@@ -563,8 +415,7 @@ class TrtState:
         else:
             self._enqueue()
         for copy in self._new:
-            at = position * copy.width
-            backend.cuda.copy_rows((copy.target + at, copy.pitch), (copy.source, copy.width), copy.width, copy.height)
+            copy.enqueue(backend.cuda, position)
         self._runs += 1
 
     def _read(self, rows: int) -> None:
@@ -575,13 +426,13 @@ class TrtState:
             self._lease.graphs.remove(self._graph)
             self._backend.cuda.drop(self._graph)
             self._graph = None
-        self.execution.shape("slots", (rows,))
+        self.execution.read(rows)
         self._rows, self._runs = rows, 0
 
     def _capture(self) -> None:
         """Make the step one CUDA graph, if TensorRT lets it."""
         backend = self._backend
-        if not self.execution.capturable(backend.cuda.stream):
+        if not all(context.capturable(backend.cuda.stream) for context in self.execution.contexts.values()):
             return
         try:
             self._graph = backend.cuda.capture(self._enqueue)
@@ -594,7 +445,7 @@ class TrtState:
         cuda = self._backend.cuda
         for name in self._given:
             cuda.upload(self._own[name], self._host[name])
-        self.execution.run(cuda.stream)
+        self.execution.enqueue()
         cuda.download(self._host["token"], self._own["token"])
 
     def _logits(self) -> Float32:
@@ -608,7 +459,7 @@ class TrtState:
         self._backend.cuda.wait()
         if not self._ran:
             self._ran = True
-            self._backend.keep_kernels({"step": self.execution})
+            self._backend.loaded.keep_kernels(self.execution.contexts)
 
     def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
         """See trol_edge.backend.State. It makes one copy within the device per key or value head."""
@@ -640,30 +491,14 @@ class TrtState:
         return found
 
 
-def _close(cuda: Cuda, contexts: dict[str, Context], engines: dict[str, Engine]) -> None:
+def _close(cuda: Cuda, loaded: Loaded) -> None:
     """Free all memory with all states and features, when the back end is closed or gone."""
-    contexts.clear()
-    engines.clear()
+    loaded.forget()
     cuda.close()
 
 
 def _dtype(graph: GraphInfo, name: str) -> str:
     return next(p.dtype for p in (*graph.inputs, *graph.outputs) if p.name == name)
-
-
-def _within(shape: tuple[int, ...], profile: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]) -> bool:
-    smallest, _, largest = profile
-    return all(low <= n <= high for low, n, high in zip(smallest, shape, largest, strict=True))
-
-
-def _unwrapped(path: Path) -> bytes | None:
-    """The kernels that an earlier run stored, or None if they were altered."""
-    try:
-        data = read_plain(path, most=MOST_KERNELS)
-    except BundleError:
-        return None
-    digest, blob = data[:32], data[32:]
-    return blob if hashlib.sha256(blob).digest() == digest else None
 
 
 _: type[Backend] = TrtBackend  # lets type checkers confirm that it is one

@@ -3,7 +3,8 @@
 Before anything is parsed, the operators are checked against what this TensorRT supports. Before anything is built, it
 is checked that every input is read, and that the layers compute in the types that the bundle asks for. Afterwards it is
 checked that the engine multiplies in these types, where its file says so, and that it fits the memory of its target.
-Engines of classic TensorRT are built on the GPU that runs them.
+Engines of classic TensorRT are built on the GPU that runs them. A decoder is built as a whole, which is two engines, or
+by layer. Then every engine that is finished is kept, so that a build that was killed goes on after it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from trol_edge._version import __version__
@@ -27,10 +28,12 @@ from trol_edge.bundle.engines import (
     folder_of,
     gives_rows,
     left_out,
+    names_of,
     read,
     write,
 )
-from trol_edge.bundle.folder import new_folder, sha256_of
+from trol_edge.bundle.folder import digest_of, new_folder, sha256_of, unfinished_folder
+from trol_edge.bundle.layer_graphs import HIDDEN, Parts
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.program_counts import ProgramCounts
@@ -44,9 +47,11 @@ from trol_edge.program import text
 from trol_edge.program.model import Program
 from trol_edge.runtimes.cuda import Gpu, devices
 from trol_edge.runtimes.trt.api import Library, Network, Shape, load
+from trol_edge.runtimes.trt.begun import Begun
 from trol_edge.runtimes.trt.products import require_products
 
 SHORT = 64  # length of a follow-up question in tokens; longer chunks use the second profile
+PART = 512  # most tokens of a pass of a layer: its engine needs the less scratch memory, and reads its weights again
 COUNTED = ("MATRIX_MULTIPLY", "CONVOLUTION", "DEQUANTIZE", "QUANTIZE", "ATTENTION_INPUT")
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -69,10 +74,13 @@ def build(
     memory_bytes: int | None = None,
     workspace_bytes: int | None = None,
     force: bool = False,
+    by_layer: bool = False,
     library: Library | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Build:
     """Add engines for a target (default: the bundle's own) to a bundle, unless its present ones are still valid.
+
+    by_layer: one engine for each decoder layer, which is on the device once, and not two for the whole decoder.
 
     memory_bytes: memory of the device, which engines and K/V cache must fit (default: that of the GPU found, if it is
     to run them). workspace_bytes: most scratch memory of one layer. library: TensorRT to use instead of importing the
@@ -96,22 +104,73 @@ def build(
     key = key_here(entry, library, device)
     if memory_bytes is None and device is not None and not entry.rtx:
         memory_bytes = device.memory_bytes
-    reason = why(bundle, key) if not force else "asked for"
-    if reason is None:
-        engines = read(bundle, entry.name)
-        return Build(engines, folder_of(bundle, entry.name), False, "up to date")
+    if by_layer and shares_matrices(bundle):
+        raise UsageError(
+            f"{bundle.folder}: exported with --shared-weights, which engines by layer have no use for, because each "
+            "holds its own weights once; export it without, or build with --engines whole"
+        )
+    reason = why(bundle, key, by_layer) if not force else "asked for"
     final = folder_of(bundle, entry.name)
+    if reason is None:
+        return Build(read(bundle, entry.name), final, False, "up to date")
     _require_unaltered(bundle)
+    weights, maker = bundle.manifest.files[WEIGHTS].sha256, f"trol-edge {__version__}"
+    job = Job(bundle, library, workspace_bytes, progress)
     with new_folder(final, overwrite=True, ours=("*",)) as part:
-        infos = {}
-        for name in ENGINES:
-            infos[name] = build_one(bundle, name, library, part, workspace_bytes, progress)
-            _require_memory(bundle, entry, infos, memory_bytes)
+        infos: dict[str, EngineInfo] = {}
+        if by_layer:
+            of = digest_of([dataclasses.asdict(key), _read_by(bundle), workspace_bytes, maker])
+            with unfinished_folder(final) as kept:
+                begun = Begun(kept, of, start_again=force)
+                for name, graph in _parts(bundle):
+                    infos[name] = begun.found(name) or begun.keep(name, job.build(name, graph, kept))
+                    _require_memory(bundle, entry, infos, memory_bytes)
+                begun.move(infos.values(), part)
+        else:
+            for name in ENGINES:
+                infos[name] = job.build(name, Source.of(bundle, name), part)
+                _require_memory(bundle, entry, infos, memory_bytes)
         _require_unaltered(bundle)
-        weights = bundle.manifest.files[WEIGHTS].sha256
-        engines = EngineSet(FORMAT_VERSION, f"trol-edge {__version__}", key, precision_of(bundle), weights, infos)
+        engines = EngineSet(FORMAT_VERSION, maker, key, precision_of(bundle), weights, infos)
         write(part, engines)
     return Build(engines, final, True, reason)
+
+
+def _read_by(bundle: Bundle) -> list[tuple[str, int, int, int]]:
+    """What TensorRT reads: the hashes of files, and which they are on this disk since when.
+
+    No other disk has the same. So a bundle from elsewhere cannot bring engines that a build here would go on with.
+    """
+    files = [WEIGHTS, *(bundle.manifest.graphs[name].file for name in ENGINES)]
+    states = [(bundle.folder / file).stat() for file in files]
+    hashes = [bundle.manifest.files[file].sha256 for file in files]
+    return [(sha256, s.st_dev, s.st_ino, s.st_ctime_ns) for sha256, s in zip(hashes, states, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What an engine is built from: a file of the bundle, or a part that was cut from it (model; None: the file)."""
+
+    path: Path
+    info: GraphInfo
+    model: bytes | None = None
+
+    @classmethod
+    def of(cls, bundle: Bundle, name: str) -> Source:
+        """A graph of the bundle."""
+        info = bundle.manifest.graphs[name]
+        return cls(bundle.path(info.file), info)
+
+
+def _parts(bundle: Bundle) -> Iterator[tuple[str, Source]]:
+    """Vision, and the parts of the decoder one after the other."""
+    parts = Parts(bundle)
+    for name in names_of(bundle, by_layer=True):
+        if name in bundle.manifest.graphs:
+            yield name, Source.of(bundle, name)
+        else:
+            part = parts.cut(name)
+            yield name, Source(bundle.path(part.info.file), part.info, part.model)
 
 
 def _require_unaltered(bundle: Bundle) -> None:
@@ -146,12 +205,14 @@ def key_here(target: Target, library: Library, device: Gpu | None) -> Key:
     return Key(target.name, library.title, device.name, device.capability, ".".join(map(str, device.driver)))
 
 
-def why(bundle: Bundle, key: Key) -> str | None:
+def why(bundle: Bundle, key: Key, by_layer: bool = False) -> str | None:
     """Why engines must be built, or None if those in the bundle are valid."""
     try:
         engines = read(bundle, key.target)
     except BundleError as error:
         return str(error)
+    if engines.by_layer != by_layer:
+        return f"built {'by layer' if engines.by_layer else 'whole'}, and now {'by layer' if by_layer else 'whole'}"
     folder = folder_of(bundle, key.target)
     for engine in engines.engines.values():
         path = folder / engine.file
@@ -185,6 +246,9 @@ def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
     most = min(context, GIVEN) if gives_rows(graph) else context
     short = min(SHORT, most)
     ranges = [(1, max(1, short // 2), short)]
+    if HIDDEN in {port.name for port in graph.inputs}:  # a pass of a layer, which is a step if it is of one token
+        most = short = min(most, PART)
+        ranges = [(1, 1, 1), (2, most, most)]
     if most > short:
         ranges.append((short + 1, max(short + 1, most // 2 if most == context else most), most))
     found: list[dict[str, Range]] = []
@@ -204,55 +268,62 @@ def shapes_of(graph: GraphInfo, ranges: Mapping[str, Range]) -> dict[str, tuple[
     return found
 
 
-def build_one(
-    bundle: Bundle, name: str, library: Library, folder: Path, workspace_bytes: int | None, progress: Progress
-) -> EngineInfo:
-    graph = bundle.manifest.graphs[name]
-    path = bundle.path(graph.file)
-    if problems := refusals(graph.operators, library.version, library.rtx):
-        raise BackendError(
-            f"{bundle.folder}: {graph.file}: {'; '.join(problems)}; export with the target of this machine's TensorRT "
-            "(`trol-edge targets` says which)"
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is alike for all engines of a build."""
+
+    bundle: Bundle
+    library: Library
+    workspace_bytes: int | None
+    progress: Progress
+
+    def build(self, name: str, source: Source, folder: Path) -> EngineInfo:
+        """Build one engine into a folder."""
+        bundle, library, graph = self.bundle, self.library, source.info
+        if problems := refusals(graph.operators, library.version, library.rtx):
+            raise BackendError(
+                f"{bundle.folder}: {graph.file}: {'; '.join(problems)}; export with the target of this machine's "
+                "TensorRT (`trol-edge targets` says which)"
+            )
+        start = time.perf_counter()
+        self.progress(f"{name}: parse", 0, 1)
+        network = parse(library, source.path, graph, source.model)
+        self.progress(f"{name}: parse", 1, 1)
+        if unused := network.unused_inputs():
+            raise BackendError(
+                f"{graph.file}: {library.title} would ignore the input(s) {', '.join(unused)}, so its answers would be "
+                "wrong; please report this"
+            )
+        _require_room(bundle, graph)
+        layers = count_layers(network)
+        require_precision(bundle, graph, layers)
+        ranges = profiles(bundle, graph)
+        file = f"{name}.engine"
+        network.build(
+            folder / file,
+            [shapes_of(graph, r) for r in ranges],
+            self.workspace_bytes,
+            lambda phase, done, steps: self.progress(f"{name}: {phase}", done, steps),
         )
-    start = time.perf_counter()
-    progress(f"{name}: parse", 0, 1)
-    network = parse(library, path, graph)
-    progress(f"{name}: parse", 1, 1)
-    if unused := network.unused_inputs():
-        raise BackendError(
-            f"{graph.file}: {library.title} would ignore the input(s) {', '.join(unused)}, so its answers would be "
-            "wrong; please report this"
+        programs = _programs(library, folder / file)
+        products = require_products(bundle, graph, programs, ranges)
+        return EngineInfo(
+            file=file,
+            bytes=(folder / file).stat().st_size,
+            sha256=sha256_of(folder / file),
+            graph_sha256=bundle.manifest.files[graph.file].sha256,
+            weight_bytes=engine_weight_bytes(bundle, graph.constants),
+            layers=layers,
+            profiles=ranges,
+            seconds=time.perf_counter() - start,
+            programs=_counts(bundle, graph, programs, ranges),
+            products=products,
         )
-    _require_room(bundle, graph)
-    layers = count_layers(network)
-    require_precision(bundle, graph, layers)
-    ranges = profiles(bundle, graph)
-    file = f"{name}.engine"
-    network.build(
-        folder / file,
-        [shapes_of(graph, r) for r in ranges],
-        workspace_bytes,
-        lambda phase, done, steps: progress(f"{name}: {phase}", done, steps),
-    )
-    programs = _programs(library, folder / file)
-    products = require_products(bundle, name, programs, ranges)
-    return EngineInfo(
-        file=file,
-        bytes=(folder / file).stat().st_size,
-        sha256=sha256_of(folder / file),
-        graph_sha256=bundle.manifest.files[graph.file].sha256,
-        weight_bytes=engine_weight_bytes(bundle, graph.constants),
-        layers=layers,
-        profiles=ranges,
-        seconds=time.perf_counter() - start,
-        programs=_counts(bundle, name, programs, ranges),
-        products=products,
-    )
 
 
-def parse(library: Library, path: Path, graph: GraphInfo) -> Network:
-    """Read a graph's file into the network of its engine. Raises BackendError."""
-    network = library.parse(path)
+def parse(library: Library, path: Path, graph: GraphInfo, model: bytes | None = None) -> Network:
+    """Read a graph into the network of its engine. model: a part that was cut from it. Raises BackendError."""
+    network = library.parse(path, model)
     network.leave_out(left_out(graph))
     return network
 
@@ -266,10 +337,10 @@ def _programs(library: Library, path: Path) -> tuple[Program, ...]:
 
 
 def _counts(
-    bundle: Bundle, name: str, programs: tuple[Program, ...], ranges: tuple[dict[str, Range], ...]
+    bundle: Bundle, graph: GraphInfo, programs: tuple[Program, ...], ranges: tuple[dict[str, Range], ...]
 ) -> tuple[ProgramCounts, ...]:
     """What an engine with these programs moves; empty if they do not say."""
-    graph, context = bundle.manifest.graphs[name], bundle.manifest.context
+    context = bundle.manifest.context
     try:
         return counts_of(graph, context, programs, ranges, shared_weights(bundle)) if programs else ()
     except (BundleError, UsageError):
@@ -301,7 +372,8 @@ def require_precision(bundle: Bundle, graph: GraphInfo, layers: Mapping[str, int
     asked, precision = compute_type(bundle), precision_of(bundle)
     products = {kind.split()[1]: n for kind, n in layers.items() if kind.startswith("MATRIX_MULTIPLY")}
     allowed = {asked, "float32"} if bundle.manifest.plan.kept_fp32 else {asked}
-    if not products.get(asked) or not set(products) <= allowed:
+    alone = bool(bundle.manifest.plan.kept_fp32) and graph.operators.get("MatMul") == 1  # the gate's may be kept
+    if not (products.get(asked) or (alone and products)) or not set(products) <= allowed:
         raise BackendError(f"{graph.file}: {precision} asks for products in {asked}, the network has {products}")
     wanted = graph.operators.get("DequantizeLinear", 0)
     found = {kind.split()[1]: n for kind, n in layers.items() if kind.startswith("DEQUANTIZE")}

@@ -59,7 +59,7 @@ def differences(asked: Mapping[str, int], found: Mapping[str, int]) -> list[str]
 
 
 def require_products(
-    bundle: Bundle, name: str, profiles: Sequence[Program], ranges: Sequence[Mapping[str, Range]]
+    bundle: Bundle, graph: GraphInfo, profiles: Sequence[Program], ranges: Sequence[Mapping[str, Range]]
 ) -> dict[str, tuple[int, int]]:
     """The table of an engine's products, at the best sizes of its last profile.
 
@@ -67,7 +67,7 @@ def require_products(
     its table is empty. Raises BackendError if its 8-bit products are not the plan's.
     """
     dims = {dim: best for dim, (_, best, _) in (ranges[-1] if ranges else {}).items()}
-    graph, context = bundle.manifest.graphs[name], bundle.manifest.context
+    context = bundle.manifest.context
     try:
         found = products(traffic_of(graph, context, profiles, dims, None, shared_weights(bundle)))
     except (BundleError, UsageError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trol_edge.bundle.engines import EngineSet, mapped
-from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.programs import engine_path, shapes_of
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError
@@ -17,9 +17,16 @@ DEFAULT_STREAM = 0  # of the process; nothing else is enqueued here
 
 
 def programs(
-    bundle: Bundle, engines: EngineSet, name: str, dims: Mapping[str, int], library: Library | None = None
+    bundle: Bundle,
+    engines: EngineSet,
+    name: str,
+    graph: GraphInfo,
+    dims: Mapping[str, int],
+    library: Library | None = None,
 ) -> tuple[Program, ...]:
     """The programs of an engine, one for each profile, or the one for these sizes where the inspector must be asked.
+
+    graph: the graph that the engine runs.
 
     The inspector works where the engine runs: the engine is loaded, and takes its memory on the GPU.
     Raises BundleError if the engine does not say what it does, and BackendError if it cannot be loaded here.
@@ -28,7 +35,7 @@ def programs(
     if target.rtx:
         return text.read(engine_path(bundle, engines, name))
     library = library or load(target.module)
-    path, info, graph = engine_path(bundle, engines, name), engines.engines[name], bundle.manifest.graphs[name]
+    path, info = engine_path(bundle, engines, name), engines.engines[name]
     with mapped(bundle, engines, name) as plan:
         engine = library.open(plan, info.file)
     context = engine.context()

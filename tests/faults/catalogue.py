@@ -822,11 +822,41 @@ FAULTS = (
         ("tests/test_trt.py::test_a_picture_in_several_chunks",),
     ),
     Fault(
-        "runtimes/trt/backend.py",
-        "at = copy.target + first * (copy.width // tokens)",
-        "at = copy.target + start * (copy.width // tokens)",
+        "runtimes/trt/whole.py",
+        "copy.enqueue(self._cuda, first, tokens)",
+        "copy.enqueue(self._cuda, start, tokens)",
         "all parts of a prompt are copied to the rows of the first one",
         ("tests/test_trt.py::test_a_prompt_in_parts_gives_its_rows",),
+    ),
+    Fault(
+        "runtimes/trt/layers.py",
+        """                self._pass(layer, "second_", first, second, addresses, feeds, start, stop)
+                self._mix(first, second, hidden, stop - start)""",
+        """                self._mix(first, second, hidden, stop - start)
+                self._pass(layer, "second_", first, second, addresses, feeds, start, stop)""",
+        "the passes of a layer are mixed before its second pass",
+        ("tests/test_trt_layers.py::test_the_same_answers_as_on_a_cpu",),
+    ),
+    Fault(
+        "runtimes/trt/layers.py",
+        'addresses[f"past_{which}{kind}_{layer}"]',
+        'addresses[f"past_{which}{kind}_{max(0, layer - 1)}"]',
+        "a layer writes the caches of the layer before it",
+        ("tests/test_trt_layers.py::test_sessions_as_on_a_cpu",),
+    ),
+    Fault(
+        "runtimes/trt/begun.py",
+        "file.stat().st_size == info.bytes and sha256_of(file) == info.sha256",
+        "file.stat().st_size == info.bytes",
+        "a build goes on with an engine that was changed meanwhile",
+        ("tests/test_trt_build.py::test_what_is_not_of_this_build_is_built_again",),
+    ),
+    Fault(
+        "trol_edge/bundle/layer_graphs.py",
+        "            if passes[0] != passes[1]:",
+        "            if not passes[0]:",
+        "a second pass that computes something else is taken for the first",
+        ("tests/test_trt_layers.py::test_passes_that_differ_are_refused",),
     ),
     Fault(
         "export/lower/cache.py",

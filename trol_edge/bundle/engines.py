@@ -19,7 +19,9 @@ from typing import Any
 
 from trol_edge.bundle.costs import MOST_NUMBER
 from trol_edge.bundle.folder import digest_of, sha256_of
-from trol_edge.bundle.manifest import Bundle, GraphInfo
+from trol_edge.bundle.layer_graphs import HEAD, part_names, source_of
+from trol_edge.bundle.layer_graphs import ports_of as ports_of_part
+from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.program_counts import ProgramCounts
 from trol_edge.bundle.signature import engines_statement
@@ -79,7 +81,29 @@ class EngineSet:
     key: Key
     precision: str
     weights_sha256: str  # of the weights file that the engines were built from
-    engines: dict[str, EngineInfo]  # graph -> engine
+    engines: dict[str, EngineInfo]  # graph, or part of one -> engine
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the decoder is one engine per layer, and not a traverse and a step."""
+        return HEAD in self.engines
+
+
+def names_of(bundle: Bundle, by_layer: bool) -> tuple[str, ...]:
+    """The engines of a bundle, by name, in the order in which they are built."""
+    return ("vision", *part_names(bundle.manifest.spec.num_layers)) if by_layer else ENGINES
+
+
+def ports_of(bundle: Bundle, name: str) -> tuple[tuple[Port, ...], tuple[Port, ...], set[str]]:
+    """The inputs and outputs of an engine, and the weights that are inputs as well."""
+    graph = bundle.manifest.graphs.get(name)
+    if graph is not None:
+        without = left_out(graph)
+        outputs = tuple(port for port in graph.outputs if port.name not in without)
+        return graph.inputs, outputs, set(graph.weights) - set(graph.constants)
+    traverse = bundle.manifest.graphs["traverse"]
+    given = set(traverse.weights) - set(traverse.constants) if name.startswith("layer_") else set[str]()
+    return *ports_of_part(bundle.manifest, name), given
 
 
 def gives_rows(graph: GraphInfo) -> bool:
@@ -132,7 +156,8 @@ def read(bundle: Bundle, target: str) -> EngineSet:
         )
     with guard(path, BundleError, "run `trol-edge build --force`"):
         found: EngineSet = from_dict(EngineSet, data, str(path))
-    if lacking := set(ENGINES) - found.engines.keys():
+    names = names_of(bundle, found.by_layer)
+    if lacking := set(names) - found.engines.keys():
         raise BundleError(f"{path}: lists no engine {', '.join(sorted(lacking))}; run `trol-edge build --force`")
     for name, engine in found.engines.items():
         sizes = [n for n in (engine.bytes, engine.weight_bytes) if not 0 <= n <= MOST_NUMBER]
@@ -141,7 +166,7 @@ def read(bundle: Bundle, target: str) -> EngineSet:
             raise BundleError(
                 f"{path}: the counts of {printable(name)[:80]} have {wrong[0]}; run `trol-edge build --force`"
             )
-        if not is_plain_name(engine.file) or name not in ENGINES or found.key.target != target:
+        if not is_plain_name(engine.file) or name not in names or found.key.target != target:
             raise BundleError(
                 f"{path}: says {printable(engine.file)[:80]!r} of {printable(name)[:80]!r} for target "
                 f"{printable(found.key.target)[:80]!r}, which is not an engine of {target}; "
@@ -166,10 +191,10 @@ def differences(bundle: Bundle, engines: EngineSet, key: Key) -> list[str]:
     if bundle.manifest.files[WEIGHTS].sha256 != engines.weights_sha256:
         found.append("built from other weights than the bundle has now")
     for name, engine in engines.engines.items():
-        graph = bundle.manifest.graphs.get(name)
+        graph = bundle.manifest.graphs.get(source_of(name))
         if graph is None or bundle.manifest.files[graph.file].sha256 != engine.graph_sha256:
-            found.append(f"built from another {name} graph than the bundle has now")
-    return found
+            found.append(f"built from another {source_of(name)} graph than the bundle has now")
+    return list(dict.fromkeys(found))
 
 
 def verified(bundle: Bundle, engines: EngineSet, name: str) -> Path:

@@ -96,6 +96,27 @@ def _require_replaceable(final: Path, overwrite: bool, ours: Collection[str]) ->
 
 
 @contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` that stays there if its writer fails or is killed, for the next one to go on.
+
+    On success it is removed. Raises ExportError if another process is writing it.
+    """
+    folder = target.with_name(f".{target.name}.unfinished")
+    with writing(folder, ExportError):
+        if folder.is_symlink():
+            raise ExportError(f"{folder}: is a link; remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder)
+        try:
+            if lock is None:
+                raise ExportError(f"{folder}: another process writes it; wait until it is done")
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            _unlock(lock)
+
+
+@contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write a file to, and rename that to `path` on success; on any failure remove it.
 

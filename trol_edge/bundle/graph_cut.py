@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from trol_edge.bundle.protobuf import field, protobuf_fields
+from trol_edge.bundle.protobuf import protobuf_field, protobuf_fields
 from trol_edge.errors import BundleError
 
 # Numbers of fields in ONNX's messages.
@@ -26,7 +26,7 @@ def cut(model: bytes, values: Collection[str]) -> bytes:
     out = []
     for number, content in protobuf_fields(memoryview(model)):
         if number != _GRAPH:
-            out.append(field(number, content))
+            out.append(protobuf_field(number, content))
             continue
         parts = []
         for part, inner in protobuf_fields(content):
@@ -34,9 +34,9 @@ def cut(model: bytes, values: Collection[str]) -> bytes:
                 made = {bytes(value).decode() for key, value in protobuf_fields(inner) if key == _NODE_OUTPUT} & names
                 found |= made
                 inner = _renamed(inner, made) if made else inner
-            parts.append(field(part, inner))
+            parts.append(protobuf_field(part, inner))
         parts += [piece for name in sorted(names) for piece in _forced(name)]
-        out.append(field(number, b"".join(parts)))
+        out.append(protobuf_field(number, b"".join(parts)))
     if names - found:
         raise BundleError(f"no graph computes {min(names - found)}, which the self-test names; export the bundle again")
     return b"".join(out)
@@ -44,12 +44,12 @@ def cut(model: bytes, values: Collection[str]) -> bytes:
 
 def eight_bit_product() -> bytes:
     """A graph "a" uint8 [m, k] times "b" int8 [k, n] -> "c" int32, to see how a processor multiplies them."""
-    names = field(1, b"a") + field(1, b"b") + field(_NODE_OUTPUT, b"c")
-    node = names + field(3, b"product") + field(4, b"MatMulInteger")
+    names = protobuf_field(1, b"a") + protobuf_field(1, b"b") + protobuf_field(_NODE_OUTPUT, b"c")
+    node = names + protobuf_field(3, b"product") + protobuf_field(4, b"MatMulInteger")
     ports = ((_INPUT, "a", 2), (_INPUT, "b", 3), (_OUTPUT, "c", 6))
-    graph = [field(_NODE, node), field(2, b"product")]
-    graph += [field(number, _port(name, element, 2)) for number, name, element in ports]
-    return field(1, 8) + field(_GRAPH, b"".join(graph)) + field(8, field(2, 13))
+    graph = [protobuf_field(_NODE, node), protobuf_field(2, b"product")]
+    graph += [protobuf_field(field, _port(name, element, 2)) for field, name, element in ports]
+    return protobuf_field(1, 8) + protobuf_field(_GRAPH, b"".join(graph)) + protobuf_field(8, protobuf_field(2, 13))
 
 
 def _renamed(node: Any, names: Collection[str]) -> bytes:
@@ -58,28 +58,35 @@ def _renamed(node: Any, names: Collection[str]) -> bytes:
     for key, value in protobuf_fields(node):
         if key == _NODE_OUTPUT and bytes(value).decode() in names:
             value = bytes(value) + b".whole"
-        fields.append(field(key, value))
+        fields.append(protobuf_field(key, value))
     return b"".join(fields)
 
 
 def _forced(name: str) -> Iterator[bytes]:
     """What the graph gets for one value."""
-    yield field(_NODE, _gather([f"{name}.pattern", f"{name}.rows"], name, 0))
-    yield field(_NODE, _gather([f"{name}.whole", f"{name}.seen"], f"{name}.computed", 1))
-    yield field(_INPUT, _port(f"{name}.pattern", FLOAT, 2))
-    yield field(_INPUT, _port(f"{name}.rows", INT64, 2))
-    yield field(_INPUT, _port(f"{name}.seen", INT64, 1))
-    yield field(_OUTPUT, _port(f"{name}.computed", FLOAT, 3))
+    yield protobuf_field(_NODE, _gather([f"{name}.pattern", f"{name}.rows"], name, 0))
+    yield protobuf_field(_NODE, _gather([f"{name}.whole", f"{name}.seen"], f"{name}.computed", 1))
+    yield protobuf_field(_INPUT, _port(f"{name}.pattern", FLOAT, 2))
+    yield protobuf_field(_INPUT, _port(f"{name}.rows", INT64, 2))
+    yield protobuf_field(_INPUT, _port(f"{name}.seen", INT64, 1))
+    yield protobuf_field(_OUTPUT, _port(f"{name}.computed", FLOAT, 3))
 
 
 def _gather(inputs: Iterable[str], output: str, axis: int) -> bytes:
-    attribute = field(1, b"axis") + field(3, axis) + field(20, 2)  # name, i, type INT
-    fields = [*(field(1, name.encode()) for name in inputs), field(2, output.encode())]
-    return b"".join((*fields, field(3, f"cut_{output}".encode()), field(4, b"Gather"), field(5, attribute)))
+    attribute = protobuf_field(1, b"axis") + protobuf_field(3, axis) + protobuf_field(20, 2)  # name, i, type INT
+    fields = [*(protobuf_field(1, name.encode()) for name in inputs), protobuf_field(2, output.encode())]
+    return b"".join(
+        (
+            *fields,
+            protobuf_field(3, f"cut_{output}".encode()),
+            protobuf_field(4, b"Gather"),
+            protobuf_field(5, attribute),
+        )
+    )
 
 
 def _port(name: str, element: int, rank: int) -> bytes:
     """ValueInfoProto of a tensor with `rank` free dimensions."""
-    shape = b"".join(field(1, field(2, f"{name}.{i}".encode())) for i in range(rank))
-    tensor = field(1, element) + field(2, shape)
-    return field(1, name.encode()) + field(2, field(1, tensor))
+    shape = b"".join(protobuf_field(1, protobuf_field(2, f"{name}.{i}".encode())) for i in range(rank))
+    tensor = protobuf_field(1, element) + protobuf_field(2, shape)
+    return protobuf_field(1, name.encode()) + protobuf_field(2, protobuf_field(1, tensor))

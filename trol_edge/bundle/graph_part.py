@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from trol_edge.bundle.protobuf import field, protobuf_fields
+from trol_edge.bundle.protobuf import protobuf_field, protobuf_fields
 from trol_edge.errors import BundleError
 
 # Numbers of fields in ONNX's messages.
@@ -40,7 +40,7 @@ def part_of_layer(model: bytes, layer: int, arrays: Mapping[str, NDArray[Any]]) 
     Raises BundleError if nothing computes the layer.
     """
     return b"".join(
-        field(number, _graph(content, layer, arrays) if number == _GRAPH else content)
+        protobuf_field(number, _graph(content, layer, arrays) if number == _GRAPH else content)
         for number, content in protobuf_fields(memoryview(model))
     )
 
@@ -50,21 +50,25 @@ def _graph(content: Any, layer: int, arrays: Mapping[str, NDArray[Any]]) -> byte
     nodes = _needed(parts[_NODE], layer)
     read = {name for node in nodes for name in _names(node, _READS)}
     to = {f"{name}_{layer}": name for name in (*INPUTS, *OUTPUTS)}
-    found = [field(_NODE, _renamed(_renamed(node, _READS, to), _MAKES, to)) for node in nodes]
-    found.append(field(_NAME, f"layer_{layer}".encode()))
+    found = [protobuf_field(_NODE, _renamed(_renamed(node, _READS, to), _MAKES, to)) for node in nodes]
+    found.append(protobuf_field(_NAME, f"layer_{layer}".encode()))
     for tensor in parts.get(_INITIALIZER, ()):
         name = _name(tensor, _TENSOR_NAME)
         if name in read:
-            found.append(field(_INITIALIZER, _held(tensor, arrays[name]) if name in arrays else tensor))
-    found += [field(_INPUT, _renamed(p, _PORT_NAME, to)) for p in parts[_INPUT] if _name(p, _PORT_NAME) in read]
-    found += [field(_OUTPUT, _renamed(p, _PORT_NAME, to)) for p in parts[_OUTPUT] if _name(p, _PORT_NAME) in to]
+            found.append(protobuf_field(_INITIALIZER, _held(tensor, arrays[name]) if name in arrays else tensor))
+    found += [
+        protobuf_field(_INPUT, _renamed(p, _PORT_NAME, to)) for p in parts[_INPUT] if _name(p, _PORT_NAME) in read
+    ]
+    found += [
+        protobuf_field(_OUTPUT, _renamed(p, _PORT_NAME, to)) for p in parts[_OUTPUT] if _name(p, _PORT_NAME) in to
+    ]
     return b"".join(found)
 
 
 def _held(tensor: Any, array: NDArray[Any]) -> bytes:
     """A tensor with its numbers in it."""
-    fields = [field(key, value) for key, value in protobuf_fields(tensor) if key not in _ELSEWHERE]
-    return b"".join((*fields, field(_RAW, array.tobytes())))
+    fields = [protobuf_field(key, value) for key, value in protobuf_fields(tensor) if key not in _ELSEWHERE]
+    return b"".join((*fields, protobuf_field(_RAW, array.tobytes())))
 
 
 def _parts(content: Any) -> dict[int, list[Any]]:
@@ -104,5 +108,5 @@ def _renamed(message: Any, number: int, names: Mapping[str, str]) -> bytes:
     for key, value in protobuf_fields(message):
         if key == number and bytes(value).decode() in names:
             value = names[bytes(value).decode()].encode()
-        fields.append(field(key, value))
+        fields.append(protobuf_field(key, value))
     return b"".join(fields)

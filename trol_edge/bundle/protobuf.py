@@ -56,14 +56,14 @@ def varints(data: bytes | memoryview) -> Iterator[int]:
         yield number
 
 
-def field(number: int, content: Any) -> bytes:
+def protobuf_field(number: int, content: Any) -> bytes:
     """A field of a message: a varint for an int, else bytes with their length."""
     if isinstance(content, int):
-        return _encoded(number * 8) + _encoded(content)
-    return _encoded(number * 8 + 2) + _encoded(len(content)) + bytes(content)
+        return _written(number * 8) + _written(content)
+    return _written(number * 8 + 2) + _written(len(content)) + bytes(content)
 
 
-def _encoded(number: int) -> bytes:
+def _written(number: int) -> bytes:
     out = bytearray()
     while number >= 0x80:
         out.append(number & 0x7F | 0x80)

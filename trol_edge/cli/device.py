@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,13 @@ import typer
 from rich.table import Table
 
 from trol_edge.cli.show import Json, err, out, peak_bytes, phases, print_json
+
+
+class Form(str, enum.Enum):
+    """How a decoder is divided into engines."""
+
+    WHOLE = "whole"
+    LAYERS = "layers"
 
 
 def targets(
@@ -65,6 +73,10 @@ def build(
         float | None, typer.Option(help="Memory of the device in GB, which engines and K/V cache must fit.")
     ] = None,
     workspace: Annotated[float | None, typer.Option(help="Most scratch memory of one layer, in GB.")] = None,
+    engines: Annotated[
+        Form,
+        typer.Option(help="Two engines for the whole decoder, or one for each of its layers."),
+    ] = Form.WHOLE,
     force: Annotated[bool, typer.Option("--force", help="Build even if the present engines are valid.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -80,6 +92,7 @@ def build(
             memory_bytes=None if memory is None else int(memory * 1e9),
             workspace_bytes=None if workspace is None else int(workspace * 1e9),
             force=force,
+            by_layer=engines is Form.LAYERS,
             progress=progress,
         )
     seconds, peak = time.perf_counter() - start, peak_bytes()

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from trol_edge.bundle.engines import ENGINES, GIVEN, EngineSet, folder_of, gives_rows, read
+from trol_edge.bundle.engines import GIVEN, EngineSet, folder_of, gives_rows, read
+from trol_edge.bundle.layer_graphs import HEAD, graphs_of, layer_name
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.programs import traffic_of
 from trol_edge.bundle.sizes import shared_weights
@@ -19,6 +20,7 @@ from trol_edge.plan.subject import TEXT_TOKENS
 from trol_edge.program.traffic import Moved, Traffic
 
 Products = dict[str, tuple[int, int]]  # type -> operations planned, and found
+STEP = ", step"  # what a layer's engine is called when it runs one token
 SMALL = 100_000  # kernels that move less share a row
 
 
@@ -42,15 +44,11 @@ def show_programs(bundle: Bundle, tokens: int | None, filled: int | None, as_jso
     products: dict[str, dict[str, Products]] = {}
     for engines in sets:
         target = engines.key.target
-        for name in ENGINES:
-            graph = manifest.graphs[name]
-            # A step adds one row to those that are filled, and some traverses take a prompt in parts.
-            sizes = dims if name == "traverse" else dims | {"tokens": 1, "slots": max(1, filled)}
-            if name == "traverse" and gives_rows(graph):
-                sizes = dims | {"tokens": min(tokens, GIVEN)}
-            traffic = _traffic(bundle, engines, name, sizes, max(tokens, filled) if name == "traverse" else filled)
-            found.setdefault(target, {})[name] = traffic
-            products.setdefault(target, {})[name] = _products(graph, sizes, traffic)
+        for name, graph in graphs_of(bundle, engines.engines).items():
+            for label, sizes, rows in _runs(name, graph, dims, filled):
+                traffic = _traffic(bundle, engines, name, graph, sizes, rows)
+                found.setdefault(target, {})[label] = traffic
+                products.setdefault(target, {})[label] = _products(graph, sizes, traffic)
     if as_json:
         given = {"tokens": tokens, "filled": filled, "images": tiles}
         shown = {t: {n: _to_dict(x, products[t][n]) for n, x in of.items()} for t, of in found.items()}
@@ -61,19 +59,34 @@ def show_programs(bundle: Bundle, tokens: int | None, filled: int | None, as_jso
             f"{manifest.model}, {engines.precision}, {engines.key.library}: bytes of one run, counted in the engines' "
             f"programs, for {tokens} tokens of a prompt, {filled} filled rows, {tiles} picture(s) or tile(s)"
         )
+        parts = tokens > GIVEN and gives_rows(manifest.graphs["traverse"])
         for name, traffic in found[engines.key.target].items():
-            parts = name == "traverse" and gives_rows(manifest.graphs[name]) and tokens > GIVEN
-            _print(f"{name}, {GIVEN} tokens at a time" if parts else name, traffic, products[engines.key.target][name])
+            long = parts and (name == "traverse" or (name.startswith("layer_") and STEP not in name))
+            label = f"{name}, {GIVEN} tokens at a time" if long else name
+            # Layers are alike, so the kernels of the first one stand for all.
+            kernels = not name.startswith("layer_") or name.removesuffix(STEP) == layer_name(0)
+            _print(label, traffic, products[engines.key.target][name], kernels)
 
 
-def _traffic(bundle: Bundle, engines: EngineSet, name: str, dims: dict[str, int], filled: int) -> Traffic | str:
+def _runs(name: str, graph: GraphInfo, dims: dict[str, int], filled: int) -> list[tuple[str, dict[str, int], int]]:
+    """An engine's runs: what to call each, its sizes, and the filled rows of the cache. A layer has two."""
+    # A step adds one row to those that are filled, and some engines take a prompt in parts.
+    step = (name, dims | {"tokens": 1, "slots": max(1, filled)}, filled)
+    if name in ("vision", "step", HEAD):
+        return [step]
+    prompt = (name, dims | {"tokens": min(dims["tokens"], GIVEN)} if gives_rows(graph) else dims, dims["slots"])
+    return [prompt, (name + STEP, *step[1:])] if name.startswith("layer_") else [prompt]
+
+
+def _traffic(
+    bundle: Bundle, engines: EngineSet, name: str, graph: GraphInfo, dims: dict[str, int], filled: int
+) -> Traffic | str:
     """The traffic of an engine, or why it cannot be seen."""
     from trol_edge.runtimes.trt.programs import programs
 
     try:
-        graph, context = bundle.manifest.graphs[name], bundle.manifest.context
-        profiles = programs(bundle, engines, name, dims)
-        return traffic_of(graph, context, profiles, dims, filled, shared_weights(bundle))
+        profiles = programs(bundle, engines, name, graph, dims)
+        return traffic_of(graph, bundle.manifest.context, profiles, dims, filled, shared_weights(bundle))
     except (BundleError, BackendError) as error:
         return str(error)
 
@@ -87,16 +100,18 @@ def _products(graph: GraphInfo, dims: dict[str, int], traffic: Traffic | str) ->
     return products.table(products.operations(graph, dims), products.products(traffic))
 
 
-def _print(name: str, traffic: Traffic | str, products: Products) -> None:
+def _print(name: str, traffic: Traffic | str, products: Products, kernels: bool) -> None:
     if isinstance(traffic, str):
         out.print(f"{name}: nothing is known of its program: {traffic}", soft_wrap=True)
         return
-    times = f", {traffic.ratio:.2f} times what it must" if name == "step" else ""
+    times = f", {traffic.ratio:.2f} times what it must" if name == "step" or name.endswith(STEP) else ""
     out.print(
         f"{name}: moves {_mb(traffic.moved)} MB{times}; constants {_mb(traffic.constants)}, filled rows "
         f"{_mb(traffic.cache)}, results {_mb(traffic.results)}; holds {_mb(traffic.scratch)} MB of scratch",
         soft_wrap=True,
     )
+    if not kernels:
+        return
     table = Table(box=None, padding=(0, 1))
     for column in ("runs", "kernel", "product", "read MB", "written MB"):
         table.add_column(column, justify="left" if column in ("kernel", "product") else "right")
