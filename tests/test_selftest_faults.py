@@ -45,7 +45,7 @@ def test_faults_in_int8(exported: Callable[..., Path], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", NANOS)
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4", "int8-dynamic"])
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4", "int8-dynamic", "int4-dynamic"])
 def test_faults_on_a_cpu(model: str, recipe: str, exported: Callable[..., Path], tmp_path: Path) -> None:
     """Nothing is wrong in any healthy variant, and a sample of the faults is found and named."""
     folder = exported(CHECKPOINTS / model, recipe=recipe)

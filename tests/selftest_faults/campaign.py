@@ -19,6 +19,7 @@ from typing import Any
 import onnxruntime
 
 from trol_edge.bundle.names import MANIFEST
+from trol_edge.bundle.precision import DYNAMIC
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = ROOT / "build" / "fault-catalogue"
@@ -30,7 +31,7 @@ the tokenizer. `make fault-catalogue` does that, on a CPU and on the stand-in fo
 a CPU; it wrote this page. A cell says how many faults were put in: how many were found, how many were named right.
 """
 MODELS = ("trol-nano", "trol-nano-phi3")
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8", "int8-dynamic")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8", "int8-dynamic", "int4-dynamic")
 
 
 def clean(folders: Iterable[Path], times: int) -> tuple[list[str], dict[str, list[float]], int]:
@@ -88,7 +89,8 @@ def export_all(precisions: Iterable[str], keep: bool) -> dict[tuple[str, str, st
     found = {}
     for model in MODELS:
         for precision in precisions:
-            for target in {"fp8": (TARGET,), "int8-dynamic": ("cpu",)}.get(precision, ("cpu", TARGET)):
+            targets = {"fp8": (TARGET,)} | dict.fromkeys(DYNAMIC, ("cpu",))
+            for target in targets.get(precision, ("cpu", TARGET)):
                 folder = BUNDLES / target / f"{model}-{precision}"
                 found[precision, model, target] = folder
                 if keep and (folder / MANIFEST).exists():
