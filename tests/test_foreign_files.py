@@ -305,6 +305,7 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "tower's width": lambda d: d["spec"]["vision"].update(hidden_size=2**17),
     "patches": lambda d: d["spec"]["vision"].update(image_size=2**13, patch_size=1),
     "many unknown keys": lambda d: d.update({f"key {i}": 1 for i in range(50_000)}),
+    "a name without end": lambda d: d.update(model="x" * 2_000_000),
     "a long unknown key": lambda d: d.update({"x" * 1_000_000: 1}),
     "endless costs": lambda d: costs(d)["operations"][0].update(flops={"*".join(["tokens"] * 100_000): 1}),
     "endless peak": lambda d: costs(d).update(peak=[{"*".join(["slots"] * 100_000): 1}]),

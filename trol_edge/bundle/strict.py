@@ -13,6 +13,7 @@ from trol_edge.reading import listing
 
 T = TypeVar("T")
 MOST_NUMBER = 1 << 63
+MOST_TEXT = 1 << 20  # characters
 
 
 def from_dict(
@@ -46,6 +47,9 @@ def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    if isinstance(value, str) and len(value) > MOST_TEXT:
+        problems.append(f"{where}: a text of {len(value)} characters is too long")
+        return None
     if type(value) is hint and (hint is str or hint is bool or (hint is int and abs(value) < MOST_NUMBER)):
         return value  # most values of a manifest
     origin, args = _parts(hint)
