@@ -66,6 +66,8 @@ class Comparison:
     accuracy_percent: float | None
     reference_accuracy_percent: float | None
     lost_points: float | None  # accuracy of the reference minus accuracy of the bundle
+    passes: str  # the layers, and which of them have a second pass, in words
+    reference_passes: str
 
 
 def compare(
@@ -122,6 +124,7 @@ def _compare(
 
     with probed(reference, keep(0), threads) as a, probed(other, keep(1), threads) as b:
         _require_same_model(reference, a, other, b)
+        passes = [runtime.bundle.manifest.passes for runtime in (a, b)]
         ratios: dict[str, list[NDArray[np.float64]]] = {}
         divergences: list[float] = []
         top: list[bool] = []
@@ -176,6 +179,8 @@ def _compare(
         accuracy_percent=accuracy,
         reference_accuracy_percent=reference_accuracy,
         lost_points=None if accuracy is None or reference_accuracy is None else reference_accuracy - accuracy,
+        passes=passes[1],
+        reference_passes=passes[0],
     )
 
 
@@ -226,6 +231,8 @@ def summary(comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
         reference = f"{first.reference_accuracy_percent:.2f}"
         cells = [f"{c.accuracy_percent:.2f} (lost {c.lost_points:+.2f})" for c in comparisons]
         rows.append((f"right answers, % (reference {reference})", cells))
+    if any(c.passes != first.reference_passes for c in comparisons):
+        rows.append((f"passes (reference {first.reference_passes})", [c.passes for c in comparisons]))
     return rows
 
 

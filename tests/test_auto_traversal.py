@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -16,7 +15,6 @@ from tests import shut_gate
 from tests.conftest import NANO
 from trol_edge.bundle.folder import digest_of
 from trol_edge.bundle.manifest import Bundle
-from trol_edge.bundle.spec import TraversalChoice
 from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.run import calibrate
 from trol_edge.calibration.sensitivity import find_plan
@@ -105,7 +103,7 @@ def test_the_bundle_says_so(
     export(checkpoint, given, traversal=OPEN, record_selftest=False)
     other = Bundle(given).manifest
     assert other.traversal is None and "traversal" not in json.loads((given / "bundle.json").read_text("utf-8"))
-    assert dataclasses.replace(other.spec) == manifest.spec
+    assert other.spec == manifest.spec
     assert {n: g.operators for n, g in other.graphs.items()} == {n: g.operators for n, g in manifest.graphs.items()}
 
 
@@ -133,6 +131,8 @@ def test_who_gets_what(checkpoint: Path) -> None:
     for limit in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="choose a limit above 0"):
             budget(checkpoint, int8, limit)
+        with pytest.raises(UsageError, match="choose a limit above 0"):
+            choose(checkpoint, "nowhere", limit)
 
 
 def test_the_search_for_precision_counts_it(checkpoint: Path, calibration: Path) -> None:
@@ -179,4 +179,3 @@ def test_refused_before_any_work(
 def test_refused_by_the_function(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="gather statistics with"):
         choose(checkpoint, tmp_path, DEFAULT_NATS)
-    assert TraversalChoice(0.0, 1.0, 1.0, 1) == TraversalChoice(nats=0.0, max_nats=1.0, same_top=1.0, samples=1)

@@ -88,6 +88,20 @@ def test_a_contender_that_fails_has_its_error_in_its_row(nano_bundle: Path, tmp_
     assert row["error"] == sample["error"] and not row["prompts"]
 
 
+@pytest.mark.heavy
+def test_half_of_the_second_passes(tmp_path: Path) -> None:
+    """A contender of its own: the same weights, a second pass in the first half of the layers, passes as they are."""
+    bundle = bench.prepare(
+        bench.SHAPES["nano"], ["int8-half"], tmp_path, {}, {"int8-half": sys.executable}, {}, lambda line: None
+    )["int8-half"].bundle
+    manifest = Bundle(bundle).manifest
+    assert (manifest.plan.recipe, manifest.spec.traversed) == ("int8", (0, 1))
+    few = dataclasses.replace(bench.SHAPES["nano"], repeats=1, decode=2, own_steps=2)
+    job = contenders.Task("int8-half", str(NANO), bundle, "", {"text": [1, 5, 7]}, None, few, 1)
+    (row,) = bench.summary("nano", {"int8-half": job}, {"int8-half": [bench.run_task(job)]})["contenders"]
+    assert row["error"] is None and row["prefill_passes"] == 1.4
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(UsageError, match="huge"):
         bench.bench(("huge",))
@@ -123,15 +137,18 @@ def test_targets_are_judged_by_what_was_measured() -> None:
         return made
 
     rows = [row("int8", 80, 10), row("Q8_0", 60, 9), row("Q4_0", 90, 20), row("int4", 80, 19)]
+    rows.append(row("int8-half", 100, 10) | {"peak_bytes": 131})
     found = {t["what"]: (round(t["ratio"], 3), t["met"]) for t in bench.targets(rows, "long")}
     assert found == {
         "prefill, one pass (each of our two passes counted) / llama.cpp's best": (1.778, True),
         "whole two-pass traverse / llama.cpp's best single pass": (0.889, True),
         "prefill, one pass, INT4 / llama.cpp's best": (1.778, True),
+        "prefill, second pass in half of the layers / in all": (1.25, True),
         "decode, 8 bits / llama.cpp Q8_0": (1.111, True),
         "decode, 4 bits / llama.cpp Q4_0": (0.95, False),
         "peak memory / weights held, INT8": (1.3, True),
         "peak memory / weights held, INT4": (1.3, True),
+        "peak memory / weights held, INT8, second pass in half": (1.31, False),
     }
     assert bench.targets(rows, "text") == []
 

@@ -19,10 +19,11 @@ from tests.test_pruning import PRUNED, Asked, question
 from trol_edge.bundle.folder import digest_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.sizes import cache_bytes
-from trol_edge.calibration.compare import compare
+from trol_edge.calibration.compare import compare, summary
 from trol_edge.calibration.samples import load
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.machine.devices import find
+from trol_edge.measure.bench import bundle_id
 from trol_edge.plan.memory import memory_of
 from trol_edge.plan.rates import platform_of
 from trol_edge.plan.subject import subject_of
@@ -173,6 +174,7 @@ def test_the_self_test_follows(chosen_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(chosen_bundle, folder)
     report = verify(folder, threads=1)
     assert report.first_wrong is None, report.verdict
+    assert report.passes == Bundle(chosen_bundle).manifest.passes and "second pass in" in report.passes
     names = [stage.name for stage in report.stages]
     chosen = CHOSEN[Bundle(chosen_bundle).manifest.model]
     assert {int(n.split(".")[2]) for n in names if n.startswith("traverse.layers.") and "pass2" in n} == set(chosen)
@@ -191,6 +193,13 @@ def test_plans_count_it(bundle_of: Callable[[str], Path], exported: Callable[...
     assert 0.68 < work[1] / work[0] < 0.75
 
 
+def test_profiles_say_so(bundle_of: Callable[[str], Path], exported: Callable[..., Path]) -> None:
+    """A bundle of fewer passes is no twin of the model's, and no baseline of it."""
+    whole, fewer = (bundle_id(Bundle(f)) for f in (bundle_of("trol-nano"), exported(NANO, traversal="1,3")))
+    assert (whole.kind, fewer.kind) == ("fp32", "fp32, second pass in 2 layer(s)")
+    assert whole.traversed is None and fewer.traversed == (1, 3)
+
+
 def test_it_is_compared(bundle_of: Callable[[str], Path], exported: Callable[..., Path]) -> None:
     """With the model itself, in the layers that both pass twice, and in logits."""
     chosen = exported(NANO, traversal="1,3")
@@ -198,6 +207,9 @@ def test_it_is_compared(bundle_of: Callable[[str], Path], exported: Callable[...
     for comparison in found:
         names = [place.name for place in comparison.places if place.name.startswith("decoder.")]
         assert names == ["decoder.layers.1", "decoder.layers.3"]
+    row = dict(summary(found))["passes (reference 5 layers x 2 passes)"]
+    assert row == ["5 layers, second pass in 2 (1, 3)", "5 layers x 2 passes"]
+    assert not any(title.startswith("passes") for title, _ in summary(found[1:]))
     assert found[0].kl_nats > 1e-6 > found[1].kl_nats
 
 

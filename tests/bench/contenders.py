@@ -279,7 +279,7 @@ class Kind:
     label: str
     precision: str
     make: Callable[[Task], Contender]
-    prefill_passes: int
+    prefill_passes: float  # of a prompt token through a layer, the mean over layers
     # For a peer: modules that must be installed, here or in its own interpreter; how to; what makes its model.
     modules: tuple[str, ...] = ()
     install: str = ""
@@ -296,6 +296,7 @@ _OPENVINO = ("openvino", "optimum.intel", "nncf"), "optimum-intel openvino nncf"
 CONTENDERS = {
     "fp32": Kind("trol-edge bundle", "FP32", BundleContender, 2),
     "int8": Kind("trol-edge bundle", "INT8", BundleContender, 2),
+    "int8-half": Kind("trol-edge bundle", "INT8, second pass in half", BundleContender, 1.5),
     "int4": Kind("trol-edge bundle", "INT4", BundleContender, 2),
     "int4-dynamic": Kind("trol-edge bundle", "INT4, once", BundleContender, 2),
     "torch": Kind("torch reference", "FP32", TorchContender, 2),

@@ -729,8 +729,8 @@ FAULTS = (
     ),
     Fault(
         "calibration/run.py",
-        "    if found is not None and not overwrite:\n        what",
-        "    if found is None and not overwrite:\n        what",
+        "    if found is not None and not same and not overwrite:\n        what",
+        "    if found is None and not same and not overwrite:\n        what",
         "statistics of other samples are replaced without a word",
         ("tests/test_calibration.py",),
     ),

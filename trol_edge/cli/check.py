@@ -33,7 +33,8 @@ def verify(
             mark = Text("ok") if stage.good else Text("--", "red")
             table.add_row(mark, title, f"{stage.drift:.1e}", f"{stage.budget:.0e}", stage.text)
         out.print(table)
-        where = f"{report.target}, {report.precision}, {report.runs_on}; {report.machine}; {report.seconds:.1f} s"
+        what = f"{report.target}, {report.precision}, {report.runs_on}; {report.passes}"
+        where = f"{what}; {report.machine}; {report.seconds:.1f} s"
         out.print(f"{where}\n{report.verdict}", soft_wrap=True)
     if report.first_wrong is not None:
         raise typer.Exit(1)

@@ -137,7 +137,7 @@ def _show_profile(profile: Any, rows: list[dict[str, Any]]) -> None:
     titles = STAGES | STARTS
     runs = [(measured, run) for measured in profile.bundles for run in measured.runs]
     for (measured, run), row in zip(runs, rows, strict=True):
-        title = f"{measured.bundle.folder} ({measured.bundle.precision}), {case_name(run.case)}"
+        title = f"{measured.bundle.folder} ({measured.bundle.kind}), {case_name(run.case)}"
         out.print(title, style="italic")
         table = Table(box=None, padding=(0, 2))
         table.add_column("ms")

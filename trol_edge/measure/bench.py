@@ -115,6 +115,7 @@ def bundle_id(bundle: Bundle) -> BundleId:
         bytes=sum(info.bytes for info in manifest.files.values()),
         manifest_sha256=sha256_of(bundle.folder / MANIFEST),
         created_by=manifest.created_by,
+        traversed=manifest.spec.traversed,
     )
 
 

@@ -156,9 +156,9 @@ def _same_machine(old: Profile, new: Profile) -> None:
         )
 
 
-def _key(measured: BundleProfile) -> tuple[str, str, str, int]:
+def _key(measured: BundleProfile) -> tuple[object, ...]:
     bundle = measured.bundle
-    return bundle.model, bundle.target, bundle.precision, bundle.context
+    return bundle.model, bundle.target, bundle.precision, bundle.context, bundle.traversed
 
 
 def _asked(run: Run) -> tuple[object, ...]:
@@ -166,4 +166,4 @@ def _asked(run: Run) -> tuple[object, ...]:
 
 
 def _listed(profile: Profile) -> str:
-    return ", ".join(f"{b.model} {b.target} {b.precision} {b.context}" for b in (m.bundle for m in profile.bundles))
+    return ", ".join(f"{b.model} {b.target} {b.kind} {b.context}" for b in (m.bundle for m in profile.bundles))

@@ -124,8 +124,8 @@ def _rows(profile: Profile, first: int, old: bool) -> list[Row]:
     found = []
     for i, measured in enumerate(profile.bundles):
         b = measured.bundle
-        name = f"{b.model} {b.precision}" if many else b.precision
-        twins = [m.bundle for m in profile.bundles if (m.bundle.model, m.bundle.precision) == (b.model, b.precision)]
+        name = f"{b.model} {b.kind}" if many else b.kind
+        twins = [m.bundle for m in profile.bundles if (m.bundle.model, m.bundle.kind) == (b.model, b.kind)]
         name += f" ({b.folder})" if len(twins) > 1 else ""
         name += ", baseline" if old else ""
         hue = f"var(--h{(first + i) % HUES})"
@@ -316,7 +316,7 @@ def _notes(profile: Profile, rows: Sequence[Row]) -> str:
         said += f"<li>{line}{where}</li>"
     how = "".join(f"<li>{escape(line)}</li>" for line in _how(profile))
     bundles = "".join(
-        f"<li>{escape(b.model)} {escape(b.precision)} for {escape(b.target)}, {b.bytes / 1e6:.1f} MB, "
+        f"<li>{escape(b.model)} {escape(b.kind)} for {escape(b.target)}, {b.bytes / 1e6:.1f} MB, "
         f"{escape(b.created_by)}: {escape(b.folder)}, bundle.json sha256 {b.manifest_sha256[:16]}</li>"
         for b in (row.measured.bundle for row in per_bundle(rows))
     )

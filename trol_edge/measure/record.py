@@ -42,6 +42,14 @@ class BundleId:
     bytes: int
     manifest_sha256: str  # of bundle.json, whose hashes cover everything in the bundle
     created_by: str
+    traversed: tuple[int, ...] | None = None  # the layers with a second pass; None: all
+
+    @property
+    def kind(self) -> str:
+        """The recipe, and where second passes were left out how many layers have one."""
+        if self.traversed is None:
+            return self.precision
+        return f"{self.precision}, second pass in {len(self.traversed)} layer(s)"
 
 
 @dataclasses.dataclass(frozen=True)

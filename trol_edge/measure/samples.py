@@ -228,6 +228,7 @@ def summary(profile: Profile) -> list[dict[str, Any]]:
                 "bundle": measured.bundle.folder,
                 "model": measured.bundle.model,
                 "precision": measured.bundle.precision,
+                "traversed": measured.bundle.traversed,
                 "case": dataclasses.asdict(run.case),
                 **dataclasses.asdict(found),
                 "tokens_per_s": tokens_per_s(run),

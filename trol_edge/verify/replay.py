@@ -129,6 +129,7 @@ def _report(bundle: Bundle, runs_on: str, stages: Sequence[Stage], seconds: floa
         stages=tuple(stages),
         seconds=seconds,
         notes=tuple(notes),
+        passes=bundle.manifest.passes,
     )
 
 

@@ -115,6 +115,7 @@ class Report:
     stages: tuple[Stage, ...]
     seconds: float
     notes: tuple[str, ...] = ()  # what to know about this result
+    passes: str = ""  # the layers, and which of them have a second pass
 
     @property
     def first_wrong(self) -> Stage | None:
