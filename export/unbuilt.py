@@ -62,6 +62,7 @@ class Unbuilt:
 
         return dataclasses.replace(
             two,
+            layers=layers,
             graphs={name: counts.repeat(one.graphs[name], two.graphs[name], n) for name, n in depth.items()},
             weights={name: grown(one.weights[name], two.weights[name], n) for name, n in depth.items()},
             decoder_bytes=grown(one.decoder_bytes, two.decoder_bytes, layers),
@@ -141,6 +142,7 @@ class Unbuilt:
             shared=False,
             embedding_bytes=shapes[EMBEDDING][0] * shapes[EMBEDDING][1] * round(embedding.itemsize),
             cache_bytes=caches,
+            hidden_size=spec.hidden_size,
         )
 
     def _trace(self, name: str, spec: ModelSpec) -> ir.Model:

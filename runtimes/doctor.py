@@ -290,7 +290,7 @@ def _engines(bundle: Bundle, target: Target, found: list[Gpu] | str) -> list[Che
             verified(bundle, engines, name)
     except BundleError as error:
         return [Check("engines", False, str(error), True)]
-    built = f"{', '.join(engines.engines)} by {engines.key.library}, hashes as recorded"
+    built = f"{engines} by {engines.key.library}, hashes as recorded"
     checks = [Check("engines", True, built, True)]
     try:
         key = key_here(target, load(target.module), found[0] if isinstance(found, list) else None)

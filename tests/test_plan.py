@@ -257,10 +257,12 @@ def test_verdicts(nano: rates_module.Platform) -> None:
     assert desktop.changes == ("boot without a desktop",)
     assert desktop.memory.remains < plan.RESERVE_BYTES, "the numbers are those of what was asked for"
 
-    fewer = plan.plan(subject(2.1, cache_bytes=2 * GB), nano, desktop=True)
+    fewer = plan.plan(subject(2.1, cache_bytes=3 * GB), nano, desktop=True, reserve=3 * GB)
     assert fewer.changes == (
         "at most 1 tile(s) a picture (--max-tiles 1) and a context of 512 tokens",
         "boot without a desktop",
+        "engines by layer (trol-edge build --engines layers)",
+        "one K/V set (prefix_reuse=False; each question is computed again)",
     )
     assert plan.plan(subject(2.1, cache_bytes=2 * GB), nano, reserve=10 * GB).verdict == "does not fit"
 
@@ -276,9 +278,27 @@ def test_verdicts(nano: rates_module.Platform) -> None:
     assert (shared.verdict, shared.memory.weights) == ("fits", 3.5 * GB)
     assert shared.memory.build < plan.plan(shareable, nano).memory.build, "weights outside are not built in"
 
-    smaller = plan.plan(subject(5.0), nano, smaller=lambda: iter([subject(1.0, "int4")]))
+    smaller = plan.plan(subject(9.0), nano, smaller=lambda: iter([subject(1.0, "int4")]))
     assert smaller.changes == ("precision int4",)
-    assert plan.plan(subject(5.0), nano).verdict == "does not fit"
+    assert plan.plan(subject(9.0), nano).verdict == "does not fit"
+
+
+def test_engines_by_layer(nano: rates_module.Platform) -> None:
+    """They hold the decoder once, take turns with one scratch memory, and can do without the second K/V set."""
+    made = subject(3.0, hidden_size=1000, programs={"traverse": (counts(GB, scratch=4 * GB),)})
+    whole, layered = plan.plan(made, nano), plan.plan(made.in_layers(), nano)
+    assert whole.changes == ("engines by layer (trol-edge build --engines layers)",)
+    assert (whole.memory.weights, layered.memory.weights) == (6.1 * GB, 3.1 * GB)
+    states, new = 3 * 4 * 1000 * 2048, GB // 2 // 10 // 8
+    assert layered.memory.activations == GB // 10 + states + new, "the larger of the two peaks, once"
+    assert (layered.verdict, layered.memory.cache) == ("fits", GB)
+    held = dataclasses.replace(made.in_layers(), scratch_bytes=GB)
+    assert plan.plan(held, nano).memory.activations == GB + states + new
+    assert layered.memory.build < whole.memory.build / 3
+    tight = plan.plan(subject(3.0, cache_bytes=2 * GB, most_tiles=0), nano, subject_module.Workload(answer=1900))
+    assert [text.split(" (")[0] for text in tight.changes] == ["engines by layer", "one K/V set"]
+    shareable = plan.plan(subject(3.2, shareable_bytes=3 * GB).in_layers(), nano, reserve=6 * GB)
+    assert shareable.verdict == "does not fit", "engines by layer share nothing"
 
 
 def test_shorter_context(nano: rates_module.Platform) -> None:

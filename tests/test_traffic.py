@@ -22,7 +22,7 @@ from trol_edge.runtimes.trt.products import differences, operations, products
 MODELS, RECIPES = ("trol-1.8b", "trol-3.8b"), ("fp16", "int8", "int4", "fp8")
 MOST = 1.10  # times constants, filled rows and logits
 SCRATCH = 32_000_000  # bytes
-LAYER_FILE = 1.07  # times the weights of a layer
+LAYER_FILE = 1.05  # times the weights of a layer
 LAYER_SCRATCH = 60_000_000  # bytes, for at most 512 tokens
 
 
@@ -138,10 +138,10 @@ def test_a_layer_holds_its_weights_once(model: str, recipe: str, tmp_path: Path)
             f"{model} {recipe}: weights {weights / 1e6:.1f} MB, engine {engine.stat().st_size / 1e6:.1f}; {tokens} of "
             f"{slots} moves {found.moved / 1e6:.1f} ({found.ratio:.2f}), scratch {found.scratch / 1e6:.1f}"
         )
-        assert found.constants <= 1.01 * weights
+        assert found.constants <= 1.01 * weights + tables(made)
         assert found.scratch < LAYER_SCRATCH
         if tokens == 1:
-            assert found.moved <= 1.05 * (found.constants + 3 * found.cache) + 1.6 * tables(made)
+            assert found.moved <= 1.05 * (weights + 3 * found.cache) + 3 * tables(made)
 
 
 def tables(made: one_layer.Graph) -> int:

@@ -19,7 +19,13 @@ from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.precision import BITS
-from trol_edge.bundle.sizes import build_bytes, device_bytes, engine_weight_bytes, shared_weights
+from trol_edge.bundle.sizes import (
+    build_bytes,
+    device_bytes,
+    engine_weight_bytes,
+    layered_bytes,
+    shared_weights,
+)
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli import main as cli
 from trol_edge.errors import BackendError, BundleError, UsageError
@@ -144,6 +150,29 @@ def test_every_precision_is_really_built(model: str, precision: str, traces: dic
         assert set(found) <= {stored[kind] for kind in quantized}
         if name != "vision" and precision in stored:
             assert found[stored[precision]] > 0
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4", "fp8"])
+def test_layers_are_really_built(precision: str, traces: dict[Any, Any], tmp_path: Path) -> None:
+    """One engine for each layer's prompts and steps, with every weight once and the products of the plan."""
+    library_or_skip()
+    bundle = recipe(NANOS[0], precision, tmp_path / "bundle")
+    done = trt_build.build(bundle, by_layer=True)
+    assert read(bundle, "rtx") == done.engines and list(done.engines.engines) == LAYERED
+    assert str(done.engines) == "vision, mixture, head, 5 layers"
+    assert sum(engine.weight_bytes for engine in done.engines.engines.values()) == layered_bytes(bundle) - sum(
+        tensor.nbytes for tensor in shared_weights(bundle).values()
+    )
+    for name, engine in done.engines.engines.items():
+        if name.startswith("layer_"):
+            assert [profile["tokens"] for profile in engine.profiles] == [(1, 256, 256)]
+            assert len(engine.programs) == 1
+        if precision in ("int8", "fp8") and name not in ("vision", "mixture"):
+            asked, found = engine.products[precision]
+            assert asked == pytest.approx(found, rel=0.05)
+    planned = subject_of(bundle)
+    assert planned.by_layer and planned.scratch_bytes > 0 and set(planned.programs) == {"vision"}
 
 
 @pytest.mark.rtx

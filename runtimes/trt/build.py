@@ -20,6 +20,7 @@ from trol_edge.bundle.engines import (
     ENGINES,
     FORMAT_VERSION,
     GIVEN,
+    PART,
     EngineInfo,
     EngineSet,
     Key,
@@ -51,7 +52,6 @@ from trol_edge.runtimes.trt.begun import Begun
 from trol_edge.runtimes.trt.products import require_products
 
 SHORT = 64  # length of a follow-up question in tokens; longer chunks use the second profile
-PART = 512  # most tokens of a pass of a layer: its engine needs the less scratch memory, and reads its weights again
 COUNTED = ("MATRIX_MULTIPLY", "CONVOLUTION", "DEQUANTIZE", "QUANTIZE", "ATTENTION_INPUT")
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -246,9 +246,9 @@ def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
     most = min(context, GIVEN) if gives_rows(graph) else context
     short = min(SHORT, most)
     ranges = [(1, max(1, short // 2), short)]
-    if HIDDEN in {port.name for port in graph.inputs}:  # a pass of a layer, which is a step if it is of one token
+    if HIDDEN in {port.name for port in graph.inputs}:  # a pass of a layer: two profiles would hold its weights twice
         most = short = min(most, PART)
-        ranges = [(1, 1, 1), (2, most, most)]
+        ranges = [(1, most, most)]
     if most > short:
         ranges.append((short + 1, max(short + 1, most // 2 if most == context else most), most))
     found: list[dict[str, Range]] = []

@@ -37,6 +37,7 @@ _ALTERED = (
 )
 FOLDER, MANIFEST, KERNELS = "engines", "engines.json", "kernels.cache"
 Range = tuple[int, int, int]  # smallest, best and largest size of a dynamic dimension
+PART = 512  # most tokens of a pass of a layer: its engine needs the less scratch memory, and reads its weights again
 GIVEN = 256  # most tokens of one run of a traverse that gives its new rows, which need memory of their own
 
 
@@ -87,6 +88,12 @@ class EngineSet:
     def by_layer(self) -> bool:
         """Whether the decoder is one engine per layer, and not a traverse and a step."""
         return HEAD in self.engines
+
+    def __str__(self) -> str:
+        """The engines by name, with those of layers as one."""
+        layers = [name for name in self.engines if name.startswith("layer_")]
+        others = [name for name in self.engines if name not in layers]
+        return ", ".join([*others, f"{len(layers)} layers"] if layers else others)
 
 
 def names_of(bundle: Bundle, by_layer: bool) -> tuple[str, ...]:

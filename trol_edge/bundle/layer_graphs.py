@@ -55,14 +55,14 @@ def source_of(name: str) -> str:
 
 def ports_of(manifest: Manifest, name: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """The inputs and the outputs of a part; those of all layers are alike but for the types of their caches."""
-    traverse, step, width = manifest.graphs["traverse"], manifest.graphs["step"], manifest.spec.hidden_size
+    traverse, width = manifest.graphs["traverse"], manifest.spec.hidden_size
     states = [Port(each, "float32", (1, "tokens", width)) for each in (HIDDEN, FIRST, SECOND, RESULT)]
     hidden, first, second, result = states
     if name == MIXTURE:
         return (first, second), (result,)
     if name == HEAD:
         last = Port(HIDDEN, "float32", (1, 1, width))
-        return (last,), tuple(p for p in step.outputs if p.name in ("logits", "token"))
+        return (last,), tuple(p for p in manifest.graphs["step"].outputs if p.name in ("logits", "token"))
     ending = name.removeprefix("layer_")
     inputs, outputs = [hidden], [result]
     for port in (*traverse.inputs, *traverse.outputs):

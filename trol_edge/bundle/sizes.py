@@ -41,6 +41,12 @@ def device_bytes(bundle: Bundle) -> tuple[int, int]:
     return apart, apart - 2 * engine_weight_bytes(bundle, matrices) + sum(tensors[name].nbytes for name in matrices)
 
 
+def layered_bytes(bundle: Bundle) -> int:
+    """Bytes of the weights on a device with engines by layer, which hold each once."""
+    graphs = bundle.manifest.graphs
+    return engine_weight_bytes(bundle, {weight for name in ENGINES for weight in graphs[name].weights})
+
+
 def is_shareable(name: str, shape: Sequence[object]) -> bool:
     """Whether a weight is a matrix, and so worth sharing; scales in blocks stay with the engine."""
     return len(shape) == 2 and name.endswith((".weight", ".lora_a", ".lora_b"))

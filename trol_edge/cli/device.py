@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from trol_edge.cli.show import Json, err, out, peak_bytes, phases, print_json
-
-
-class Form(str, enum.Enum):
-    """How a decoder is divided into engines."""
-
-    WHOLE = "whole"
-    LAYERS = "layers"
+from trol_edge.cli.show import Form, Json, err, out, peak_bytes, phases, print_json
 
 
 def targets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from trol_edge.cli.show import Json, extra, out, phases, print_json
+from trol_edge.cli.show import Form, Json, extra, out, phases, print_json
 
 
 def plan(
@@ -28,6 +29,9 @@ def plan(
     precision: Annotated[
         list[str] | None,
         typer.Option(help="Precision as for export; repeatable.  [default: all that the device supports]"),
+    ] = None,
+    engines: Annotated[
+        Form | None, typer.Option(help="Engines as for build.  [default: the bundle's own, or whole]")
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     tiles: Annotated[
@@ -48,6 +52,7 @@ def plan(
 ) -> None:
     """Predict whether a model fits a device, how fast it would be, and which precision is best."""
     from trol_edge.bundle.manifest import Bundle
+    from trol_edge.bundle.targets import is_gpu
     from trol_edge.machine import devices
     from trol_edge.plan import compare as planning
     from trol_edge.plan.estimate import to_dict
@@ -61,7 +66,10 @@ def plan(
         raise typer.BadParameter("give either a bundle folder or --model")
     if bundle is not None and (precision or context):
         raise typer.BadParameter("a bundle's precision and context are fixed; use --model to choose them")
+    layered = engines is Form.LAYERS
     fixed = None if bundle is None else subject_of(Bundle(bundle))
+    if fixed is not None and engines is not None and fixed.by_layer != layered:
+        fixed = fixed.in_layers() if layered else dataclasses.replace(fixed, by_layer=False)
     machines = []
     for name in device or planning.device_names(fixed):
         if name == "host":
@@ -80,9 +88,14 @@ def plan(
             from trol_edge.export import unbuilt
             from trol_edge.export.quantize.recipes import read_options
         shape = unbuilt.published(model, context)
-        subject = functools.cache(lambda target, recipe: shape.subject(target, read_options(recipe)))
+
+        def made(target: str, recipe: str, twice: int | None = None) -> Subject:
+            found = shape.subject(target, read_options(recipe), twice)
+            return found.in_layers() if layered and is_gpu(target) else found
+
+        subject = functools.cache(made)
         twice = max(1, round(FIGURE * shape.spec.num_layers))
-        fewer = functools.cache(lambda target, recipe: shape.subject(target, read_options(recipe), twice))
+        fewer = functools.cache(lambda target, recipe: made(target, recipe, twice))
     with phases(quiet=as_json) as progress:
         plans = planning.compare(
             machines,

@@ -166,7 +166,7 @@ def inspect(
         return
     if tokens is not None or filled is not None:
         raise UsageError("--tokens and --filled are for --program; add it")
-    from trol_edge.bundle.sizes import device_bytes, loaded_bytes, shares_matrices
+    from trol_edge.bundle.sizes import device_bytes, layered_bytes, loaded_bytes, shares_matrices
     from trol_edge.bundle.targets import is_gpu
 
     opened = Bundle(bundle, trusted_key or None)
@@ -184,7 +184,8 @@ def inspect(
         data["weight_bytes"], data["weight_bytes_float32"] = stored, as_float
         if is_gpu(manifest.target):
             apart, shared = device_bytes(opened)
-            data["device_bytes"] = {"apart": apart, "shared": shared, "is_shared": shares_matrices(opened)}
+            sizes = {"apart": apart, "shared": shared, "by_layer": layered_bytes(opened)}
+            data["device_bytes"] = sizes | {"is_shared": shares_matrices(opened)}
         data["kv_bytes_per_token"] = kv  # of the first pass's set; prefix reuse keeps the second pass's, too
         data["second_kv_bytes_per_token"] = second_kv
         print_json(data)
@@ -233,14 +234,15 @@ def inspect(
     form = "as computed" if manifest.plan.quantized else "float32"
     sets = "with prefix reuse (the default), one without"
     if is_gpu(manifest.target):
-        sets = "always, because engines keep both"
+        sets = "always, because engines keep both (by layer: one without prefix reuse)"
     row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
     if is_gpu(manifest.target):
         apart, shared = device_bytes(opened)
         own = "shared" if shares_matrices(opened) else "apart"
         out.print(
             f"Weights on a device: {apart / 1e6:.2f} MB with traverse and step apart, {shared / 1e6:.2f} MB with "
-            f"--shared-weights (not for int4); this bundle: {own}."
+            f"--shared-weights (not for int4); this bundle: {own}. With engines by layer: "
+            f"{layered_bytes(opened) / 1e6:.2f} MB."
         )
     out.print(
         f"A step reads {as_float['step'] / 1e6:.2f} MB of weights ({form}, each once, {lora['step']} LoRA tensors), "

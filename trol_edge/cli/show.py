@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import resource
 import sys
@@ -27,6 +28,13 @@ from trol_edge.errors import BackendError, UsageError
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 PICTURE_BYTES = 1 << 30  # most bytes of a picture that are read from standard input
 LINE = 1 << 20  # columns without a terminal, so that a line stays a line and a table keeps every column
+
+
+class Form(str, enum.Enum):
+    """How a decoder is divided into engines."""
+
+    WHOLE = "whole"
+    LAYERS = "layers"
 
 
 class _Console(Console):

@@ -160,9 +160,11 @@ def _fit(
     switches: list[tuple[str, dict[str, Any]]] = [("boot without a desktop", {"desktop": False})] if desktop else []
     if gpu and subject.shareable_bytes and not subject.shared:
         switches.append(("one copy of the decoder's weights for both engines (--shared-weights)", {"shared": True}))
-    if not gpu:  # TensorRT's back end always keeps both sets
-        switches.append(("one K/V set (prefix_reuse=False; each question is computed again)", {"reuse": False}))
-    subsets = [chosen for n in range(len(switches) + 1) for chosen in itertools.combinations(switches, n)]
+    if gpu and not subject.by_layer:
+        switches.append(("engines by layer (trol-edge build --engines layers)", {"by_layer": True}))
+    switches.append(("one K/V set (prefix_reuse=False; each question is computed again)", {"reuse": False}))
+    combined = (chosen for n in range(len(switches) + 1) for chosen in itertools.combinations(switches, n))
+    subsets = [chosen for chosen in combined if _goes_together(subject, gpu, [change for _, change in chosen])]
     contexts: dict[int, str] = {subject.context: ""}
     for tiles in range(dims["images"], -1, -1):
         tokens = -(-(tiles * subject.tokens_per_tile + work.text + work.answer) // 256) * 256
@@ -170,11 +172,12 @@ def _fit(
             option = f" (--max-tiles {max(1, tiles - 1)})" if subject.most_tiles > 1 else ""  # beside the thumbnail
             fewer = f"at most {tiles} tile(s) a picture{option} and " if tiles < dims["images"] else ""
             contexts[tokens] = f"{fewer}a context of {tokens} tokens"
-    as_asked = memory_of(subject, machine, dims, subject.context, True, desktop, subject.shared)
+    own: dict[str, Any] = {"shared": subject.shared, "by_layer": subject.by_layer}
+    as_asked = memory_of(subject, machine, dims, subject.context, True, desktop, **own)
     for candidate in itertools.chain((subject,), smaller()):
         for context, shorter in contexts.items():
             for chosen in subsets:
-                given: dict[str, Any] = {"reuse": True, "desktop": desktop, "shared": subject.shared}
+                given: dict[str, Any] = {"reuse": True, "desktop": desktop} | own
                 for _, change in chosen:
                     given |= change
                 memory = memory_of(candidate, machine, dims, context, **given)
@@ -189,6 +192,13 @@ def _fit(
                 )
                 return as_asked, "fits with these changes" if changes else "fits", changes
     return as_asked, "does not fit", ()
+
+
+def _goes_together(subject: Subject, gpu: bool, changes: list[dict[str, Any]]) -> bool:
+    """Whether some changes of a plan can be made together. Whole engines keep both K/V sets."""
+    made = {name for change in changes for name in change}
+    by_layer = subject.by_layer or "by_layer" in made
+    return not (by_layer and (subject.shared or "shared" in made)) and not (gpu and "reuse" in made and not by_layer)
 
 
 def to_dict(planned: Planned) -> dict[str, Any]:

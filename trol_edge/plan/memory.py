@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from trol_edge.bundle.engines import GIVEN
+from trol_edge.bundle.engines import GIVEN, PART
 from trol_edge.bundle.sizes import build_bytes
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.plan.rates import Platform
@@ -14,6 +14,7 @@ from trol_edge.plan.subject import Subject
 # GPU: CUDA context, TensorRT and Python, taken from one run of another runtime on Orin Nano (Cosmos-Reason2-2B W4A16,
 # 3.72 GB, of which 2.9 are weights and cache). CPU: ONNX Runtime and Python, from this library's trol-nano, rounded up.
 RUNTIME_BYTES = {"gpu": 600_000_000, "cpu": 150_000_000}
+STATES = 3 * 4  # bytes of a number of a hidden state: engines by layer hand them on in three buffers of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +53,37 @@ def _held(subject: Subject, name: str) -> int:
 
 
 def memory_of(
-    subject: Subject, machine: Platform, dims: Mapping[str, int], context: int, reuse: bool, desktop: bool, shared: bool
+    subject: Subject,
+    machine: Platform,
+    dims: Mapping[str, int],
+    context: int,
+    reuse: bool,
+    desktop: bool,
+    shared: bool,
+    by_layer: bool = False,
 ) -> Memory:
     """Compute bytes by use. Each engine has its own weights except those that are shared; on a CPU all graphs share.
 
     TensorRT reserves scratch memory for the longest prompt, once per engine; ONNX Runtime takes what a run needs.
+    by_layer: engines by layer have each weight once, and one scratch memory. The largest is the vision tower, or the
+    output layer, which is not counted apart: the tower is larger in all published models.
     """
     gpu = is_gpu(machine.target)
     graphs = [name for name in subject.graphs if not (gpu and name == "traverse_text")]
     first = subject.cache_bytes * context // subject.context
     second = first if subject.second_bytes is None else subject.second_bytes * context // subject.context
     longest = {"images": dims["images"], "tokens": context, "slots": context}
-    if gpu:
+    if gpu and by_layer:
+        weights = subject.weights["vision"] + subject.decoder_bytes
+        part = longest | {"tokens": min(context, PART if TARGETS[machine.target].in_place else GIVEN)}
+        peaks = [subject.graphs[name].peak_bytes(**part) for name in graphs]
+        activations = (
+            max(*peaks, _held(subject, "vision"), subject.scratch_bytes) + STATES * subject.hidden_size * context
+        )
+        if not TARGETS[machine.target].in_place:  # the new rows of a pass
+            activations += first // subject.layers * part["tokens"] // context
+        largest = max(subject.weights["vision"], subject.decoder_bytes // subject.layers)
+    elif gpu:
         outside = subject.shareable_bytes if shared else 0  # stored once for the engines of traverse and step
         weights = sum(subject.weights[name] for name in graphs) - outside
         activations = sum(max(subject.graphs[name].peak_bytes(**longest), _held(subject, name)) for name in graphs)
@@ -78,7 +98,7 @@ def memory_of(
     return Memory(
         weights=weights,
         embedding=subject.embedding_bytes if TARGETS[machine.target].shares_memory else 0,
-        cache=first + (second if reuse else 0 if gpu else first // subject.layers),
+        cache=first + (second if reuse else 0 if gpu and not by_layer else first // subject.layers),
         cache_sets=2 if reuse else 1,
         activations=activations,
         runtime=RUNTIME_BYTES["gpu" if gpu else "cpu"],

@@ -25,6 +25,7 @@ class Subject:
 
     programs: what the kernels of each graph's engine move, by optimization profile; a graph without it is planned from
     its own counts. programs_of: which engines these are, in words. passes: the layers with a second pass, in words.
+    by_layer: whether its engines are by layer, and scratch_bytes the most that one of these holds.
     """
 
     name: str
@@ -46,6 +47,15 @@ class Subject:
     programs: dict[str, tuple[ProgramCounts, ...]] = dataclasses.field(default_factory=dict)
     programs_of: str = ""
     passes: str = ""
+    hidden_size: int = 0
+    by_layer: bool = False
+    scratch_bytes: int = 0
+
+    def in_layers(self) -> Subject:
+        """The same with engines by layer. What whole engines move is not what these do."""
+        programs = {name: counts for name, counts in self.programs.items() if name == "vision"}
+        said = f"{self.programs_of}, of vision only" if programs else ""
+        return dataclasses.replace(self, by_layer=True, programs=programs, programs_of=said)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +85,8 @@ def subject_of(bundle: Bundle) -> Subject:
     first = cache_bytes(manifest.graphs["step"].inputs, manifest.context)
     apart, together = device_bytes(bundle) if on_gpu else (0, 0)
     built = read(bundle, manifest.target) if folder_of(bundle, manifest.target).exists() else None
-    programs = {name: engine.programs for name, engine in built.engines.items() if engine.programs} if built else {}
+    counted = {name: engine.programs for name, engine in built.engines.items() if engine.programs} if built else {}
+    programs = {name: found for name, found in counted.items() if name in graphs}
     return Subject(
         name=manifest.model,
         target=manifest.target,
@@ -96,4 +107,7 @@ def subject_of(bundle: Bundle) -> Subject:
         programs=programs,
         passes=manifest.passes,
         programs_of=f"its own engines, {built.key.library}" if built and programs else "",
+        hidden_size=manifest.spec.hidden_size,
+        by_layer=built is not None and built.by_layer,
+        scratch_bytes=max((profile.scratch for found in counted.values() for profile in found), default=0),
     )

@@ -104,6 +104,9 @@ class Program:
         for port, name in (*self.inputs.items(), *self.outputs.items()):
             dims = self.tensors[name].dims if name in self.tensors else ()
             if not any(isinstance(dim, str) for dim in dims) or self.tensors[name].place == "host":
+                given = tuple(shapes.get(port, dims))
+                if dims and len(given) == len(dims) and given != dims:  # of a profile for this size alone
+                    raise UsageError(f"{port} is {list(dims)}, not {list(given)}")
                 continue
             if port not in shapes and port in self.outputs:
                 continue
