@@ -559,8 +559,8 @@ FAULTS = (
     # -- export: the model --------------------------------------------------------------------------------------------
     Fault(
         "export/reference/model.py",
-        "x = o1 * (1 - s) + o2 * s",
-        "x = o1 * s + o2 * (1 - s)",
+        "return o1 * (1 - s) + o2 * s, s",
+        "return o1 * s + o2 * (1 - s), s",
         "the gate mixes the passes the wrong way round",
         ("tests/test_reference.py",),
     ),
