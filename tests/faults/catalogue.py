@@ -835,7 +835,7 @@ FAULTS = (
         """                self._mix(first, second, hidden, stop - start)
                 self._pass(layer, "second_", first, second, addresses, feeds, start, stop)""",
         "the passes of a layer are mixed before its second pass",
-        ("tests/test_trt_layers.py::test_the_same_answers_as_on_a_cpu",),
+        ("tests/test_trt_layers.py::test_sessions_as_on_a_cpu",),
     ),
     Fault(
         "runtimes/trt/layers.py",
