@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from trol_edge.bundle.folder import sha256_of, writing
 from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
-from trol_edge.bundle.names import MANIFEST
+from trol_edge.bundle.names import MANIFEST, SINGLE
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.runtime import Runtime
 
@@ -44,7 +44,7 @@ def probed(
         manifest = bundle.manifest
         files = dict(manifest.files)
         for name, graph in manifest.graphs.items():
-            if name == "step":
+            if name == "step" or name in SINGLE:
                 continue
             path = copy / graph.file
             model = ir.load(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.conftest import NANO
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
 from trol_edge.bundle.names import WEIGHTS
@@ -57,6 +58,16 @@ def test_a_bundle_agrees_with_itself(nano_bundle: Path, samples: sampling.Sample
     assert (found.wrong, found.kl_nats, found.top1_percent, found.same_answers_percent) == (None, 0.0, 100.0, 100.0)
     assert found.accuracy_percent == found.reference_accuracy_percent and found.lost_points == 0
     assert found.answers == 4 + 8 and found.forced_tokens >= 4
+
+
+def test_a_bundle_that_is_run_by_layers(
+    nano_bundle: Path, exported: Callable[..., Path], samples: sampling.SampleSet
+) -> None:
+    """Its places are found in the whole graphs, which it has beside those of single passes."""
+    (found,) = compare(nano_bundle, [exported(NANO, recipe="int4-dynamic")], samples, scenes=4)
+    assert len(places(found)) == 3 + 1 + 5 and found.wrong is None
+    assert all(20 < db < comparing.MOST_DB for db in places(found).values())
+    assert 0 < found.kl_nats < 1e-3 and found.top1_percent > 90
 
 
 @pytest.mark.parametrize(
