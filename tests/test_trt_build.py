@@ -453,6 +453,30 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
     assert done.built and read(bundle, "tensorrt") == done.engines
 
 
+def test_a_board_with_little_memory_gets_engines_by_layer(
+    plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If nobody said which: where whole ones leave less than half of the memory that the board shares."""
+    bundle = copy(plain_bundle, tmp_path)
+    graphs = bundle.manifest.graphs
+    needed = trt_build.cache_bytes(graphs["traverse"].inputs, bundle.manifest.context)
+    needed += sum(trt_build.engine_weight_bytes(bundle, graphs[name].constants) for name in ENGINES)
+    board = Gpu("Orin", "8.7", 2 * needed - 2, (12, 6), integrated=True)
+    library: Any = MadeUpLibrary(network=Killed())
+    for device, is_by_layer in (
+        (board, True),
+        (dataclasses.replace(board, memory_bytes=2 * needed), False),
+        (dataclasses.replace(board, integrated=False), False),
+    ):
+        monkeypatch.setattr(trt_build, "devices", lambda device=device: [device])
+        done = trt_build.build(bundle, library=library, force=True)
+        assert (done.engines.by_layer, bool(done.form)) == (is_by_layer, is_by_layer)
+    monkeypatch.setattr(trt_build, "devices", lambda: [board])
+    done = trt_build.build(bundle, library=library)
+    assert done.reason == "built whole, and now by layer" and f"of the {board.memory_bytes / 1e9:.2f} GB" in done.form
+    assert not trt_build.build(bundle, library=library, by_layer=False).form
+
+
 class Killed(MadeUpNetwork):
     """Builds other bytes each time, and notes of what. At the engine `at` it writes half of it and is interrupted."""
 

@@ -59,12 +59,16 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """The result of a build. reason: why it was done, or why not ("up to date")."""
+    """The result of a build.
+
+    reason: why it was done, or why not ("up to date"). form: why by layer, if that was chosen.
+    """
 
     engines: EngineSet
     folder: Path
     built: bool
     reason: str
+    form: str = ""
 
 
 def build(
@@ -74,14 +78,14 @@ def build(
     memory_bytes: int | None = None,
     workspace_bytes: int | None = None,
     force: bool = False,
-    by_layer: bool = False,
+    by_layer: bool | None = None,
     library: Library | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Build:
     """Add engines for a target (default: the bundle's own) to a bundle, unless its present ones are still valid.
 
-    by_layer: one engine for each decoder layer, which is on the device once, and not two for the whole decoder.
-
+    by_layer: one engine for each decoder layer, which is on the device once, and not two for the whole decoder. None
+    chooses it on a board where whole engines would leave less than half of the memory free.
     memory_bytes: memory of the device, which engines and K/V cache must fit (default: that of the GPU found, if it is
     to run them). workspace_bytes: most scratch memory of one layer. library: TensorRT to use instead of importing the
     target's.
@@ -104,6 +108,8 @@ def build(
     key = key_here(entry, library, device)
     if memory_bytes is None and device is not None and not entry.rtx:
         memory_bytes = device.memory_bytes
+    form = why_by_layer(bundle, device, memory_bytes) if by_layer is None else ""
+    by_layer = bool(form) if by_layer is None else by_layer
     if by_layer and shares_matrices(bundle):
         raise UsageError(
             f"{bundle.folder}: exported with --shared-weights, which engines by layer have no use for, because each "
@@ -112,7 +118,7 @@ def build(
     reason = why(bundle, key, by_layer) if not force else "asked for"
     final = folder_of(bundle, entry.name)
     if reason is None:
-        return Build(read(bundle, entry.name), final, False, "up to date")
+        return Build(read(bundle, entry.name), final, False, "up to date", form)
     _require_unaltered(bundle)
     weights, maker = bundle.manifest.files[WEIGHTS].sha256, f"trol-edge {__version__}"
     job = Job(bundle, library, workspace_bytes, progress)
@@ -133,7 +139,30 @@ def build(
         _require_unaltered(bundle)
         engines = EngineSet(FORMAT_VERSION, maker, key, precision_of(bundle), weights, infos)
         write(part, engines)
-    return Build(engines, final, True, reason)
+    return Build(engines, final, True, reason, form)
+
+
+def why_by_layer(bundle: Bundle, device: Gpu | None, memory_bytes: int | None) -> str:
+    """Why engines by layer are better on a device; "" if whole ones are, or are the only ones that can be built.
+
+    They are on a board, which shares its memory with the system, unless whole engines and the K/V cache take at most
+    half of it. Their scratch memory, which is known only when they are built, is not counted.
+    """
+    if device is None or not device.integrated or memory_bytes is None or shares_matrices(bundle):
+        return ""
+    graphs = bundle.manifest.graphs
+    weights = sum(engine_weight_bytes(bundle, graphs[name].constants) for name in ENGINES)
+    needed = weights + cache_bytes(graphs["traverse"].inputs, bundle.manifest.context)
+    if needed <= memory_bytes / 2:
+        return ""
+    try:
+        Parts(bundle)
+    except BundleError:
+        return ""  # its passes do not compute alike
+    return (
+        f"engines by layer, because whole ones and the K/V cache would take {needed / 1e9:.2f} GB of the "
+        f"{memory_bytes / 1e9:.2f} GB that this board shares with its system; --engines whole builds them anyway"
+    )
 
 
 def _read_by(bundle: Bundle) -> list[tuple[str, int, int, int]]:

@@ -66,9 +66,12 @@ def build(
     ] = None,
     workspace: Annotated[float | None, typer.Option(help="Most scratch memory of one layer, in GB.")] = None,
     engines: Annotated[
-        Form,
-        typer.Option(help="Two engines for the whole decoder, or one for each of its layers."),
-    ] = Form.WHOLE,
+        Form | None,
+        typer.Option(
+            help="Two engines for the whole decoder, or one for each of its layers.  [default: whole; on a board "
+            "layers, if whole would leave less than half of the memory free]"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even if the present engines are valid.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -84,14 +87,16 @@ def build(
             memory_bytes=None if memory is None else int(memory * 1e9),
             workspace_bytes=None if workspace is None else int(workspace * 1e9),
             force=force,
-            by_layer=engines is Form.LAYERS,
+            by_layer=None if engines is None else engines is Form.LAYERS,
             progress=progress,
         )
     seconds, peak = time.perf_counter() - start, peak_bytes()
     if as_json:
-        data = dataclasses.asdict(done.engines) | {"built": done.built, "reason": done.reason}
+        data = dataclasses.asdict(done.engines) | {"built": done.built, "reason": done.reason, "form": done.form}
         print_json(data | {"folder": str(done.folder), "seconds": seconds, "peak_bytes": peak})
         return
+    if done.form:
+        out.print(done.form, soft_wrap=True)
     if not done.built:
         out.print(f"{done.folder}: up to date; --force builds again")
         return
