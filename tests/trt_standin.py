@@ -398,7 +398,7 @@ class EngineInspector:
 
     def get_engine_information(self, format: LayerInformationFormat) -> str:
         context = self.execution_context
-        if context is None or any(context.shape_of(name) is None for name in self.engine.inputs):
+        if context is None or any(context._shape_of(name) is None for name in self.engine.inputs):
             return "{}"
         return self.said if format is LayerInformationFormat.JSON else ""
 
@@ -485,7 +485,7 @@ class IExecutionContext:
     def is_stream_capturable(self, stream: int) -> bool:
         return self.runs > 0
 
-    def shape_of(self, name: str) -> tuple[int, ...] | None:
+    def _shape_of(self, name: str) -> tuple[int, ...] | None:
         shape = self.engine.get_tensor_shape(name)
         return self.shapes.get(name) if -1 in shape else shape
 
@@ -495,7 +495,7 @@ class IExecutionContext:
         missing = [name for name in engine.names if name not in self.addresses]
         if missing:
             return self._refuse(f"address not set for {', '.join(missing)}")
-        shapes = {name: self.shape_of(name) for name in engine.inputs}
+        shapes = {name: self._shape_of(name) for name in engine.inputs}
         if None in shapes.values():
             return self._refuse(f"shape not set for {[n for n, s in shapes.items() if s is None]}")
         apart = [
