@@ -702,13 +702,28 @@ def test_harmed_engines_are_not_loaded(
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
-def test_an_engine_changed_while_it_is_loaded_is_not_used(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its mapped bytes are hashed once more when it is loaded."""
+def test_an_engine_changed_while_it_is_loaded(machine: Machine, nano: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shortened in place, after it was hashed: what was hashed is loaded. The next load refuses the file."""
     path, load = machine.folder / "engines" / "tensorrt" / "step.engine", Library.open
 
     def changed(self: Library, plan: Any, name: str) -> Any:
-        plan = bytes(plan)
         if name == path.name:
+            os.truncate(path, 10)
+        return load(self, plan, name)
+
+    monkeypatch.setattr(Library, "open", changed)
+    assert machine.open().generate(QUESTION, PICTURE).token_ids == nano.generate(QUESTION, PICTURE).token_ids
+    with pytest.raises(BundleError, match=r"step.engine: 10 bytes instead of"):
+        machine.open()
+
+
+@pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
+def test_an_engine_replaced_after_the_check_is_not_used(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are hashed before one is loaded; and what is loaded then, once more."""
+    path, load = machine.folder / "engines" / "tensorrt" / "step.engine", Library.open
+
+    def changed(self: Library, plan: Any, name: str) -> Any:
+        if name == "vision.engine":
             with path.open("r+b") as file:
                 file.seek(path.stat().st_size - 2)
                 file.write(b"  ")

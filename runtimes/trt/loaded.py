@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from trol_edge.bundle.engines import KERNELS, EngineSet, folder_of, mapped, ports_of
+from trol_edge.bundle.engines import KERNELS, EngineSet, folder_of, plan_of, ports_of, verified
 from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.errors import BundleError, ContextError
@@ -27,9 +26,12 @@ class Loaded:
     def __init__(self, bundle: Bundle, engines: EngineSet, library: Library, cuda: Cuda) -> None:
         """Load the engines. Raises BundleError if one was altered, or is that of another graph, and BackendError."""
         self.bundle, self.cuda = bundle, cuda
-        with contextlib.ExitStack() as plans:  # at its end the files are hashed once more
-            opened = {name: plans.enter_context(mapped(bundle, engines, name)) for name in engines.engines}
-            self._engines = {n: library.open(plan, engines.engines[n].file) for n, plan in opened.items()}
+        for name in engines.engines:  # an engine is a program, so none runs before all are known to be right
+            verified(bundle, engines, name)
+        # One after the other: a load takes the memory of the largest beside those that are on the device.
+        self._engines = {
+            name: library.open(plan_of(bundle, engines, name), info.file) for name, info in engines.engines.items()
+        }
         self.infos = {name: self._checked(name, engine) for name, engine in self._engines.items()}
         self.contexts: dict[str, Context] = {}
         self.scratch_bytes = max(engine.scratch_bytes for engine in self._engines.values())

@@ -212,13 +212,24 @@ def verified(bundle: Bundle, engines: EngineSet, name: str) -> Path:
     return path
 
 
+def plan_of(bundle: Bundle, engines: EngineSet, name: str) -> bytes:
+    """The bytes of an engine file, for loading it. Raises BundleError if they are not those of the build.
+
+    They are read and not mapped, so what is used is what was hashed, and a file that is shortened meanwhile does not
+    end the process.
+    """
+    info, path = engines.engines[name], _path_of(bundle, engines, name)
+    with open_plain(path) as file, guard(path, BundleError, "run `trol-edge build --force`"):
+        plan = file.read(info.bytes)
+    if hashlib.sha256(plan).hexdigest() != info.sha256:
+        raise BundleError(f"{path}: {_ALTERED}")
+    return plan
+
+
 @contextmanager
 def mapped(bundle: Bundle, engines: EngineSet, name: str) -> Iterator[mmap.mmap]:
-    """Yield the bytes of an engine file, for loading it. Raises BundleError if they are not those of the build.
-
-    They are mapped and not read, because a board that shares its memory with the GPU may not have it twice. They are
-    hashed before, and once more afterwards, so that an engine whose file was changed meanwhile is not used.
-    """
+    """Yield the bytes of an engine file, mapped, to look for its text. Raises BundleError if they are not those of the
+    build."""
     info, path = engines.engines[name], _path_of(bundle, engines, name)
     with open_plain(path) as file:
         if os.fstat(file.fileno()).st_size != info.bytes:
@@ -227,8 +238,6 @@ def mapped(bundle: Bundle, engines: EngineSet, name: str) -> Iterator[mmap.mmap]
             if hashlib.sha256(plan).hexdigest() != info.sha256:
                 raise BundleError(f"{path}: {_ALTERED}")
             yield plan
-            if hashlib.sha256(plan).hexdigest() != info.sha256:
-                raise BundleError(f"{path}: {_ALTERED}")
 
 
 def _path_of(bundle: Bundle, engines: EngineSet, name: str) -> Path:
