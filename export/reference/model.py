@@ -17,6 +17,7 @@ reference and traced graphs share everything else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -142,6 +143,7 @@ def rope_tables(
     return angle.cos() * amplitude, angle.sin() * amplitude
 
 
+@functools.lru_cache(maxsize=1)  # on some processors a power's last bit differs from call to call
 def graph_rope_tables(spec: ModelSpec, capacity: int) -> tuple[Tensor, Tensor]:
     """The tables that the graphs of a cache of `capacity` tokens read, float32 [rows, E/2] each.
 
