@@ -25,7 +25,7 @@ from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.graph_cut import cut, eight_bit_product
-from trol_edge.bundle.graph_part import constants_of, part_of_layer
+from trol_edge.bundle.graph_part import SinglePasses
 from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, MIX, WEIGHTS
@@ -211,10 +211,10 @@ class OrtBackend:
 
     def _load_layers(self) -> LayerSessions:
         """The sessions of the graphs of single passes, whose constants they take out of `_constants`."""
-        sessions = []
+        sessions, passes = [], SinglePasses(self._models[LAYERS])
         for layer in range(self.spec.num_layers):
-            names = constants_of(self._models[LAYERS], layer) & self._constants.keys()
-            model = part_of_layer(self._models[LAYERS], layer, {name: self._constants.pop(name) for name in names})
+            names = passes.constants(layer) & self._constants.keys()
+            model = passes.part(layer, {name: self._constants.pop(name) for name in names})
             options = self._session_options(mem_pattern=False)
             # Else each session would keep scratch memory of its own, and its threads would wait in a loop for work
             # while those of the next session work.

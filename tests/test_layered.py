@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tests.conftest import CHECKPOINTS, NANO, NANOS
 from trol_edge import Runtime
-from trol_edge.bundle.graph_part import constants_of, part_of_layer
+from trol_edge.bundle.graph_part import SinglePasses
 from trol_edge.bundle.manifest import Bundle, write_manifest
 from trol_edge.bundle.names import LAYERS, MIX, SINGLE
 from trol_edge.errors import BackendError, BundleError
@@ -87,7 +87,7 @@ def test_a_layer_without_its_graph(exported: Callable[..., Path], tmp_path: Path
     folder = exported(NANO, recipe=RECIPE)
     model = Bundle(folder).read("layers.onnx")
     with pytest.raises(BundleError, match=r"no graph computes \w+_99; export the bundle again"):
-        part_of_layer(model, 99, {})
+        SinglePasses(model).part(99, {})
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     manifest = Bundle(copy).manifest
@@ -100,7 +100,9 @@ def test_a_layer_without_its_graph(exported: Callable[..., Path], tmp_path: Path
 def test_each_weight_is_read_by_one_layer(exported: Callable[..., Path]) -> None:
     bundle = Bundle(exported(NANO, recipe=RECIPE))
     model, graph = bundle.read("layers.onnx"), bundle.manifest.graphs[LAYERS]
-    found = [constants_of(model, layer) & set(graph.constants) for layer in range(bundle.manifest.spec.num_layers)]
+    found = [
+        SinglePasses(model).constants(layer) & set(graph.constants) for layer in range(bundle.manifest.spec.num_layers)
+    ]
     assert set().union(*found) == set(graph.constants) and sum(map(len, found)) == len(graph.constants)
     assert any(name.endswith(".nbits") for name in found[0]) and graph.costs is None
     assert {name for name, info in bundle.manifest.graphs.items() if info.costs is None} == SINGLE

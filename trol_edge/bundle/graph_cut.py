@@ -8,9 +8,8 @@ what the graph itself computed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
 
-from trol_edge.bundle.protobuf import protobuf_field, protobuf_fields
+from trol_edge.bundle.protobuf import protobuf_field, protobuf_fields, renamed
 from trol_edge.errors import BundleError
 
 # Numbers of fields in ONNX's messages.
@@ -33,7 +32,7 @@ def cut(model: bytes, values: Collection[str]) -> bytes:
             if part == _NODE:
                 made = {bytes(value).decode() for key, value in protobuf_fields(inner) if key == _NODE_OUTPUT} & names
                 found |= made
-                inner = _renamed(inner, made) if made else inner
+                inner = renamed(inner, (_NODE_OUTPUT,), {name: f"{name}.whole" for name in made}) if made else inner
             parts.append(protobuf_field(part, inner))
         parts += [piece for name in sorted(names) for piece in _forced(name)]
         out.append(protobuf_field(number, b"".join(parts)))
@@ -50,16 +49,6 @@ def eight_bit_product() -> bytes:
     graph = [protobuf_field(_NODE, node), protobuf_field(2, b"product")]
     graph += [protobuf_field(field, _port(name, element, 2)) for field, name, element in ports]
     return protobuf_field(1, 8) + protobuf_field(_GRAPH, b"".join(graph)) + protobuf_field(8, protobuf_field(2, 13))
-
-
-def _renamed(node: Any, names: Collection[str]) -> bytes:
-    """A node whose outputs of these names become <name>.whole."""
-    fields = []
-    for key, value in protobuf_fields(node):
-        if key == _NODE_OUTPUT and bytes(value).decode() in names:
-            value = bytes(value) + b".whole"
-        fields.append(protobuf_field(key, value))
-    return b"".join(fields)
 
 
 def _forced(name: str) -> Iterator[bytes]:

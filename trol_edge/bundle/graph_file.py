@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trol_edge.bundle.protobuf import protobuf_fields, varints
+from trol_edge.bundle.protobuf import by_number, varints
 from trol_edge.errors import BundleError
 from trol_edge.reading import guard, printable, read_plain
 
@@ -99,14 +99,14 @@ def read_graph(path: Path, weights: str, sha256: str | None = None) -> GraphFile
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise BundleError(f"{path}: was altered (sha256 differs); copy the bundle again")
     with guard(path, BundleError, advice, "not readable as an ONNX graph"):
-        top = _all(memoryview(data))
+        top = by_number(memoryview(data))
         if 25 in top or 20 in top:  # functions, training_info
             raise ValueError("it holds functions")
         (graph,) = top.get(7, [b""])
-        parts = _all(graph)
+        parts = by_number(graph)
         if 15 in parts:
             raise ValueError("it holds sparse tensors")
-        initializers = [_all(tensor) for tensor in parts.get(5, ())]
+        initializers = [by_number(tensor) for tensor in parts.get(5, ())]
         outside = dict(found for tensor in initializers if (found := _outside(tensor, weights)))
         return GraphFile(
             dict(map(_port, parts.get(11, ()))),
@@ -117,30 +117,22 @@ def read_graph(path: Path, weights: str, sha256: str | None = None) -> GraphFile
         )
 
 
-def _all(data: Any) -> dict[int, list[Any]]:
-    """Every field of a message, by number."""
-    found: dict[int, list[Any]] = {}
-    for number, value in protobuf_fields(data):
-        found.setdefault(number, []).append(value)
-    return found
-
-
 def _text(parts: Mapping[int, list[Any]], number: int) -> str:
     return bytes(parts[number][-1]).decode() if number in parts else ""
 
 
 def _node(node: Any) -> Node:
     """Read a node. Raises ValueError if export does not write such nodes."""
-    parts = _all(node)
+    parts = by_number(node)
     kind, domain = _text(parts, 4), _text(parts, 7)
     if kind not in OPERATORS.get(DOMAINS.get(domain, domain), ()):
         raise ValueError(f"operator {printable(f'{domain}.{kind}' if domain else kind)!r} is none that export writes")
     inputs, outputs = (tuple(bytes(name).decode() for name in parts.get(field, ())) for field in (1, 2))
     attributes: dict[str, Any] = {}
-    for attribute in map(_all, parts.get(5, ())):
+    for attribute in map(by_number, parts.get(5, ())):
         if attribute.keys() & {6, 11, 22, 23}:  # g, graphs, sparse_tensor, sparse_tensors
             raise ValueError(f"operator {kind} holds a graph or a sparse tensor")
-        tensors = [_all(tensor) for tensor in (*attribute.get(5, ()), *attribute.get(10, ()))]
+        tensors = [by_number(tensor) for tensor in (*attribute.get(5, ()), *attribute.get(10, ()))]
         if any(map(_location, tensors)):
             raise ValueError(f"operator {kind} reads another file")
         if tensors:
@@ -202,7 +194,7 @@ def _location(tensor: Mapping[int, list[Any]]) -> dict[str, str]:
     """The place of a tensor's numbers outside the file: {"location": ..., "offset": ..., "length": ...}."""
     if 13 not in tensor and not any(tensor.get(14, ())):
         return {}
-    pairs = [_all(entry) for entry in tensor.get(13, ())]
+    pairs = [by_number(entry) for entry in tensor.get(13, ())]
     return {"location": "", **{_text(pair, 1): _text(pair, 2) for pair in pairs}}
 
 
@@ -217,13 +209,13 @@ def _outside(parts: Mapping[int, list[Any]], weights: str) -> tuple[str, tuple[i
 
 
 def _port(value: Any) -> tuple[str, tuple[str, tuple[int | str, ...]]]:
-    parts = _all(value)
-    (tensor,) = (_all(t) for t in _all(parts[2][-1])[1])
+    parts = by_number(value)
+    (tensor,) = (by_number(t) for t in by_number(parts[2][-1])[1])
     (code,) = tensor[1]
-    shape = _all(tensor[2][-1]).get(1, ()) if 2 in tensor else ()
+    shape = by_number(tensor[2][-1]).get(1, ()) if 2 in tensor else ()
     return _text(parts, 1), (TYPES[code], tuple(_dimensions(shape)))
 
 
 def _dimensions(shape: Any) -> Iterator[int | str]:
-    for dimension in map(_all, shape):
+    for dimension in map(by_number, shape):
         yield dimension[1][-1] if 1 in dimension else _text(dimension, 2)

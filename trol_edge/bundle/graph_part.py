@@ -6,12 +6,12 @@ present_key_<i> and present_value_<i>. In the part that is taken these names hav
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
 
-from trol_edge.bundle.protobuf import protobuf_field, protobuf_fields
+from trol_edge.bundle.protobuf import by_number, protobuf_field, protobuf_fields, renamed
 from trol_edge.errors import BundleError
 
 # Numbers of fields in ONNX's messages.
@@ -24,45 +24,56 @@ INPUTS = ("past_key", "past_value")
 OUTPUTS = ("hidden", "present_key", "present_value")
 
 
-def constants_of(model: bytes, layer: int) -> set[str]:
-    """The names of the initializers that a layer reads."""
-    for number, content in protobuf_fields(memoryview(model)):
-        if number == _GRAPH:
-            parts = _parts(content)
-            read = {name for node in _needed(parts[_NODE], layer) for name in _names(node, _READS)}
-            return read & {_name(tensor, _TENSOR_NAME) for tensor in parts.get(_INITIALIZER, ())}
-    return set()
+class SinglePasses:
+    """A model with a graph for each layer, read once, to be taken apart."""
 
+    def __init__(self, model: bytes) -> None:
+        self._top = list(protobuf_fields(memoryview(model)))
+        parts = by_number(dict(self._top)[_GRAPH])
+        self._nodes = parts.get(_NODE, [])
+        self._reads = [_names(node, _READS) for node in self._nodes]
+        self._makers = {name: i for i, node in enumerate(self._nodes) for name in _names(node, _MAKES)}
+        self._tensors = {_name(tensor, _TENSOR_NAME): tensor for tensor in parts.get(_INITIALIZER, ())}
+        self._ports = {
+            number: {_name(port, _PORT_NAME): port for port in parts.get(number, ())} for number in (_INPUT, _OUTPUT)
+        }
 
-def part_of_layer(model: bytes, layer: int, arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """A serialized model of one layer. arrays: the numbers of its initializers that are in the weights file.
+    def constants(self, layer: int) -> set[str]:
+        """The names of the initializers that a layer reads. Raises BundleError if nothing computes the layer."""
+        return {name for i in self._needed(layer) for name in self._reads[i]} & self._tensors.keys()
 
-    Raises BundleError if nothing computes the layer.
-    """
-    return b"".join(
-        protobuf_field(number, _graph(content, layer, arrays) if number == _GRAPH else content)
-        for number, content in protobuf_fields(memoryview(model))
-    )
+    def part(self, layer: int, arrays: Mapping[str, NDArray[Any]]) -> bytes:
+        """A serialized model of one layer. arrays: the numbers of its initializers that are in the weights file.
 
+        Raises BundleError if nothing computes the layer.
+        """
+        needed = self._needed(layer)
+        read = {name for i in needed for name in self._reads[i]}
+        to = {f"{name}_{layer}": name for name in (*INPUTS, *OUTPUTS)}
+        found = [protobuf_field(_NODE, renamed(self._nodes[i], (_READS, _MAKES), to)) for i in needed]
+        found.append(protobuf_field(_NAME, f"layer_{layer}".encode()))
+        for name, tensor in self._tensors.items():
+            if name in read:
+                found.append(protobuf_field(_INITIALIZER, _held(tensor, arrays[name]) if name in arrays else tensor))
+        for number, kept in ((_INPUT, read), (_OUTPUT, to)):
+            ports = [port for name, port in self._ports[number].items() if name in kept]
+            found += [protobuf_field(number, renamed(port, (_PORT_NAME,), to)) for port in ports]
+        graph = b"".join(found)
+        return b"".join(protobuf_field(number, graph if number == _GRAPH else value) for number, value in self._top)
 
-def _graph(content: Any, layer: int, arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    parts = _parts(content)
-    nodes = _needed(parts[_NODE], layer)
-    read = {name for node in nodes for name in _names(node, _READS)}
-    to = {f"{name}_{layer}": name for name in (*INPUTS, *OUTPUTS)}
-    found = [protobuf_field(_NODE, _renamed(_renamed(node, _READS, to), _MAKES, to)) for node in nodes]
-    found.append(protobuf_field(_NAME, f"layer_{layer}".encode()))
-    for tensor in parts.get(_INITIALIZER, ()):
-        name = _name(tensor, _TENSOR_NAME)
-        if name in read:
-            found.append(protobuf_field(_INITIALIZER, _held(tensor, arrays[name]) if name in arrays else tensor))
-    found += [
-        protobuf_field(_INPUT, _renamed(p, _PORT_NAME, to)) for p in parts[_INPUT] if _name(p, _PORT_NAME) in read
-    ]
-    found += [
-        protobuf_field(_OUTPUT, _renamed(p, _PORT_NAME, to)) for p in parts[_OUTPUT] if _name(p, _PORT_NAME) in to
-    ]
-    return b"".join(found)
+    def _needed(self, layer: int) -> list[int]:
+        """The nodes that compute a layer, in order."""
+        values = [f"{name}_{layer}" for name in OUTPUTS]
+        if lacking := set(values) - self._makers.keys():
+            raise BundleError(f"no graph computes {min(lacking)}; export the bundle again")
+        found: set[int] = set()
+        left = [self._makers[name] for name in values]
+        while left:
+            node = left.pop()
+            if node not in found:
+                found.add(node)
+                left += [self._makers[name] for name in self._reads[node] if name in self._makers]
+        return sorted(found)
 
 
 def _held(tensor: Any, array: NDArray[Any]) -> bytes:
@@ -71,42 +82,9 @@ def _held(tensor: Any, array: NDArray[Any]) -> bytes:
     return b"".join((*fields, protobuf_field(_RAW, array.tobytes())))
 
 
-def _parts(content: Any) -> dict[int, list[Any]]:
-    parts: dict[int, list[Any]] = {}
-    for number, value in protobuf_fields(content):
-        parts.setdefault(number, []).append(value)
-    return parts
-
-
-def _needed(nodes: Sequence[Any], layer: int) -> list[Any]:
-    """The nodes that compute a layer, in order."""
-    made = {name: i for i, node in enumerate(nodes) for name in _names(node, _MAKES)}
-    found: set[int] = set()
-    values = [f"{name}_{layer}" for name in OUTPUTS]
-    if lacking := set(values) - made.keys():
-        raise BundleError(f"no graph computes {min(lacking)}; export the bundle again")
-    left = [made[name] for name in values]
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += [made[name] for name in _names(nodes[node], _READS) if name in made]
-    return [nodes[i] for i in sorted(found)]
-
-
-def _names(message: Any, number: int) -> Collection[str]:
+def _names(message: Any, number: int) -> set[str]:
     return {bytes(value).decode() for key, value in protobuf_fields(message) if key == number}
 
 
 def _name(message: Any, number: int) -> str:
     return min(_names(message, number), default="")
-
-
-def _renamed(message: Any, number: int, names: Mapping[str, str]) -> bytes:
-    """A message in whose fields of this number names are replaced."""
-    fields = []
-    for key, value in protobuf_fields(message):
-        if key == number and bytes(value).decode() in names:
-            value = names[bytes(value).decode()].encode()
-        fields.append(protobuf_field(key, value))
-    return b"".join(fields)

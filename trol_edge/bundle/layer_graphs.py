@@ -22,7 +22,7 @@ from typing import Any
 from trol_edge.bundle.costs import Costs, Operation
 from trol_edge.bundle.graph_file import TYPES
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Manifest, Port
-from trol_edge.bundle.protobuf import protobuf_field, protobuf_fields
+from trol_edge.bundle.protobuf import protobuf_field, protobuf_fields, renamed
 from trol_edge.errors import BundleError
 from trol_edge.reading import guard, read_plain
 from trol_edge.rope import TABLES
@@ -340,7 +340,7 @@ class _Graph:
         known |= {name: name for name in self._inputs if name not in given}
         for name in found.constants:
             tensor = self._constants[name]
-            rest = [_field(n, v) for n, v in protobuf_fields(tensor) if n != _TENSOR_NAME]
+            rest = [protobuf_field(n, v) for n, v in protobuf_fields(tensor) if n != _TENSOR_NAME]
             known[name] = name if name in self._weights else _hash(*rest)
         for i in found.nodes:
             node = self._nodes[i]
@@ -378,22 +378,26 @@ class _Graph:
                     casts.append(_cast(outer, names[inner], self._types[inner]))
                 else:
                     after.append(_cast(names[inner], outer, FLOAT))
-        parts = [_field(_NODE, cast) for cast in casts]
+        parts = [protobuf_field(_NODE, cast) for cast in casts]
         for i in found.nodes:
             node = self._nodes[i]
             if node.kind == "Gather" and node.inputs[0] in new:
                 within = f"{node.inputs[1]}.within.{i}"
-                parts += [_field(_NODE, each) for each in _at_most_last(node.inputs[1], within)]
-                parts.append(_field(_NODE, _renamed(node.raw, {**names, node.inputs[1]: within})))
+                parts += [protobuf_field(_NODE, each) for each in _at_most_last(node.inputs[1], within)]
+                parts.append(
+                    protobuf_field(
+                        _NODE, renamed(node.raw, (_NODE_INPUT, _NODE_OUTPUT), {**names, node.inputs[1]: within})
+                    )
+                )
             else:
-                parts.append(_field(_NODE, _renamed(node.raw, names)))
-        parts += [_field(_NODE, cast) for cast in after]
-        parts.append(_field(_NAME, self._name))
-        parts += [_field(_INITIALIZER, self._constants[name]) for name in found.constants]
+                parts.append(protobuf_field(_NODE, renamed(node.raw, (_NODE_INPUT, _NODE_OUTPUT), names)))
+        parts += [protobuf_field(_NODE, cast) for cast in after]
+        parts.append(protobuf_field(_NAME, self._name))
+        parts += [protobuf_field(_INITIALIZER, self._constants[name]) for name in found.constants]
         for name in found.inputs:
-            parts.append(_field(_INPUT, _port(by_name[name]) if name in by_name else self._inputs[name]))
-        parts += [_field(_OUTPUT, _port(by_name[name])) for name in results.values()]
-        return b"".join([*(_field(n, v) for n, v in self._top), _field(_GRAPH, b"".join(parts))])
+            parts.append(protobuf_field(_INPUT, _port(by_name[name]) if name in by_name else self._inputs[name]))
+        parts += [protobuf_field(_OUTPUT, _port(by_name[name])) for name in results.values()]
+        return b"".join([*(protobuf_field(n, v) for n, v in self._top), protobuf_field(_GRAPH, b"".join(parts))])
 
 
 def _from(alone: Sequence[str | None], place: int) -> str:
@@ -404,19 +408,8 @@ def _from(alone: Sequence[str | None], place: int) -> str:
 def _node(raw: Any) -> _Node:
     fields = list(protobuf_fields(raw))
     inputs, outputs = (tuple(bytes(v).decode() for n, v in fields if n == of) for of in (_NODE_INPUT, _NODE_OUTPUT))
-    rest = [_field(n, v) for n, v in fields if n not in (_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _KIND)]
+    rest = [protobuf_field(n, v) for n, v in fields if n not in (_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _KIND)]
     return _Node(_text(raw, _KIND), inputs, outputs, b"".join(sorted(rest)), raw)
-
-
-def _renamed(raw: Any, names: Mapping[str, str]) -> bytes:
-    """A node that reads and makes values of other names."""
-    fields = []
-    for number, value in protobuf_fields(raw):
-        if number in (_NODE_INPUT, _NODE_OUTPUT):
-            name = bytes(value).decode()
-            value = names.get(name, name).encode()
-        fields.append(_field(number, value))
-    return b"".join(fields)
 
 
 def _cast(source: str, target: str, code: int) -> bytes:
@@ -428,28 +421,35 @@ def _at_most_last(rows: str, target: str) -> list[bytes]:
     count, one, last = (f"{target}.{what}" for what in ("count", "one", "last"))
     return [
         _operator("Shape", ["position_ids"], count, _whole("start", 1), _whole("end", 2)),
-        _operator("Constant", [], one, _field(1, b"value_ints") + _field(8, 1) + _field(20, 7)),  # type INTS
+        _operator(
+            "Constant", [], one, protobuf_field(1, b"value_ints") + protobuf_field(8, 1) + protobuf_field(20, 7)
+        ),  # type INTS
         _operator("Sub", [count, one], last),
         _operator("Min", [rows, last], target),
     ]
 
 
 def _operator(kind: str, inputs: Sequence[str], output: str, *attributes: bytes) -> bytes:
-    fields = [*(_field(_NODE_INPUT, name.encode()) for name in inputs), _field(_NODE_OUTPUT, output.encode())]
-    fields += [_field(_NODE_NAME, f"{kind}_{output}".encode()), _field(_KIND, kind.encode())]
-    return b"".join([*fields, *(_field(5, attribute) for attribute in attributes)])
+    fields = [
+        *(protobuf_field(_NODE_INPUT, name.encode()) for name in inputs),
+        protobuf_field(_NODE_OUTPUT, output.encode()),
+    ]
+    fields += [protobuf_field(_NODE_NAME, f"{kind}_{output}".encode()), protobuf_field(_KIND, kind.encode())]
+    return b"".join([*fields, *(protobuf_field(5, attribute) for attribute in attributes)])
 
 
 def _whole(name: str, number: int) -> bytes:
     """An attribute."""
-    return _field(1, name.encode()) + _field(3, number) + _field(20, 2)  # name, i, type INT
+    return protobuf_field(1, name.encode()) + protobuf_field(3, number) + protobuf_field(20, 2)  # name, i, type INT
 
 
 def _port(port: Port) -> bytes:
     """ValueInfoProto of a port."""
-    sizes = [_field(1, d) if isinstance(d, int) else _field(2, d.encode()) for d in port.shape]
-    tensor = _field(1, _CODES[port.dtype]) + _field(2, b"".join(_field(1, size) for size in sizes))
-    return _field(1, port.name.encode()) + _field(2, _field(1, tensor))
+    sizes = [protobuf_field(1, d) if isinstance(d, int) else protobuf_field(2, d.encode()) for d in port.shape]
+    tensor = protobuf_field(1, _CODES[port.dtype]) + protobuf_field(
+        2, b"".join(protobuf_field(1, size) for size in sizes)
+    )
+    return protobuf_field(1, port.name.encode()) + protobuf_field(2, protobuf_field(1, tensor))
 
 
 def _typed(value: Any) -> tuple[str, int]:
@@ -469,6 +469,3 @@ def _text(raw: Any, number: int) -> str:
 
 def _hash(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-
-
-_field = protobuf_field

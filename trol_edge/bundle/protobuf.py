@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 _MOST_BITS = 63  # largest shift in a varint, because no number has more than 64 bits
@@ -54,6 +54,25 @@ def varints(data: bytes | memoryview) -> Iterator[int]:
     while at < len(data):
         number, at = _varint(data, at)
         yield number
+
+
+def by_number(data: bytes | memoryview) -> dict[int, list[Any]]:
+    """Every field of a message, by number. Raises as `protobuf_fields` does."""
+    found: dict[int, list[Any]] = {}
+    for number, value in protobuf_fields(data):
+        found.setdefault(number, []).append(value)
+    return found
+
+
+def renamed(message: bytes | memoryview, fields: Collection[int], names: Mapping[str, str]) -> bytes:
+    """The message with the texts in these fields replaced, where `names` has them."""
+    found = []
+    for number, value in protobuf_fields(message):
+        if number in fields:
+            text = bytes(value).decode()
+            value = names.get(text, text).encode()
+        found.append(protobuf_field(number, value))
+    return b"".join(found)
 
 
 def protobuf_field(number: int, content: Any) -> bytes:
