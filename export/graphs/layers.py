@@ -3,17 +3,17 @@
 ONNX Runtime packs the 4-bit weights of a MatMulNBits for each node that reads them, in each session. A traverse reads
 each weight in two nodes, traverse_text in two more, and a step in one: five copies. In `layers` each Linear is one
 node. A graph of its own for every layer, all in one file: a run computes one pass of one layer, and the back end puts
-the passes of a prompt or a step together (trol_edge/bundle/graph_branches.py, runtimes/layered.py).
+the passes of a prompt or a step together (trol_edge/bundle/graph_part.py, runtimes/layered.py).
 """
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from trol_edge.bundle.names import IMAGE_ROWS
 from trol_edge.errors import ExportError
+from trol_edge.export.lower.making import Build, Shared
 
 
 def only_image_rows(model: ir.Model) -> None:
@@ -26,7 +26,7 @@ def only_image_rows(model: ir.Model) -> None:
         return
     rows = ir.Value(name=IMAGE_ROWS, shape=ir.Shape([IMAGE_ROWS]), type=ir.TensorType(ir.DataType.INT64))
     first = model.graph[0]
-    axes = _constant(model, "image_rows.axes", np.array([0, 2], np.int64))
+    axes = Build(model.graph, first, Shared(prefix="image_rows")).ints(0, 2)
     column = _before(model, first, "Unsqueeze", [rows, axes], "image_rows.column", [1, IMAGE_ROWS, 1], rows.dtype)
     zeros = _before(model, first, "Sub", [column, column], "image_rows.zeros", [1, IMAGE_ROWS, 1], rows.dtype)
     places = _before(
@@ -69,13 +69,6 @@ def _rows(value: ir.Value) -> list[int | str]:
     width = value.shape[2]
     assert isinstance(width, int)
     return [1, IMAGE_ROWS, width]
-
-
-def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)  # type: ignore[arg-type]
-    model.graph.register_initializer(value)
-    return value
 
 
 def _before(

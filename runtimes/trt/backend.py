@@ -38,10 +38,10 @@ from trol_edge.rope import TABLES, RopeRows
 from trol_edge.runtimes.cuda import Cuda, Gpu, devices, open_cuda
 from trol_edge.runtimes.trt import weights as trt_weights
 from trol_edge.runtimes.trt.api import Library, load
-from trol_edge.runtimes.trt.layers import LayeredDecoder, LayeredStep
+from trol_edge.runtimes.trt.layers import LayeredDecoder
 from trol_edge.runtimes.trt.loaded import Loaded
 from trol_edge.runtimes.trt.memory import Lease, Memory, copies
-from trol_edge.runtimes.trt.whole import WholeDecoder, WholeStep
+from trol_edge.runtimes.trt.whole import WholeDecoder
 
 Float32 = NDArray[np.float32]
 ROWS = 256  # a step reads a multiple of this number of rows, each of which needs a CUDA graph of its own
@@ -141,7 +141,7 @@ class TrtBackend:
         own = [p for p in ports if not p.name.startswith(("past_", "present_", "new_"))]
         self.shared = self.memory.allocate(own, "what all sessions share", self._lease)
         decoder = LayeredDecoder if engines.by_layer else WholeDecoder
-        self._decoder = decoder(bundle, self.loaded, self.memory, self._lease)
+        self.decoder = decoder(bundle, self.loaded, self.memory, self._lease)
         self.loaded.open_contexts(["vision"])
         # Without reuse of prefixes all layers and all states use one pair of buffers for the second pass, in turn.
         self.scratch_caches = {} if prefix_reuse else self._scratch_caches()
@@ -256,7 +256,7 @@ class TrtBackend:
                 self.cuda.upload(self.shared[name], array)
             kept = [self._place(placed) for placed in pictures]
             parts = {name: array for name, array in feeds.items() if name in dynamic}  # [1, S, ..]
-            self._decoder.traverse({**self.shared, **cache}, parts, start, stop)
+            self.decoder.traverse({**self.shared, **cache}, parts, start, stop)
             self.cuda.download(self._logits, self.shared["logits"])
             self.cuda.wait()
             del kept
@@ -274,15 +274,6 @@ class TrtBackend:
         rows = np.ascontiguousarray(features[placed.first : placed.first + placed.count], np.float32)
         self.cuda.upload(target, rows)
         return rows
-
-    @property
-    def step_ports(self) -> list[Port]:
-        """Inputs of a step's engines that the step graph does not have. They stay zero."""
-        return self._decoder.step_ports
-
-    def new_step(self, addresses: Mapping[str, int]) -> WholeStep | LayeredStep:
-        """Make what runs a step of one state, bound to these addresses."""
-        return self._decoder.new_step(addresses)
 
     def new_state(self) -> TrtState:
         """Make empty K/V buffers for one sequence."""
@@ -319,7 +310,7 @@ class TrtState:
         step = graphs["step"]
         own = [p for p in (*step.inputs, *step.outputs) if not p.name.startswith(("past_", "present_", "slots"))]
         new = [p for p in own if p.name.startswith("new_")]
-        more = backend.step_ports
+        more = backend.decoder.step_ports
         self._lease = backend.memory.lease()
         what = f"a session ({'both K/V sets' if backend.prefix_reuse else 'one K/V set'} for {backend.context} tokens)"
         found = backend.memory.allocate((*past, *own, *more), what, self._lease)
@@ -341,7 +332,7 @@ class TrtState:
         rope = backend.spec.long_rope
         self._long_rows = rope.short_rows(backend.context) if rope else 0
         self._rope_offset = 0
-        self.execution = backend.new_step({**backend.shared, **self._own, **self._cache})
+        self.execution = backend.decoder.new_step({**backend.shared, **self._own, **self._cache})
         self._rows = 0  # that the next run reads
         self._runs = 0  # with this number of rows
         self._ran = False
