@@ -1,6 +1,6 @@
 """Traces the model into ONNX graphs of standard opset-23 operators, with the traversal loop unrolled.
 
-No weights are needed.
+No weights are needed. Names of values tell layer and pass: layers.3.second.linear_4.
 
 | graph         | inputs                                                           | outputs                   |
 |---------------|------------------------------------------------------------------|---------------------------|
@@ -33,6 +33,8 @@ buffers. Both passes use the same weights, which are in the graph once.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -47,26 +49,25 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trol_edge._version import __version__
+from trol_edge.bundle.names import HEAD, LAYERS, MIX
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import ExportError
+from trol_edge.export.graphs.assembly import Assembly, Piece
 from trol_edge.export.reference.family import Family
 from trol_edge.export.reference.model import Decoder
 
 OPSET = 23
 IR_VERSION = 11
 TRACED = ("vision", "traverse", "step")  # traverse_text is derived from traverse
-
-
-def cache_names(spec: ModelSpec, prefix: str) -> list[str]:
-    """Names of the cache tensors in graph order. prefix is "past" or "present", or "past_second" ... for pass two."""
-    layers = spec.cached_layers[prefix.endswith("_second")]
-    return [f"{prefix}_{kind}_{i}" for i in layers for kind in ("key", "value")]
+EMBEDS = "inputs_embeds"
+_KINDS = ("key", "value")
+_PASSES = ("first", "second")  # as they stand in names of values
 
 
 class _CachedAttention:
-    """`Attend` in ONNX operators: RotaryEmbedding, ScatterND into the cache, Attention.
+    """`Attend` in ONNX operators, for one layer and pass: RotaryEmbedding, ScatterND into the cache, Attention.
 
-    A traverse attends to the first T rows of its pass's cache, a step to the whole first cache up to its own position.
+    past: its keys and values. A traverse attends to their first T rows, a step to all rows up to its own position.
     """
 
     def __init__(
@@ -75,13 +76,11 @@ class _CachedAttention:
         rope: tuple[Tensor, Tensor],
         positions: Tensor,
         rope_rows: Tensor,
-        past: list[Tensor],
+        past: tuple[Tensor, Tensor],
         slots: Tensor | None,
     ) -> None:
         self.spec, self.rope, self.rope_rows, self.slots = spec, rope, rope_rows, slots
-        self.cache = list(past)
-        passes = [(i, traversal) for traversal, layers in enumerate(spec.cached_layers) for i in layers]
-        self.place = {passed: 2 * at for at, passed in enumerate(passes)}  # of a pass's keys in the cache
+        self.past = self.present = past
         heads = torch.arange(spec.num_kv_heads)[:, None].expand(-1, positions.shape[1])  # [G, S]
         rows = positions.expand(spec.num_kv_heads, -1)
         # Where the new rows go: (0, key/value head, position).
@@ -97,20 +96,21 @@ class _CachedAttention:
         parts = qkv.split((h * e, g * e, g * e), dim=-1)
         q, k, v = (t.view(batch, length, -1, e).transpose(1, 2) for t in parts)  # [1, heads, S, E]
         q, k = (torch.onnx.ops.rotary_embedding(t, *self.rope, self.rope_rows) for t in (q, k))
-        first = self.place[layer, traversal]
-        keys, values = self._write(first, k), self._write(first + 1, v)
-        context = torch.onnx.ops.attention(q, keys, values, self.visible)[0]
+        keys, values = (self._write(past, new) for past, new in zip(self.past, (k, v), strict=True))
+        self.present = keys, values
+        context = torch.onnx.ops.attention(q, self._seen(keys), self._seen(values), self.visible)[0]
         return context.transpose(1, 2).reshape(batch, length, h * e)
 
-    def _write(self, index: int, new: Tensor) -> Tensor:
-        """Put the new rows [1, G, S, E] into a cache; returns the rows to attend to, which are the first T or all."""
-        past = self.cache[index]
-        self.cache[index] = _operator("ScatterND", (past, self.rows, new), past.dtype, past.shape)
+    def _write(self, past: Tensor, new: Tensor) -> Tensor:
+        """Put the new rows [1, G, S, E] into a cache [1, G, C, E]."""
+        return _operator("ScatterND", (past, self.rows, new), past.dtype, past.shape)
+
+    def _seen(self, cache: Tensor) -> Tensor:
+        """The rows of a cache to attend to, which are the first T or all."""
         if self.slots is None:
-            return self.cache[index]
-        batch, heads, _, size = past.shape
-        operands = (self.cache[index], *self.slice)
-        return _operator("Slice", operands, past.dtype, (batch, heads, self.slots.shape[0], size))
+            return cache
+        batch, heads, _, size = cache.shape
+        return _operator("Slice", (cache, *self.slice), cache.dtype, (batch, heads, self.slots.shape[0], size))
 
 
 def _operator(
@@ -124,30 +124,23 @@ def _ints(*values: int) -> Tensor:
     return _operator("Constant", (), torch.int64, (len(values),), {"value_ints": list(values)})
 
 
-class _DecoderGraph(nn.Module):
-    """The module that is traced as traverse, traverse_text or step."""
+class _PassGraph(nn.Module):
+    """One pass of one layer."""
 
-    def __init__(self, spec: ModelSpec, decoder: Decoder, capacity: int, name: str) -> None:
+    def __init__(self, spec: ModelSpec, decoder: Decoder, capacity: int) -> None:
         super().__init__()
-        self.spec, self.decoder, self.name = spec, decoder, name
+        self.spec, self.decoder = spec, decoder
         rows = capacity + (spec.long_rope.short_rows(capacity) if spec.long_rope else 0)
         self.rope = nn.ParameterDict({k: nn.Parameter(torch.empty(rows, spec.head_dim // 2)) for k in ("cos", "sin")})
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, extra: dict[str, Tensor], past: list[Tensor]
+        self, inputs_embeds: Tensor, position_ids: Tensor, extra: dict[str, Tensor], past: tuple[Tensor, Tensor]
     ) -> list[Tensor]:
         rows = position_ids + extra["rope_offset"] if "rope_offset" in extra else position_ids
         rope = self.rope["cos"], self.rope["sin"]
         attend = _CachedAttention(self.spec, rope, position_ids, rows, past, extra.get("slots"))
-        if self.name == "layers":
-            mask = extra.get("image_mask")
-            outputs = [layer(inputs_embeds, mask, i, 0, attend) for i, layer in enumerate(self.decoder.layers)]
-            return [*outputs, *attend.cache]
-        if self.name == "step":
-            x = self.decoder.step(inputs_embeds, attend)
-        else:
-            x = self.decoder.traverse(inputs_embeds, extra.get("image_mask"), attend)
-        return [self.decoder.logits(x[:, -1:])[:, 0], *attend.cache]
+        hidden = self.decoder.layers[0](inputs_embeds, extra.get("image_mask"), 0, 0, attend)
+        return [hidden, *attend.present]
 
 
 class _MixGraph(nn.Module):
@@ -165,7 +158,7 @@ class _HeadGraph(nn.Module):
         self.decoder = decoder
 
     def forward(self, inputs_embeds: Tensor) -> list[Tensor]:
-        return [self.decoder.logits(inputs_embeds)[:, 0]]
+        return [self.decoder.logits(inputs_embeds[:, -1:])[:, 0]]
 
 
 class _VisionGraph(nn.Module):
@@ -180,42 +173,122 @@ class _VisionGraph(nn.Module):
 def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model:
     """Trace a graph (but not traverse_text) with a cache of `capacity` tokens; its weights have no values.
 
-    No parameter is allocated, because everything is traced with fake tensors.
+    No parameter is allocated, because everything is traced with fake tensors. What layers have in common is traced
+    once: a pass, the gate, the output layer. The loop over layers and passes puts copies of these together, so that 32
+    layers take as long as one.
     """
-    with FakeTensorMode(), torch.no_grad():
-        if name == "vision":
-            pixels = torch.empty(2, 3, spec.vision.image_size, spec.vision.image_size)
-            module: nn.Module = _VisionGraph(family.vision(spec))
-            return _export(module, (pixels,), ({0: _dim("images")},), ["pixel_values"], ["image_features"])
-        decoder = family.decoder(spec)
-        assert isinstance(decoder, Decoder)
-        if name == "mix":
-            both = (torch.empty(1, 8, spec.hidden_size), torch.empty(1, 8, spec.hidden_size))
-            return _export(_MixGraph(decoder), both, ({1: _dim("tokens")},) * 2, ["first", "second"], ["mixed"])
-        if name == "head":
-            last = (torch.empty(1, 1, spec.hidden_size),)
-            return _export(_HeadGraph(decoder), last, ({},), ["inputs_embeds"], ["logits"])
-        length = 1 if name == "step" else 8  # the trace works with any length above one
-        dynamic: dict[int, Any] = {} if name == "step" else {1: _dim("tokens")}
-        sets = ("", "_second") if name == "traverse" else ("",)
-        past_names = [n for s in sets for n in cache_names(spec, f"past{s}")]
-        past = [torch.empty(1, spec.num_kv_heads, capacity, spec.head_dim) for _ in past_names]
-        embeds = torch.empty(1, length, spec.hidden_size)
-        extra: dict[str, Tensor] = {}
-        extra_shapes: dict[str, Any] = {}
-        if name != "step":
-            extra["slots"], extra_shapes["slots"] = torch.zeros(length + 3, dtype=torch.int64), {0: _dim("slots")}
-        if spec.long_rope:
-            extra["rope_offset"], extra_shapes["rope_offset"] = torch.zeros(1, dtype=torch.int64), {}
-        if name != "step" and spec.lora_rank:
-            extra["image_mask"], extra_shapes["image_mask"] = torch.empty(1, length, 1), dynamic
-        args: tuple[Any, ...] = (embeds, torch.zeros(1, length, dtype=torch.int64), extra, past)
-        shapes: tuple[Any, ...] = (dynamic, dynamic, extra_shapes, [{} for _ in past])
-        inputs = ["inputs_embeds", "position_ids", *extra, *past_names]
-        outputs = [f"hidden_{i}" for i in range(spec.num_layers)] if name == "layers" else ["logits"]
-        outputs += (n for s in sets for n in cache_names(spec, f"present{s}"))
-        module = _DecoderGraph(spec, decoder, capacity, name)
-        return _export(module, args, shapes, inputs, outputs)
+    if name == "vision":
+        return _model(_vision(family, spec))
+    one = dataclasses.replace(spec, num_layers=1, traversed=None)
+    if name == MIX:
+        return _model(_mix(family, one).graph.clone())
+    if name == HEAD:
+        return _model(_head(family, one, dynamic=False).graph.clone())
+    one_pass = _one_pass(family, one, capacity, dynamic=name != "step")
+    *given, past_key, past_value = one_pass.graph.inputs
+    assembly = Assembly()
+    for value in given:
+        assembly.add_input(value, value.name or "")
+    sets = spec.cached_layers if name == "traverse" else spec.cached_layers[:1]
+    caches = [(i, second) for second, layers in enumerate(sets) for i in layers]
+    for i, second in caches:
+        for kind, value in zip(_KINDS, (past_key, past_value), strict=True):
+            assembly.add_input(value, _cache("past", kind, i, second))
+    present: dict[str, ir.Value] = {}
+
+    def run(x: ir.Value, i: int, second: int) -> ir.Value:
+        pasts = (assembly.inputs[_cache("past", kind, i, second)] for kind in _KINDS)
+        x, *new = assembly.add(one_pass, (x, *pasts), i, _PASSES[second])
+        present.update(zip((_cache("present", kind, i, second) for kind in _KINDS), new, strict=True))
+        return x
+
+    x = assembly.inputs[EMBEDS]
+    if name == LAYERS:
+        outputs = {f"hidden_{i}": run(x, i, 0) for i in range(spec.num_layers)}
+    else:
+        for i in range(spec.num_layers):
+            first = x = run(x, i, 0)
+            if (i, 1) in caches:
+                (x,) = assembly.add(_mix(family, one), (first, run(first, i, 1)), i)
+        (logits,) = assembly.add(_head(family, one, dynamic=name == "traverse"), (x,))
+        outputs = {"logits": logits}
+    names = [_cache("present", kind, i, second) for i, second in caches for kind in _KINDS]
+    return _model(assembly.graph(outputs | {n: present[n] for n in names}, OPSET))
+
+
+def _cache(prefix: str, kind: str, layer: int, second: int) -> str:
+    return f"{prefix}{'_second' * second}_{kind}_{layer}"
+
+
+def _model(graph: ir.Graph) -> ir.Model:
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="trol-edge", producer_version=__version__)
+
+
+# Pieces, of which `Assembly` makes copies.
+
+
+@functools.lru_cache(maxsize=8)
+def _one_pass(family: Family, one: ModelSpec, capacity: int, dynamic: bool) -> Piece:
+    """A pass of a layer over any number of tokens, or over one, which needs neither `slots` nor LoRA."""
+    length = 8 if dynamic else 1  # the trace works with any length above one
+    tokens: dict[int, Any] = {1: _dim("tokens")} if dynamic else {}
+    extra: dict[str, Tensor] = {}
+    shapes: dict[str, Any] = {}
+    with FakeTensorMode():
+        past = [torch.empty(1, one.num_kv_heads, capacity, one.head_dim) for _ in _KINDS]
+        if dynamic:
+            extra["slots"], shapes["slots"] = torch.zeros(length + 3, dtype=torch.int64), {0: _dim("slots")}
+        if one.long_rope:
+            extra["rope_offset"], shapes["rope_offset"] = torch.zeros(1, dtype=torch.int64), {}
+        if dynamic and one.lora_rank:
+            extra["image_mask"], shapes["image_mask"] = torch.empty(1, length, 1), tokens
+        module = _PassGraph(one, _decoder(family, one), capacity)
+        positions = torch.zeros(1, length, dtype=torch.int64)
+        args = (torch.empty(1, length, one.hidden_size), positions, extra, past)
+        pasts = [f"past_{kind}" for kind in _KINDS]
+        inputs = [EMBEDS, "position_ids", *extra, *pasts]
+        outputs = ["hidden", *(f"present_{kind}" for kind in _KINDS)]
+        graph = _export(module, args, (tokens, tokens, shapes, [{}, {}]), inputs, outputs)
+    hidden, places, *_ = graph.inputs
+    for node, at in list(hidden.uses()):
+        if (
+            node.op_type == "Shape"
+        ):  # S, of which the positions know, too; so the places are computed once for all passes
+            assert [node.attributes[bound].as_int() for bound in ("start", "end")] == [1, 2]
+            node.replace_input_with(at, places)
+    return Piece("pass", graph, (EMBEDS, *pasts))
+
+
+@functools.lru_cache(maxsize=8)
+def _mix(family: Family, one: ModelSpec) -> Piece:
+    names = ["first", "second"]
+    with FakeTensorMode():
+        both = tuple(torch.empty(1, 8, one.hidden_size) for _ in names)
+        shapes = ({1: _dim("tokens")},) * len(names)
+        return Piece("mix", _export(_MixGraph(_decoder(family, one)), both, shapes, names, ["mixed"]), names)
+
+
+@functools.lru_cache(maxsize=8)
+def _head(family: Family, one: ModelSpec, dynamic: bool) -> Piece:
+    """The output layer, for the last of any number of tokens or for one."""
+    with FakeTensorMode():
+        tokens = (torch.empty(1, 8 if dynamic else 1, one.hidden_size),)
+        shapes = ({1: _dim("tokens")} if dynamic else {},)
+        graph = _export(_HeadGraph(_decoder(family, one)), tokens, shapes, [EMBEDS], ["logits"])
+    return Piece("head", graph, [EMBEDS])
+
+
+def _vision(family: Family, spec: ModelSpec) -> ir.Graph:
+    with FakeTensorMode():
+        pixels = torch.empty(2, 3, spec.vision.image_size, spec.vision.image_size)
+        module = _VisionGraph(family.vision(spec))
+        return _export(module, (pixels,), ({0: _dim("images")},), ["pixel_values"], ["image_features"])
+
+
+def _decoder(family: Family, spec: ModelSpec) -> Decoder:
+    decoder = family.decoder(spec)
+    assert isinstance(decoder, Decoder)
+    return decoder
 
 
 def _dim(name: str) -> Any:
@@ -224,8 +297,8 @@ def _dim(name: str) -> Any:
 
 def _export(
     module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...], inputs: list[str], outputs: list[str]
-) -> ir.Model:
-    with _quiet():
+) -> ir.Graph:
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
             args,
@@ -246,9 +319,7 @@ def _export(
         onnxscript.optimizer.optimize(model)
     # Stack traces are most of the file's bytes, and their paths would make the file differ between machines.
     common.ClearMetadataAndDocStringPass()(model)
-    model.ir_version = IR_VERSION
-    model.producer_name, model.producer_version = "trol-edge", __version__
-    return model
+    return model.graph
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""Puts a graph together from pieces, each of which is traced once and computed many times."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+
+_TRACED_LAYER = "decoder.layers.0."  # begins the names of a layer's weights in a piece
+
+
+class _Reads(enum.IntEnum):
+    """What a value of a piece is computed from; each may read what those before it do."""
+
+    SHARED = 0  # constants, weights that belong to no layer, inputs that all pieces have in common
+    LAYER = 1  # a layer's weights
+    GIVEN = 2  # inputs that differ from use to use
+
+
+class Piece:
+    """A traced graph that holds at most one layer, and what each of its values is computed from.
+
+    given: the inputs that differ from use to use; the others are inputs of the whole graph, of the same name.
+    """
+
+    def __init__(self, name: str, graph: ir.Graph, given: Sequence[str]) -> None:
+        self.name, self.graph, self.given = name, graph, given
+        self.reads = {v: _Reads.GIVEN if v.name in given else _Reads.SHARED for v in self.graph.inputs}
+        for weight, value in self.graph.initializers.items():
+            self.reads[value] = _Reads.LAYER if weight.startswith(_TRACED_LAYER) else _Reads.SHARED
+        for node in self.graph:
+            level = max((self.reads[v] for v in node.inputs if v is not None), default=_Reads.SHARED)
+            self.reads |= dict.fromkeys(node.outputs, level)
+
+
+class Assembly:
+    """A graph that grows by pieces. `inputs` has its inputs by name; weights come with the pieces that read them."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, ir.Value] = {}
+        self._initializers: dict[str, ir.Value] = {}
+        self._nodes: list[ir.Node] = []
+        self._made: dict[str, ir.Value] = {}
+
+    def add_input(self, like: ir.Value, name: str) -> None:
+        """Add an input of a piece's input's type and shape."""
+        self.inputs[name] = _like(like, name)
+
+    def add(self, piece: Piece, given: Iterable[ir.Value], layer: int | None = None, use: str = "") -> list[ir.Value]:
+        """Compute a piece; returns its outputs.
+
+        given: values for the inputs `piece.given`. layer: whose weights it reads. use: tells this use in a layer
+        from others, in names. What does not depend on `given` is computed once, or once per layer.
+        """
+        of_layer = "" if layer is None else f"layers.{layer}."
+        start = {
+            _Reads.SHARED: f"{piece.name}.",
+            _Reads.LAYER: f"{of_layer}{piece.name}.",
+            _Reads.GIVEN: f"{of_layer}{use or piece.name}.",
+        }
+        known = self.inputs | dict(zip(piece.given, given, strict=True))
+        here = {value: known[value.name or ""] for value in piece.graph.inputs}
+        for name, value in piece.graph.initializers.items():
+            whole = start[_Reads.SHARED] + name if value.const_value is not None else name
+            if piece.reads[value] == _Reads.LAYER:
+                whole = f"decoder.{of_layer}{name.removeprefix(_TRACED_LAYER)}"
+            if whole not in self._initializers:
+                self._initializers[whole] = _like(value, whole)
+            here[value] = self._initializers[whole]
+        for node in piece.graph:
+            prefix = start[piece.reads[node.outputs[0]]]
+            names = [f"{prefix}{value.name}" for value in node.outputs]
+            if names[0] not in self._made:
+                outputs = [_like(value, name) for value, name in zip(node.outputs, names, strict=True)]
+                inputs = [None if value is None else here[value] for value in node.inputs]
+                attributes = node.attributes.values()
+                self._nodes.append(
+                    ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=f"{prefix}{node.name}")
+                )
+                self._made |= zip(names, outputs, strict=True)
+            here |= {value: self._made[name] for value, name in zip(node.outputs, names, strict=True)}
+        return [here[value] for value in piece.graph.outputs]
+
+    def graph(self, outputs: Mapping[str, ir.Value], opset: int) -> ir.Graph:
+        """The graph with these outputs, which get the names that they have here."""
+        for name, value in outputs.items():
+            value.name = name
+        return ir.Graph(
+            list(self.inputs.values()),
+            list(outputs.values()),
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": opset},
+            name="main_graph",
+        )
+
+
+def _like(value: ir.Value, name: str) -> ir.Value:
+    shape = None if value.shape is None else value.shape.copy()
+    return ir.Value(name=name, shape=shape, type=value.type, const_value=value.const_value)
