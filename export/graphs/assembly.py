@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-_TRACED_LAYER = "decoder.layers.0."  # begins the names of a layer's weights in a piece
+_LAYER = ".layers.{}."  # in the names of a layer's weights; in a piece it is number 0
 
 
 class _Reads(enum.IntEnum):
@@ -28,7 +28,7 @@ class Piece:
         self.name, self.graph, self.given = name, graph, given
         self.reads = {v: _Reads.GIVEN if v.name in given else _Reads.SHARED for v in self.graph.inputs}
         for weight, value in self.graph.initializers.items():
-            self.reads[value] = _Reads.LAYER if weight.startswith(_TRACED_LAYER) else _Reads.SHARED
+            self.reads[value] = _Reads.LAYER if _LAYER.format(0) in weight else _Reads.SHARED
         for node in self.graph:
             level = max((self.reads[v] for v in node.inputs if v is not None), default=_Reads.SHARED)
             self.reads |= dict.fromkeys(node.outputs, level)
@@ -64,7 +64,7 @@ class Assembly:
         for name, value in piece.graph.initializers.items():
             whole = start[_Reads.SHARED] + name if value.const_value is not None else name
             if piece.reads[value] == _Reads.LAYER:
-                whole = f"decoder.{of_layer}{name.removeprefix(_TRACED_LAYER)}"
+                whole = name.replace(_LAYER.format(0), _LAYER.format(layer))
             if whole not in self._initializers:
                 self._initializers[whole] = _like(value, whole)
             here[value] = self._initializers[whole]

@@ -59,9 +59,9 @@ from trol_edge.export.reference.model import Decoder
 OPSET = 23
 IR_VERSION = 11
 TRACED = ("vision", "traverse", "step")  # traverse_text is derived from traverse
-EMBEDS = "inputs_embeds"
+EMBEDS, _PIXELS = "inputs_embeds", "pixel_values"
 _KINDS = ("key", "value")
-_PASSES = ("first", "second")  # as they stand in names of values
+_PASSES = ("first", "second")  # in names of values
 
 
 class _CachedAttention:
@@ -162,12 +162,15 @@ class _HeadGraph(nn.Module):
 
 
 class _VisionGraph(nn.Module):
-    def __init__(self, vision: nn.Module) -> None:
-        super().__init__()
-        self.vision = vision
+    """A part of the vision tower: "embed", "layer" (the first) or "features"."""
 
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        return [self.vision(pixel_values)]
+    def __init__(self, vision: nn.Module, part: str) -> None:
+        super().__init__()
+        self.vision, self.part = vision, part
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        vision: Any = self.vision
+        return [vision.layers[0](x) if self.part == "layer" else getattr(vision, self.part)(x)]
 
 
 def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model:
@@ -214,6 +217,18 @@ def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model
         outputs = {"logits": logits}
     names = [_cache("present", kind, i, second) for i, second in caches for kind in _KINDS]
     return _model(assembly.graph(outputs | {n: present[n] for n in names}, OPSET))
+
+
+def _vision(family: Family, spec: ModelSpec) -> ir.Graph:
+    one = dataclasses.replace(spec, vision=dataclasses.replace(spec.vision, num_layers=1))
+    embed = _tower(family, one, "embed")
+    assembly = Assembly()
+    assembly.add_input(embed.graph.inputs[0], _PIXELS)
+    (x,) = assembly.add(embed, [assembly.inputs[_PIXELS]])
+    for i in range(spec.vision.num_layers):
+        (x,) = assembly.add(_tower(family, one, "layer"), [x], i)
+    (x,) = assembly.add(_tower(family, one, "features"), [x])
+    return assembly.graph({"image_features": x}, OPSET)
 
 
 def _cache(prefix: str, kind: str, layer: int, second: int) -> str:
@@ -278,11 +293,17 @@ def _head(family: Family, one: ModelSpec, dynamic: bool) -> Piece:
     return Piece("head", graph, [EMBEDS])
 
 
-def _vision(family: Family, spec: ModelSpec) -> ir.Graph:
+@functools.lru_cache(maxsize=8)
+def _tower(family: Family, one: ModelSpec, part: str) -> Piece:
+    """A part of the vision tower, with one layer, for any number of pictures."""
+    tower = one.vision
     with FakeTensorMode():
-        pixels = torch.empty(2, 3, spec.vision.image_size, spec.vision.image_size)
-        module = _VisionGraph(family.vision(spec))
-        return _export(module, (pixels,), ({0: _dim("images")},), ["pixel_values"], ["image_features"])
+        vision: Any = family.vision(one)
+        x = torch.empty(2, 3, tower.image_size, tower.image_size)
+        if part != "embed":
+            x = torch.empty(*vision.embed(x).shape)
+        graph = _export(_VisionGraph(vision, part), (x,), ({0: _dim("images")},), [_PIXELS], ["image_features"])
+    return Piece(part, graph, [_PIXELS])
 
 
 def _decoder(family: Family, spec: ModelSpec) -> Decoder:
