@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -267,6 +268,28 @@ def test_traversal_is_unrolled(bundle: Bundle) -> None:
         assert not {"Loop", "If", "Scan"} & set(graphs[name].operators)
         gates = [w for w in graphs[name].weights if w.startswith("decoder.gate")]
         assert len(gates) == (0 if name == "step" else 2)
+
+
+def test_layers_are_copies_of_one() -> None:
+    """A layer more adds the same operators each time; the mask and the places of new rows are computed once for all."""
+    from trol_edge.export.graphs import canonical as graphs
+
+    checkpoint = Checkpoint(NANO)
+    tower = checkpoint.spec.vision
+    counted = {}
+    for layers, second in ((2, None), (3, None), (5, None), (5, (0, 3))):
+        vision = dataclasses.replace(tower, num_layers=layers)
+        spec = dataclasses.replace(checkpoint.spec, num_layers=layers, traversed=second, vision=vision)
+        for name in ("traverse", "vision"):
+            traced = graphs.trace(name, checkpoint.family, spec, 512)
+            counted[name, layers, second] = Counter(node.op_type for node in traced.graph)
+    for name in ("traverse", "vision"):
+        two, three, five = (counted[name, layers, None] for layers in (2, 3, 5))
+        assert five - two == Counter({kind: 3 * n for kind, n in (three - two).items()})
+    fewer = counted["traverse", 5, (0, 3)]
+    assert (fewer["Attention"], fewer["Tanh"], fewer["ScatterND"]) == (7, 2, 14)
+    for counts in (counted["traverse", 5, None], fewer):
+        assert (counts["LessOrEqual"], counts["Shape"]) == (1, 3)
 
 
 def test_lora_is_only_where_pictures_are(bundle: Bundle) -> None:

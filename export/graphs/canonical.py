@@ -39,7 +39,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -61,7 +61,6 @@ IR_VERSION = 11
 TRACED = ("vision", "traverse", "step")  # traverse_text is derived from traverse
 EMBEDS, _PIXELS = "inputs_embeds", "pixel_values"
 _KINDS = ("key", "value")
-_PASSES = ("first", "second")  # in names of values
 
 
 class _CachedAttention:
@@ -124,8 +123,8 @@ def _ints(*values: int) -> Tensor:
     return _operator("Constant", (), torch.int64, (len(values),), {"value_ints": list(values)})
 
 
-class _PassGraph(nn.Module):
-    """One pass of one layer."""
+class _DecoderGraph(nn.Module):
+    """One pass of a layer, and the output layer; in a traverse the mixture with a second pass, too."""
 
     def __init__(self, spec: ModelSpec, decoder: Decoder, capacity: int) -> None:
         super().__init__()
@@ -134,182 +133,175 @@ class _PassGraph(nn.Module):
         self.rope = nn.ParameterDict({k: nn.Parameter(torch.empty(rows, spec.head_dim // 2)) for k in ("cos", "sin")})
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, extra: dict[str, Tensor], past: tuple[Tensor, Tensor]
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        extra: dict[str, Tensor],
+        past: list[Tensor],
+        second: list[Tensor],
     ) -> list[Tensor]:
         rows = position_ids + extra["rope_offset"] if "rope_offset" in extra else position_ids
         rope = self.rope["cos"], self.rope["sin"]
-        attend = _CachedAttention(self.spec, rope, position_ids, rows, past, extra.get("slots"))
+        keys, values = past
+        attend = _CachedAttention(self.spec, rope, position_ids, rows, (keys, values), extra.get("slots"))
         hidden = self.decoder.layers[0](inputs_embeds, extra.get("image_mask"), 0, 0, attend)
-        return [hidden, *attend.present]
-
-
-class _MixGraph(nn.Module):
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, first: Tensor, second: Tensor) -> list[Tensor]:
-        return [self.decoder.mix(first, second)[0]]
-
-
-class _HeadGraph(nn.Module):
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, inputs_embeds: Tensor) -> list[Tensor]:
-        return [self.decoder.logits(inputs_embeds[:, -1:])[:, 0]]
+        mixed = [self.decoder.mix(hidden, each)[0] for each in second]
+        last = [hidden, *mixed][-1][:, -1:]
+        return [hidden, *attend.present, *mixed, self.decoder.logits(last)[:, 0]]
 
 
 class _VisionGraph(nn.Module):
-    """A part of the vision tower: "embed", "layer" (the first) or "features"."""
+    """The tower with one layer, and what goes into the layer and comes out of it."""
 
-    def __init__(self, vision: nn.Module, part: str) -> None:
+    def __init__(self, vision: nn.Module) -> None:
         super().__init__()
-        self.vision, self.part = vision, part
+        self.vision = vision
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
         vision: Any = self.vision
-        return [vision.layers[0](x) if self.part == "layer" else getattr(vision, self.part)(x)]
+        before, after = vision.encode(pixel_values)
+        return [before, after, vision.features(after)]
 
 
 def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model:
     """Trace a graph (but not traverse_text) with a cache of `capacity` tokens; its weights have no values.
 
-    No parameter is allocated, because everything is traced with fake tensors. What layers have in common is traced
-    once: a pass, the gate, the output layer. The loop over layers and passes puts copies of these together, so that 32
-    layers take as long as one.
+    No parameter is allocated, because everything is traced with fake tensors. A model with one layer is traced, and the
+    loops over layers and passes put copies of its pieces together, so that 32 layers take as long as one.
     """
-    if name == "vision":
-        return _model(_vision(family, spec))
-    one = dataclasses.replace(spec, num_layers=1, traversed=None)
-    if name == MIX:
-        return _model(_mix(family, one).graph.clone())
-    if name == HEAD:
-        return _model(_head(family, one, dynamic=False).graph.clone())
-    one_pass = _one_pass(family, one, capacity, dynamic=name != "step")
-    *given, past_key, past_value = one_pass.graph.inputs
+    one = dataclasses.replace(spec, num_layers=1, traversed=None, vision=dataclasses.replace(spec.vision, num_layers=1))
     assembly = Assembly()
-    for value in given:
-        assembly.add_input(value, value.name or "")
+    if name == "vision":
+        outputs = _see(assembly, _trace_tower(family, one), spec.vision.num_layers)
+    else:
+        pieces = _trace_decoder(family, one, capacity, name in ("step", HEAD))
+        if name == HEAD:
+            outputs = {"logits": assembly.add(pieces.head, assembly.inputs_for(pieces.head, EMBEDS))[0]}
+        elif name == MIX:
+            outputs = {"mixed": assembly.add(pieces.mix, assembly.inputs_for(pieces.mix, "first", "second"))[0]}
+        else:
+            outputs = _read(assembly, pieces, name, spec)
+    graph = assembly.graph(outputs, OPSET)
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="trol-edge", producer_version=__version__)
+
+
+def _see(assembly: Assembly, pieces: _Tower, layers: int) -> dict[str, ir.Value]:
+    (x,) = assembly.add(pieces.embed, assembly.inputs_for(pieces.embed, _PIXELS))
+    for i in range(layers):
+        (x,) = assembly.add(pieces.layer, (x,), i)
+    return {"image_features": assembly.add(pieces.features, (x,))[0]}
+
+
+def _read(assembly: Assembly, pieces: _Decoder, name: str, spec: ModelSpec) -> dict[str, ir.Value]:
+    """Unroll the loops of traverse, step or layers. The outputs by name."""
+    embeds, *pasts = pieces.one_pass.given
+    x = assembly.input(embeds, EMBEDS)
+    for value in pieces.one_pass.inputs:
+        assembly.input(value, value.name or "")
     sets = spec.cached_layers if name == "traverse" else spec.cached_layers[:1]
     caches = [(i, second) for second, layers in enumerate(sets) for i in layers]
-    for i, second in caches:
-        for kind, value in zip(_KINDS, (past_key, past_value), strict=True):
-            assembly.add_input(value, _cache("past", kind, i, second))
+    past = {
+        (i, second): [assembly.input(v, _cache("past", kind, i, second)) for kind, v in zip(_KINDS, pasts, strict=True)]
+        for i, second in caches
+    }
     present: dict[str, ir.Value] = {}
 
     def run(x: ir.Value, i: int, second: int) -> ir.Value:
-        pasts = (assembly.inputs[_cache("past", kind, i, second)] for kind in _KINDS)
-        x, *new = assembly.add(one_pass, (x, *pasts), i, _PASSES[second])
+        x, *new = assembly.add(pieces.one_pass, (x, *past[i, second]), i, ("first", "second")[second])
         present.update(zip((_cache("present", kind, i, second) for kind in _KINDS), new, strict=True))
         return x
 
-    x = assembly.inputs[EMBEDS]
-    if name == LAYERS:
-        outputs = {f"hidden_{i}": run(x, i, 0) for i in range(spec.num_layers)}
-    else:
-        for i in range(spec.num_layers):
-            first = x = run(x, i, 0)
-            if (i, 1) in caches:
-                (x,) = assembly.add(_mix(family, one), (first, run(first, i, 1)), i)
-        (logits,) = assembly.add(_head(family, one, dynamic=name == "traverse"), (x,))
-        outputs = {"logits": logits}
+    outputs: dict[str, ir.Value] = {}
+    for i in range(spec.num_layers):
+        first = run(x, i, 0)
+        if name == LAYERS:
+            outputs[f"hidden_{i}"] = first
+        elif (i, 1) in caches:
+            (x,) = assembly.add(pieces.mix, (first, run(first, i, 1)), i)
+        else:
+            x = first
+    if name != LAYERS:
+        (outputs["logits"],) = assembly.add(pieces.head, (x,))
     names = [_cache("present", kind, i, second) for i, second in caches for kind in _KINDS]
-    return _model(assembly.graph(outputs | {n: present[n] for n in names}, OPSET))
-
-
-def _vision(family: Family, spec: ModelSpec) -> ir.Graph:
-    one = dataclasses.replace(spec, vision=dataclasses.replace(spec.vision, num_layers=1))
-    embed = _tower(family, one, "embed")
-    assembly = Assembly()
-    assembly.add_input(embed.graph.inputs[0], _PIXELS)
-    (x,) = assembly.add(embed, [assembly.inputs[_PIXELS]])
-    for i in range(spec.vision.num_layers):
-        (x,) = assembly.add(_tower(family, one, "layer"), [x], i)
-    (x,) = assembly.add(_tower(family, one, "features"), [x])
-    return assembly.graph({"image_features": x}, OPSET)
+    return outputs | {each: present[each] for each in names}
 
 
 def _cache(prefix: str, kind: str, layer: int, second: int) -> str:
     return f"{prefix}{'_second' * second}_{kind}_{layer}"
 
 
-def _model(graph: ir.Graph) -> ir.Model:
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="trol-edge", producer_version=__version__)
+class _Decoder(NamedTuple):
+    """What a decoder's graphs consist of. one_pass: x, key and value cache -> x and both caches; mix: x of both passes
+    -> x; head: x -> logits of the last token.
+    """
+
+    one_pass: Piece
+    mix: Piece
+    head: Piece
 
 
-# Pieces, of which `Assembly` makes copies.
+class _Tower(NamedTuple):
+    """embed: pictures -> x; layer: x -> x; features: x -> image features."""
+
+    embed: Piece
+    layer: Piece
+    features: Piece
 
 
 @functools.lru_cache(maxsize=8)
-def _one_pass(family: Family, one: ModelSpec, capacity: int, dynamic: bool) -> Piece:
-    """A pass of a layer over any number of tokens, or over one, which needs neither `slots` nor LoRA."""
-    length = 8 if dynamic else 1  # the trace works with any length above one
-    tokens: dict[int, Any] = {1: _dim("tokens")} if dynamic else {}
+def _trace_decoder(family: Family, one: ModelSpec, capacity: int, step: bool) -> _Decoder:
+    """The pieces for any number of tokens, or for one token of a step, which needs neither `slots` nor LoRA nor mix."""
+    length = 1 if step else 8  # the trace works with any length above one
+    tokens: dict[int, Any] = {} if step else {1: _dim("tokens")}
     extra: dict[str, Tensor] = {}
     shapes: dict[str, Any] = {}
     with FakeTensorMode():
+        decoder = family.decoder(one)
+        assert isinstance(decoder, Decoder)
         past = [torch.empty(1, one.num_kv_heads, capacity, one.head_dim) for _ in _KINDS]
-        if dynamic:
+        if not step:
             extra["slots"], shapes["slots"] = torch.zeros(length + 3, dtype=torch.int64), {0: _dim("slots")}
         if one.long_rope:
             extra["rope_offset"], shapes["rope_offset"] = torch.zeros(1, dtype=torch.int64), {}
-        if dynamic and one.lora_rank:
+        if not step and one.lora_rank:
             extra["image_mask"], shapes["image_mask"] = torch.empty(1, length, 1), tokens
-        module = _PassGraph(one, _decoder(family, one), capacity)
+        second = [] if step else [torch.empty(1, length, one.hidden_size)]
         positions = torch.zeros(1, length, dtype=torch.int64)
-        args = (torch.empty(1, length, one.hidden_size), positions, extra, past)
-        pasts = [f"past_{kind}" for kind in _KINDS]
-        inputs = [EMBEDS, "position_ids", *extra, *pasts]
-        outputs = ["hidden", *(f"present_{kind}" for kind in _KINDS)]
-        graph = _export(module, args, (tokens, tokens, shapes, [{}, {}]), inputs, outputs)
-    hidden, places, *_ = graph.inputs
-    for node, at in list(hidden.uses()):
-        if (
-            node.op_type == "Shape"
-        ):  # S, of which the positions know, too; so the places are computed once for all passes
-            assert [node.attributes[bound].as_int() for bound in ("start", "end")] == [1, 2]
-            node.replace_input_with(at, places)
-    return Piece("pass", graph, (EMBEDS, *pasts))
+        args = (torch.empty(1, length, one.hidden_size), positions, extra, past, second)
+        graph = _export(
+            _DecoderGraph(one, decoder, capacity),
+            args,
+            (tokens, tokens, shapes, [{} for _ in past], [tokens for _ in second]),
+            [EMBEDS, "position_ids", *extra, *(f"past_{kind}" for kind in _KINDS), *("second" for _ in second)],
+            ["hidden", *(f"present_{kind}" for kind in _KINDS), *("mixed" for _ in second), "logits"],
+        )
+    inputs = {value.name: value for value in graph.inputs}
+    for value in graph.inputs:
+        for node, at in list(value.uses()):
+            if node.op_type == "Shape" and value.name in (EMBEDS, "second"):
+                # S, which the positions have, too. Read there, the places of new rows are computed once for all passes.
+                assert [node.attributes[bound].as_int() for bound in ("start", "end")] == [1, 2]
+                node.replace_input_with(at, inputs["position_ids"])
+    hidden, key, value, *mixed, logits = graph.outputs
+    trace = "step" if step else "traverse"
+    given = [inputs[EMBEDS], *(inputs[f"past_{kind}"] for kind in _KINDS)]
+    one_pass = Piece(trace, "pass", graph, given, [hidden, key, value])
+    mix = Piece(trace, "mix", graph, [hidden, *(inputs["second"] for _ in second)], mixed)
+    return _Decoder(one_pass, mix, Piece(trace, "head", graph, mixed or [hidden], [logits]))
 
 
 @functools.lru_cache(maxsize=8)
-def _mix(family: Family, one: ModelSpec) -> Piece:
-    names = ["first", "second"]
+def _trace_tower(family: Family, one: ModelSpec) -> _Tower:
     with FakeTensorMode():
-        both = tuple(torch.empty(1, 8, one.hidden_size) for _ in names)
-        shapes = ({1: _dim("tokens")},) * len(names)
-        return Piece("mix", _export(_MixGraph(_decoder(family, one)), both, shapes, names, ["mixed"]), names)
-
-
-@functools.lru_cache(maxsize=8)
-def _head(family: Family, one: ModelSpec, dynamic: bool) -> Piece:
-    """The output layer, for the last of any number of tokens or for one."""
-    with FakeTensorMode():
-        tokens = (torch.empty(1, 8 if dynamic else 1, one.hidden_size),)
-        shapes = ({1: _dim("tokens")} if dynamic else {},)
-        graph = _export(_HeadGraph(_decoder(family, one)), tokens, shapes, [EMBEDS], ["logits"])
-    return Piece("head", graph, [EMBEDS])
-
-
-@functools.lru_cache(maxsize=8)
-def _tower(family: Family, one: ModelSpec, part: str) -> Piece:
-    """A part of the vision tower, with one layer, for any number of pictures."""
-    tower = one.vision
-    with FakeTensorMode():
-        vision: Any = family.vision(one)
-        x = torch.empty(2, 3, tower.image_size, tower.image_size)
-        if part != "embed":
-            x = torch.empty(*vision.embed(x).shape)
-        graph = _export(_VisionGraph(vision, part), (x,), ({0: _dim("images")},), [_PIXELS], ["image_features"])
-    return Piece(part, graph, [_PIXELS])
-
-
-def _decoder(family: Family, spec: ModelSpec) -> Decoder:
-    decoder = family.decoder(spec)
-    assert isinstance(decoder, Decoder)
-    return decoder
+        pixels = torch.empty(2, 3, one.vision.image_size, one.vision.image_size)
+        module = _VisionGraph(family.vision(one))
+        graph = _export(module, (pixels,), ({0: _dim("images")},), [_PIXELS], ["before", "after", "features"])
+    before, after, features = graph.outputs
+    return _Tower(
+        Piece("vision", "embed", graph, graph.inputs, [before]),
+        Piece("vision", "layer", graph, [before], [after]),
+        Piece("vision", "features", graph, [after], [features]),
+    )
 
 
 def _dim(name: str) -> Any:
