@@ -169,31 +169,37 @@ def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model
     No parameter is allocated, because everything is traced with fake tensors. A model with one layer is traced, and the
     loops over layers and passes put copies of its pieces together, so that 32 layers take as long as one.
     """
-    one = dataclasses.replace(spec, num_layers=1, traversed=None, vision=dataclasses.replace(spec.vision, num_layers=1))
     assembly = Assembly()
     if name == "vision":
-        outputs = _see(assembly, _trace_tower(family, one), spec.vision.num_layers)
+        tower = dataclasses.replace(spec.vision, num_layers=1)
+        pieces = _trace_tower(family, dataclasses.replace(spec, vision=tower))
+        outputs = _vision_graph(assembly, pieces, spec.vision.num_layers)
     else:
-        pieces = _trace_decoder(family, one, capacity, name in ("step", HEAD))
-        if name == HEAD:
-            outputs = {"logits": assembly.add(pieces.head, assembly.inputs_for(pieces.head, EMBEDS))[0]}
-        elif name == MIX:
-            outputs = {"mixed": assembly.add(pieces.mix, assembly.inputs_for(pieces.mix, "first", "second"))[0]}
-        else:
-            outputs = _read(assembly, pieces, name, spec)
+        outputs = _decoder_graph(assembly, family, spec, name, capacity)
     graph = assembly.graph(outputs, OPSET)
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="trol-edge", producer_version=__version__)
 
 
-def _see(assembly: Assembly, pieces: _Tower, layers: int) -> dict[str, ir.Value]:
+def _vision_graph(assembly: Assembly, pieces: _Tower, layers: int) -> dict[str, ir.Value]:
     (x,) = assembly.add(pieces.embed, assembly.inputs_for(pieces.embed, _PIXELS))
     for i in range(layers):
         (x,) = assembly.add(pieces.layer, (x,), i)
     return {"image_features": assembly.add(pieces.features, (x,))[0]}
 
 
-def _read(assembly: Assembly, pieces: _Decoder, name: str, spec: ModelSpec) -> dict[str, ir.Value]:
-    """Unroll the loops of traverse, step or layers. The outputs by name."""
+def _decoder_graph(
+    assembly: Assembly, family: Family, spec: ModelSpec, name: str, capacity: int
+) -> dict[str, ir.Value]:
+    one = dataclasses.replace(spec, num_layers=1, traversed=None)
+    pieces = _trace_decoder(family, one, capacity, name in ("step", HEAD))
+    if name == HEAD:
+        return {"logits": assembly.add(pieces.head, assembly.inputs_for(pieces.head, EMBEDS))[0]}
+    if name == MIX:
+        return {"mixed": assembly.add(pieces.mix, assembly.inputs_for(pieces.mix, "first", "second"))[0]}
+    return _unroll(assembly, pieces, spec, name)
+
+
+def _unroll(assembly: Assembly, pieces: _Decoder, spec: ModelSpec, name: str) -> dict[str, ir.Value]:
     embeds, *pasts = pieces.one_pass.given
     x = assembly.input(embeds, EMBEDS)
     for value in pieces.one_pass.inputs:
