@@ -270,10 +270,8 @@ def test_traversal_is_unrolled(bundle: Bundle) -> None:
         assert len(gates) == (0 if name == "step" else 2)
 
 
-def test_layers_are_copies_of_one() -> None:
+def test_layers_are_copies_of_one(traces: Callable[..., Any]) -> None:
     """A layer more adds the same operators each time; the mask and the places of new rows are computed once for all."""
-    from trol_edge.export.graphs import canonical as graphs
-
     checkpoint = Checkpoint(NANO)
     tower = checkpoint.spec.vision
     counted = {}
@@ -281,7 +279,7 @@ def test_layers_are_copies_of_one() -> None:
         vision = dataclasses.replace(tower, num_layers=layers)
         spec = dataclasses.replace(checkpoint.spec, num_layers=layers, traversed=second, vision=vision)
         for name in ("traverse", "vision"):
-            traced = graphs.trace(name, checkpoint.family, spec, 512)
+            traced = traces(name, checkpoint.family, spec, 2048)
             counted[name, layers, second] = Counter(node.op_type for node in traced.graph)
     for name in ("traverse", "vision"):
         two, three, five = (counted[name, layers, None] for layers in (2, 3, 5))
