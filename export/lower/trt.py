@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -185,15 +186,12 @@ def _read_rows(model: ir.Model, shared: Shared) -> None:
         casts = [table.producer() if table is not None else None for table in tables]
         if positions is None or not all(cast is not None and cast.op_type == "Cast" for cast in casts):
             continue
-        build, rows = Build(model.graph, node, shared), []
-        for table, cast in zip(tables, casts, strict=True):
-            assert table is not None and table.dtype is not None and cast is not None
-
-            def taken(table: ir.Value = table, cast: ir.Node = cast) -> ir.Value:
-                found = build.op("Gather", [cast.inputs[0], positions], axis=0)
-                return build.op("Cast", [found], table.dtype, to=table.dtype)
-
-            rows.append(build.once(("taken", table, positions), taken))
+        build = Build(model.graph, node, shared)
+        rows = [
+            build.once(("taken", table, positions), partial(_taken, build, table, positions))
+            for table in tables
+            if table is not None
+        ]
         result = build.op("RotaryEmbedding", [x, *rows], **{k: v.value for k, v in node.attributes.items()})
         old, name = node.outputs[0], node.outputs[0].name
         result.shape, result.type = old.shape, old.type
@@ -201,6 +199,13 @@ def _read_rows(model: ir.Model, shared: Shared) -> None:
         model.graph.remove(node, safe=True)
         result.name = name
     common.RemoveUnusedNodesPass()(model)
+
+
+def _taken(build: Build, table: ir.Value, positions: ir.Value) -> ir.Value:
+    """The rows of a table that is cast, taken before they are cast."""
+    cast = table.producer()
+    assert cast is not None and table.dtype is not None
+    return build.op("Cast", [build.op("Gather", [cast.inputs[0], positions], axis=0)], table.dtype, to=table.dtype)
 
 
 def _reader(value: ir.Value, op: str) -> ir.Node | None:
@@ -236,7 +241,7 @@ def _rms_normalization(build: Build, node: ir.Node) -> ir.Value:
 
 
 def _rotary_embedding(build: Build, node: ir.Node) -> ir.Value:
-    """Rotate halves of x [B, H, S, E] with tables [rows, E/2] and positions [B, S], or with rows [B, S, E/2] of them."""
+    """Rotate halves of x [B, H, S, E] with tables [rows, E/2] and positions [B, S], or with their rows [B, S, E/2]."""
     x, cos, sin, positions = [*node.inputs, None][:4]
     others = {k for k, v in node.attributes.items() if v.type == ir.AttributeType.INT and v.as_int()}
     if x is None or cos is None or sin is None or others:
