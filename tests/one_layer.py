@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trol_edge.bundle.engines import Range
-from trol_edge.bundle.layer_graphs import Parts, layer_name
+from trol_edge.bundle.layer_graphs import Parts
 from trol_edge.bundle.manifest import GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.precision import PrecisionPlan
@@ -43,7 +43,10 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """A lowered graph with weights beside it. info, spec, plan: as a manifest has them; tensors: of its weights."""
+    """A lowered graph with weights beside it. info, spec, plan: as a manifest has them; tensors: of its weights.
+
+    gives_rows: whether the traverse that a part was cut from gives its new rows.
+    """
 
     path: Path
     info: GraphInfo
@@ -52,6 +55,7 @@ class Graph:
     spec: ModelSpec
     plan: PrecisionPlan
     tensors: dict[str, Stored]
+    gives_rows: bool = False
 
 
 def graph(model: str, options: RecipeOptions, name: str, folder: Path, layers: int = 1, target: str = "rtx") -> Graph:
@@ -117,20 +121,24 @@ def _write(
     return tensors
 
 
-def layer(made: Graph, number: int) -> tuple[Graph, bytes]:
-    """One layer of a traverse, as engines by layer have it: what it is cut from, with its own ports, and its graph."""
-    manifest = SimpleNamespace(graphs={"traverse": made.info}, spec=made.spec, plan=made.plan)
+def part(made: Graph, name: str, step: Graph | None = None) -> tuple[Graph, bytes]:
+    """A part of a traverse, or of a step beside it: what it is cut from, with the part's ports, and its graph."""
+    graphs = {"traverse": made.info} | ({} if step is None else {"step": step.info})
+    files = {each.info.file: each.path for each in (made, step) if each is not None}
+    manifest = SimpleNamespace(graphs=graphs, spec=made.spec, plan=made.plan)
     weights = SimpleNamespace(tensors=made.tensors)
     bundle: Any = SimpleNamespace(  # all that is read of one
-        manifest=manifest, folder=made.path.parent, path=made.path.with_name, weights=lambda: weights
+        manifest=manifest, folder=made.path.parent, path=lambda file: files[file], weights=lambda: weights
     )
-    part = Parts(bundle).cut(layer_name(number))
-    return dataclasses.replace(made, info=part.info), part.model
+    cut = Parts(bundle).cut(name)
+    source = step if step is not None and cut.info.file == step.info.file else made
+    return dataclasses.replace(source, info=cut.info, gives_rows=made.info.gives_rows), cut.model
 
 
 def profiles_of(made: Graph) -> tuple[dict[str, Range], ...]:
     """The optimization profiles that a bundle's engine of this graph has."""
-    sizes = SimpleNamespace(context=made.context, image=SimpleNamespace(most_tiles=made.tiles))
+    graphs = {"traverse": SimpleNamespace(gives_rows=made.gives_rows)}
+    sizes = SimpleNamespace(context=made.context, image=SimpleNamespace(most_tiles=made.tiles), graphs=graphs)
     bundle: Any = SimpleNamespace(manifest=sizes, folder=made.path.parent)  # all that is read of one
     return trt_build.profiles(bundle, made.info)
 

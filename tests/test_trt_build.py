@@ -14,8 +14,9 @@ import pytest
 
 from tests.bench import engines_full
 from tests.conftest import CHECKPOINTS, NANO, NANOS
-from trol_edge.bundle.engines import ENGINES, Key, left_out, read, verified
+from trol_edge.bundle.engines import ENGINES, Key, left_out, names_of, read, verified
 from trol_edge.bundle.folder import sha256_of
+from trol_edge.bundle.layer_graphs import ATTENTION, ATTENTION_STEP, layer_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.precision import BITS
@@ -159,15 +160,19 @@ def test_layers_are_really_built(precision: str, traces: dict[Any, Any], tmp_pat
     library_or_skip()
     bundle = recipe(NANOS[0], precision, tmp_path / "bundle")
     done = trt_build.build(bundle, by_layer=True)
-    assert read(bundle, "rtx") == done.engines and list(done.engines.engines) == LAYERED
-    assert str(done.engines) == "vision, mixture, head, 5 layers"
+    assert read(bundle, "rtx") == done.engines and tuple(done.engines.engines) == names_of(bundle, by_layer=True)
+    layers = bundle.manifest.spec.num_layers
+    assert str(done.engines) == f"vision, attention, attention_step, mixture, head, {layers} layers"
     assert sum(engine.weight_bytes for engine in done.engines.engines.values()) == layered_bytes(bundle) - sum(
         tensor.nbytes for tensor in shared_weights(bundle).values()
     )
     for name, engine in done.engines.engines.items():
-        if name.startswith("layer_"):
+        if layer_of(name) is not None:
             assert [profile["tokens"] for profile in engine.profiles] == [(1, 256, 256)]
             assert len(engine.programs) == 1
+        if name in (ATTENTION, ATTENTION_STEP):
+            assert not engine.weight_bytes
+            continue
         if precision in ("int8", "fp8") and name not in ("vision", "mixture"):
             asked, found = engine.products[precision]
             assert asked == pytest.approx(found, rel=0.05)
@@ -495,7 +500,7 @@ class Killed(MadeUpNetwork):
         self.built.append(path.stem)
 
 
-LAYERED = ["vision", *(f"layer_{i}" for i in range(5)), "mixture", "head"]
+BEGUN = ["vision", "attention", "attention_step", "enter_0", "leave_0", "enter_1"]  # the first engines by layer
 
 
 def unfinished(bundle: Bundle, at: str) -> Path:
@@ -512,20 +517,21 @@ def unfinished(bundle: Bundle, at: str) -> Path:
 def test_a_killed_build_goes_on(plain_bundle: Path, tmp_path: Path) -> None:
     """After the last engine that was finished; then they are those of a build at once, and nothing else is left."""
     bundle = copy(plain_bundle, tmp_path)
-    folder = unfinished(bundle, "layer_2")
+    names = list(names_of(bundle, by_layer=True))
+    folder = unfinished(bundle, "leave_0")
     assert folder.name == ".tensorrt.unfinished"
     assert {path.name for path in folder.iterdir()} == {
-        "layer_2.engine",
-        *(f"{name}.{end}" for name in LAYERED[:3] for end in ("engine", "json")),
+        "leave_0.engine",
+        *(f"{name}.{end}" for name in names[:4] for end in ("engine", "json")),
     }
     network = Killed()
     library: Any = MadeUpLibrary(network=network)
     done = trt_build.build(bundle, by_layer=True, library=library)
-    assert network.built == LAYERED[3:]
-    assert done.engines.by_layer and list(done.engines.engines) == LAYERED and read(bundle, "tensorrt") == done.engines
+    assert network.built == names[4:]
+    assert done.engines.by_layer and list(done.engines.engines) == names and read(bundle, "tensorrt") == done.engines
     assert [path.name for path in (bundle.folder / "engines").iterdir()] == ["tensorrt"]
-    assert {path.name for path in done.folder.iterdir()} == {"engines.json", *(f"{name}.engine" for name in LAYERED)}
-    for name in LAYERED:
+    assert {path.name for path in done.folder.iterdir()} == {"engines.json", *(f"{name}.engine" for name in names)}
+    for name in names:
         assert verified(bundle, done.engines, name).read_bytes() == f"{name}.engine".encode() * 20
     assert trt_build.build(bundle, by_layer=True, library=library).reason == "up to date"
     assert trt_build.why(bundle, done.engines.key) == "built by layer, and now whole"
@@ -535,13 +541,13 @@ def test_a_killed_build_goes_on(plain_bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "again"),
     [
-        ("an engine", ["layer_0"]),
-        ("a note", ["layer_0"]),
-        ("swapped", ["layer_0", "layer_1"]),
-        ("another library", LAYERED[:4]),
-        ("other settings", LAYERED[:4]),
-        ("touched weights", LAYERED[:4]),
-        ("force", LAYERED[:4]),
+        ("an engine", ["enter_0"]),
+        ("a note", ["enter_0"]),
+        ("swapped", ["enter_0", "leave_0"]),
+        ("another library", BEGUN),
+        ("other settings", BEGUN),
+        ("touched weights", BEGUN),
+        ("force", BEGUN),
     ],
 )
 def test_what_is_not_of_this_build_is_built_again(
@@ -549,8 +555,9 @@ def test_what_is_not_of_this_build_is_built_again(
 ) -> None:
     """An engine that was changed, one in another's place, and those that were built otherwise."""
     bundle = copy(plain_bundle, tmp_path)
-    folder = unfinished(bundle, "layer_3")
-    one, two = (folder / f"layer_{i}" for i in (0, 1))
+    names = list(names_of(bundle, by_layer=True))
+    folder = unfinished(bundle, "leave_1")
+    one, two = (folder / f"{half}_0" for half in ("enter", "leave"))
     engine, note = one.with_suffix(".engine"), one.with_suffix(".json")
     if harm == "an engine":
         engine.write_bytes(engine.read_bytes()[:-1] + b"!")
@@ -566,9 +573,9 @@ def test_what_is_not_of_this_build_is_built_again(
     library: Any = MadeUpLibrary(version=(10, 7, 0) if harm == "another library" else (10, 3, 0), network=network)
     workspace = 1 << 30 if harm == "other settings" else None
     done = trt_build.build(bundle, by_layer=True, library=library, workspace_bytes=workspace, force=harm == "force")
-    assert network.built == again + LAYERED[4:]
-    assert list(done.engines.engines) == LAYERED
-    for name in LAYERED:
+    assert network.built == again + names[len(BEGUN) :]
+    assert list(done.engines.engines) == names
+    for name in names:
         assert verified(bundle, done.engines, name)
 
 

@@ -19,7 +19,17 @@ from tests.test_trt import GPU, PICTURE, QUESTION, Machine, backend, stand_in_en
 from tests.test_trt_api import RTX
 from tests.trt_standin import CudaRuntime
 from trol_edge.bundle.engines import FORMAT_VERSION, EngineSet, Key, folder_of, names_of, read, write
-from trol_edge.bundle.layer_graphs import HEAD, MIXTURE, Parts, layer_name, part_names
+from trol_edge.bundle.layer_graphs import (
+    ATTENTION,
+    ATTENTION_STEP,
+    ENTER,
+    HEAD,
+    LEAVE,
+    MIXTURE,
+    Parts,
+    half_name,
+    part_names,
+)
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes
@@ -129,7 +139,9 @@ def test_a_step_is_one_graph(machine: Machine, nano: Runtime, monkeypatch: pytes
     assert machine.cuda.calls.count("2D") == (20 if machine.engines.name == "tensorrt" else 0)
     assert machine.cuda.memory.keys() == held.keys()
     contexts = state.execution.contexts
-    assert list(contexts) == [*map(layer_name, range(5)), "head"]
+    layers = runtime.bundle.manifest.spec.num_layers
+    halves = [(f"enter_{i}", f"attention_step of layer {i}", f"leave_{i}") for i in range(layers)]
+    assert list(contexts) == [*(name for of in halves for name in of), "head"]
     shared = {context.raw.scratch for context in (*contexts.values(), *backend(runtime).loaded.contexts.values())}
     assert len(shared) == 1 and not any(context.raw.own_scratch for context in contexts.values())
 
@@ -140,7 +152,8 @@ def test_one_pair_for_the_second_pass(machine: Machine, nano_bundle: Path) -> No
     trt = backend(ours)
     graphs, context = ours.bundle.manifest.graphs, trt.context
     first = cache_bytes(graphs["step"].inputs, context)
-    assert trt.cache_bytes == theirs.model.backend.cache_bytes == first * 6 // 5
+    layers = ours.bundle.manifest.spec.num_layers
+    assert trt.cache_bytes == theirs.model.backend.cache_bytes == first + first // layers
     before = machine.cuda.held()
     state = trt.new_state()
     assert first <= machine.cuda.held() - before < first * 11 // 10
@@ -207,16 +220,16 @@ def test_tokens_of_every_precision(
 @pytest.mark.parametrize("machine", ["rtx"], indirect=True)
 def test_engines_of_other_layers_are_not_loaded(machine: Machine) -> None:
     """One that is missing, cut short, or in another layer's place: only its hash says so."""
-    one, two = (machine.engines / f"{layer_name(i)}.engine" for i in (1, 2))
+    one, two = (machine.engines / f"{half_name(LEAVE, i)}.engine" for i in (1, 2))
     first, second = one.read_bytes(), two.read_bytes()
     assert len(first) == len(second) and first != second
     one.write_bytes(second)
     two.write_bytes(first)
-    with pytest.raises(BundleError, match=r"layer_1\.engine: altered since the build \(sha256 differs\)"):
+    with pytest.raises(BundleError, match=r"leave_1\.engine: altered since the build \(sha256 differs\)"):
         machine.open()
     one.write_bytes(first)
     two.unlink()
-    with pytest.raises(BundleError, match=r"layer_2\.engine: missing"):
+    with pytest.raises(BundleError, match=r"leave_2\.engine: missing"):
         machine.open()
     two.write_bytes(second)
     assert machine.open().generate("What is this?").token_ids
@@ -226,14 +239,40 @@ def test_parts_are_the_whole(exported: Callable[..., Path]) -> None:
     """Every weight is in one part, and every operator of the traverse in as many as it has passes and mixtures."""
     bundle = Bundle(exported(NANO, target="rtx"))
     parts, graphs = Parts(bundle), bundle.manifest.graphs
-    found = {name: parts.cut(name).info for name in part_names(5)}
+    count = bundle.manifest.spec.num_layers
+    found = {name: parts.cut(name).info for name in part_names(count)}
     weights = [weight for part in found.values() for weight in part.constants]
     assert sorted(weights) == sorted({*graphs["traverse"].constants, *graphs["step"].constants})
-    layers = [found[layer_name(i)].operators for i in range(5)]
-    assert all(each == layers[0] for each in layers)
+    assert not found[ATTENTION].constants and not found[ATTENTION_STEP].constants
+    for half in (ENTER, LEAVE):
+        layers = [found[half_name(half, i)].operators for i in range(count)]
+        assert all(each == layers[0] for each in layers)
     for operator in ("MatMul", "Attention", "TensorScatter", "Softmax", "RMSNormalization", "RotaryEmbedding"):
-        counts = [found[name].operators.get(operator, 0) for name in (layer_name(0), MIXTURE, HEAD)]
-        assert 10 * counts[0] + 5 * counts[1] + counts[2] == graphs["traverse"].operators.get(operator, 0)
+        enter, attention, leave, mixture, head = (
+            found[name].operators.get(operator, 0)
+            for name in (half_name(ENTER, 0), ATTENTION, half_name(LEAVE, 0), MIXTURE, HEAD)
+        )
+        passes = 2 * count * (enter + attention + leave)
+        assert passes + count * mixture + head == graphs["traverse"].operators.get(operator, 0)
+        steps = count * (enter + found[ATTENTION_STEP].operators.get(operator, 0) + leave)
+        if operator != "MatMul":  # a step has none of image tokens
+            assert steps + head == graphs["step"].operators.get(operator, 0)
+
+
+def test_attention_that_differs_is_refused(exported: Callable[..., Path], tmp_path: Path) -> None:
+    """A layer that scales its scores in another way than the others, in both passes, is not given their engine."""
+    import onnx_ir as ir
+
+    folder = tmp_path / "bundle"
+    shutil.copytree(exported(NANO, target="rtx"), folder)
+    bundle = Bundle(folder)
+    model = ir.load(folder / "traverse.onnx")
+    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    for node in attentions[2:4]:
+        node.attributes["scale"] = ir.AttrFloat32("scale", 0.5)
+    (folder / "traverse.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+    with pytest.raises(BundleError, match="its layers do not attend alike"):
+        Parts(bundle)
 
 
 def test_passes_that_differ_are_refused(exported: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -44,6 +45,7 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
     takes = target.takes()
     shared = Shared()
     _split_along_heads(model, shared)
+    _read_rows(model, shared)
     for node in list(model.graph):
         lowering = _LOWERINGS.get(node.op_type) if node.op_type not in takes else None
         if cache.is_step(node):
@@ -174,6 +176,38 @@ def _split_along_heads(model: ir.Model, shared: Shared) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
+def _read_rows(model: ir.Model, shared: Shared) -> None:
+    """Let a RotaryEmbedding whose tables are cast take their rows first, and cast these: [B, S, E/2] of [rows, E/2].
+
+    With the operator's own positions TensorRT casts whole tables at every run, in each engine that reads them.
+    """
+    for node in [node for node in model.graph if node.op_type == "RotaryEmbedding"]:
+        x, *tables, positions = [*node.inputs, None][:4]
+        casts = [table.producer() if table is not None else None for table in tables]
+        if positions is None or not all(cast is not None and cast.op_type == "Cast" for cast in casts):
+            continue
+        build = Build(model.graph, node, shared)
+        rows = [
+            build.once(("taken", table, positions), partial(_taken, build, table, positions))
+            for table in tables
+            if table is not None
+        ]
+        result = build.op("RotaryEmbedding", [x, *rows], **{k: v.value for k, v in node.attributes.items()})
+        old, name = node.outputs[0], node.outputs[0].name
+        result.shape, result.type = old.shape, old.type
+        old.replace_all_uses_with(result, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        result.name = name
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _taken(build: Build, table: ir.Value, positions: ir.Value) -> ir.Value:
+    """The rows of a table that is cast, taken before they are cast."""
+    cast = table.producer()
+    assert cast is not None and table.dtype is not None
+    return build.op("Cast", [build.op("Gather", [cast.inputs[0], positions], axis=0)], table.dtype, to=table.dtype)
+
+
 def _reader(value: ir.Value, op: str) -> ir.Node | None:
     """The one node that reads a value, if it is such an operator."""
     readers = [node for node, _ in value.uses()]
@@ -207,14 +241,15 @@ def _rms_normalization(build: Build, node: ir.Node) -> ir.Value:
 
 
 def _rotary_embedding(build: Build, node: ir.Node) -> ir.Value:
-    """Rotate halves of x [B, H, S, E] with tables [rows, E/2] and positions [B, S]."""
-    x, cos, sin, positions = node.inputs
+    """Rotate halves of x [B, H, S, E] with tables [rows, E/2] and positions [B, S], or with their rows [B, S, E/2]."""
+    x, cos, sin, positions = [*node.inputs, None][:4]
     others = {k for k, v in node.attributes.items() if v.type == ir.AttributeType.INT and v.as_int()}
-    if positions is None or x is None or cos is None or sin is None or others:
-        raise ExportError(f"{node.name}: RotaryEmbedding with {sorted(others) or 'no positions'} cannot be lowered")
+    if x is None or cos is None or sin is None or others:
+        raise ExportError(f"{node.name}: RotaryEmbedding with {sorted(others) or 'no tables'} cannot be lowered")
 
     def rows(table: ir.Value) -> ir.Value:
-        return build.op("Unsqueeze", [build.op("Gather", [table, positions], axis=0), build.ints(1)])  # [B, 1, S, E/2]
+        taken = table if positions is None else build.op("Gather", [table, positions], axis=0)
+        return build.op("Unsqueeze", [taken, build.ints(1)])  # [B, 1, S, E/2]
 
     c, s = (build.once(("rows", t, positions), lambda t=t: rows(t)) for t in (cos, sin))  # type: ignore[misc]
     a, b = build.parts("Split", [x], 2, axis=-1, num_outputs=2)

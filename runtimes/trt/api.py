@@ -339,23 +339,22 @@ class Engine:
     def _alias(self, output: str) -> str | None:
         return self._engine.get_aliased_input_tensor(output) or None
 
-    def context(self, cache: bytes | None = None, own_scratch: bool = True) -> Context:
-        """Make an execution context. cache: compiled kernels from an earlier run (TensorRT for RTX only).
+    def context(self, kernels: Kernels | None = None, own_scratch: bool = True) -> Context:
+        """Make an execution context. kernels: compiled ones, to use and to add to (TensorRT for RTX only).
 
         own_scratch: let it allocate its scratch memory. Without, `Context.scratch` must give it some before it runs.
         """
         trt = self.module
         self.library.messages.clear()
-        kept = None
-        if self.library.has(Engine._with_cache):
-            context, kept = self._with_cache(cache, own_scratch)
+        if self.library.has(Engine._with_kernels):
+            context = self._with_kernels(kernels or Kernels(), own_scratch)
         elif own_scratch:
             context = self._engine.create_execution_context()
         else:
             context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             self.library.fail("make an execution context", "free GPU memory, or export with a smaller --context")
-        return Context(self, context, kept)
+        return Context(self, context)
 
     def described(self, context: Context) -> str:
         """What the library's inspector says about the engine at the shapes of a context, as JSON.
@@ -368,24 +367,44 @@ class Engine:
         return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
     @only(rtx=(1, 7))
-    def _with_cache(self, blob: bytes | None, own_scratch: bool) -> tuple[trt.IExecutionContext, Any]:
+    def _with_kernels(self, kernels: Kernels, own_scratch: bool) -> trt.IExecutionContext:
         trt = self.module
         config = self._engine.create_runtime_config()
         if not own_scratch:
             config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        cache = config.create_runtime_cache()
-        if blob:
-            cache.deserialize(blob)  # refused (False) if driver or GPU changed; kernels are compiled again then
-        config.set_runtime_cache(cache)
-        return self._engine.create_execution_context(config), cache
+        if kernels.cache is None:
+            kernels.cache = config.create_runtime_cache()
+            if kernels.stored:
+                kernels.cache.deserialize(
+                    kernels.stored
+                )  # refused (False) if driver or GPU changed; compiled again then
+        config.set_runtime_cache(kernels.cache)
+        return self._engine.create_execution_context(config)
+
+
+class Kernels:
+    """What TensorRT for RTX compiles while engines run; it must live as long as their contexts.
+
+    stored: those of an earlier run. cache: the library's own object, from the first context on; several engines may
+    share it. Other libraries have none.
+    """
+
+    def __init__(self, stored: bytes | None = None) -> None:
+        self.stored = stored
+        self.cache: trt.IRuntimeCache | None = None
+
+    def compiled(self) -> bytes | None:
+        """All kernels so far, to be stored."""
+        blob = self.cache.serialize() if self.cache is not None else None
+        return None if blob is None else bytes(blob)
 
 
 class Context:
     """An execution context: shapes and addresses of every tensor, and the call that runs it."""
 
-    def __init__(self, engine: Engine, context: trt.IExecutionContext, cache: Any) -> None:
+    def __init__(self, engine: Engine, context: trt.IExecutionContext) -> None:
         self.engine, self.library, self.module = engine, engine.library, engine.module
-        self.raw, self._cache = context, cache
+        self.raw = context
 
     def scratch(self, pointer: int, size: int) -> None:
         """Give a context without memory of its own this block as scratch, which others may use between its runs."""
@@ -414,16 +433,6 @@ class Context:
     @only(rtx=(1, 7))
     def _asks_capturable(self, stream: int) -> bool:
         return self.raw.is_stream_capturable(stream)
-
-    def compiled(self) -> bytes | None:
-        """The kernels compiled so far, to be stored (TensorRT for RTX only)."""
-        return self._serialized() if self._cache is not None and self.library.has(Context._serialized) else None
-
-    @only(rtx=(1, 7))
-    def _serialized(self) -> bytes | None:
-        cache: trt.IRuntimeCache = self._cache
-        blob = cache.serialize()
-        return None if blob is None else bytes(blob)
 
     def _check(self, done: bool, what: str) -> None:
         if not done:

@@ -450,7 +450,7 @@ class TrtState:
         self._backend.cuda.wait()
         if not self._ran:
             self._ran = True
-            self._backend.loaded.keep_kernels(self.execution.contexts)
+            self._backend.loaded.keep_kernels()
 
     def copy_rows(self, source: Any, start: int, stop: int, which: int) -> None:
         """See trol_edge.backend.State. It makes one copy within the device per key or value head."""

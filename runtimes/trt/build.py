@@ -27,14 +27,13 @@ from trol_edge.bundle.engines import (
     Range,
     differences,
     folder_of,
-    gives_rows,
     left_out,
     names_of,
     read,
     write,
 )
 from trol_edge.bundle.folder import digest_of, new_folder, sha256_of, unfinished_folder
-from trol_edge.bundle.layer_graphs import HIDDEN, Parts
+from trol_edge.bundle.layer_graphs import HIDDEN, QUERY, Parts
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.program_counts import ProgramCounts
@@ -272,11 +271,14 @@ def profiles(bundle: Bundle, graph: GraphInfo) -> tuple[dict[str, Range], ...]:
         raise BundleError(f"{bundle.folder}: {graph.file} has unknown dynamic dimensions {sorted(names)}")
     if names == {"slots"}:
         return ({"slots": (1, max(1, context // 2), context)},)
-    most = min(context, GIVEN) if gives_rows(graph) else context
+    inputs = {port.name for port in graph.inputs}
+    of_layer = bool({HIDDEN, QUERY} & inputs)
+    gives = graph.gives_rows or (of_layer and bundle.manifest.graphs["traverse"].gives_rows)
+    most = min(context, GIVEN if gives else context, PART if of_layer else context)
     short = min(SHORT, most)
     ranges = [(1, max(1, short // 2), short)]
-    if HIDDEN in {port.name for port in graph.inputs}:  # a pass of a layer: two profiles would hold its weights twice
-        most = short = min(most, PART)
+    if HIDDEN in inputs:  # it has weights, and two profiles would hold them twice
+        short = most
         ranges = [(1, most, most)]
     if most > short:
         ranges.append((short + 1, max(short + 1, most // 2 if most == context else most), most))
@@ -402,7 +404,8 @@ def require_precision(bundle: Bundle, graph: GraphInfo, layers: Mapping[str, int
     products = {kind.split()[1]: n for kind, n in layers.items() if kind.startswith("MATRIX_MULTIPLY")}
     allowed = {asked, "float32"} if bundle.manifest.plan.kept_fp32 else {asked}
     alone = bool(bundle.manifest.plan.kept_fp32) and graph.operators.get("MatMul") == 1  # the gate's may be kept
-    if not (products.get(asked) or (alone and products)) or not set(products) <= allowed:
+    some = bool(products.get(asked)) or (alone and bool(products)) or not graph.constants  # attention has no weights
+    if not some or not set(products) <= allowed:
         raise BackendError(f"{graph.file}: {precision} asks for products in {asked}, the network has {products}")
     wanted = graph.operators.get("DequantizeLinear", 0)
     found = {kind.split()[1]: n for kind, n in layers.items() if kind.startswith("DEQUANTIZE")}

@@ -1,27 +1,44 @@
-"""Runs a decoder that is one engine per layer, one that mixes two passes, and a head. Not yet run on a GPU.
+"""Runs a decoder that is two engines per layer, one of attention, one that mixes two passes, and a head.
 
-A traverse runs each layer's engine twice and the mixture after it, one layer after the other in the order of the
-stream; a step runs each once. So weights are on the device once, and all engines take turns with one scratch memory. A
-prompt that is longer than an engine takes passes a layer in parts before it enters the next one, so the second pass's
-keys and values of one layer are no longer needed when the next layer begins.
+A traverse runs each layer's engines twice and the mixture after them, one layer after the other in the order of the
+stream; a step runs each once. So weights are on the device once, and all engines take turns with one scratch memory.
+Attention has no weights. Its engine stands between the two of every layer, in both passes, and a step has one of its
+own, which reads the filled rows of the cache once. A prompt that is longer than an engine takes passes a layer in parts
+before it enters the next one, so the second pass's keys and values of one layer are no longer needed when the next
+layer begins. Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.layer_graphs import FIRST, HEAD, HIDDEN, MIXTURE, RESULT, SECOND, layer_name, ports_of
+from trol_edge.bundle.layer_graphs import (
+    ATTENTION,
+    ATTENTION_STEP,
+    CACHES,
+    ENTER,
+    FIRST,
+    HEAD,
+    HIDDEN,
+    LEAVE,
+    MIXTURE,
+    RESULT,
+    SECOND,
+    attention_ports,
+    half_name,
+    ports_of,
+)
 from trol_edge.bundle.manifest import Bundle, Port
 from trol_edge.runtimes.trt.api import Context
 from trol_edge.runtimes.trt.loaded import Loaded
 from trol_edge.runtimes.trt.memory import Lease, Memory, copies
 
 STATES = ("of a layer", "first pass", "second pass")  # the buffers of hidden states
-CACHES = ("key", "value")
 
 
 class LayeredDecoder:
@@ -33,20 +50,24 @@ class LayeredDecoder:
         self._layers, self._second = spec.num_layers, frozenset(spec.second_layers)
         what = "the scratch memory of all engines"
         loaded.share_scratch(memory.block(max(1, loaded.scratch_bytes), what, lease))
-        loaded.open_contexts([*map(layer_name, range(self._layers)), MIXTURE, HEAD])
-        self._most = min(loaded.most(name, HIDDEN) for name in map(layer_name, range(self._layers)))
+        halves = [half_name(half, layer) for layer in range(self._layers) for half in (ENTER, LEAVE)]
+        loaded.open_contexts([*halves, ATTENTION, MIXTURE, HEAD])
+        self._most = min(loaded.most(ATTENTION, "position_ids"), *(loaded.most(name, HIDDEN) for name in halves))
         self._most_mixed = loaded.most(MIXTURE, FIRST)
         states = [Port(name, "float32", (1, "tokens", spec.hidden_size)) for name in STATES]
         self._states = memory.allocate(states, "hidden states", lease)
         self._width = spec.hidden_size * np.dtype(np.float32).itemsize
         inputs, outputs = ports_of(bundle.manifest, HEAD)
         self._head = memory.allocate((*inputs, *outputs), "the head", lease)
-        self._new = {i: [p for p in self._outputs(i) if p.name.startswith("new_")] for i in range(self._layers)}
-        most = max(self._new.values(), key=lambda ports: memory.packed(ports, self._most)[1])
-        self._rows = memory.allocate(most, "the new rows of a pass", lease, self._most) if most else {}
-
-    def _outputs(self, layer: int) -> tuple[Port, ...]:
-        return ports_of(self._bundle.manifest, layer_name(layer))[1]
+        self._hidden = Port(HIDDEN, "float32", (1, "tokens", spec.hidden_size))
+        self._attention_ports = attention_ports(bundle.manifest, "tokens")
+        query, key, value, attended = self._attention_ports
+        what = "queries, keys and values of a part of a prompt"
+        self._attention = memory.allocate((query, attended, key, value), what, lease, self._most)
+        self._rows = [dataclasses.replace(port, name=f"new_{port.name}") for port in (key, value)]
+        self._copied = self._rows if bundle.manifest.graphs["traverse"].gives_rows else []
+        one = memory.allocate(attention_ports(bundle.manifest, 1), "queries, keys and values of a step", lease)
+        self._step = one | {name: self._states[STATES[at]] for at, name in enumerate((HIDDEN, RESULT))}
 
     @property
     def step_ports(self) -> list[Port]:
@@ -87,14 +108,16 @@ class LayeredDecoder:
             at, tokens = first - start, last - first
             own = {HIDDEN: source + at * self._width, RESULT: result + at * self._width}
             own |= {name: addresses[name] + at * array[0, 0].nbytes for name, array in given.items()}
-            shapes: dict[str, tuple[int, ...]] = {n: (1, tokens, *array.shape[2:]) for n, array in given.items()}
-            shapes |= {HIDDEN: (1, tokens, self._width // 4), "slots": (last,)}
-            new = self._new[layer]
-            if new:
-                offsets, _ = self._memory.packed(new, tokens)
-                own |= {name: min(self._rows.values()) + offset for name, offset in offsets.items()}
-            self._loaded.run(layer_name(layer), shapes, {**addresses, **caches, **own})
-            for copy in copies(new, own, caches, self._memory.context, tokens):
+            # Packed for as many tokens as there are, so that one copy takes the rows of all heads.
+            offsets, _ = self._memory.packed(self._rows, tokens)
+            rows = {name: self._attention[CACHES[0]] + offset for name, offset in offsets.items()}
+            own |= self._attention | {name.removeprefix("new_"): place for name, place in rows.items()}
+            shapes = {name: (1, tokens, *array.shape[2:]) for name, array in given.items()} | {"slots": (last,)}
+            for port in (*self._attention_ports, self._hidden):
+                shapes[port.name] = tuple(tokens if d == "tokens" else int(d) for d in port.shape)
+            for name in (half_name(ENTER, layer), ATTENTION, half_name(LEAVE, layer)):
+                self._loaded.run(name, shapes, {**addresses, **caches, **own})
+            for copy in copies(self._copied, rows, caches, self._memory.context, tokens):
                 copy.enqueue(self._cuda, first, tokens)
 
     def _mix(self, first: int, second: int, result: int, count: int) -> None:
@@ -107,38 +130,44 @@ class LayeredDecoder:
 
     def new_step(self, addresses: Mapping[str, int]) -> LayeredStep:
         """A step that is bound to these addresses."""
-        buffers = [self._states[name] for name in STATES[:2]]
-        return LayeredStep(self._bundle, self._loaded, addresses, buffers)
+        return LayeredStep(self._bundle, self._loaded, {**addresses, **self._step})
 
 
 class LayeredStep:
-    """One execution context of each engine, whose hidden states go to and fro between two buffers."""
+    """Execution contexts of all engines, whose hidden states go to and fro between two buffers.
 
-    def __init__(self, bundle: Bundle, loaded: Loaded, addresses: Mapping[str, int], buffers: list[int]) -> None:
-        self._cuda = loaded.cuda
-        layers = bundle.manifest.spec.num_layers
+    Attention has one for each layer, because a captured graph has the addresses of its contexts.
+    """
+
+    def __init__(self, bundle: Bundle, loaded: Loaded, addresses: Mapping[str, int]) -> None:
+        self._cuda, self._loaded, self._manifest = loaded.cuda, loaded, bundle.manifest
         self.contexts: dict[str, Context] = {}
-        hidden = addresses["inputs_embeds"]
-        for layer in range(layers):
-            name = layer_name(layer)
-            context = self.contexts[name] = loaded.new_context(name)
-            new = {f"new_{kind}": addresses.get(f"new_{kind}_{layer}", 0) for kind in CACHES}
+        self._attentions: list[Context] = []
+        hidden, buffers = addresses["inputs_embeds"], (addresses[HIDDEN], addresses[RESULT])
+        for layer in range(bundle.manifest.spec.num_layers):
+            # The new rows go into the state's own buffers, from which they are copied, or into those of all states.
+            new = {kind: addresses.get(f"new_{kind}_{layer}", addresses[kind]) for kind in CACHES}
             result = buffers[layer % 2]
             own = {**addresses, **_caches(layer, "", addresses), **new, HIDDEN: hidden, RESULT: result}
-            for tensor in loaded.infos[name]:
-                context.address(tensor, own[tensor])
-            for port in ports_of(bundle.manifest, name)[0]:
-                if "tokens" in port.shape:
-                    context.shape(port.name, tuple(1 if d == "tokens" else int(d) for d in port.shape))
+            self._open(half_name(ENTER, layer), half_name(ENTER, layer), own)
+            self._attentions.append(self._open(f"{ATTENTION_STEP} of layer {layer}", ATTENTION_STEP, own))
+            self._open(half_name(LEAVE, layer), half_name(LEAVE, layer), own)
             hidden = result
-        context = self.contexts[HEAD] = loaded.new_context(HEAD)
-        for tensor in loaded.infos[HEAD]:
-            context.address(tensor, {**addresses, HIDDEN: hidden}[tensor])
-        self._layers = [self.contexts[layer_name(layer)] for layer in range(layers)]
+        self._open(HEAD, HEAD, {**addresses, HIDDEN: hidden})
+
+    def _open(self, what: str, name: str, addresses: Mapping[str, int]) -> Context:
+        """Make a context of an engine for one token, which is run after those before it."""
+        context = self.contexts[what] = self._loaded.new_context(name)
+        for tensor in self._loaded.infos[name]:
+            context.address(tensor, addresses[tensor])
+        for port in ports_of(self._manifest, name)[0]:
+            if "tokens" in port.shape:
+                context.shape(port.name, tuple(1 if d == "tokens" else int(d) for d in port.shape))
+        return context
 
     def read(self, rows: int) -> None:
         """Let the next runs read this many rows of the cache."""
-        for context in self._layers:
+        for context in self._attentions:
             context.shape("slots", (rows,))
 
     def enqueue(self) -> None:

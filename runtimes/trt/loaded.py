@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from trol_edge.bundle.manifest import Bundle
 from trol_edge.errors import BundleError, ContextError
 from trol_edge.reading import read_plain
 from trol_edge.runtimes.cuda import Cuda
-from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Library
+from trol_edge.runtimes.trt.api import Context, Engine, EngineTensor, Kernels, Library
 
 MOST_KERNELS = 1 << 30  # most bytes of kernels from an earlier run
 
@@ -37,6 +38,7 @@ class Loaded:
         self.scratch_bytes = max(engine.scratch_bytes for engine in self._engines.values())
         self._profiles: dict[str, int] = {}
         self._scratch: int | None = None
+        self._kernels: Kernels | None = None
         self._kept = False
 
     def share_scratch(self, pointer: int) -> None:
@@ -67,36 +69,34 @@ class Loaded:
     def new_context(self, name: str) -> Context:
         """Make an execution context of an engine, with the kernels that an earlier run compiled, if there are any.
 
+        All engines share them, because those of equal layers need the same.
         Such kernels are programs that nobody signed, so with trusted keys they are compiled again instead.
         """
-        kept = None if self.bundle.trusted_keys else _unwrapped(self._kernels(name))
+        if self._kernels is None:
+            self._kernels = Kernels(None if self.bundle.trusted_keys else _unwrapped(self._path))
         if self._scratch is None:
-            return self._engines[name].context(kept)
-        context = self._engines[name].context(kept, own_scratch=False)
+            return self._engines[name].context(self._kernels)
+        context = self._engines[name].context(self._kernels, own_scratch=False)
         context.scratch(self._scratch, self.scratch_bytes)
         return context
 
-    def _kernels(self, name: str) -> Path:
-        return folder_of(self.bundle, self.bundle.manifest.target) / f"{name}.{KERNELS}"
+    @property
+    def _path(self) -> Path:
+        """The file of compiled kernels."""
+        return folder_of(self.bundle, self.bundle.manifest.target) / KERNELS
 
-    def keep_kernels(self, contexts: Mapping[str, Context]) -> None:
+    def keep_kernels(self) -> None:
         """Write the kernels that TensorRT for RTX compiled beside the engines, once, to speed up the next start."""
-        if self._kept:
-            return
+        blob = self._kernels.compiled() if self._kernels is not None and not self._kept else None
         self._kept = True
-        for name, context in {**self.contexts, **contexts}.items():
-            blob = context.compiled()
-            path = self._kernels(name)
-            if not blob or _unwrapped(path) == blob:
-                continue
-            try:
-                with new_file(path) as part:
-                    part.write_bytes(hashlib.sha256(blob).digest() + blob)
-            except OSError:
-                return  # a read-only bundle works as well, it only starts slower
+        if not blob or _unwrapped(self._path) == blob:
+            return
+        with contextlib.suppress(OSError), new_file(self._path) as part:  # a read-only bundle only starts slower
+            part.write_bytes(hashlib.sha256(blob).digest() + blob)
 
     def run(self, name: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
-        """Enqueue an engine with these shapes of its dynamic inputs. The lock must be held."""
+        """Enqueue an engine with these shapes of its dynamic inputs, among others. The lock must be held."""
+        shapes = {tensor: shape for tensor, shape in shapes.items() if self._is_dynamic(name, tensor)}
         context, index = self.contexts[name], self._profile(name, shapes)
         if index != self._profiles[name]:
             context.profile(index, self.cuda.stream)
@@ -106,6 +106,10 @@ class Loaded:
         for tensor in self.infos[name]:
             context.address(tensor, addresses[tensor])
         context.run(self.cuda.stream)
+
+    def _is_dynamic(self, name: str, tensor: str) -> bool:
+        info = self.infos[name].get(tensor)
+        return info is not None and info.is_input and -1 in info.shape
 
     def _profile(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The first optimization profile that allows these shapes; an engine whose shapes are fixed has one."""

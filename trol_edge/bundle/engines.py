@@ -19,7 +19,7 @@ from typing import Any
 
 from trol_edge.bundle.costs import MOST_NUMBER
 from trol_edge.bundle.folder import digest_of, sha256_of
-from trol_edge.bundle.layer_graphs import HEAD, part_names, source_of
+from trol_edge.bundle.layer_graphs import ENTER, HEAD, layer_of, part_names, source_of
 from trol_edge.bundle.layer_graphs import ports_of as ports_of_part
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
 from trol_edge.bundle.names import WEIGHTS
@@ -91,9 +91,9 @@ class EngineSet:
 
     def __str__(self) -> str:
         """The engines by name, with those of layers as one."""
-        layers = [name for name in self.engines if name.startswith("layer_")]
-        others = [name for name in self.engines if name not in layers]
-        return ", ".join([*others, f"{len(layers)} layers"] if layers else others)
+        others = [name for name in self.engines if layer_of(name) is None]
+        layers = len({layer_of(name) for name in self.engines} - {None})
+        return ", ".join([*others, f"{layers} layers"] if layers else others)
 
 
 def names_of(bundle: Bundle, by_layer: bool) -> tuple[str, ...]:
@@ -109,13 +109,8 @@ def ports_of(bundle: Bundle, name: str) -> tuple[tuple[Port, ...], tuple[Port, .
         outputs = tuple(port for port in graph.outputs if port.name not in without)
         return graph.inputs, outputs, set(graph.weights) - set(graph.constants)
     traverse = bundle.manifest.graphs["traverse"]
-    given = set(traverse.weights) - set(traverse.constants) if name.startswith("layer_") else set[str]()
+    given = set(traverse.weights) - set(traverse.constants) if name.startswith(ENTER) else set[str]()
     return *ports_of_part(bundle.manifest, name), given
-
-
-def gives_rows(graph: GraphInfo) -> bool:
-    """Whether a graph gives the new rows of its caches as outputs, for its caller to copy into place."""
-    return any(port.name.startswith("new_") for port in graph.outputs)
 
 
 def left_out(graph: GraphInfo) -> set[str]:

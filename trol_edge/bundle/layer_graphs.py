@@ -1,13 +1,18 @@
-"""Cuts a bundle's traverse and step into a graph per decoder layer, the gate's mixture and the head, without ONNX.
+"""Cuts a bundle's traverse and step into two graphs per decoder layer and a few that all share, without ONNX.
 
-    layer_0 ..  one pass of a layer: hidden [1,S,D], one pair of caches -> result [1,S,D], the caches written
-    mixture     first [1,S,D] and second [1,S,D], the results of a layer's two passes -> result [1,S,D]
-    head        hidden [1,1,D] of the last token -> logits [1,V], and the best token
+    enter_0 ..      hidden [1,S,D] -> query [1,H,S,E], key and value [1,G,S,E] of a layer, rotated
+    attention       these and one pair of caches -> attended [1,S,H*E], the caches written
+    attention_step  the same for one token, in the form that reads the filled rows once
+    leave_0 ..      hidden [1,S,D] and attended -> result [1,S,D] of a pass of the layer
+    mixture         first [1,S,D] and second [1,S,D], the results of a layer's two passes -> result [1,S,D]
+    head            hidden [1,1,D] of the last token -> logits [1,V], and the best token
 
-Hidden states are float32 between the parts, whatever the graphs compute in, because to widen them changes nothing. A
-graph of a layer is the layer's first pass in the traverse. Its second pass, which is the same computation of other
-inputs, needs no graph of its own, nor does a step, which is a pass of one token. Where hidden states are is found by
-what flows: between layers one value alone is still needed that depends on the embeddings.
+Hidden states are float32 between the parts, whatever the graphs compute in, because to widen them changes nothing. What
+goes in and out of attention is of the caches' type. The graphs of a layer are cut from its first pass in the traverse.
+Its second pass, which is the same computation of other inputs, needs no graphs of its own, nor does a step, which is a
+pass of one token but for its attention. Attention has no weights, so one graph serves all layers. Where to cut is found
+by what flows: between layers one value alone is still needed that depends on the embeddings, and attention is what
+depends on the caches before a weight is read.
 """
 
 from __future__ import annotations
@@ -27,58 +32,81 @@ from trol_edge.errors import BundleError
 from trol_edge.reading import guard, read_plain
 from trol_edge.rope import TABLES
 
-MIXTURE, HEAD = "mixture", "head"
+ENTER, LEAVE = "enter", "leave"
+ATTENTION, ATTENTION_STEP, MIXTURE, HEAD = "attention", "attention_step", "mixture", "head"
 HIDDEN, FIRST, SECOND, RESULT = "hidden", "first", "second", "result"
-FLOAT = 1  # ONNX's number of float32
+QUERY, KEY, VALUE, ATTENDED = "query", "key", "value", "attended"
+CACHES = (KEY, VALUE)
 _CODES = {name: code for code, name in TYPES.items()}
 # Numbers of fields in ONNX's messages.
 _GRAPH = 7  # of a model
 _NODE, _NAME, _INITIALIZER, _INPUT, _OUTPUT, _VALUE = 1, 2, 5, 11, 12, 13  # of a graph
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _KIND = 1, 2, 3, 4  # of a node
 _TENSOR_NAME, _PLACE = 8, 14  # of a tensor
+_WRITES = {"TensorScatter": 1, "ScatterND": 2}  # operator -> which of its inputs are the rows that it writes
+_SCALING = ("Mul", "Cast", "Reshape")
 
 
-def layer_name(layer: int) -> str:
-    """The name of a layer's graph and engine."""
-    return f"layer_{layer}"
+def half_name(half: str, layer: int) -> str:
+    """The name of a graph and engine of a layer. half: ENTER or LEAVE."""
+    return f"{half}_{layer}"
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a part of this name; None if it is of no layer, or of all."""
+    half, _, layer = name.rpartition("_")
+    return int(layer) if half in (ENTER, LEAVE) and layer.isdigit() else None
 
 
 def part_names(layers: int) -> tuple[str, ...]:
     """The names of all parts of a decoder."""
-    return (*map(layer_name, range(layers)), MIXTURE, HEAD)
+    halves = (half_name(half, layer) for layer in range(layers) for half in (ENTER, LEAVE))
+    return (ATTENTION, ATTENTION_STEP, *halves, MIXTURE, HEAD)
 
 
 def source_of(name: str) -> str:
     """The graph of a bundle that an engine is built from, by the engine's name."""
-    return {HEAD: "step", MIXTURE: "traverse"}.get(name, "traverse" if name.startswith("layer_") else name)
+    if name in (ATTENTION_STEP, HEAD):
+        return "step"
+    return "traverse" if name in (ATTENTION, MIXTURE) or layer_of(name) is not None else name
 
 
 def ports_of(manifest: Manifest, name: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-    """The inputs and the outputs of a part; those of all layers are alike but for the types of their caches."""
+    """The inputs and the outputs of a part; those of all layers are alike."""
     traverse, width = manifest.graphs["traverse"], manifest.spec.hidden_size
-    states = [Port(each, "float32", (1, "tokens", width)) for each in (HIDDEN, FIRST, SECOND, RESULT)]
-    hidden, first, second, result = states
+    hidden, first, second, result = (
+        Port(each, "float32", (1, "tokens", width)) for each in (HIDDEN, FIRST, SECOND, RESULT)
+    )
     if name == MIXTURE:
         return (first, second), (result,)
     if name == HEAD:
         last = Port(HIDDEN, "float32", (1, 1, width))
         return (last,), tuple(p for p in manifest.graphs["step"].outputs if p.name in ("logits", "token"))
-    ending = name.removeprefix("layer_")
-    inputs, outputs = [hidden], [result]
-    for port in (*traverse.inputs, *traverse.outputs):
-        beginning, _, layer = port.name.rpartition("_")
-        if port.name.startswith(("past_", "present_", "new_")):
-            if layer == ending and "second" not in beginning and beginning not in _unneeded(traverse):
-                (inputs if beginning.startswith("past_") else outputs).append(dataclasses.replace(port, name=beginning))
-        elif port in traverse.inputs and port.name != "inputs_embeds":
-            inputs.append(port)
-    return tuple(inputs), tuple(outputs)
+    given = {port.name: port for port in traverse.inputs}
+    states = attention_ports(manifest, 1 if name == ATTENTION_STEP else "tokens")
+    if name in (ATTENTION, ATTENTION_STEP):
+        *new, attended = states
+        past = [dataclasses.replace(given[f"past_{kind}_0"], name=f"past_{kind}") for kind in CACHES]
+        present = [dataclasses.replace(port, name=port.name.replace("past_", "present_", 1)) for port in past]
+        also = [given[port] for port in ("position_ids", "slots")]
+        if name == ATTENTION_STEP:
+            also[0] = next(port for port in manifest.graphs["step"].inputs if port.name == "position_ids")
+        return (*new, *past, *also), (attended, *(present if not traverse.gives_rows else ()))
+    masks = [port for port in traverse.inputs if port.name == "image_mask"]
+    if name.startswith(LEAVE):
+        return (hidden, states[-1], *masks), (result,)
+    also = [port for port in traverse.inputs if port.name in ("position_ids", "rope_offset")]
+    return (hidden, *also, *masks), states[:-1]
 
 
-def _unneeded(traverse: GraphInfo) -> tuple[str, ...]:
-    """Caches that no part writes, because it gives the new rows to its caller."""
-    gives = any(port.name.startswith("new_") for port in traverse.outputs)
-    return ("present_key", "present_value") if gives else ()
+def attention_ports(manifest: Manifest, tokens: int | str) -> tuple[Port, ...]:
+    """What goes into attention beside the caches, and what comes out, for this number of tokens."""
+    cache = next(port for port in manifest.graphs["traverse"].inputs if port.name == "past_key_0")
+    _, groups, _, size = cache.shape
+    heads = manifest.spec.num_heads
+    new = [Port(name, cache.dtype, (1, groups, tokens, size)) for name in CACHES]
+    query = Port(QUERY, cache.dtype, (1, heads, tokens, size))
+    return query, *new, Port(ATTENDED, cache.dtype, (1, tokens, heads * int(size)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,21 +125,36 @@ class Parts:
     """A bundle's graphs, read once, to be cut."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Find where to cut. Raises BundleError if the graphs are not layer after layer, in two equal passes."""
+        """Find where to cut. Raises BundleError if the graphs are not layer after layer, in passes that are alike."""
         self._manifest, self._bundle = bundle.manifest, bundle
-        self._graphs: dict[str, _Graph] = {}
-        self._layers = self._found("traverse", frozenset(bundle.manifest.spec.second_layers))
+        self._sources = {"traverse": self._found("traverse", frozenset(bundle.manifest.spec.second_layers))}
         self._require_equal_passes()
 
-    def _found(self, name: str, second: frozenset[int]) -> list[_Layer]:
-        """Read a graph and find its hidden states."""
-        graph = self._graphs[name] = _read(self._bundle, name)
+    def _found(self, name: str, second: frozenset[int]) -> _Source:
+        """Read a graph and find its borders. Raises BundleError if its layers do not attend alike."""
+        graph = _read(self._bundle, name)
         with guard(self._bundle.folder, BundleError, "export it again", "its graphs cannot be cut into layers"):
-            return graph.layers(self._manifest.spec.num_layers, second)
+            layers = graph.layers(self._manifest.spec.num_layers, second)
+            attentions = [graph.attention(i, layer) for i, layer in enumerate(layers)]
+        given = [each.given | _caches(i, "") for i, each in enumerate(attentions)]
+        if len({graph.digest(each.attended, of) for each, of in zip(attentions, given, strict=True)}) > 1:
+            raise BundleError(
+                f"{self._bundle.folder}: its layers do not attend alike, so one engine cannot do it for all; "
+                "build with --engines whole"
+            )
+        return _Source(graph, layers, attentions)
+
+    def _source(self, name: str) -> _Source:
+        """What parts of this name are cut from."""
+        source = source_of(name)
+        if source not in self._sources:
+            self._sources[source] = self._found(source, frozenset())
+        return self._sources[source]
 
     def _require_equal_passes(self) -> None:
-        graph, mixtures = self._graphs["traverse"], set()
-        for i, layer in enumerate(self._layers):
+        (source,), mixtures = self._sources.values(), set()
+        graph = source.graph
+        for i, layer in enumerate(source.layers):
             if layer.second is None or layer.mixed is None:
                 continue
             passes = [
@@ -133,21 +176,8 @@ class Parts:
     def cut(self, name: str) -> Part:
         """The graph of a part. Raises BundleError if it would have other inputs than `ports_of` says."""
         inputs, outputs = ports_of(self._manifest, name)
-        source = source_of(name)
-        if name == HEAD:
-            given = {self._found(source, frozenset())[-1].first: HIDDEN}
-            results = {port.name: port.name for port in outputs}
-        elif name == MIXTURE:
-            layer = next(each for each in self._layers if each.mixed is not None)
-            assert layer.second is not None and layer.mixed is not None
-            given, results = {layer.first: FIRST, layer.second: SECOND}, {layer.mixed: RESULT}
-        else:
-            number = int(name.removeprefix("layer_"))
-            layer = self._layers[number]
-            given = {layer.start: HIDDEN} | _caches(number, "")
-            results = {layer.first: RESULT}
-            results |= {f"{port.name}_{number}": port.name for port in outputs if port.name != RESULT}
-        graph = self._graphs[source]
+        source, graph = source_of(name), self._source(name).graph
+        given, results = self._borders(name, outputs)
         found = graph.part(given, results)
         tables = [table for table in TABLES if table in found.inputs]
         wanted = {port.name for port in inputs} | set(tables)
@@ -163,8 +193,26 @@ class Parts:
             operators=found.operators,
             costs=self._products(found.weights, "1" if name == HEAD else "tokens"),
         )
-        new = {inner for inner, outer in results.items() if outer.startswith("new_")}
+        new = [value for value, named in given.items() if named in CACHES] if name == ATTENTION else []
         return Part(graph.written(found, given, results, (*inputs, *outputs), new), info)
+
+    def _borders(self, name: str, outputs: Sequence[Port]) -> tuple[dict[str, str], dict[str, str]]:
+        """The values of its source that go into a part, and those that come out, with the names that they get there."""
+        source = self._source(name)
+        if name == HEAD:
+            return {source.layers[-1].first: HIDDEN}, {port.name: port.name for port in outputs}
+        if name == MIXTURE:
+            mixed = next(each for each in source.layers if each.mixed is not None)
+            assert mixed.second is not None and mixed.mixed is not None
+            return {mixed.first: FIRST, mixed.second: SECOND}, {mixed.mixed: RESULT}
+        number = layer_of(name) or 0
+        layer, attention = source.layers[number], source.attentions[number]
+        if name in (ATTENTION, ATTENTION_STEP):
+            written = {f"{port.name}_0": port.name for port in outputs if port.name != ATTENDED}
+            return attention.given | _caches(0, ""), {attention.attended: ATTENDED} | written
+        if name.startswith(LEAVE):
+            return {layer.start: HIDDEN, attention.attended: ATTENDED}, {layer.first: RESULT}
+        return {layer.start: HIDDEN}, dict(attention.given)
 
     def _products(self, weights: Iterable[str], of: str) -> Costs:
         """The costs of the products with these weights alone. of: what their number is a multiple of."""
@@ -217,6 +265,23 @@ class _Layer:
     first: str
     second: str | None
     mixed: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """The borders of a layer's attention. given: the values that go into it, and their names; attended: its result."""
+
+    given: dict[str, str]
+    attended: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A graph of the bundle, and where it is cut, layer by layer."""
+
+    graph: _Graph
+    layers: list[_Layer]
+    attentions: list[_Attention]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +344,46 @@ class _Graph:
             found.append(_Layer(start, first, two, mixed))
             start = mixed
         return found
+
+    def attention(self, number: int, layer: _Layer) -> _Attention:
+        """The borders of the attention of a layer's first pass: what depends on its caches before a weight is read."""
+        caches = _caches(number, "")
+        new = {named.replace("past_", "", 1): self._new_rows(cache) for cache, named in caches.items()}
+        hidden, weighty, inside = {layer.start}, set(self._weights), {*caches, *new.values()}
+        queries, last = set[str](), ""
+        for i in self.part({layer.start: HIDDEN}, [layer.first]).nodes:
+            node = self._nodes[i]
+            read = set(node.inputs)
+            if node.kind == "Shape":  # sizes are no hidden state
+                continue
+            if not read & inside:
+                for values in (hidden, weighty):
+                    if read & values:
+                        values |= set(node.outputs)
+                        break
+                continue
+            if read & weighty:
+                last = next(name for name in node.inputs if name in inside)
+                break
+            queries |= read & hidden - inside
+            inside |= set(node.outputs)
+        while self._nodes[self._makers[last]].kind != "Reshape":  # what rounds it belongs to the product
+            last = self._nodes[self._makers[last]].inputs[0]
+        (query,) = {self._unscaled(name) for name in queries}
+        return _Attention({query: QUERY} | {rows: kind for kind, rows in new.items()}, last)
+
+    def _new_rows(self, cache: str) -> str:
+        """The rows that are written into a cache."""
+        (write,) = (node for node in self._nodes if node.kind in _WRITES and node.inputs[0] == cache)
+        return write.inputs[_WRITES[write.kind]]
+
+    def _unscaled(self, name: str) -> str:
+        """A query before it is scaled, cast and reshaped, which steps and prompts do each in their own way."""
+        node = self._nodes[self._makers[name]]
+        while node.kind in _SCALING and all(other in self._constants for other in node.inputs[1:]):
+            name = node.inputs[0]
+            node = self._nodes[self._makers[name]]
+        return name
 
     def _flow(self) -> tuple[set[str], dict[int, list[int]], list[int]]:
         """What depends on the embeddings: values; nodes that read a layer's weights, by layer; and the gate's."""
@@ -377,7 +482,7 @@ class _Graph:
                 if inner in given:
                     casts.append(_cast(outer, names[inner], self._types[inner]))
                 else:
-                    after.append(_cast(names[inner], outer, FLOAT))
+                    after.append(_cast(names[inner], outer, _CODES[by_name[outer].dtype]))
         parts = [protobuf_field(_NODE, cast) for cast in casts]
         for i in found.nodes:
             node = self._nodes[i]

@@ -88,6 +88,11 @@ class GraphInfo:
     operators: dict[str, int]
     costs: Costs | None = None
 
+    @property
+    def gives_rows(self) -> bool:
+        """Whether it gives the new rows of its caches as outputs, for its caller to copy into place."""
+        return any(port.name.startswith("new_") for port in self.outputs)
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:

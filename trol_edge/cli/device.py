@@ -102,9 +102,10 @@ def build(
         return
     out.print(f"built, because: {done.reason}", soft_wrap=True)
     for name, engine in done.engines.engines.items():
-        ratio = engine.bytes / engine.weight_bytes  # the engine's own weights, without shared ones
+        own = engine.weight_bytes  # without shared ones
+        times = f"{engine.bytes / own:.3f} x its weights" if own else "no weights"
         out.print(
-            f"{name:8} {engine.bytes / 1e6:9.1f} MB ({ratio:.3f} x its weights), {engine.seconds:5.1f} s, "
+            f"{name:14} {engine.bytes / 1e6:9.1f} MB ({times}), {engine.seconds:5.1f} s, "
             f"{len(engine.profiles)} profile(s); {', '.join(f'{n} {kind}' for kind, n in engine.layers.items())}",
             soft_wrap=True,
         )

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from trol_edge.bundle.engines import GIVEN, EngineSet, folder_of, gives_rows, read
-from trol_edge.bundle.layer_graphs import HEAD, graphs_of, layer_name
+from trol_edge.bundle.engines import GIVEN, PART, EngineSet, folder_of, read
+from trol_edge.bundle.layer_graphs import ATTENTION, ATTENTION_STEP, HEAD, graphs_of, layer_of
 from trol_edge.bundle.manifest import Bundle, GraphInfo
 from trol_edge.bundle.programs import traffic_of
 from trol_edge.bundle.sizes import shared_weights
@@ -20,7 +20,7 @@ from trol_edge.plan.subject import TEXT_TOKENS
 from trol_edge.program.traffic import Moved, Traffic
 
 Products = dict[str, tuple[int, int]]  # type -> operations planned, and found
-STEP = ", step"  # what a layer's engine is called when it runs one token
+STEP = ", step"  # what an engine of a layer is called when it runs one token
 SMALL = 100_000  # kernels that move less share a row
 
 
@@ -45,7 +45,7 @@ def show_programs(bundle: Bundle, tokens: int | None, filled: int | None, as_jso
     for engines in sets:
         target = engines.key.target
         for name, graph in graphs_of(bundle, engines.engines).items():
-            for label, sizes, rows in _runs(name, graph, dims, filled):
+            for label, sizes, rows in _runs(name, dims, filled, manifest.graphs["traverse"].gives_rows):
                 traffic = _traffic(bundle, engines, name, graph, sizes, rows)
                 found.setdefault(target, {})[label] = traffic
                 products.setdefault(target, {})[label] = _products(graph, sizes, traffic)
@@ -59,23 +59,30 @@ def show_programs(bundle: Bundle, tokens: int | None, filled: int | None, as_jso
             f"{manifest.model}, {engines.precision}, {engines.key.library}: bytes of one run, counted in the engines' "
             f"programs, for {tokens} tokens of a prompt, {filled} filled rows, {tiles} picture(s) or tile(s)"
         )
-        parts = tokens > GIVEN and gives_rows(manifest.graphs["traverse"])
         for name, traffic in found[engines.key.target].items():
-            long = parts and (name == "traverse" or (name.startswith("layer_") and STEP not in name))
-            label = f"{name}, {GIVEN} tokens at a time" if long else name
+            most = _most(name, manifest.graphs["traverse"].gives_rows)
+            label = f"{name}, {most} tokens at a time" if most is not None and tokens > most else name
             # Layers are alike, so the kernels of the first one stand for all.
-            kernels = not name.startswith("layer_") or name.removesuffix(STEP) == layer_name(0)
+            kernels = not layer_of(name.removesuffix(STEP))
             _print(label, traffic, products[engines.key.target][name], kernels)
 
 
-def _runs(name: str, graph: GraphInfo, dims: dict[str, int], filled: int) -> list[tuple[str, dict[str, int], int]]:
-    """An engine's runs: what to call each, its sizes, and the filled rows of the cache. A layer has two."""
+def _most(name: str, gives_rows: bool) -> int | None:
+    """The most tokens of a run of an engine, if there is a limit below the context."""
+    if name == ATTENTION or layer_of(name) is not None:
+        return GIVEN if gives_rows else PART
+    return GIVEN if name == "traverse" and gives_rows else None
+
+
+def _runs(name: str, dims: dict[str, int], filled: int, gives_rows: bool) -> list[tuple[str, dict[str, int], int]]:
+    """An engine's runs: what to call each, its sizes, and the filled rows of the cache. Those of a layer have two."""
     # A step adds one row to those that are filled, and some engines take a prompt in parts.
     step = (name, dims | {"tokens": 1, "slots": max(1, filled)}, filled)
-    if name in ("vision", "step", HEAD):
+    if name in ("vision", "step", ATTENTION_STEP, HEAD):
         return [step]
-    prompt = (name, dims | {"tokens": min(dims["tokens"], GIVEN)} if gives_rows(graph) else dims, dims["slots"])
-    return [prompt, (name + STEP, *step[1:])] if name.startswith("layer_") else [prompt]
+    most = _most(name, gives_rows)
+    prompt = (name, dims if most is None else dims | {"tokens": min(dims["tokens"], most)}, dims["slots"])
+    return [prompt] if layer_of(name) is None else [prompt, (name + STEP, *step[1:])]
 
 
 def _traffic(
@@ -104,7 +111,8 @@ def _print(name: str, traffic: Traffic | str, products: Products, kernels: bool)
     if isinstance(traffic, str):
         out.print(f"{name}: nothing is known of its program: {traffic}", soft_wrap=True)
         return
-    times = f", {traffic.ratio:.2f} times what it must" if name == "step" or name.endswith(STEP) else ""
+    steps = name in ("step", ATTENTION_STEP) or name.endswith(STEP)
+    times = f", {traffic.ratio:.2f} times what it must" if steps else ""
     out.print(
         f"{name}: moves {_mb(traffic.moved)} MB{times}; constants {_mb(traffic.constants)}, filled rows "
         f"{_mb(traffic.cache)}, results {_mb(traffic.results)}; holds {_mb(traffic.scratch)} MB of scratch",
