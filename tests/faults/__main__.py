@@ -1,8 +1,8 @@
-"""Plant each fault of the catalogue in a copy of the repository and show that its tests go red: python -m tests.faults
-[WORD ...], where words pick faults whose file or description holds one of them."""
+"""Plant each fault of the catalogue in a copy of the repository and show that its tests go red."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -103,4 +103,8 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults", description=__doc__, epilog="example: python -m tests.faults assembly gate"
+    )
+    parser.add_argument("words", nargs="*", metavar="WORD", help="Plant faults whose file or description holds one.")
+    sys.exit(main(parser.parse_args().words))
