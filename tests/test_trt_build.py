@@ -432,6 +432,17 @@ def test_limits_of_full_size_builds() -> None:
         "peak memory 15.00 GB, at most 14.00",
         "step: 1.031 times its weights, at most 1.03",
     ]
+    attention = {"bytes": 20, "weight_bytes": 0}
+    runs = [f"{half}_{layer}, step" for layer in (0, 1) for half in ("enter", "leave")] + ["attention_step", "head"]
+    run = {"moved": 300, "constants": 250, "cache": 20, "results": 9}
+    layers = engines_full.FullSize("trol-1.8b", "fp16", by_layer=True)
+    apart = dataclasses.replace(
+        good, engines={"enter_0": engine, "attention": attention}, programs=dict.fromkeys(runs, run), by_layer=True
+    )
+    assert apart.step == {"moved": 2100, "ideal": 7 * 270 + 9, "ratio": 2100 / 1899}
+    assert engines_full.misses(layers, apart) == ["step: moves 1.11 times what it must, at most 1.1"]
+    large = dataclasses.replace(apart, engines={"enter_0": engine | {"bytes": 1031}, "attention": attention})
+    assert engines_full.misses(layers, large)[0] == "all engines: 1.051 times their weights, at most 1.05"
     machine = dataclasses.replace(good, peak_bytes=1 << 50)
     assert "peak memory" in engines_full.misses(engines_full.FullSize("trol-3.8b", "int8"), machine)[0]
 

@@ -1,7 +1,9 @@
 """`make engines-full`: builds TensorRT for RTX engines of the published sizes, and checks them against limits.
 
 Weights are random and scales made up, because time and memory of an engine do not depend on them. It needs no GPU.
-Export and build run in separate processes, so that peak memory is that of `trol-edge build` alone.
+Export and build run in separate processes, so that peak memory is that of `trol-edge build` alone. Each row is written
+as soon as it is there, and a run that was stopped goes on where it was: at the next row, with the bundle that was
+exported, and by layer after the last engine that was built.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +25,20 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.bench import speed as bench
+from trol_edge.bundle.folder import new_file
+from trol_edge.bundle.layer_graphs import ATTENTION_STEP, HEAD, layer_of
+from trol_edge.bundle.strict import from_dict
+from trol_edge.cli.programs import STEP
 from trol_edge.errors import TrolEdgeError, UsageError
 from trol_edge.export.quantize.recipes import RecipeOptions
+from trol_edge.program import text
 
 FOLDER = Path("build/engines-full")
 RATIO = 1.03  # an engine's bytes / those of its weights, each once
+LAYERS_RATIO = 1.05  # bytes of all engines by layer / those of their weights, each once
+LAYERS_PEAK = 1.6e9  # bytes that a build by layer takes
 FILLED = 1000  # rows of the K/V cache for which a step is counted
+GENERATED = re.compile(rb"__myl_\w{1,200}?_0x[0-9a-f]{32}")
 MOVED = 1.10  # bytes that a step moves / those of its constants, the filled rows and the logits
 
 
@@ -38,6 +50,12 @@ class FullSize:
     precision: str
     seconds: float | None = None
     peak_bytes: float | None = None
+    by_layer: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the build is called on the command line."""
+        return f"{self.model}-{self.precision}{'-layers' if self.by_layer else ''}"
 
 
 CASES = (
@@ -46,22 +64,48 @@ CASES = (
     FullSize("trol-1.8b", "int4", peak_bytes=5e9),
     FullSize("trol-3.8b", "int8"),
     FullSize("trol-3.8b", "int4"),
+    *(
+        FullSize(model, precision, peak_bytes=LAYERS_PEAK, by_layer=True)
+        for model, precisions in (("trol-1.8b", ("fp16", "int8", "int4")), ("trol-3.8b", ("int8", "int4")))
+        for precision in precisions
+    ),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """The time and memory of a build, and the limits that it missed, in words."""
+    """The time and memory of a build, and the limits that it missed, in words.
+
+    seconds: those of all engines, also of those that were built before a run was stopped. kernels: how many
+    a first start compiles, if equal ones are compiled once, and how many all engines hold.
+    """
 
     model: str
     precision: str
     library: str
-    export_seconds: float
+    export_seconds: float  # 0 if a run that was stopped had exported it
     seconds: float
     peak_bytes: int
     engines: dict[str, dict[str, Any]]  # graph -> bytes, weight_bytes, seconds, ...
     programs: dict[str, dict[str, Any]]  # graph -> moved, ideal, ratio, scratch, ..., or unknown: why
     missed: tuple[str, ...]
+    by_layer: bool = False
+    kernels: tuple[int, int] = (0, 0)
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """What a step moves: the run of one engine, or of those of all layers with the attention between them."""
+        if not self.by_layer:
+            return self.programs["step"]
+        layers = [name for name in self.programs if name.endswith(STEP)]
+        attentions = [ATTENTION_STEP] * (len(layers) // 2)
+        runs = [self.programs[name] for name in (*layers, *attentions, HEAD)]
+        if unknown := next((run for run in runs if "unknown" in run), None):
+            return unknown
+        # Between engines nothing must be moved.
+        moved, ideal = sum(run["moved"] for run in runs), sum(run["constants"] + run["cache"] for run in runs)
+        ideal += self.programs[HEAD]["results"]
+        return {"moved": moved, "ideal": ideal, "ratio": moved / ideal}
 
 
 def measure(
@@ -75,30 +119,49 @@ def measure(
     if checkpoint is None:
         checkpoint = bench.random_checkpoint(case.model, folder, report)
     bundle = (folder / f"{case.model}-{case.precision}").resolve()
-    report(f"{case.model} {case.precision}: export ...")
-    start = time.perf_counter()
-    told = json.dumps([str(checkpoint), str(bundle), case.model, case.precision])
-    bench.run_python("-c", "from tests.bench.engines_full import prepare; prepare()", stdin=told)
-    exported = time.perf_counter() - start
-    try:
-        report(f"{case.model} {case.precision}: build ...")
-        said = json.loads(bench.run_python("-m", "trol_edge", "build", str(bundle), "--force", "--json"))
-        inspect = ("-m", "trol_edge", "inspect", str(bundle), "--program", "--filled", str(FILLED), "--json")
-        programs = json.loads(bench.run_python(*inspect))["engines"]["rtx"]
-    finally:
-        shutil.rmtree(bundle)
+    exported = 0.0
+    if not (bundle / "bundle.json").is_file():
+        report(f"{case.name}: export ...")
+        start = time.perf_counter()
+        told = json.dumps([str(checkpoint), str(bundle), case.model, case.precision])
+        bench.run_python("-c", "from tests.bench.engines_full import prepare; prepare()", stdin=told)
+        exported = time.perf_counter() - start
+    report(f"{case.name}: build ...")
+    how = ("--engines", "layers") if case.by_layer else ("--engines", "whole", "--force")
+    said = json.loads(bench.run_python("-m", "trol_edge", "build", str(bundle), *how, "--json"))
+    inspect = ("-m", "trol_edge", "inspect", str(bundle), "--program", "--filled", str(FILLED), "--json")
+    programs = json.loads(bench.run_python(*inspect))["engines"]["rtx"]
     built = Built(
         model=case.model,
         precision=case.precision,
         library=said["key"]["library"],
         export_seconds=exported,
-        seconds=said["seconds"],
+        seconds=sum(engine["seconds"] for engine in said["engines"].values()),
         peak_bytes=said["peak_bytes"],
         engines=said["engines"],
         programs={name: {k: v for k, v in p.items() if k != "kernels"} for name, p in programs.items()},
         missed=(),
+        by_layer=case.by_layer,
+        kernels=kernels_of(Path(said["folder"])),
     )
+    shutil.rmtree(said["folder"])
     return dataclasses.replace(built, missed=tuple(misses(case, built)))
+
+
+def kernels_of(folder: Path) -> tuple[int, int]:
+    """The distinct kernels of the engines in a folder, which a first start compiles, and all of them.
+
+    Those that TensorRT for RTX generates have a hash in their names. Others are told apart by what they read and write.
+    """
+    found: Counter[object] = Counter()
+    for path in folder.glob("*.engine"):
+        found.update(set(GENERATED.findall(path.read_bytes())))
+        for program in text.read(path):
+            for kernel in program.kernels:
+                if kernel.what != "function":
+                    operands = tuple(program.tensors[name] for name in (*kernel.reads, *kernel.writes))
+                    found[kernel.what, kernel.name, tuple((t.dtype, t.dims) for t in operands)] += 1
+    return len(found), sum(found.values())
 
 
 def prepare() -> None:
@@ -129,10 +192,17 @@ def misses(case: FullSize, built: Built) -> list[str]:
     most = case.peak_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if built.peak_bytes > most:
         found.append(f"peak memory {built.peak_bytes / 1e9:.2f} GB, at most {most / 1e9:.2f}")
-    for name, engine in built.engines.items():
-        if (ratio := engine["bytes"] / engine["weight_bytes"]) > RATIO:
-            found.append(f"{name}: {ratio:.3f} times its weights, at most {RATIO}")
-    step = built.programs["step"]
+    if built.by_layer:
+        total, weights = (sum(engine[key] for engine in built.engines.values()) for key in ("bytes", "weight_bytes"))
+        if total > LAYERS_RATIO * weights:
+            found.append(f"all engines: {total / weights:.3f} times their weights, at most {LAYERS_RATIO}")
+    else:
+        found += [
+            f"{name}: {engine['bytes'] / engine['weight_bytes']:.3f} times its weights, at most {RATIO}"
+            for name, engine in built.engines.items()
+            if engine["bytes"] > RATIO * engine["weight_bytes"]
+        ]
+    step = built.step
     if "unknown" in step:
         found.append(f"step: its program cannot be counted: {step['unknown']}")
     elif step["ratio"] > MOVED:
@@ -140,21 +210,34 @@ def misses(case: FullSize, built: Built) -> list[str]:
     return found
 
 
+def sizes_of(built: Built) -> str:
+    """The sizes of the engines, of those of all layers together."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, engine in built.engines.items():
+        groups.setdefault(name if layer_of(name) is None else "layers", []).append(engine)
+    if built.by_layer:
+        groups["all"] = list(built.engines.values())
+    found = []
+    for name, engines in groups.items():
+        size, weights = (sum(engine[key] for engine in engines) for key in ("bytes", "weight_bytes"))
+        times = f" ({size / weights:.3f})" if weights else ""
+        found.append(f"{name} {size / 1e9:.3f}{times}")
+    return ", ".join(found)
+
+
 def show(results: Sequence[Built], console: Console) -> None:
     """Print a table with a row per build, and the missed limits."""
     title = f"{results[0].library}, random weights, {os.cpu_count()} cores"
     table = Table(title=title, title_justify="left", box=None)
     columns = ("model", "precision", "export s", "build s", "peak GB", "engines GB (times their weights)")
-    for column in (*columns, f"a step moves GB (times what it must, {FILLED} filled rows)"):
+    more = (f"a step moves GB (times what it must, {FILLED} filled rows)", "kernels to compile, of all")
+    for column in (*columns, *more):
         table.add_column(column, justify="left" if column in ("model", "precision") else "right")
     for built in results:
-        sizes = ", ".join(
-            f"{name} {e['bytes'] / 1e9:.3f} ({e['bytes'] / e['weight_bytes']:.3f})" for name, e in built.engines.items()
-        )
-        row = (f"{built.export_seconds:.0f}", f"{built.seconds:.0f}", f"{built.peak_bytes / 1e9:.2f}", sizes)
-        step = built.programs["step"]
+        row = (f"{built.export_seconds:.0f}", f"{built.seconds:.0f}", f"{built.peak_bytes / 1e9:.2f}", sizes_of(built))
+        step = built.step
         moves = f"{step['moved'] / 1e9:.3f} ({step['ratio']:.2f})" if "ratio" in step else "unknown"
-        table.add_row(built.model, built.precision, *row, moves)
+        table.add_row(built.model, built.precision, *row, moves, " of ".join(map(str, built.kernels)))
     console.print(table)
     for built in results:
         for miss in built.missed:
@@ -172,33 +255,38 @@ def main(
         Path | None,
         typer.Option(help="Folder with checkpoints trol-1.8b and trol-3.8b to use instead of random ones."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the numbers to.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write each row to; rows that it has are not measured again.")
+    ] = None,
 ) -> None:
     """Build full-size engines by TensorRT for RTX and print time and memory. A missed limit exits with 1."""
     err = Console(stderr=True, highlight=False)
-    cases = {f"{case.model}-{case.precision}": case for case in CASES}
+    cases = {case.name: case for case in CASES}
+    results: list[Built] = []
+    if json_file and json_file.is_file():
+        results = [from_dict(Built, row, str(json_file)) for row in json.loads(json_file.read_text(encoding="utf-8"))]
+    done = {FullSize(row.model, row.precision, by_layer=row.by_layer).name for row in results}
     try:
         names = [name for name in only.split(",") if name] or list(cases)
         if unknown := [name for name in names if name not in cases]:
             raise UsageError(f"{', '.join(unknown)}: not among {', '.join(cases)}")
-        results = [
-            measure(
-                cases[name],
-                folder,
-                checkpoints / cases[name].model if checkpoints else None,
-                lambda line: err.print(line, style="dim"),
-            )
-            for name in names
-        ]
+        left = [cases[name] for name in names if name not in done]
+        for at, case in enumerate(left):
+            checkpoint = checkpoints / case.model if checkpoints else None
+            results.append(measure(case, folder, checkpoint, lambda line: err.print(line, style="dim")))
+            if json_file:
+                json_file.parent.mkdir(parents=True, exist_ok=True)
+                rows = json.dumps([dataclasses.asdict(built) for built in results], indent=1)
+                with new_file(json_file) as part:
+                    part.write_text(rows, encoding="utf-8")
+            if not any((case.model, case.precision) == (other.model, other.precision) for other in left[at + 1 :]):
+                shutil.rmtree(folder / f"{case.model}-{case.precision}")
     except TrolEdgeError as error:
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     out = Console(highlight=False)
     out.width = max(out.width, 210)  # so that a row is one line, in a log file too
     show(results, out)
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps([dataclasses.asdict(built) for built in results], indent=1), encoding="utf-8")
     if any(built.missed for built in results):
         raise typer.Exit(1)
 
