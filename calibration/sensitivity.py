@@ -29,7 +29,6 @@ from trol_edge.bundle.precision import QUANTIZED, LinearPlan
 from trol_edge.calibration.prompts import model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, UsageError
-from trol_edge.export.pipeline import traversed_layers
 from trol_edge.export.quantize.recipes import RecipeOptions, make_plan
 from trol_edge.export.quantize.rounding import quantize, restore, round_to
 from trol_edge.export.quantize.scales import Scales, find_scales
@@ -38,6 +37,7 @@ from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.layerwise import rope_of
 from trol_edge.export.reference.model import EagerAttention
 from trol_edge.prompt.images import preprocess
+from trol_edge.traversal import traversed_layers
 
 # Precision of a Linear -> the next better one.
 RAISED = {"int4": LinearPlan("int8"), "int8": LinearPlan("fp32"), "fp8": LinearPlan("fp16")}

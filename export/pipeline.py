@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import metadata
@@ -45,6 +44,7 @@ from trol_edge.prompt.images import ImageSpec
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.reading import guard
 from trol_edge.rope import TABLES
+from trol_edge.traversal import traversed_layers
 
 if TYPE_CHECKING:
     from trol_edge.export.quantize.stats import Statistics
@@ -182,43 +182,6 @@ def export(
         )
         write_manifest(folder, manifest)
     return manifest
-
-
-def traversed_layers(traversal: str | Collection[int], layers: int) -> tuple[int, ...] | None:
-    """The layers with a second pass, in order; None for all of them.
-
-    traversal: see `export`. layers: number of layers of the model. Raises UsageError for layers that do not exist, and
-    for none.
-    """
-    if isinstance(traversal, str):
-        text = traversal.strip()
-        if text == "all":
-            return None
-        if re.fullmatch(r"\d{1,6}", text):
-            count = int(text)
-            if not 1 <= count <= layers:
-                raise UsageError(f"traversal {text}: this model has {layers} layers; give 1..{layers}, the first ones")
-            return _unless_all(range(count), layers)
-        if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\s*\d{1,6}(-\d{1,6})?)*", text):
-            raise UsageError(
-                f"traversal {shown(traversal)} should be all, a number of layers (12: the first 12), or a list such as "
-                "0-7,10 (a single one: 5-5)"
-            )
-        ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
-        if wrong := [pair for pair in ends if max(pair) >= layers or pair[0] > pair[-1]]:
-            raise UsageError(
-                f"traversal {text}: {'-'.join(map(str, wrong[0]))} is not within layers 0..{layers - 1} of this model"
-            )
-        return _unless_all((i for first, *last in ends for i in range(first, (last or [first])[0] + 1)), layers)
-    found = [whole(layer, 0, layers - 1) for layer in traversal]
-    if not found or None in found:
-        raise UsageError(f"traversal {shown(traversal)} should be a list of one or more of layers 0..{layers - 1}")
-    return _unless_all((layer for layer in found if layer is not None), layers)
-
-
-def _unless_all(found: Iterable[int], layers: int) -> tuple[int, ...] | None:
-    chosen = tuple(sorted(set(found)))
-    return None if len(chosen) == layers else chosen
 
 
 def with_tiles(image: ImageSpec, max_tiles: int | None) -> ImageSpec:

@@ -27,9 +27,9 @@ from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.graph_cut import cut, eight_bit_product
 from trol_edge.bundle.graph_part import SinglePasses
 from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
-from trol_edge.bundle.manifest import Bundle
+from trol_edge.bundle.manifest import Bundle, Port
 from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, MIX, WEIGHTS
-from trol_edge.bundle.sizes import cache_bytes, cpu_bytes, embedding_bytes
+from trol_edge.bundle.sizes import cache_bytes, caches_of, cpu_bytes, embedding_bytes
 from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory, share_arenas
@@ -83,6 +83,7 @@ class OrtBackend:
         _require_provider(bundle, provider)
         self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
         self.prefix_reuse, self.provider, self.memory = prefix_reuse, provider, PROVIDERS[provider][1]
+        self.second_layers = manifest.spec.second_layers
         self.identity = f"onnxruntime {ort.__version__}" + ("" if provider == "cpu" else f", {provider}")
         file = bundle.weights()
         self._tensors = file.tensors
@@ -150,11 +151,21 @@ class OrtBackend:
         return self.weights.keys() >= set(TABLES)
 
     @property
+    def takes_traversal(self) -> bool:
+        """Whether each layer is a session of its own."""
+        return self.layers is not None
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of one state's KV cache at full context: both sets, or one set and a layer's scratch."""
-        graphs = self.bundle.manifest.graphs
-        first, both = (cache_bytes(graphs[name].inputs, self.context) for name in ("step", "traverse"))
+        step = self.bundle.manifest.graphs["step"]
+        first, both = (cache_bytes(ports, self.context) for ports in (step.inputs, self.cache_ports))
         return both if self.prefix_reuse else first + first // self.spec.num_layers
+
+    @property
+    def cache_ports(self) -> list[Port]:
+        """The caches of a state: those of the first pass, then those of the second in the layers that have one."""
+        return caches_of(self.bundle.manifest.graphs["traverse"], self.second_layers)
 
     def _working_bytes(self, tokens: int) -> int:
         """Most bytes of the tensors of a run over this many tokens, or one picture."""
@@ -404,10 +415,10 @@ class OrtState:
         spec, graphs = backend.spec, backend.bundle.manifest.graphs
         # If graphs contain their weights, a zero mask replaces traverse_text and saves one more copy of them.
         self._text = "traverse_text" in graphs and backend.bundle.manifest.target == "cpu"
-        past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
-        present = [p.name for p in graphs["traverse"].outputs if p.name.startswith("present_")]
+        past = backend.cache_ports
+        present = [port.name.replace("past_", "present_", 1) for port in past]
         # Without reuse, every layer of a traverse writes its second pass into the same scratch and reads it at once.
-        sets, second = 2 * spec.num_layers, 2 * len(spec.second_layers)
+        sets, second = 2 * spec.num_layers, 2 * len(backend.second_layers)
         own = second if backend.prefix_reuse else 2
         # Zeros and not empty, because a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
         shape = (1, spec.num_kv_heads, backend.context, spec.head_dim)
@@ -438,7 +449,7 @@ class OrtState:
         self._layered: LayeredState | None = None
         if backend.layers is not None:
             second_values = values[sets:]
-            second_of = {layer: second_values[2 * i : 2 * i + 2] for i, layer in enumerate(spec.second_layers)}
+            second_of = {layer: second_values[2 * i : 2 * i + 2] for i, layer in enumerate(backend.second_layers)}
             self._layered = LayeredState(
                 backend.layers,
                 backend.weights,

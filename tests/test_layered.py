@@ -74,6 +74,25 @@ def test_fewer_second_passes_and_one_scratch_set(exported: Callable[..., Path]) 
     assert np.array_equal(kept.traverse(prompt.copy(), None), scratch.traverse(prompt.copy(), None))
 
 
+@pytest.mark.parametrize("model", NANOS)
+def test_passes_chosen_at_run_time(exported: Callable[..., Path], model: str) -> None:
+    """As many bits of a bundle that was exported with these passes, with and without its own set of caches."""
+    both = exported(CHECKPOINTS / model, recipe=RECIPE)
+    few = exported(CHECKPOINTS / model, recipe=RECIPE, traversal="1-2", selftest=False)
+    for reuse in (True, False):
+        with (
+            Runtime(both, traversal=[1, 2], prefix_reuse=reuse) as ours,
+            Runtime(few, prefix_reuse=reuse, selftest=False) as theirs,
+        ):
+            assert ours.model.backend.cache_bytes == theirs.model.backend.cache_bytes
+            ids = np.arange(5, 45)
+            found = [rt.session().prefill(ids).copy() for rt in (ours, theirs)]
+            assert np.array_equal(*found)
+    mine, theirs = OrtBackend(Bundle(both)), OrtBackend(Bundle(few))
+    mine.second_layers = (1, 2)
+    assert all(map(np.array_equal, computed(mine), computed(theirs)))
+
+
 def test_it_answers(exported: Callable[..., Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy"  # into which verify writes a note
     shutil.copytree(exported(NANO, recipe=RECIPE), copy)

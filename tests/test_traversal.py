@@ -218,7 +218,7 @@ def test_it_is_compared(bundle_of: Callable[[str], Path], exported: Callable[...
 
 def test_what_is_chosen() -> None:
     """Text and numbers, in any order; all of them is the model itself."""
-    from trol_edge.export.pipeline import traversed_layers
+    from trol_edge.traversal import traversed_layers
 
     for given, wanted in {
         "all": None,

@@ -195,6 +195,47 @@ def test_fewer_second_passes(exported: Callable[..., Path], tmp_path: Path, monk
         assert difference(one, two) <= 1e-5
 
 
+@pytest.mark.parametrize("model", NANOS)
+@pytest.mark.parametrize("reuse", [True, False])
+def test_passes_chosen_at_run_time(
+    reuse: bool, model: str, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engines of all passes give what a bundle gives that was exported with those passes, and keep no more."""
+    machine = machine_of(exported(CHECKPOINTS / model, target="rtx"), tmp_path / "bundle", monkeypatch)
+    ours = machine.open(traversal="0,2-3", prefix_reuse=reuse)
+    theirs = Runtime(exported(CHECKPOINTS / model, traversal="0,2-3"), prefix_reuse=reuse)
+    assert ours.model.backend.cache_bytes == theirs.model.backend.cache_bytes
+    for prompt, picture in ((QUESTION, CHECKPOINTS / model / "scene.png"), ("What is this?", None)):
+        answers = [rt.generate(prompt, picture, max_new_tokens=12).token_ids for rt in (ours, theirs)]
+        assert answers[0] == answers[1]
+    if reuse:
+        state = backend(ours).new_state()
+        caches = [p for p in ours.bundle.manifest.graphs["traverse"].inputs if p.name.startswith("past_second_")]
+        assert len(state.rows(np.arange(3, dtype=np.int32), 1)) == 6 < len(caches)
+        if model == NANO.name:
+            for one, two in zip(told(ours), told(theirs), strict=True):
+                assert difference(one, two) <= 1e-5
+    again = machine.open(traversal="all", prefix_reuse=reuse)
+    assert again.model.backend.second_layers == ours.bundle.manifest.spec.second_layers
+
+
+def test_passes_that_cannot_be_chosen(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers without caches of a second pass, layers that are not there, and what is no list."""
+    machine = machine_of(exported(NANO, target="rtx", traversal="1,3"), tmp_path / "bundle", monkeypatch)
+    with pytest.raises(UsageError, match=r"exported with a second pass in layers 1, 3, so .* in 0, 2; leave these out"):
+        machine.open(traversal="0-3")
+    with pytest.raises(UsageError, match="99-99 is not within layers 0"):
+        machine.open(traversal="1,99-99")
+    for wrong in ("", "some", [], [1.5], True, 0, {}):
+        with pytest.raises(UsageError, match="traversal"):
+            machine.open(traversal=wrong)
+    assert machine.open(traversal=[3]).model.backend.second_layers == (3,)
+    with pytest.raises(UsageError, match="its graphs have their second passes built in"):
+        Runtime(exported(NANO), traversal=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("model", NANOS)

@@ -112,12 +112,21 @@ class Backend(Protocol):
     # What runs the graphs: library and version, GPU, driver, engines. If it changes, the self-test must pass again.
     identity: str
 
+    # The layers with a second pass in the states that are made from now on. It may be set to fewer than the bundle has,
+    # if the back end `takes_traversal`.
+    second_layers: tuple[int, ...]
+
     # The token embedding table as it is stored, if it was read (and hashed) with the weights; None: nobody has read it.
     embedding: NDArray[Any] | None
 
     @property
     def takes_rotary(self) -> bool:
         """Whether a token's position may be another than its row, as it is after tokens that were left out."""
+        ...
+
+    @property
+    def takes_traversal(self) -> bool:
+        """Whether it runs layer by layer, so that a second pass can be left out without another export."""
         ...
 
     @property

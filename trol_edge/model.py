@@ -20,6 +20,7 @@ from trol_edge.numeric import shown, switch, whole
 from trol_edge.prompt.template import Prompt, Spoken, build_prompt, end_ids
 from trol_edge.prompt.tokenizer import Tokenizer
 from trol_edge.session import Session
+from trol_edge.traversal import Traversal, passes_of
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
@@ -45,8 +46,9 @@ class Model:
         provider: Provider | None = None,
         fallback: Provider | None = None,
         trusted_keys: Sequence[PublicKey] | None = None,
+        traversal: Traversal | None = None,
     ) -> None:
-        """Open a bundle; for arguments and errors see trol_edge.Runtime."""
+        """Open a bundle; for arguments and errors see trol_edge.Runtime. `pass_twice` puts the traversal to use."""
         threads, verify = _checked_threads(threads), switch("verify", verify)
         prefix_reuse = switch("prefix_reuse", prefix_reuse)
         self.bundle = Bundle(bundle, trusted_keys)
@@ -56,6 +58,7 @@ class Model:
                 f"{self.bundle.folder}: made for target {manifest.target!r}, which this version cannot run; "
                 f"it runs {', '.join(BACKENDS)}; export with --target cpu"
             )
+        self._second_layers = manifest.spec.second_layers if traversal is None else passes_of(self.bundle, traversal)
         self.tokenizer: Tokenizer | None = None
         self.ends = frozenset({manifest.spec.eos_token_id, *manifest.spec.more_end_ids})
         if TOKENIZER in manifest.files:
@@ -87,8 +90,21 @@ class Model:
                     RuntimeWarning,
                     stacklevel=3,  # the caller who made the Runtime
                 )
+        if self._second_layers != manifest.spec.second_layers and not self.backend.takes_traversal:
+            raise UsageError(
+                f"{self.bundle.folder}: its graphs have their second passes built in, so traversal= cannot leave any "
+                "out; export with --traversal, or run it by layer (engines of `trol-edge build --engines layers`, or "
+                "on a CPU --precision int4-dynamic)"
+            )
         self.embeddings = Embeddings(self.bundle, self.backend.embedding, verify)
         self.lifetime = Lifetime()
+
+    def pass_twice(self) -> None:
+        """Let sessions from now on have a second pass in the layers of `traversal` only.
+
+        The self-test, which is of the bundle as it was exported, comes before it.
+        """
+        self.backend.second_layers = self._second_layers
 
     def session(self, long_context: bool = False, prefill_chunk: int | None = None) -> Session:
         """Make a session with its own KV cache; for arguments see trol_edge.Runtime.session."""

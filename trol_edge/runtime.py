@@ -25,6 +25,7 @@ from trol_edge.numeric import shown, switch
 from trol_edge.prompt.images import count_tiles, load_rgb, preprocess
 from trol_edge.prompt.template import Prompt
 from trol_edge.session import Session
+from trol_edge.traversal import Traversal
 from trol_edge.verify.passed import wanted
 from trol_edge.verify.replay import first_load
 from trol_edge.vision_cache import VisionCache, VisionCacheInfo
@@ -54,6 +55,7 @@ class Runtime:
         provider: Provider | None = None,
         fallback: Provider | None = None,
         trusted_keys: Sequence[PublicKey] | None = None,
+        traversal: Traversal | None = None,
     ) -> None:
         """Load a bundle folder.
 
@@ -74,8 +76,11 @@ class Runtime:
         an error.
         trusted_keys: ed25519 public keys (PEM files, or bytes). A bundle, or engines, that none of them signed
         (`trol-edge sign`) are not opened. Needs `trol-edge[sign]`. None accepts any bundle.
-        Raises BundleError (missing, half-copied, altered, not signed, other version), BackendError (library, memory)
-        and VerifyError (the numbers are not the reference's).
+        traversal: the layers that have a second pass, of those that the bundle has it in: "all", a number (the first so
+        many layers), or a list such as "0-7,10" or [0, 1]; None: as it was exported. It is for what runs layer by
+        layer: engines by layer, and on a CPU int4-dynamic. The self-test is of all second passes.
+        Raises BundleError (missing, half-copied, altered, not signed, other version), BackendError (library, memory),
+        UsageError (an argument that does not fit) and VerifyError (the numbers are not the reference's).
         """
         vision_cache = VisionCache(vision_cache_bytes)
         is_tested = wanted(None if selftest is None else switch("selftest", selftest))
@@ -87,10 +92,12 @@ class Runtime:
             provider=provider,
             fallback=fallback,
             trusted_keys=trusted_keys,
+            traversal=traversal,
         )
         self.bundle = self.model.bundle
         if is_tested:
             first_load(self.model)
+        self.model.pass_twice()
         self.desk = Desk(self.model, vision_cache)
 
     # -- questions ---------------------------------------------------------------------------------------------------

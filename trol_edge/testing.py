@@ -121,6 +121,8 @@ class _ScriptedBackend:
 
     identity = "script"
     takes_rotary = True
+    takes_traversal = False
+    second_layers: tuple[int, ...] = ()
     weight_bytes = 0
     saturates = False
     embedding: NDArray[Any] | None = None

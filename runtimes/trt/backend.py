@@ -29,7 +29,7 @@ from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.engines import EngineSet, Key, differences, read
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
-from trol_edge.bundle.sizes import cache_bytes, shared_weights
+from trol_edge.bundle.sizes import cache_bytes, caches_of, shared_weights
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
@@ -115,7 +115,7 @@ class TrtBackend:
                 f"{bundle.folder}: prefix_reuse=False would save nothing with engines of the whole decoder, where each "
                 "layer needs its own buffers for the second pass; leave it out, or build with --engines layers"
             )
-        self.prefix_reuse = prefix_reuse
+        self.prefix_reuse, self.second_layers = prefix_reuse, self.spec.second_layers
         self.library = library or load(target.module)
         if device is None and cuda is None:
             found = devices()
@@ -191,10 +191,20 @@ class TrtBackend:
         return self.weights.keys() >= set(TABLES)
 
     @property
+    def takes_traversal(self) -> bool:
+        """Whether each layer has engines of its own."""
+        return self._built.by_layer
+
+    @property
+    def cache_ports(self) -> list[Port]:
+        """The caches of a state: those of the first pass, then those of the second in the layers that have one."""
+        return caches_of(self.bundle.manifest.graphs["traverse"], self.second_layers)
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of one state's K/V cache: both sets, or the first and what is scratch for one layer of the second."""
-        graphs = self.bundle.manifest.graphs
-        first, both = (cache_bytes(graphs[name].inputs, self.context) for name in ("step", "traverse"))
+        step = self.bundle.manifest.graphs["step"]
+        first, both = (cache_bytes(ports, self.context) for ports in (step.inputs, self.cache_ports))
         return both if self.prefix_reuse else first + first // self.spec.num_layers
 
     def _scratch_caches(self) -> dict[str, int]:
@@ -303,9 +313,8 @@ class TrtState:
     def __init__(self, backend: TrtBackend) -> None:
         self._backend = backend
         graphs, cuda = backend.bundle.manifest.graphs, backend.cuda
-        past = [p for p in graphs["traverse"].inputs if p.name.startswith("past_")]
-        if not backend.prefix_reuse:
-            past = [p for p in past if not p.name.startswith("past_second_")]
+        caches = backend.cache_ports
+        past = [p for p in caches if backend.prefix_reuse or not p.name.startswith("past_second_")]
         self._ports = {p.name: p for p in past}
         step = graphs["step"]
         own = [p for p in (*step.inputs, *step.outputs) if not p.name.startswith(("past_", "present_", "slots"))]
@@ -315,7 +324,8 @@ class TrtState:
         what = f"a session ({'both K/V sets' if backend.prefix_reuse else 'one K/V set'} for {backend.context} tokens)"
         found = backend.memory.allocate((*past, *own, *more), what, self._lease)
         self._own = {p.name: found[p.name] for p in (*own, *more)}
-        self._cache = {p.name: found[p.name] for p in past} | backend.scratch_caches
+        scratch = backend.scratch_caches
+        self._cache = {p.name: found.get(p.name) or scratch[p.name] for p in caches}
         # Past and present are one buffer, because engines write in place.
         self._cache |= {name.replace("past_", "present_", 1): pointer for name, pointer in self._cache.items()}
         # Page-locked, so that copies are part of the captured graph, which reads and writes these addresses.

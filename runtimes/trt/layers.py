@@ -47,7 +47,7 @@ class LayeredDecoder:
     def __init__(self, bundle: Bundle, loaded: Loaded, memory: Memory, lease: Lease) -> None:
         self._bundle, self._loaded, self._cuda, self._memory = bundle, loaded, loaded.cuda, memory
         spec = bundle.manifest.spec
-        self._layers, self._second = spec.num_layers, frozenset(spec.second_layers)
+        self._layers = spec.num_layers
         what = "the scratch memory of all engines"
         loaded.share_scratch(memory.block(max(1, loaded.scratch_bytes), what, lease))
         halves = [half_name(half, layer) for layer in range(self._layers) for half in (ENTER, LEAVE)]
@@ -76,12 +76,15 @@ class LayeredDecoder:
         return [Port(p.name, p.dtype, (1, 1, 1)) for p in inputs if p.name == "image_mask"]
 
     def traverse(self, addresses: Mapping[str, int], feeds: Mapping[str, NDArray[Any]], start: int, stop: int) -> None:
-        """Enqueue a traverse of tokens start..stop-1. feeds: what its addresses hold, [1, S, ..] each."""
+        """Enqueue a traverse of tokens start..stop-1. feeds: what its addresses hold, [1, S, ..] each.
+
+        A layer has a second pass if the addresses have caches of it.
+        """
         hidden, first, second = (self._states[name] for name in STATES)
         self._cuda.copy(hidden, addresses["inputs_embeds"], (stop - start) * self._width)
         for layer in range(self._layers):
             self._pass(layer, "", hidden, first, addresses, feeds, start, stop)
-            if layer in self._second:
+            if f"past_second_key_{layer}" in addresses:
                 self._pass(layer, "second_", first, second, addresses, feeds, start, stop)
                 self._mix(first, second, hidden, stop - start)
             else:

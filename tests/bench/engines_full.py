@@ -102,9 +102,10 @@ class Built:
         runs = [self.programs[name] for name in (*layers, *attentions, HEAD)]
         if unknown := next((run for run in runs if "unknown" in run), None):
             return unknown
-        # Between engines nothing must be moved.
-        moved, ideal = sum(run["moved"] for run in runs), sum(run["constants"] + run["cache"] for run in runs)
-        ideal += self.programs[HEAD]["results"]
+        # Between engines nothing must be moved, and of the rope tables one row.
+        weights = sum(self.engines[name.removesuffix(STEP)]["weight_bytes"] for name in (*layers, HEAD))
+        ideal = weights + sum(run["cache"] for run in runs) + self.programs[HEAD]["results"]
+        moved = sum(run["moved"] for run in runs)
         return {"moved": moved, "ideal": ideal, "ratio": moved / ideal}
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS
 from trol_edge.bundle.engines import ENGINES
-from trol_edge.bundle.manifest import Bundle, Port
+from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
 from trol_edge.bundle.names import EMBEDDING
 from trol_edge.bundle.weights import FLOATS, TensorInfo
 
@@ -84,6 +84,13 @@ def cpu_bytes(bundle: Bundle, names: Iterable[str]) -> int:
 def cache_bytes(ports: Iterable[Port], context: int) -> int:
     """Bytes of the K/V cache at full context among the inputs of a graph; a step has one set, a traverse both."""
     return sum(largest_bytes(port, {"slots": context}) for port in ports if port.name.startswith("past_"))
+
+
+def caches_of(traverse: GraphInfo, second_layers: Collection[int]) -> list[Port]:
+    """The K/V caches that a traverse takes: those of the first pass, then those of the second in these layers."""
+    second = {f"past_second_{kind}_{layer}" for kind in ("key", "value") for layer in second_layers}
+    ports = [port for port in traverse.inputs if port.name.startswith("past_")]
+    return [port for port in ports if port.name in second or not port.name.startswith("past_second_")]
 
 
 def largest_bytes(port: Port, most: Mapping[str, int]) -> int:
