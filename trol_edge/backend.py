@@ -112,8 +112,9 @@ class Backend(Protocol):
     # What runs the graphs: library and version, GPU, driver, engines. If it changes, the self-test must pass again.
     identity: str
 
-    # The token embedding table as it is stored, if it was read (and hashed) with the weights; None: nobody has read it.
-    embedding: NDArray[Any] | None
+    # The token embedding table as it is stored, with its scales, if it was read (and hashed) with the weights; None:
+    # nobody has read it.
+    embedding: Mapping[str, NDArray[Any]] | None
 
     @property
     def takes_rotary(self) -> bool:

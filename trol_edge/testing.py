@@ -123,7 +123,7 @@ class _ScriptedBackend:
     takes_rotary = True
     weight_bytes = 0
     saturates = False
-    embedding: NDArray[Any] | None = None
+    embedding: Mapping[str, NDArray[Any]] | None = None
 
     def __init__(
         self,
