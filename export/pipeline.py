@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from trol_edge._version import __version__
 from trol_edge.bundle.costs import Costs
+from trol_edge.bundle.embedding import embedding_names
 from trol_edge.bundle.folder import new_folder, sha256_of
 from trol_edge.bundle.manifest import FORMAT, FORMAT_VERSION, FileInfo, GraphInfo, Manifest, Port, write_manifest
-from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, MIX, SELFTEST, SINGLE, TOKENIZER, WEIGHTS
+from trol_edge.bundle.names import HEAD, LAYERS, MIX, SELFTEST, SINGLE, TOKENIZER, WEIGHTS
 from trol_edge.bundle.precision import CalibrationInfo, PrecisionPlan
 from trol_edge.bundle.sizes import is_shareable
 from trol_edge.bundle.spec import ModelSpec, TraversalChoice
@@ -141,7 +142,7 @@ def export(
         for name, traced in models.items():
             lowered |= prepare(name, traced, target, plan, inputs, dtypes, options.once)
         used = {weight for traced in models.values() for weight in canonical.weight_names(traced)} | {
-            EMBEDDING,
+            *embedding_names(layouts),
             *lowered,
         }
         layouts |= lowered

@@ -125,6 +125,7 @@ class Unbuilt:
             values = {v.name: v for v in (*model.graph.initializers.values(), *model.graph.inputs)}
             sizes[name] = {w: counts.bytes_of(values[w]) for w in names}
         decoder = {w: n for name, found in sizes.items() if name != "vision" for w, n in found.items()}
+        rounded = plan.embedding is not None
         embedding = IR_TYPES[stored_dtype(EMBEDDING, shapes[EMBEDDING], PUBLISHED, plan, False)]
         return Subject(
             name=self.name,
@@ -140,7 +141,7 @@ class Unbuilt:
             decoder_bytes=sum(decoder.values()),
             shareable_bytes=sum(sizes["step"][name] for name in shared),
             shared=False,
-            embedding_bytes=shapes[EMBEDDING][0] * shapes[EMBEDDING][1] * round(embedding.itemsize),
+            embedding_bytes=shapes[EMBEDDING][0] * (shapes[EMBEDDING][1] * round(embedding.itemsize) + 4 * rounded),
             cache_bytes=caches,
             hidden_size=spec.hidden_size,
         )

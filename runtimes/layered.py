@@ -8,6 +8,7 @@ write in turn; keys and values are written in place.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 
 from trol_edge.bundle.graph_part import INPUTS, OUTPUTS
 from trol_edge.bundle.names import HEAD, IMAGE_ROWS, LAYERS, MIX
+from trol_edge.rope import TABLES
 
 Float32 = NDArray[np.float32]
+CHANGING = {"slots", IMAGE_ROWS, "rope_offset", *TABLES}  # inputs that may have other values in the next run
 ValueOf = Callable[[NDArray[Any]], Any]
 
 
@@ -33,13 +36,18 @@ class LayerSessions:
 class _Sequence:
     """The runs of a prompt's tokens or of a step, bound to their buffers.
 
-    runs: (graph, session, binding). buffers: float32 [1, S, D], the first for the embeddings.
+    parts: (first, last + 1) of the tokens that are computed at a time. runs: (graph, session, binding).
+    buffers: float32 [1, S, D], the first for the embeddings. positions: int64 [1, S].
     """
 
-    def __init__(self, count: int, width: int) -> None:
+    def __init__(self, count: int, width: int, most: int) -> None:
         self.buffers = [np.zeros((1, count, width), np.float32) for _ in range(3)]
+        self.positions = np.zeros((1, count), np.int64)
+        ends = np.linspace(0, count, -(-count // most) + 1).astype(int).tolist()  # no part of a single token
+        self.parts = list(itertools.pairwise(ends))
         self.runs: list[tuple[str, Any, Any]] = []
-        self.changing: list[tuple[Any, set[str]]] = []  # bindings, and what they read that may change with every run
+        self.changing: list[tuple[int, Any, set[str]]] = []  # part, binding, names of what may change with every run
+        self.bound: list[dict[str, Any]] = [{} for _ in self.parts]
 
 
 class LayeredState:
@@ -58,11 +66,18 @@ class LayeredState:
         cache: Sequence[Any],
         second: Mapping[int, Sequence[Any]],
         logits: Float32,
+        slots: NDArray[np.int64],
+        most: int,
     ) -> None:
-        """cache: OrtValues, two for each layer. second: two for each layer with a second pass."""
+        """cache: OrtValues, two for each layer. second: two for each layer with a second pass. slots: 0..C-1.
+
+        most: tokens of a run. A longer prompt passes each layer in parts, so that what a run takes has a bound. All
+        parts pass a layer before the next one, so the second passes of all layers may share a pair of caches.
+        """
         self._sessions, self._weights, self._run, self._value_of = sessions, weights, run, value_of
-        self._cache, self._second = cache, second
+        self._cache, self._second, self._slots, self._most = cache, second, slots, most
         self._logits = value_of(logits)
+        self._no_rows = value_of(np.zeros(0, np.int64))
         self._steps: dict[bool, _Sequence] = {}  # those of one token, by whether they have second passes
 
     def compute(
@@ -79,33 +94,36 @@ class LayeredState:
             if both not in self._steps:
                 self._steps[both] = self._sequence(1, embeddings.shape[1], both)
             sequence = self._steps[both]
-        stop = start + count
-        values = {
-            "position_ids": self._value_of(np.arange(start, stop, dtype=np.int64)[None]),
-            "slots": self._value_of(np.arange(stop, dtype=np.int64)),
-            IMAGE_ROWS: self._value_of(image_rows),
-            **changing,
-        }
-        for binding, names in sequence.changing:
-            for name in names & values.keys():
-                binding.bind_ortvalue_input(name, values[name])
+        sequence.positions[0] = np.arange(start, start + count)
+        values = []
+        for first, end in sequence.parts:
+            rows = image_rows[(image_rows >= first) & (image_rows < end)] - first
+            image = self._value_of(rows) if len(rows) else self._no_rows
+            values.append({"slots": self._value_of(self._slots[: start + end]), IMAGE_ROWS: image, **changing})
+        for part, binding, names in sequence.changing:
+            bound = sequence.bound[part]
+            for name in names:
+                if (value := values[part].get(name)) is not None and value is not bound.get(name):
+                    binding.bind_ortvalue_input(name, value)
+        sequence.bound = values
         sequence.buffers[0][0] = embeddings
         for graph, session, binding in sequence.runs:
             self._run(graph, session, binding)
 
     def _sequence(self, count: int, width: int, both: bool) -> _Sequence:
-        made = _Sequence(count, width)
-        values = [self._value_of(buffer) for buffer in made.buffers]
+        made = _Sequence(count, width, self._most)
         order = [0, 1, 2]  # of the buffers: what a layer reads, what its first pass writes, and its second
         for layer in range(len(self._sessions.layers)):
             a, b, c = order
-            self._add(made, layer, values[a], values[b], self._cache[2 * layer : 2 * layer + 2])
+            self._add(made, layer, a, b, self._cache[2 * layer : 2 * layer + 2])
             if both and layer in self._second:
-                self._add(made, layer, values[b], values[c], self._second[layer])
-                inputs = {"first": values[b], "second": values[c]}
-                made.runs.append(
-                    (MIX, self._sessions.mix, self._bound(self._sessions.mix, inputs, {"mixed": values[a]}))
-                )
+                self._add(made, layer, b, c, self._second[layer])
+                for first, end in made.parts:
+                    mixed, *both_passes = (self._value_of(made.buffers[i][:, first:end]) for i in order)
+                    inputs = dict(zip(("first", "second"), both_passes, strict=True))
+                    made.runs.append(
+                        (MIX, self._sessions.mix, self._bound(self._sessions.mix, inputs, {"mixed": mixed}))
+                    )
             else:
                 order = [b, a, c]
         inputs = {"inputs_embeds": self._value_of(made.buffers[order[0]][:, -1:])}
@@ -114,13 +132,16 @@ class LayeredState:
         )
         return made
 
-    def _add(self, made: _Sequence, layer: int, x: Any, y: Any, cache: Sequence[Any]) -> None:
-        """Add a pass of a layer, which reads x and writes y."""
+    def _add(self, made: _Sequence, layer: int, x: int, y: int, cache: Sequence[Any]) -> None:
+        """Add a pass of a layer, part by part, which reads buffer x and writes buffer y."""
         session = self._sessions.layers[layer]
-        inputs = {"inputs_embeds": x, **dict(zip(INPUTS, cache, strict=True))}
-        binding = self._bound(session, inputs, dict(zip(OUTPUTS, (y, *cache), strict=True)))
-        made.changing.append((binding, {port.name for port in session.get_inputs()}))
-        made.runs.append((LAYERS, session, binding))
+        for part, (first, end) in enumerate(made.parts):
+            read, written = (self._value_of(made.buffers[i][:, first:end]) for i in (x, y))
+            positions = self._value_of(made.positions[:, first:end])
+            inputs = {"inputs_embeds": read, "position_ids": positions, **dict(zip(INPUTS, cache, strict=True))}
+            binding = self._bound(session, inputs, dict(zip(OUTPUTS, (written, *cache), strict=True)))
+            made.changing.append((part, binding, CHANGING & {port.name for port in session.get_inputs()}))
+            made.runs.append((LAYERS, session, binding))
 
     def _bound(self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:
         """A binding with these values, and with the weights that are inputs."""

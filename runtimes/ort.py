@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
+from trol_edge.bundle.embedding import embedding_names
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.graph_cut import cut, eight_bit_product
 from trol_edge.bundle.graph_part import SinglePasses
@@ -110,7 +111,8 @@ class OrtBackend:
         self._require_memory()
         self._roomy = PREFILL_CHUNK  # tokens of a run for which there was memory
         share_arenas()
-        stored = {EMBEDDING} - kept
+        table = embedding_names(file.tensors) - kept
+        stored = set(table)
         if manifest.target == "cpu":
             stored |= constants - kept - sources
         sha256 = manifest.files[WEIGHTS].sha256 if verify else None
@@ -121,7 +123,7 @@ class OrtBackend:
             arrays = file.load(kept | sources, sha256, stored)
         else:
             arrays = file.parts(self._image, kept | sources, stored)
-        self.embedding = arrays.pop(EMBEDDING) if EMBEDDING in stored else None
+        self.embedding: Mapping[str, NDArray[Any]] | None = {name: arrays.pop(name) for name in table} or None
         # What ONNX Runtime would otherwise read from the file by itself, after the hash was checked.
         self._constants = {name: arrays[name] for name in constants if name in arrays}
         for name in self._constants.keys() - kept - sources:
@@ -170,7 +172,11 @@ class OrtBackend:
     def _working_bytes(self, tokens: int) -> int:
         """Most bytes of the tensors of a run over this many tokens, or one picture."""
         works = {name: work for name, work in self.bundle.work.items() if name in self._serving}
-        return 4 * max(work.at(1 if name == "vision" else tokens) for name, work in works.items())
+        # Layer by layer, longer prompts are computed in parts, and have three hidden states of each token between them.
+        at_once, kept = (
+            (min(tokens, PREFILL_CHUNK), 3 * tokens * self.spec.hidden_size) if self._by_layer else (tokens, 0)
+        )
+        return 4 * (kept + max(work.at(1 if name == "vision" else at_once) for name, work in works.items()))
 
     def _require_memory(self) -> None:
         if self.memory != "cpu":
@@ -458,6 +464,8 @@ class OrtState:
                 values[:sets],
                 second_of,
                 self._logits,
+                self._slots,
+                PREFILL_CHUNK,
             )
         else:
             self._step_one = self._bind("step", self._one)
@@ -503,7 +511,7 @@ class OrtState:
         if self._layered is None or self._backend.watched.get(graph):
             return None
         rows = np.zeros(0, np.int64) if image_mask is None else np.flatnonzero(image_mask).astype(np.int64)
-        changing = {"rope_offset": value_of(self.rope_offset), **self._tables}
+        changing = {"rope_offset": self._anew["rope_offset"], **self._tables}
         self._layered.compute(embeddings, start, graph != "step", rows, changing)
         return self._logits[0]
 

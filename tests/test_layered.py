@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -14,10 +16,13 @@ from numpy.typing import NDArray
 
 from tests.conftest import CHECKPOINTS, NANO, NANOS
 from trol_edge import Runtime
+from trol_edge.bundle.embedding import Embeddings
 from trol_edge.bundle.graph_part import SinglePasses
 from trol_edge.bundle.manifest import Bundle, write_manifest
 from trol_edge.bundle.names import LAYERS, MIX, SINGLE
+from trol_edge.bundle.sizes import embedding_bytes
 from trol_edge.errors import BackendError, BundleError
+from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtimes import ort
 from trol_edge.runtimes.ort import OrtBackend
 from trol_edge.verify import replay as verify
@@ -91,6 +96,52 @@ def test_passes_chosen_at_run_time(exported: Callable[..., Path], model: str) ->
     mine, theirs = OrtBackend(Bundle(both)), OrtBackend(Bundle(few))
     mine.second_layers = (1, 2)
     assert all(map(np.array_equal, computed(mine), computed(theirs)))
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_long_prompt_passes_each_layer_in_parts(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, reuse: bool
+) -> None:
+    """No run computes more tokens than a part has, and the numbers are those of calls with a part each, to the bit."""
+    bundle = Bundle(exported(NANO, recipe=RECIPE))
+    prompt = np.random.default_rng(2).standard_normal((61, bundle.manifest.spec.hidden_size)).astype(np.float32)
+    mask = np.zeros(len(prompt), np.bool_)
+    mask[9:40] = True
+    plain = OrtBackend(bundle).new_state()
+    for first, end in itertools.pairwise((0, 15, 30, 45, 61)):
+        part = mask[first:end] if mask[first:end].any() else None
+        wanted = plain.traverse(prompt[first:end].copy(), part, start=first).copy()
+    monkeypatch.setattr(ort, "PREFILL_CHUNK", 20)
+    backend, counts = OrtBackend(bundle, prefix_reuse=reuse), []
+    run = backend.run_session
+
+    def counted(name: str, session: Any, binding: Any, shrink: bool = False) -> None:
+        run(name, session, binding, shrink)
+        if name == LAYERS:
+            counts.append(binding.get_outputs()[0].shape()[1])
+
+    monkeypatch.setattr(backend, "run_session", counted)
+    state = backend.new_state()
+    assert np.array_equal(state.traverse(prompt.copy(), mask), wanted)
+    assert counts == [15, 15, 15, 16] * 2 * bundle.manifest.spec.num_layers
+    for i in range(STEPS):
+        assert np.array_equal(state.step(prompt[i], 61 + i), plain.step(prompt[i], 61 + i))
+
+
+def test_the_table_of_words_has_eight_bits(exported: Callable[..., Path], nano_bundle: Path, tmp_path: Path) -> None:
+    """Each row is within half a step of the checkpoint's; a table that is not what the manifest says is refused."""
+    bundle, table = Bundle(exported(NANO, recipe=RECIPE)), Checkpoint(NANO).tensor("embedding").float().numpy()
+    ids = np.array([3, 700, 4])
+    off = np.abs(Embeddings(bundle)[ids] - table[ids]).max(1)
+    assert (off > 0).all() and (off <= np.abs(table[ids]).max(1) / 254 * 1.001).all()
+    assert np.array_equal(Embeddings(bundle)[4], Embeddings(bundle)[ids][2])
+    assert embedding_bytes(bundle) == table.size + 4 * len(table)
+    copy = tmp_path / "copy"
+    shutil.copytree(nano_bundle, copy)
+    manifest = Bundle(copy).manifest
+    write_manifest(copy, dataclasses.replace(manifest, plan=dataclasses.replace(manifest.plan, embedding="int8")))
+    with pytest.raises(BundleError, match="embedding does not have 8 bits and a scale for each row"):
+        Bundle(copy)
 
 
 def test_it_answers(exported: Callable[..., Path], tmp_path: Path) -> None:

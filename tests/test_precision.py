@@ -129,6 +129,7 @@ def test_int4_without_calibration(shapes: dict[str, tuple[int, ...]]) -> None:
     eight = ("decoder.lm_head.weight", "decoder.layers.0.qkv.lora_a", "vision.layers.0.qkv.weight")
     assert {plan.linears[name] for name in eight if name in plan.linears} == {LinearPlan("int8")}
     assert plan.clipping and not needs_statistics(options, plan)
+    assert plan.embedding == "int8" and make_plan(RecipeOptions("int4"), shapes, "cpu").embedding is None
     assert make_plan(RecipeOptions("int4-dynamic", block=32), shapes, "cpu").linears["decoder.layers.0.qkv.weight"] == (
         LinearPlan("int4", 32)
     )

@@ -116,8 +116,9 @@ class Backend(Protocol):
     # if the back end `takes_traversal`.
     second_layers: tuple[int, ...]
 
-    # The token embedding table as it is stored, if it was read (and hashed) with the weights; None: nobody has read it.
-    embedding: NDArray[Any] | None
+    # The token embedding table as it is stored, with its scales, if it was read (and hashed) with the weights; None:
+    # nobody has read it.
+    embedding: Mapping[str, NDArray[Any]] | None
 
     @property
     def takes_rotary(self) -> bool:

@@ -125,7 +125,7 @@ class _ScriptedBackend:
     second_layers: tuple[int, ...] = ()
     weight_bytes = 0
     saturates = False
-    embedding: NDArray[Any] | None = None
+    embedding: Mapping[str, NDArray[Any]] | None = None
 
     def __init__(
         self,

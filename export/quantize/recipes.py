@@ -14,7 +14,8 @@ W8A8: 8-bit weights with a scale per output channel, inputs rounded to 8 bits wi
 W8 and W4 round weights only. On a CPU the input of a W8 product is rounded while it runs, with one scale per token, for
 which int8-dynamic and int4-dynamic need no calibration. TensorRT has no product for W8, so its targets get W8A8
 instead, but for a low-rank B. "Floating point" is FP32 for the CPU target, FP16 as in the recipe fp16 for the others.
-Norms, biases, the gate, the patch convolution, rotary tables, attention and the embedding are never quantized.
+Norms, biases, the gate, the patch convolution, rotary tables and attention are never quantized. The embedding has 8
+bits with a scale per row in the recipes without calibration, and in the others it stays as it is.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
         scaling=options.scaling and bool(quantized),
         # With a scale per channel and nothing known of the inputs, the largest weight is the best guess.
         clipping=options.clipping and bool(quantized) and options.recipe != "int8-dynamic",
+        embedding="int8" if options.recipe in DYNAMIC else None,
     )
 
 

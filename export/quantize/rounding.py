@@ -7,6 +7,8 @@ memory, and neither weighs errors by what calibration saw, so these few lines ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from trol_edge.bundle.precision import LinearPlan
 
 FP8_MAX = 448.0  # largest number of E4M3
 LEVELS = {"int8": 127.0, "int4": 7.0, "fp8": FP8_MAX}
+PART = 1 << 18  # numbers that are rounded at a time, so that they stay in a processor's cache
 SMALLEST = 2.0**-24  # smallest FP16 number, because scales may be stored in FP16
 # Shares of the largest weight that are tried as the clipping threshold.
 CLIPS = {"int8": (1.0, 0.95, 0.9, 0.85), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6), "fp8": (1.0,)}
@@ -43,25 +46,34 @@ def quantize(
     importance [K]: mean square of the inputs, which weighs errors. half: round scales to FP16.
     """
     n, k = rows.shape
-    blocks = rows.float().view(n, -1, plan.block or k)  # [n, B, block]
-    weight = None if importance is None else importance.float().view(1, -1, plan.block or k)
-    largest = blocks.abs().amax(-1)
-    best = best_error = None
-    for share in CLIPS[plan.precision] if clipping else (1.0,):
-        scale = safe_scale(largest * share, LEVELS[plan.precision], half)
-        if not clipping:
-            best = scale
-            break
-        error = (round_to(blocks, scale[..., None], plan.precision) * scale[..., None] - blocks).square_()
-        error = (error if weight is None else error * weight).sum(-1)
-        if best is None or best_error is None:
-            best, best_error = scale, error
-        else:
-            better = error < best_error
-            best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
-    assert best is not None
-    stored = round_to(blocks, best[..., None], plan.precision).view(n, k)
+    block = plan.block or k
+    clips = CLIPS[plan.precision] if clipping else (1.0,)
+    weight = None if importance is None else importance.float().view(1, -1, block)
+    stored, best = torch.empty(n, k), torch.empty(n, k // block)
+    step = max(1, PART // k)
+    for first in range(0, n, step):
+        blocks = rows[first : first + step].float().view(-1, k // block, block)  # [rows, B, block]
+        scale = _best_scale(blocks, plan.precision, clips, weight, half)
+        best[first : first + step] = scale
+        stored[first : first + step] = round_to(blocks, scale[..., None], plan.precision).view(-1, k)
     return stored, best if plan.block else best[:, 0]
+
+
+def _best_scale(blocks: Tensor, precision: str, clips: Sequence[float], weight: Tensor | None, half: bool) -> Tensor:
+    """The scales [n, B] of least square error, among those that clip blocks [n, B, block] at these shares."""
+    largest, levels = blocks.abs().amax(-1), LEVELS[precision]
+    best, best_error = safe_scale(largest, levels, half), torch.full_like(largest, torch.inf)
+    # Written into the same two buffers again and again, which is four times as fast as new ones.
+    y, difference = torch.empty_like(blocks), torch.empty_like(blocks)
+    for share in clips if len(clips) > 1 else ():
+        scale = safe_scale(largest * share, levels, half)
+        torch.mul(blocks, (1 / scale)[..., None], out=y)
+        torch.round(y, out=difference)
+        difference.clamp_(-levels if precision == "int8" else -levels - 1, levels).sub_(y).square_()
+        error = (difference if weight is None else difference.mul_(weight)).sum(-1).mul_(scale.square())
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    return best
 
 
 def restore(stored: Tensor, scale: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trol_edge.bundle.precision import QUANTIZED, Part, PrecisionPlan, part_of, tensor_bytes
+from trol_edge.bundle.names import EMBEDDING, EMBEDDING_SCALE
+from trol_edge.bundle.precision import QUANTIZED, LinearPlan, Part, PrecisionPlan, part_of, tensor_bytes
 from trol_edge.bundle.weights import ITEM_BYTES
 from trol_edge.errors import CheckpointError, ExportError
 from trol_edge.export.quantize.qdq import scale_name
@@ -37,8 +38,10 @@ LARGEST_HALF = 65504.0
 
 
 def stored_dtype(name: str, shape: tuple[int, ...], published: str, plan: PrecisionPlan, folded: bool) -> str:
-    """The stored dtype of a parameter that is not quantized. folded: whether its channels were rescaled."""
+    """The stored dtype of a parameter that is no quantized Linear. folded: whether its channels were rescaled."""
     half = plan.compute == "fp16"
+    if name == EMBEDDING and plan.embedding:
+        return "I8"
     if len(shape) == 1 and (folded or (half and "norm" in name)):
         return "F32"  # few numbers, and norms compute in float32
     precision = plan.linears[name].precision if name in plan.linears else plan.compute
@@ -84,6 +87,11 @@ class StoredWeights:
     def _layouts(self, name: str) -> dict[str, Layout]:
         shape = self._source.shape(name)
         linear = self._plan.linears.get(name)
+        if name == EMBEDDING and self._plan.embedding:
+            return {
+                name: Layout(name, self.dtype(name), shape, shape[0], lambda rows: rows.values),
+                EMBEDDING_SCALE: Layout(name, "F32", shape[:1], shape[0], self._scale),
+            }
         if linear is None or linear.precision not in QUANTIZED:
             dtype = self.dtype(name)
             if is_linear(name, shape):
@@ -114,6 +122,8 @@ class StoredWeights:
             yield Rows(0, self._rope[name].numpy())
             return
         linear = self._plan.linears.get(name)
+        if name == EMBEDDING and self._plan.embedding:
+            linear = LinearPlan(self._plan.embedding)  # a row has a scale, as an output channel has
         finite = True
         for first, block in self._source.blocks(name):
             finite = finite and is_finite(block)
@@ -123,7 +133,9 @@ class StoredWeights:
                 yield Rows(first, array_from_tensor(self._cast(name, block)))
                 continue
             importance = self._scales.importance.get(name) if self._scales else None
-            values, scale = quantize(block, linear, importance, self._plan.clipping, self._half)
+            # With a scale per channel and nothing known of the inputs, the largest weight is the best guess.
+            clipping = self._plan.clipping and (linear.block is not None or importance is not None)
+            values, scale = quantize(block, linear, importance, clipping, self._half)
             kind = torch.float8_e4m3fn if linear.precision == "fp8" else torch.int8
             stored = values.to(kind)
             stored = stored.view(torch.uint8) if linear.precision == "fp8" else stored

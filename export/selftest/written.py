@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trol_edge.bundle.derived import NBITS, NBITS_SCALE, int8_from_nbits
+from trol_edge.bundle.names import EMBEDDING, EMBEDDING_SCALE
 from trol_edge.bundle.precision import QUANTIZED, PrecisionPlan
 from trol_edge.bundle.weights import FLOATS, STORED, WeightsFile, to_float32
 from trol_edge.export.quantize.qdq import scale_name
@@ -42,7 +43,10 @@ class Written:
         array = self._array(name)
         step = max(1, CHUNK // max(1, array[0].size))
         for first in range(0, len(array), step):
-            yield first, torch.from_numpy(np.array(self._floats(array[first : first + step], name)))
+            rows = torch.from_numpy(np.array(self._floats(array[first : first + step], name)))
+            if name == EMBEDDING and self._plan.embedding:
+                rows *= torch.from_numpy(np.array(self._array(EMBEDDING_SCALE)[first : first + step, None]))
+            yield first, rows
 
     def product(self, name: str, x: Tensor, derived: bool) -> Tensor:
         """x [n, K] times a Linear's weight, [n, out]. derived: the 8-bit form of a 4-bit weight."""

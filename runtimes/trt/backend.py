@@ -83,7 +83,7 @@ class DeviceFeatures:
 class TrtBackend:
     """The engines of one bundle, which are loaded on the first GPU."""
 
-    embedding: NDArray[Any] | None = None
+    embedding: Mapping[str, NDArray[Any]] | None = None
     saturates = False
 
     def __init__(

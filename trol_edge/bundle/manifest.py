@@ -28,12 +28,22 @@ from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
 from trol_edge.bundle.folder import digest_of, sha256_of, taken_back
 from trol_edge.bundle.graph_file import GraphFile, read_graph
 from trol_edge.bundle.graph_sizes import Work, work
-from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, LISTED_FILES, MANIFEST, MIX, SINGLE, WEIGHTS
+from trol_edge.bundle.names import (
+    EMBEDDING,
+    EMBEDDING_SCALE,
+    HEAD,
+    LAYERS,
+    LISTED_FILES,
+    MANIFEST,
+    MIX,
+    SINGLE,
+    WEIGHTS,
+)
 from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
 from trol_edge.bundle.signature import PublicKey, bundle_statement, public_keys, require
 from trol_edge.bundle.spec import ModelSpec, TraversalChoice
 from trol_edge.bundle.strict import from_dict
-from trol_edge.bundle.weights import TensorInfo, WeightsFile
+from trol_edge.bundle.weights import FLOATS, TensorInfo, WeightsFile
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.numeric import shown
 from trol_edge.prompt.images import ImageSpec
@@ -264,6 +274,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         del data["spec"]["more_end_ids"]  # so that versions that know only one end can read it, too
     if data["spec"]["traversed"] is None:
         del data["spec"]["traversed"]  # the same for versions that pass every layer twice
+    if data["plan"]["embedding"] is None:
+        del data["plan"]["embedding"]  # and for those that round no table
     if data["traversal"] is None:
         del data["traversal"]  # and for those that do not choose
     data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader gets them
@@ -383,6 +395,11 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
     if EMBEDDING in tensors and tensors[EMBEDDING].shape != (spec.embedding_rows, spec.hidden_size):
         found = list(tensors[EMBEDDING].shape)
         yield f"its {EMBEDDING} is {found} instead of [{spec.embedding_rows}, {spec.hidden_size}]"
+    words, scale = tensors.get(EMBEDDING), tensors.get(EMBEDDING_SCALE)
+    if manifest.plan.embedding or (words and words.dtype not in FLOATS):
+        form = ("I8", "F32", (spec.embedding_rows,))
+        if not words or not scale or (words.dtype, scale.dtype, scale.shape) != form:
+            yield f"its {EMBEDDING} does not have 8 bits and a scale for each row"
     rows = manifest.context + (spec.long_rope.short_rows(manifest.context) if spec.long_rope else 0)
     for table in TABLES:
         if table in tensors and tensors[table].shape != (rows, spec.head_dim // 2):

@@ -16,3 +16,4 @@ LAYERS, MIX, HEAD = "layers", "mix", "head"
 SINGLE = frozenset((LAYERS, MIX, HEAD))
 IMAGE_ROWS = "image_rows"  # an input of LAYERS: places of image tokens among those of the run, int64 [I]
 EMBEDDING = "embedding"  # looked up by the runtime, in no graph
+EMBEDDING_SCALE = "embedding.scale"  # of its rows, if they are rounded to 8 bits

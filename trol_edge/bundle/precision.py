@@ -51,6 +51,7 @@ class PrecisionPlan:
     scaling: bool = False  # channels were rescaled between Linears and the norms or Linears before them
     clipping: bool = False  # weight scales minimise the error instead of covering the largest weight
     kept_fp32: tuple[str, ...] = ()  # with compute "fp16": tensors that overflow and stay in float32
+    embedding: str | None = None  # "int8": the table has 8 bits, and a scale per row; None: as the checkpoint has it
 
     @property
     def quantized(self) -> bool:

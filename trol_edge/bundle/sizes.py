@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS
+from trol_edge.bundle.embedding import embedding_names
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
-from trol_edge.bundle.names import EMBEDDING
 from trol_edge.bundle.weights import FLOATS, TensorInfo
 
 
@@ -72,7 +72,8 @@ def loaded_bytes(name: str, tensors: Mapping[str, TensorInfo]) -> int:
 
 def embedding_bytes(bundle: Bundle) -> int:
     """Bytes of the embedding table, which every back end keeps in the CPU's memory as it is stored."""
-    return bundle.weights().tensors[EMBEDDING].nbytes
+    tensors = bundle.weights().tensors
+    return sum(tensors[name].nbytes for name in embedding_names(tensors))
 
 
 def cpu_bytes(bundle: Bundle, names: Iterable[str]) -> int:

@@ -166,7 +166,7 @@ def inspect(
         return
     if tokens is not None or filled is not None:
         raise UsageError("--tokens and --filled are for --program; add it")
-    from trol_edge.bundle.sizes import device_bytes, layered_bytes, loaded_bytes, shares_matrices
+    from trol_edge.bundle.sizes import device_bytes, embedding_bytes, layered_bytes, loaded_bytes, shares_matrices
     from trol_edge.bundle.targets import is_gpu
 
     opened = Bundle(bundle, trusted_key or None)
@@ -235,7 +235,7 @@ def inspect(
     sets = "with prefix reuse (the default), one without"
     if is_gpu(manifest.target):
         sets = "always, because engines keep both (by layer: one without prefix reuse)"
-    row = tensors["embedding"].nbytes // tensors["embedding"].shape[0]
+    row = embedding_bytes(opened) // manifest.spec.embedding_rows
     if is_gpu(manifest.target):
         apart, shared = device_bytes(opened)
         own = "shared" if shares_matrices(opened) else "apart"

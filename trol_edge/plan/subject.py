@@ -9,7 +9,7 @@ from trol_edge.bundle.engines import folder_of, read
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import SINGLE
 from trol_edge.bundle.program_counts import ProgramCounts
-from trol_edge.bundle.sizes import cache_bytes, device_bytes, loaded_bytes, shares_matrices
+from trol_edge.bundle.sizes import cache_bytes, device_bytes, embedding_bytes, loaded_bytes, shares_matrices
 from trol_edge.bundle.targets import is_gpu
 from trol_edge.errors import BundleError
 
@@ -101,7 +101,7 @@ def subject_of(bundle: Bundle) -> Subject:
         decoder_bytes=sum(decoder.values()),
         shareable_bytes=apart - together if manifest.plan.can_share_weights else 0,
         shared=on_gpu and shares_matrices(bundle),
-        embedding_bytes=tensors["embedding"].nbytes,
+        embedding_bytes=embedding_bytes(bundle),
         cache_bytes=first,
         second_bytes=cache_bytes(manifest.graphs["traverse"].inputs, manifest.context) - first,
         programs=programs,
