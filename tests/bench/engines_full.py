@@ -160,8 +160,9 @@ def kernels_of(folder: Path) -> tuple[int, int]:
         for program in text.read(path):
             for kernel in program.kernels:
                 if kernel.what != "function":
-                    operands = tuple(program.tensors[name] for name in (*kernel.reads, *kernel.writes))
-                    found[kernel.what, kernel.name, tuple((t.dtype, t.dims) for t in operands)] += 1
+                    operands = (program.tensors[name] for name in (*kernel.reads, *kernel.writes))
+                    fixed = tuple((t.dtype, *(d if isinstance(d, int) else None for d in t.dims)) for t in operands)
+                    found[kernel.what, kernel.name, fixed] += 1
     return len(found), sum(found.values())
 
 
