@@ -180,10 +180,11 @@ test-oldest: $(VENV)/test.stamp  ## runtime tests on Python 3.10 and onnxruntime
 		tests/test_images.py tests/test_text.py tests/test_sampling.py tests/test_nano.py
 
 # Not part of CI: it needs root, and Debian's arm64 packages (once, 3 minutes).
+AARCH64 := fp32 int8-dynamic int4-dynamic
 test-aarch64: wheel  ## the [cpu] install from aarch64 wheels, under emulation: both nanos answer as here; [jetson] resolves
-	$(BIN)/trol-edge export trol-nano -o build/aarch64/trol-nano --force
-	$(BIN)/trol-edge export trol-nano-phi3 -o build/aarch64/trol-nano-phi3 --force
-	$(BIN)/python tests/aarch64.py build/aarch64 "$$(ls dist/*.whl)" build/aarch64/trol-nano build/aarch64/trol-nano-phi3
+	for m in trol-nano trol-nano-phi3; do for p in $(AARCH64); do \
+		$(BIN)/trol-edge export $$m --precision $$p -o build/aarch64/$$m-$$p --force || exit 1; done; done
+	$(BIN)/python tests/aarch64.py build/aarch64 "$$(ls dist/*.whl)" $(foreach m,trol-nano trol-nano-phi3,$(foreach p,$(AARCH64),build/aarch64/$(m)-$(p)))
 
 test-wheel: wheel  ## the wheel in an empty environment: imports, helps, and names the extras it lacks
 	rm -rf build/venv-wheel && $(PYTHON) -m venv build/venv-wheel

@@ -20,7 +20,7 @@ from trol_edge.bundle.program_counts import ProgramCounts, Work, grown
 from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli.main import main
 from trol_edge.errors import BundleError, UsageError
-from trol_edge.machine import devices
+from trol_edge.machine import cpus, devices
 from trol_edge.plan import compare, duration, shipped
 from trol_edge.plan import estimate as plan
 from trol_edge.plan import memory as memory_module
@@ -77,6 +77,41 @@ def test_table_follows_its_rule() -> None:
     for name, device in devices.DEVICES.items():
         assert device.name == name
         assert device.target in TARGETS and device.sources and device.modes
+
+
+def test_processors_have_the_peaks_that_their_units_give() -> None:
+    """By hand: 4 cores x 2.4 GHz x 8 multiply-adds x 2; 8 bits four times as many. None of them is a GPU's name."""
+    pi = cpus.PROCESSORS["pi5-8gb"]
+    assert pi.flops("float32") == pytest.approx(153.6e9) and pi.flops("int8") == pytest.approx(614.4e9)
+    assert not cpus.PROCESSORS.keys() & devices.DEVICES.keys()
+    for name, processor in cpus.PROCESSORS.items():
+        platform = rates_module.platform_of_processor(processor)
+        assert platform.name == name and platform.target == "cpu" and processor.sources
+        assert platform.os_bytes + platform.desktop_bytes < platform.memory_bytes
+        for kind, ((_, peak),) in platform.peak.arithmetic.items():
+            assert 0 < platform.reached.arithmetic[kind][0][1] < peak
+
+
+def test_own_processor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--show-device", "pi5-8gb"]) == 0
+    mine = tmp_path / "mine.json"
+    mine.write_text(capsys.readouterr().out)
+    assert cpus.find(str(mine)) == cpus.PROCESSORS["pi5-8gb"] and cpus.find(NANO) is None
+    data = json.loads(mine.read_text())
+    for change, said in (({"cores": 0}, "cores 0 is not above 0"), ({"volts": 5}, "unknown key 'volts'")):
+        mine.write_text(json.dumps(data | change))
+        with pytest.raises(UsageError, match=said):
+            cpus.find(str(mine))
+    mine.write_text(devices.to_json(devices.DEVICES["agx-thor"]))
+    assert cpus.find(str(mine)) is None
+
+
+def test_a_processor_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["plan", "--model", "trol-nano", "--precision", "int8-dynamic", "--device"]
+    assert main([*given, "pi5-8gb", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["plans"]
+    assert (found["device"], found["verdict"]) == ("pi5-8gb", "fits")
+    assert 0 < found["first_token"]["floor"] < found["first_token"]["expected"]
 
 
 def test_unknown_device_says_how_to_add_one() -> None:

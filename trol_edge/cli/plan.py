@@ -22,7 +22,8 @@ def plan(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="Device as name, name:mode or JSON file, or host to measure this machine; repeatable.  "
+            help="Device as name (pi5-8gb, orin-nano-8gb), name:mode or JSON file, or host to measure this machine; "
+            "repeatable.  "
             "[default: every Jetson; host for a bundle made for the CPU]"
         ),
     ] = None,
@@ -53,14 +54,15 @@ def plan(
     """Predict whether a model fits a device, how fast it would be, and which precision is best."""
     from trol_edge.bundle.manifest import Bundle
     from trol_edge.bundle.targets import is_gpu
-    from trol_edge.machine import devices
+    from trol_edge.machine import cpus, devices
     from trol_edge.plan import compare as planning
     from trol_edge.plan.estimate import to_dict
-    from trol_edge.plan.rates import platform_of
+    from trol_edge.plan.rates import platform_of, platform_of_processor
     from trol_edge.plan.subject import FIGURE, Subject, Workload, subject_of
 
     if show_device is not None:
-        print(devices.to_json(devices.find(show_device)[0]))
+        processor = cpus.find(show_device)
+        print(cpus.to_json(processor) if processor else devices.to_json(devices.find(show_device)[0]))
         return
     if (bundle is None) == (model is None):
         raise typer.BadParameter("give either a bundle folder or --model")
@@ -76,6 +78,8 @@ def plan(
             from trol_edge.runtimes import rates
 
             machines.append(rates.host())
+        elif processor := cpus.find(name):
+            machines.append(platform_of_processor(processor))
         else:
             machines.append(platform_of(*devices.find(name)))
     subject: Callable[[str, str], Subject]

@@ -13,6 +13,7 @@ from pathlib import Path
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import UsageError
+from trol_edge.machine.cpus import PROCESSORS
 from trol_edge.reading import guard, read_json_value
 
 MIB = 1 << 20
@@ -196,7 +197,7 @@ def find(text: str) -> tuple[Device, Mode]:
         device = _read(Path(name))
     else:
         raise UsageError(
-            f"device {name!r} is not in the table ({', '.join(DEVICES)}, host). Describe yours in a file: "
+            f"device {name!r} is not in the table ({', '.join((*DEVICES, *PROCESSORS))}, host). Describe yours: "
             "trol-edge plan --show-device orin-nano-8gb > mine.json, change what differs, and give --device mine.json"
         )
     for found in device.modes:
