@@ -155,10 +155,11 @@ def test_every_precision_is_really_built(model: str, precision: str, traces: dic
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4", "fp8"])
-def test_layers_are_really_built(precision: str, traces: dict[Any, Any], tmp_path: Path) -> None:
-    """One engine for each layer's prompts and steps, with every weight once and the products of the plan."""
+@pytest.mark.parametrize("model", NANOS)
+def test_layers_are_really_built(model: str, precision: str, traces: dict[Any, Any], tmp_path: Path) -> None:
+    """Engines for each layer's prompts and steps, with every weight once and the products of the plan."""
     library_or_skip()
-    bundle = recipe(NANOS[0], precision, tmp_path / "bundle")
+    bundle = recipe(model, precision, tmp_path / "bundle")
     done = trt_build.build(bundle, by_layer=True)
     assert read(bundle, "rtx") == done.engines and tuple(done.engines.engines) == names_of(bundle, by_layer=True)
     layers = bundle.manifest.spec.num_layers
