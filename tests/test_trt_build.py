@@ -160,7 +160,7 @@ def test_layers_are_really_built(precision: str, traces: dict[Any, Any], tmp_pat
     bundle = recipe(NANOS[0], precision, tmp_path / "bundle")
     done = trt_build.build(bundle, by_layer=True)
     assert read(bundle, "rtx") == done.engines and list(done.engines.engines) == LAYERED
-    assert str(done.engines) == "vision, mixture, head, 5 layers"
+    assert str(done.engines) == "vision, mixture, head, 8 layers"
     assert sum(engine.weight_bytes for engine in done.engines.engines.values()) == layered_bytes(bundle) - sum(
         tensor.nbytes for tensor in shared_weights(bundle).values()
     )
@@ -445,7 +445,7 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
     library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()], size=3_000_000))
     bundle = copy(plain_bundle, tmp_path)
     cache = trt_build.cache_bytes(bundle.manifest.graphs["traverse"].inputs, bundle.manifest.context)
-    assert cache == 2 * 2 * 5 * 2 * 2048 * 32 * 4  # sets, K and V, layers, heads, rows, head size, FP32
+    assert cache == 2 * 2 * 8 * 2 * 2048 * 32 * 4  # sets, K and V, layers, heads, rows, head size, FP32
     with pytest.raises(BackendError, match=r"engines vision, traverse take 0\.01 GB and the K/V cache 0\.01 GB"):
         trt_build.build(bundle, library=library, memory_bytes=cache + 5_000_000)
     assert list((bundle.folder / "engines").iterdir()) == []
@@ -495,7 +495,7 @@ class Killed(MadeUpNetwork):
         self.built.append(path.stem)
 
 
-LAYERED = ["vision", *(f"layer_{i}" for i in range(5)), "mixture", "head"]
+LAYERED = ["vision", *(f"layer_{i}" for i in range(8)), "mixture", "head"]
 
 
 def unfinished(bundle: Bundle, at: str) -> Path:

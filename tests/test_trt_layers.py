@@ -129,7 +129,7 @@ def test_a_step_is_one_graph(machine: Machine, nano: Runtime, monkeypatch: pytes
     assert machine.cuda.calls.count("2D") == (20 if machine.engines.name == "tensorrt" else 0)
     assert machine.cuda.memory.keys() == held.keys()
     contexts = state.execution.contexts
-    assert list(contexts) == [*map(layer_name, range(5)), "head"]
+    assert list(contexts) == [*map(layer_name, range(8)), "head"]
     shared = {context.raw.scratch for context in (*contexts.values(), *backend(runtime).loaded.contexts.values())}
     assert len(shared) == 1 and not any(context.raw.own_scratch for context in contexts.values())
 
@@ -226,14 +226,14 @@ def test_parts_are_the_whole(exported: Callable[..., Path]) -> None:
     """Every weight is in one part, and every operator of the traverse in as many as it has passes and mixtures."""
     bundle = Bundle(exported(NANO, target="rtx"))
     parts, graphs = Parts(bundle), bundle.manifest.graphs
-    found = {name: parts.cut(name).info for name in part_names(5)}
+    found = {name: parts.cut(name).info for name in part_names(8)}
     weights = [weight for part in found.values() for weight in part.constants]
     assert sorted(weights) == sorted({*graphs["traverse"].constants, *graphs["step"].constants})
-    layers = [found[layer_name(i)].operators for i in range(5)]
+    layers = [found[layer_name(i)].operators for i in range(8)]
     assert all(each == layers[0] for each in layers)
     for operator in ("MatMul", "Attention", "TensorScatter", "Softmax", "RMSNormalization", "RotaryEmbedding"):
         counts = [found[name].operators.get(operator, 0) for name in (layer_name(0), MIXTURE, HEAD)]
-        assert 10 * counts[0] + 5 * counts[1] + counts[2] == graphs["traverse"].operators.get(operator, 0)
+        assert 16 * counts[0] + 8 * counts[1] + counts[2] == graphs["traverse"].operators.get(operator, 0)
 
 
 def test_passes_that_differ_are_refused(exported: Callable[..., Path], tmp_path: Path) -> None:
