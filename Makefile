@@ -116,7 +116,7 @@ accuracy-outliers: $(VENV)/engine.stamp  ## the same with outlier channels in tr
 	$(BIN)/trol-edge compare $(foreach p,fp32 int8-dynamic int4-dynamic int8 plain,build/accuracy/outliers-$(p)) build/accuracy/trol-nano-plain --scenes $(SCENES) --threads 1 -o build/accuracy/outliers-report
 
 # --scale 2: larger pictures of the same scenes, which trol-nano-phi3 cuts into tiles.
-nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle
+nano: $(VENV)/engine.stamp  ## train trol-nano (or MODEL=trol-nano-phi3) again, an hour on two cores, and measure its bundle (ARGS="--start FOLDER")
 	rm -rf build/$(MODEL)-scratch
 	$(BIN)/python -m trol_edge.export.nano.train $(MODEL) --out export/checkpoints/$(MODEL) \
 		--scratch build/$(MODEL)-scratch $(ARGS)

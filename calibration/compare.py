@@ -50,7 +50,8 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One bundle against the reference. Accuracies are percent of the short questions, None if none was asked."""
+    """One bundle against the reference. Accuracies are percent of the short questions, or of the hard ones; None if
+    none was asked."""
 
     reference: str
     bundle: str
@@ -66,6 +67,9 @@ class Comparison:
     accuracy_percent: float | None
     reference_accuracy_percent: float | None
     lost_points: float | None  # accuracy of the reference minus accuracy of the bundle
+    hard_accuracy_percent: float | None
+    reference_hard_accuracy_percent: float | None
+    hard_lost_points: float | None
     passes: str  # the layers, and which of them have a second pass, in words
     reference_passes: str
 
@@ -87,7 +91,7 @@ def compare(
     if not others:
         raise UsageError("there is nothing to compare with the reference; give two bundles or more")
     exam = list(_answers(Path(reference), scenes, threads, progress)) if scenes else []
-    found = [_compare(Path(reference), Path(other), samples, exam, threads, progress) for other in others]
+    found = [_compare(Path(reference), Path(other), samples, exam, scenes, threads, progress) for other in others]
     # A layer without a second pass has no mixture to compare, so only those that have one in all bundles are shown.
     shown = set.intersection(*({place.name for place in comparison.places} for comparison in found))
     return [dataclasses.replace(c, places=tuple(place for place in c.places if place.name in shown)) for c in found]
@@ -104,9 +108,12 @@ class _Answered:
 
 def _answers(bundle: Path, count: int, threads: int | None, progress: Progress) -> Iterator[_Answered]:
     runtime = Runtime(bundle, threads=threads)
-    for done, (image, kind, question, wanted) in enumerate(rendered.held_out(count), 1):
+    done = 0
+    for image, kind, question, wanted in rendered.held_out(count, hard=True):
         yield _Answered(kind, wanted, runtime.generate(question, image, max_new_tokens=96).text)
-        progress(f"scenes {bundle.name}", done, count)
+        if kind not in rendered.HARD_KINDS:
+            done += 1
+            progress(f"scenes {bundle.name}", done, count)
 
 
 def _compare(
@@ -114,6 +121,7 @@ def _compare(
     other: Path,
     samples: SampleSet,
     exam: Sequence[_Answered],
+    scenes: int,
     threads: int | None,
     progress: Progress,
 ) -> Comparison:
@@ -155,14 +163,10 @@ def _compare(
                 logits = [s.step(token) for s in sessions]
             same.append(agreed)
             progress(f"layers {other.name}", done, len(samples.samples))
-    right, reference_right, short = 0, 0, 0
-    for before, after in zip(exam, _answers(other, len(exam), threads, progress) if exam else (), strict=True):
-        same.append(before.given == after.given)
-        if before.kind in rendered.SHORT_KINDS:
-            short += 1
-            reference_right += before.given == before.wanted
-            right += after.given == after.wanted
-    accuracy, reference_accuracy = (100 * n / short if short else None for n in (right, reference_right))
+    given = list(_answers(other, scenes, threads, progress)) if exam else []
+    same += [before.given == after.given for before, after in zip(exam, given, strict=True)]
+    accuracy, reference_accuracy = (_accuracy(answers, rendered.SHORT_KINDS) for answers in (given, exam))
+    hard, reference_hard = (_accuracy(answers, rendered.HARD_KINDS) for answers in (given, exam))
     places = tuple(_place(name, np.concatenate(ratios[name])) for name in sorted(ratios, key=_order))
     return Comparison(
         reference=str(reference),
@@ -175,13 +179,22 @@ def _compare(
         forced_tokens=len(top),
         same_answers_percent=100 * float(np.mean(same)),
         answers=len(same),
-        scenes=len(exam),
+        scenes=scenes,
         accuracy_percent=accuracy,
         reference_accuracy_percent=reference_accuracy,
         lost_points=None if accuracy is None or reference_accuracy is None else reference_accuracy - accuracy,
+        hard_accuracy_percent=hard,
+        reference_hard_accuracy_percent=reference_hard,
+        hard_lost_points=None if hard is None or reference_hard is None else reference_hard - hard,
         passes=passes[1],
         reference_passes=passes[0],
     )
+
+
+def _accuracy(answers: Sequence[_Answered], kinds: Sequence[str]) -> float | None:
+    """Right answers among those to questions of these kinds, in percent; None without such questions."""
+    right = [answer.given == answer.wanted for answer in answers if answer.kind in kinds]
+    return 100 * sum(right) / len(right) if right else None
 
 
 def ratio_db(reference: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
@@ -231,6 +244,10 @@ def summary(comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
         reference = f"{first.reference_accuracy_percent:.2f}"
         cells = [f"{c.accuracy_percent:.2f} (lost {c.lost_points:+.2f})" for c in comparisons]
         rows.append((f"right answers, % (reference {reference})", cells))
+    if first.reference_hard_accuracy_percent is not None:
+        reference = f"{first.reference_hard_accuracy_percent:.2f}"
+        cells = [f"{c.hard_accuracy_percent:.2f} (lost {c.hard_lost_points:+.2f})" for c in comparisons]
+        rows.append((f"right hard answers, % (reference {reference})", cells))
     if any(c.passes != first.reference_passes for c in comparisons):
         rows.append((f"passes (reference {first.reference_passes})", [c.passes for c in comparisons]))
     return rows

@@ -131,11 +131,15 @@ def _candidates(source: Any, count: int | None, side: int) -> tuple[list[Sample]
 
 
 def _scenes(count: int, scale: int) -> Iterator[Sample]:
-    """Yield rendered scenes, each with a question and its answer; the kinds of question take turns."""
+    """Yield rendered scenes, each with a question and its answer; the kinds of question take turns.
+
+    The hard ones come first: second passes are left out on the first samples, and easy answers lose little without.
+    """
+    kinds = (*scenes.HARD_KINDS, *scenes.EASY_KINDS)
     for i in range(count):
         pixels, scene = scenes.render(CALIBRATION_SEED + i, scale)
         options = scenes.questions(scene, random.Random(CALIBRATION_SEED + i))
-        wanted = scenes.KINDS[i % len(scenes.KINDS)]
+        wanted = kinds[i % len(kinds)]
         _, question, answer = next((q for q in options if q[0] == wanted), options[i % len(options)])
         yield Sample(f"scene {i}", (pixels,), question, answer)
 

@@ -29,7 +29,7 @@ def make(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(1)
     for name in list(tensors):
         shape = tensors[name].shape
-        if name.startswith(f"model.layers.{LAYERS}."):
+        if name.startswith("model.layers.") and int(name.split(".")[2]) >= LAYERS:
             del tensors[name]
         elif name.startswith("model.layers.") and len(shape) == 2:
             tensors[name] = torch.randn(shape, generator=generator) / math.sqrt(shape[1])

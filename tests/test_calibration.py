@@ -131,7 +131,7 @@ def test_every_observer_gives_a_usable_threshold(statistics: Statistics) -> None
 
 
 def test_peaks_cover_what_no_linear_sees(statistics: Statistics) -> None:
-    for i in range(5):
+    for i in range(8):
         assert statistics.peaks[f"decoder.layers.{i}.residual"] > 1
         assert statistics.peaks[f"decoder.layers.{i}.scores"] > 1
     assert {"vision.layers.0.scores", "vision.layers.3.residual", "vision.features"} <= set(statistics.peaks)

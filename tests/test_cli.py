@@ -20,6 +20,7 @@ from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST
 from trol_edge.calibration.evaluate import heading
 from trol_edge.cli.main import app, main
+from trol_edge.export import scenes
 from trol_edge.runtime import Runtime
 
 pytestmark = pytest.mark.heavy
@@ -314,7 +315,7 @@ def test_inspect(cli: Callable[..., Result], each_bundle: Path) -> None:
     assert re.search(r"A step reads \d+\.\d\d MB of weights \(float32, each once, 0 LoRA tensors\)", result.out)
     assert "In no graph: embedding" in result.out
     assert "inputs_embeds float32 [1, 1, 128]; position_ids int64 [1, 1]" in result.out
-    assert "Attention 10" in result.out  # five layers, two passes
+    assert f"Attention {2 * manifest.spec.num_layers}" in result.out  # two passes
 
 
 def test_inspect_json(cli: Callable[..., Result], nano_bundle: Path) -> None:
@@ -329,7 +330,7 @@ def test_inspect_json(cli: Callable[..., Result], nano_bundle: Path) -> None:
     step = manifest["graphs"]["step"]["weights"]
     assert data["weight_bytes"]["step"] == sum(data["weights"][name]["bytes"] for name in step)
     assert not any(".lora_" in name for name in step)
-    assert data["kv_bytes_per_token"] == 2 * 5 * 2 * 32 * 4
+    assert data["kv_bytes_per_token"] == 2 * 8 * 2 * 32 * 4
 
 
 def test_inspect_errors(cli: Callable[..., Result], tmp_path: Path) -> None:
@@ -364,8 +365,9 @@ def test_evaluate(cli: Callable[..., Result], each_bundle: Path, tmp_path: Path)
     report = tmp_path / "REPORT.md"
     report.write_text("# mine\n", encoding="utf-8")
     data = cli("evaluate", each_bundle, "-n", 20, "--json", "--report", report).json()
-    assert (data["scale"], data["tiles"], sum(data["asked"].values())) == (1, 1, 20)
-    assert 0 <= data["short_percent"] <= 100
+    assert (data["scale"], data["tiles"], data["scenes"]) == (1, 1, 20)
+    assert sum(data["asked"][kind] for kind in scenes.EASY_KINDS) == 20 > data["asked"]["nearer"] > 0
+    assert 0 <= data["short_percent"] <= 100 and 0 <= data["hard_percent"] <= 100
     for _ in range(2):
         data = cli("evaluate", each_bundle, "-n", 5, "--scale", 2, "--json", "--report", report).json()
     assert (data["scale"], data["tiles"]) == (2, 1 if Bundle(each_bundle).manifest.image.max_tiles == 1 else 5)
@@ -395,7 +397,7 @@ def test_inspect_of_fewer_second_passes(cli: Callable[..., Result], exported: Ca
     data = cli("inspect", bundle, "--json").json()
     assert (data["kv_bytes_per_token"], data["second_kv_bytes_per_token"]) == (one * spec.num_layers, one * 2)
     assert data["spec"]["traversed"] == [1, 3]
-    cli("export", CHECKPOINTS / "trol-nano", "-o", "nowhere", "--traversal", "9").failed(1, "this model has 5 layers")
+    cli("export", CHECKPOINTS / "trol-nano", "-o", "nowhere", "--traversal", "9").failed(1, "this model has 8 layers")
 
 
 def test_demo(cli: Callable[..., Result], each_nano: Runtime) -> None:

@@ -21,6 +21,7 @@ from trol_edge.calibration import samples as sampling
 from trol_edge.calibration.compare import Comparison, Place, compare, divergence, first_wrong, ratio_db
 from trol_edge.cli.main import main
 from trol_edge.errors import BundleError, UsageError
+from trol_edge.export.scenes import HARD_KINDS, held_out
 
 
 def damage(bundle: Path, folder: Path, parameter: str, noise: float) -> Path:
@@ -53,11 +54,13 @@ def test_a_bundle_agrees_with_itself(nano_bundle: Path, samples: sampling.Sample
     assert list(places(found)) == [
         *(f"vision.layers.{i}" for i in range(3)),
         "vision.features",
-        *(f"decoder.layers.{i}" for i in range(5)),
+        *(f"decoder.layers.{i}" for i in range(8)),
     ]
     assert (found.wrong, found.kl_nats, found.top1_percent, found.same_answers_percent) == (None, 0.0, 100.0, 100.0)
     assert found.accuracy_percent == found.reference_accuracy_percent and found.lost_points == 0
-    assert found.answers == 4 + 8 and found.forced_tokens >= 4
+    assert found.hard_accuracy_percent == found.reference_hard_accuracy_percent and found.hard_lost_points == 0
+    hard = sum(kind in HARD_KINDS for _, kind, _, _ in held_out(8, hard=True))
+    assert found.answers == 4 + 8 + hard and found.forced_tokens >= 4
 
 
 def test_a_bundle_that_is_run_by_layers(
@@ -65,7 +68,7 @@ def test_a_bundle_that_is_run_by_layers(
 ) -> None:
     """Its places are found in the whole graphs, which it has beside those of single passes."""
     (found,) = compare(nano_bundle, [exported(NANO, recipe="int4-dynamic")], samples, scenes=4)
-    assert len(places(found)) == 3 + 1 + 5 and found.wrong is None
+    assert len(places(found)) == 3 + 1 + 8 and found.wrong is None
     assert all(20 < db < comparing.MOST_DB for db in places(found).values())
     assert 0 < found.kl_nats < 1e-3 and found.top1_percent > 90
 

@@ -22,7 +22,7 @@ PHI3 = "trol-nano-phi3"
 
 def check(score: Score, questions: int) -> None:
     """The promise: 95 % of short questions, and no kind that was not learnt."""
-    assert sum(score.asked.values()) == questions
+    assert score.scenes == sum(score.asked[kind] for kind in scenes.EASY_KINDS) == questions
     assert set(score.asked) == set(scenes.KINDS)
     assert score.short >= 95, score.mistakes
     for kind in scenes.SHORT_KINDS:
@@ -33,11 +33,15 @@ def test_short_questions_are_answered_right(each_nano: Runtime) -> None:
     score = evaluate(each_nano, QUESTIONS)
     check(score, QUESTIONS)
     assert (score.scale, score.tiles) == (1, 1)
+    if each_nano.bundle.manifest.model == "trol-nano":
+        assert 70 < score.hard < 90  # a loss can show
 
 
 def test_only_a_whole_answer_is_right() -> None:
     """A part of the right answer counts as a mistake, as does more than the right answer."""
-    right = {question: wanted for _, _, question, wanted in scenes.held_out(9)}
+    right = {question: wanted for _, _, question, wanted in scenes.held_out(9, hard=True)}
+    hard = len(right) - 9
+    assert hard > 4
 
     def score(change: Callable[[str], str]) -> Score:
         runtime: Any = SimpleNamespace(
@@ -49,9 +53,9 @@ def test_only_a_whole_answer_is_right() -> None:
         )
         return evaluate(runtime, 9)
 
-    assert sum(score(str).right.values()) == 9 and score(str).mistakes == ()
+    assert sum(score(str).right.values()) == 9 + hard and score(str).mistakes == ()
     for change in (lambda text: text[:-1], lambda text: f"{text}."):
-        assert sum(score(change).right.values()) == 0 and len(score(change).mistakes) == 9
+        assert sum(score(change).right.values()) == 0 and len(score(change).mistakes) == 9 + hard
 
 
 @pytest.fixture(scope="module")

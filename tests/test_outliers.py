@@ -35,7 +35,7 @@ def logits(folder: Path, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tenso
 def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outliers") / "nano"
     result = make_outliers(NANO, folder, factor=50, channels=4, seed=0)
-    assert result["factor"] == 64 and result["norms"] == 5 * 2 + 1 + 4 * 2
+    assert result["factor"] == 64 and result["norms"] == 8 * 2 + 1 + 4 * 2
     return folder
 
 

@@ -401,8 +401,8 @@ def test_the_share_of_the_figure(capsys: pytest.CaptureFixture[str]) -> None:
     """Said to be an assumption, and in how many layers."""
     assert main(["plan", "--model", "trol-nano", "--device", NANO, "--precision", "fp16"]) == 0
     text = capsys.readouterr().out
-    assert "5 layers x 2 passes" in text and "first token (*)" in text
-    assert "(*) an assumption: a second pass in 2 of 5 layers" in text
+    assert "8 layers x 2 passes" in text and "first token (*)" in text
+    assert "(*) an assumption: a second pass in 4 of 8 layers" in text
 
 
 def test_bundle_on_the_robot(nano_bundle: Path) -> None:

@@ -30,7 +30,7 @@ from trol_edge.plan.subject import subject_of
 from trol_edge.runtime import Runtime
 from trol_edge.verify.replay import verify
 
-CHOSEN = {"trol-nano": (1, 3), "trol-nano-phi3": (0, 1)}  # layers, of 5
+CHOSEN = {"trol-nano": (1, 3), "trol-nano-phi3": (0, 1)}  # layers, of 8 and of 5
 TEXT = {"trol-nano": "1,3", "trol-nano-phi3": "2"}
 
 
@@ -188,9 +188,9 @@ def test_plans_count_it(bundle_of: Callable[[str], Path], exported: Callable[...
     machine = platform_of(*find("orin-nano-8gb"))
     dims = {"images": 1, "tokens": 99, "slots": 99}
     memory = [memory_of(s, machine, dims, s.context, True, False, False) for s in subjects]
-    assert memory[1].cache * 10 == memory[0].cache * 7
+    assert memory[1].cache * 16 == memory[0].cache * 10
     work = [s.graphs["traverse"].at(tokens=512, slots=512).flops for s in subjects]
-    assert 0.68 < work[1] / work[0] < 0.75
+    assert 0.61 < work[1] / work[0] < 0.68
 
 
 def test_profiles_say_so(bundle_of: Callable[[str], Path], exported: Callable[..., Path]) -> None:
@@ -207,8 +207,8 @@ def test_it_is_compared(bundle_of: Callable[[str], Path], exported: Callable[...
     for comparison in found:
         names = [place.name for place in comparison.places if place.name.startswith("decoder.")]
         assert names == ["decoder.layers.1", "decoder.layers.3"]
-    row = dict(summary(found))["passes (reference 5 layers x 2 passes)"]
-    assert row == ["5 layers, second pass in 2 (1, 3)", "5 layers x 2 passes"]
+    row = dict(summary(found))["passes (reference 8 layers x 2 passes)"]
+    assert row == ["8 layers, second pass in 2 (1, 3)", "8 layers x 2 passes"]
     assert not any(title.startswith("passes") for title, _ in summary(found[1:]))
     assert found[0].kl_nats > 1e-6 > found[1].kl_nats
 
@@ -234,7 +234,7 @@ def test_what_is_chosen() -> None:
     assert traversed_layers(range(5), 5) is None
 
 
-BAD: list[Any] = ["", "0", "6", "none", "5-5", "3-1", "1,,2", "-1", "1.5", "1,9", "auto", [], [5], [-1], [True], [1.5]]
+BAD: list[Any] = ["", "0", "9", "none", "8-8", "3-1", "1,,2", "-1", "1.5", "1,9", "auto", [], [8], [-1], [True], [1.5]]
 
 
 @pytest.mark.parametrize("value", BAD, ids=repr)
@@ -247,7 +247,7 @@ def test_bad_lists(value: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("value", [[], [3, 1], [1, 1], [1, 5], [-1]], ids=repr)
+@pytest.mark.parametrize("value", [[], [3, 1], [1, 1], [1, 8], [-1]], ids=repr)
 def test_manifests_with_bad_lists(value: list[int], exported: Callable[..., Path], tmp_path: Path) -> None:
     """A bundle that names layers it does not have, or other ones than its graphs pass twice, is not opened."""
     folder = tmp_path / "bundle"

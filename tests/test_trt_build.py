@@ -465,7 +465,7 @@ def test_engines_larger_than_the_device(plain_bundle: Path, tmp_path: Path) -> N
     library: Any = MadeUpLibrary(network=MadeUpNetwork([], [product()], size=3_000_000))
     bundle = copy(plain_bundle, tmp_path)
     cache = trt_build.cache_bytes(bundle.manifest.graphs["traverse"].inputs, bundle.manifest.context)
-    assert cache == 2 * 2 * 5 * 2 * 2048 * 32 * 4  # sets, K and V, layers, heads, rows, head size, FP32
+    assert cache == 2 * 2 * 8 * 2 * 2048 * 32 * 4  # sets, K and V, layers, heads, rows, head size, FP32
     with pytest.raises(BackendError, match=r"engines vision, traverse take 0\.01 GB and the K/V cache 0\.01 GB"):
         trt_build.build(bundle, library=library, memory_bytes=cache + 5_000_000)
     assert list((bundle.folder / "engines").iterdir()) == []

@@ -108,7 +108,7 @@ def run_parallel(stage: Callable[..., None], scratch: Path, *args: Any) -> None:
 
     Raises ExportError if one of them fails.
     """
-    rendezvous = Path(tempfile.mkdtemp(dir=scratch)) / "rendezvous"
+    rendezvous = Path(tempfile.mkdtemp(dir=scratch.absolute())) / "rendezvous"  # its URL has no relative form
     try:
         mp.spawn(_process, (stage, rendezvous, scratch, args), nprocs=WORLD)  # type: ignore[attr-defined, no-untyped-call]
     except mp.ProcessRaisedException as error:  # type: ignore[attr-defined]  # its text ends with that of the process's own exception

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trol_edge.bundle.folder import new_file
+from trol_edge.errors import ExportError
 from trol_edge.export.nano.model import Nano
 from trol_edge.export.nano.recipes import Recipe
 from trol_edge.export.nano.text import Prompts
@@ -56,6 +58,32 @@ def write_checkpoint(recipe: Recipe, model: Nano, tokenizer: Path, out: Path) ->
     repeated = {f"{i}.{k}": v.clone() for i in range(model.spec.num_layers) for k, v in gate.items()}
     write("trol_gating.pt", lambda path: torch.save(repeated, path))
     write("model.safetensors", lambda path: save_file(published_tensors(recipe, model), path, {"format": "pt"}))
+
+
+def go_on_from(recipe: Recipe, folder: Path, model: Nano) -> bool:
+    """Fill an initialised model from an earlier checkpoint of its recipe, which may have fewer layers.
+
+    Its layers become the lowest ones. Those above them keep their initial values and add little at first. Returns
+    whether there are any. Raises ExportError for a checkpoint of other sizes.
+    """
+    checkpoint = Checkpoint(folder, family=recipe.family.name)
+    have, want = checkpoint.spec, recipe.spec
+    if have.num_layers > want.num_layers or dataclasses.replace(have, num_layers=want.num_layers) != want:
+        raise ExportError(
+            f"{folder}: its sizes are not those of {recipe.name}, which may only have more layers; start from an "
+            "earlier checkpoint of the same model"
+        )
+    earlier = Nano(dataclasses.replace(recipe, spec=have))
+    checkpoint.load_into(decoder=earlier.decoder, vision=earlier.vision)
+    model.vision.load_state_dict(earlier.vision.state_dict())
+    model.decoder.load_state_dict(earlier.decoder.state_dict(), strict=False)
+    with torch.no_grad():
+        model.embedding.weight.copy_(checkpoint.tensor("embedding").float())
+        for layer in list(model.decoder.layers)[have.num_layers :]:
+            for name, p in layer.named_parameters():
+                if name in ("out.weight", "mlp.down.weight"):
+                    p.mul_(0.1)
+    return have.num_layers < want.num_layers
 
 
 def read_checkpoint(recipe: Recipe, folder: Path) -> tuple[Nano, Prompts]:

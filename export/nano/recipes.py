@@ -1,6 +1,6 @@
 """One `Recipe` for each of the two small models, with all that differs in their training.
 
-- trol-nano has the 1.8B architecture and starts from random values.
+- trol-nano has the 1.8B architecture. Its gate is shut in the upper half.
 - trol-nano-phi3 has the 3.8B architecture and learns on pictures of one and of several tiles. Its decoder and word
   embeddings start from the shipped trol-nano (same sizes, no LoRA). While its encoder learns alone, its projector
   learns the output of trol-nano's projector for the same picture. That is a target for every value, while the patch
@@ -55,6 +55,7 @@ class Recipe:
     configs: Callable[[ModelSpec], dict[str, dict[str, Any]]]
     unused_tensors: Callable[[ModelSpec], dict[str, Tensor]]
     teacher: str | None = None
+    open_layers: int = 4  # the lowest ones, whose second pass is trained; above them the gate learns to be 0
     encoder_batch: int = 48  # pictures per process and step, while the encoder learns alone
     minutes: float = 52  # training time of all stages
     encoder_share: float = 0.23  # share of `minutes` for the encoder alone
@@ -95,7 +96,7 @@ def _nano_spec() -> ModelSpec:
         family="internlm2",
         hidden_size=128,
         intermediate_size=384,
-        num_layers=5,
+        num_layers=8,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
@@ -206,6 +207,7 @@ def _phi3_spec() -> ModelSpec:
     return dataclasses.replace(
         _nano_spec(),
         family="phi3",
+        num_layers=5,  # those of trol-nano when this model was trained
         vocab_size=PIECES + len(PHI3_TOKENS),
         embedding_rows=PIECES + len(PHI3_TOKENS),
         lora_rank=0,
@@ -414,7 +416,7 @@ RECIPES = {
     for recipe in (
         Recipe(
             name="trol-nano",
-            about="A TroL of the 1.8B architecture (InternLM2 family), trained from random values",
+            about="A TroL of the 1.8B architecture (InternLM2 family)",
             family=internlm2.FAMILY,
             spec=_nano_spec(),
             symbols=("[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]"),
@@ -429,7 +431,7 @@ RECIPES = {
         ),
         Recipe(
             name="trol-nano-phi3",
-            about="A TroL of the 3.8B architecture (InternViT tiles, Phi-3), its decoder started from trol-nano's",
+            about="A TroL of the 3.8B architecture (InternViT tiles, Phi-3)",
             family=phi3.FAMILY,
             spec=_phi3_spec(),
             symbols=(),
@@ -442,6 +444,7 @@ RECIPES = {
             configs=_phi3_configs,
             unused_tensors=lambda spec: {},
             teacher="trol-nano",
+            open_layers=5,
             encoder_batch=24,
             minutes=58,
             encoder_share=0.26,

@@ -23,6 +23,7 @@ from trol_edge.export.nano.optim import WORLD
 from trol_edge.export.nano.publish import read_checkpoint
 from trol_edge.export.nano.recipes import RECIPES, Recipe
 from trol_edge.export.nano.text import Prompts
+from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.model import EagerAttention
 
 DEMO_SEED = scenes.HELD_OUT_SEED + 1_000_000  # past the scenes that are evaluated
@@ -122,16 +123,16 @@ def evaluate(recipe: Recipe, folder: Path, count: int, grids: Sequence[tuple[int
 
 
 def percentages(tally: Tally) -> dict[str, dict[str, float]]:
-    """Accuracy in percent by kind, with that of all short questions as "short"."""
+    """Accuracy in percent by kind, with those of all short and of all hard questions as "short" and "hard"."""
     return {
-        semantics: {kind: round(100 * right / max(1, asked), 2) for kind, (right, asked) in _with_short(kinds).items()}
+        semantics: {kind: round(100 * right / max(1, asked), 2) for kind, (right, asked) in _with_groups(kinds).items()}
         for semantics, kinds in tally.items()
     }
 
 
-def _with_short(kinds: dict[str, list[int]]) -> dict[str, list[int]]:
-    short = [kinds[kind] for kind in scenes.SHORT_KINDS]
-    return {**kinds, "short": [sum(right for right, _ in short), sum(asked for _, asked in short)]}
+def _with_groups(kinds: dict[str, list[int]]) -> dict[str, list[int]]:
+    groups = {"short": scenes.SHORT_KINDS, "hard": scenes.HARD_KINDS}
+    return kinds | {name: [sum(kinds[kind][i] for kind in group) for i in (0, 1)] for name, group in groups.items()}
 
 
 def demo_scene(scale: int) -> tuple[NDArray[np.uint8], str, str]:
@@ -150,8 +151,11 @@ def write_demo(recipe: Recipe, out: Path) -> None:
     Image.fromarray(demo_scene(data.LARGE.scale if len(recipe.grids) > 1 else 1)[0]).save(out / "scene.png")
 
 
-def write_report(recipe: Recipe, out: Path, minutes: dict[str, float], count: int) -> None:
-    """Evaluate the written checkpoint and describe its training in report.json and REPORT.md."""
+def write_report(recipe: Recipe, out: Path, minutes: dict[str, float], count: int, start: Path | None) -> None:
+    """Evaluate the written checkpoint and describe its training in report.json and REPORT.md.
+
+    start: the checkpoint that the training went on from.
+    """
     model, prompts = read_checkpoint(recipe, out)
     several = [grid for grid, _ in recipe.grids if grid != (1, 1)]
     tallies = {"one tile": evaluate(recipe, out, count, [(1, 1)])}
@@ -178,6 +182,9 @@ def write_report(recipe: Recipe, out: Path, minutes: dict[str, float], count: in
         "right_and_asked": tally,
         "demo": {"picture": "scene.png", "question": question, "right": wanted, "answer": texts[0], "scene": texts[1]},
     }
+    earlier = Checkpoint(start) if start else None
+    if earlier:
+        report["went_on_from"] = {"layers": earlier.spec.num_layers, "identity": earlier.identity()}
     if several:
         report |= {
             "tile_grids": several,
@@ -191,7 +198,7 @@ def write_report(recipe: Recipe, out: Path, minutes: dict[str, float], count: in
     lines = [
         f"# {recipe.name}",
         "",
-        f"{recipe.about}, to answer questions",
+        f"{recipe.about}, trained to answer questions",
         "about rendered tabletop scenes. It exists to test, measure and show the whole path with weights that mean",
         "something; it knows nothing but these scenes.",
         "",
@@ -200,8 +207,8 @@ def write_report(recipe: Recipe, out: Path, minutes: dict[str, float], count: in
         + ", ".join(f"{stage} {value:.1f}" for stage, value in minutes.items()),
         f"- {trained};",
         f"  accuracy on {count} other scenes",
-        f"- train again: `make nano MODEL={recipe.name}`; the schedules follow the clock, so a second run gives",
-        "  similar, not equal, weights",
+        *_again(recipe, earlier),
+        "- the schedules follow the clock, so a second run gives similar, not equal, weights",
         "",
         "Exact match in percent, greedy, generated tokens fed back. Cached: traverse the prompt, step the answer.",
         "Uncached: traverse every token.",
@@ -219,6 +226,19 @@ def write_report(recipe: Recipe, out: Path, minutes: dict[str, float], count: in
     print("\n".join(lines))
 
 
+def _again(recipe: Recipe, earlier: Checkpoint | None) -> list[str]:
+    """How the model is trained again."""
+    command = f"make nano MODEL={recipe.name}"
+    if earlier is None:
+        return [f"- train again: `{command}`"]
+    layers, total = earlier.spec.num_layers, recipe.spec.num_layers
+    return [
+        f"- went on from an earlier checkpoint of this model, with {layers} of its {total} layers",
+        "  (`docs/decisions.md` says how that was made)",
+        f'- train again: `{command} ARGS="--start FOLDER"` with that checkpoint; without it, from random values',
+    ]
+
+
 def _named(grids: Iterable[tuple[int, int]]) -> str:
     return ", ".join(f"{columns} x {rows}" for columns, rows in sorted(grids))
 
@@ -229,9 +249,9 @@ def _table(tallies: dict[str, Tally]) -> list[str]:
     sorts = {f"{name}: " if len(tallies) > 1 else "": percentages(tally) for name, tally in tallies.items()}
     titles = ["kind", "asked", *(f"{sort}{semantics}" for sort in sorts for semantics in ("cached", "uncached"))]
     lines = [f"| {' | '.join(titles)} |", f"| --- |{' ---: |' * (len(titles) - 1)}"]
-    for kind in (*scenes.SHORT_KINDS, "short", "describe"):
-        cells = [f"**all {kind} questions**" if kind == "short" else kind]
-        cells.append(str(_with_short(first["cached"])[kind][1]))  # the same questions, however large the picture
+    for kind in (*scenes.SHORT_KINDS, "short", "describe", *scenes.HARD_KINDS, "hard"):
+        cells = [f"**all {kind} questions**" if kind in ("short", "hard") else kind]
+        cells.append(str(_with_groups(first["cached"])[kind][1]))  # the same questions, however large the picture
         cells += [f"{percent[semantics][kind]:.1f}" for percent in sorts.values() for semantics in percent]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

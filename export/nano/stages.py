@@ -14,15 +14,25 @@ from torch import Tensor, nn
 from trol_edge.export import scenes
 from trol_edge.export.nano import data
 from trol_edge.export.nano.data import CELLS, CLASSES, LABELS, POINTS, Views
-from trol_edge.export.nano.model import ANSWER_LAYER, NAMED_LAYER, Nano, PackedAttention, answer_hidden, read_context
+from trol_edge.export.nano.model import (
+    TAUGHT_LAYERS,
+    GateLoss,
+    GateSettler,
+    Nano,
+    PackedAttention,
+    answer_hidden,
+    read_context,
+)
 from trol_edge.export.nano.optim import SEED, Trainer, save_atomically
-from trol_edge.export.nano.publish import write_checkpoint
-from trol_edge.export.nano.recipes import RECIPES, start_from
+from trol_edge.export.nano.publish import go_on_from, write_checkpoint
+from trol_edge.export.nano.recipes import RECIPES, Recipe, start_from
 from trol_edge.export.nano.text import ROW_TOKENS, ROWS, Packer, Prompts
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.export.reference.hub import shipped_folder
 from trol_edge.export.scenes import PIXELS
 
+STARTED_RATE = 0.5  # factor on the learning rates of a model that goes on from an earlier checkpoint, at most
+LOWER_RATE = 0.3  # further factor for its lower layers
 DISTIL = 2.0  # weight of the teacher's features beside the patch labels
 
 
@@ -87,8 +97,30 @@ def train_encoder(rank: int, scratch: Path, name: str, minutes: float) -> None:
             save_atomically(both.state_dict(), scratch / done)
 
 
-def train_decoder(rank: int, scratch: Path, name: str, out: Path, minutes: float, batch_size: int) -> None:
+@torch.no_grad()
+def settle_gate(recipe: Recipe, model: Nano, prompts: Prompts, pool: data.Pool) -> None:
+    """Make the gate of an earlier checkpoint one that upper layers can shut, on the same pictures in all processes."""
+    packer, context = Packer(prompts, SEED), len(prompts.prefix) + CELLS
+    for i in range(3):  # what the layers give depends on the gate a little
+        views = data.sample_views(pool, 16, np.random.default_rng((SEED, 3, i)))
+        batch, gates = packer.pack(views.scenes, context, 0.0), GateSettler(model)
+        squares = data.cut(views.pixels, (1, 1), recipe.family.image(recipe.spec))
+        features = model.vision(data.normalise(squares[:, 0], recipe.family.image(recipe.spec)))
+        attend = PackedAttention(model, batch.positions, batch.mask, read_context(model, prompts, features, gates.look))
+        answer_hidden(model, batch, attend, gates.look)
+        gates.settle()
+
+
+def train_decoder(
+    rank: int, scratch: Path, name: str, out: Path, minutes: float, batch_size: int, start: Path | None
+) -> None:
     """Train encoder, projector and decoder on questions; from some point on, half of the answers are in step form.
+
+    Upper layers are trained without their second pass, and the gate learns to be 0 there.
+
+    start: an earlier checkpoint of this model to go on from. Its encoder stays as it is. If it has fewer layers, its
+    embeddings, the gate and the layers below the shut ones stay as well: the new layers learn what the gate needs, in
+    half of the time of a step, and no answer is forgotten. If it has them all, the lower ones learn at low rates.
 
     If pictures are cut into tiles, a share of the batches has larger pictures; all pictures of a batch have the same
     number of tiles. The thumbnail, which comes last, has the labels, and attention is taught to look at it. The other
@@ -102,20 +134,40 @@ def train_decoder(rank: int, scratch: Path, name: str, out: Path, minutes: float
     model = Nano(recipe)
     recipe.initialise(model.vision)
     model.initialise()
-    if recipe.teacher:
-        tokens = scratch / "tokenizer" / "tokenizer.json"
-        start_from(recipe.teacher, model.spec, model.embedding, model.decoder, tokens)
+    model.decoder.second_layers = frozenset(range(recipe.open_layers))
     head = nn.Linear(recipe.feature_width, CLASSES + POINTS)
     both = nn.ModuleDict({"model": model, "head": head})
-    encoder = torch.load(scratch / "encoder.pt", weights_only=True)
-    if not recipe.teacher:
-        encoder = {k: v for k, v in encoder.items() if not k.startswith("vision.proj")}
-    both.load_state_dict({k.replace("vision.", "model.vision.", 1): v for k, v in encoder.items()}, strict=False)
+    rate, stepped_from, labelled_until, taught = recipe.rate, recipe.stepped_from, 0.5, TAUGHT_LAYERS
+    below = list(model.decoder.layers)[: recipe.open_layers]
+
+    def slow(name: str) -> float:
+        lower = any(f"decoder.layers.{i}." in name for i in range(recipe.open_layers))
+        return LOWER_RATE if start and lower else 1.0
+
+    if start:
+        grown = go_on_from(recipe, start, model)
+        rate, stepped_from, labelled_until = min(rate, STARTED_RATE), 0.0, 0.0
+        kept: list[nn.Module] = [model.vision, head]
+        if grown:
+            taught = (recipe.open_layers, recipe.spec.num_layers - 2)
+            kept += [model.embedding, model.decoder.gate, *below]
+        for module in kept:
+            module.requires_grad_(False)
+        if grown:
+            settle_gate(recipe, model, prompts, pools[data.SMALL])
+    else:
+        if recipe.teacher:
+            tokens = scratch / "tokenizer" / "tokenizer.json"
+            start_from(recipe.teacher, model.spec, model.embedding, model.decoder, tokens)
+        encoder = torch.load(scratch / "encoder.pt", weights_only=True)
+        if not recipe.teacher:
+            encoder = {k: v for k, v in encoder.items() if not k.startswith("vision.proj")}
+        both.load_state_dict({k.replace("vision.", "model.vision.", 1): v for k, v in encoder.items()}, strict=False)
     trainer = Trainer(
         both,
         minutes * 60,
         by_muon=lambda n: "decoder.layers" in n or "proj" in n,
-        scale=lambda n: recipe.rate * (recipe.encoder_rate if "vision." in n and "proj" not in n else 1.0),
+        scale=lambda n: rate * (recipe.encoder_rate if "vision." in n and "proj" not in n else slow(n)),
     )
     rng, packer = np.random.default_rng((SEED, 2, rank)), Packer(prompts, SEED + 1000 * rank)
     shared = random.Random(SEED)  # the same in all processes, so that their steps cost the same
@@ -130,7 +182,7 @@ def train_decoder(rank: int, scratch: Path, name: str, out: Path, minutes: float
         cost = (CELLS * count + ROWS * ROW_TOKENS) / (CELLS + ROWS * ROW_TOKENS)  # in tokens, relative to one tile
         views = data.sample_views(pools[data.LARGE if several else data.SMALL], max(1, round(batch_size / cost)), rng)
         context = len(prompts.prefix) + CELLS * count
-        batch = packer.pack(views.scenes, context, 0.0 if done < recipe.stepped_from else 0.5)
+        batch = packer.pack(views.scenes, context, 0.0 if done < stepped_from else 0.5)
         squares = data.cut(views.pixels, grid, image)  # [B, T, P, P, 3]
         with torch.autocast("cpu", torch.bfloat16):
             shown = recipe.features(model.vision, data.normalise(squares[:, -1], image))
@@ -139,16 +191,20 @@ def train_decoder(rank: int, scratch: Path, name: str, out: Path, minutes: float
                 with torch.no_grad():
                     others = model.vision(data.normalise(squares[:, :-1].reshape(-1, *squares.shape[2:]), image))
                 features = torch.cat((others.float().view(len(squares), -1, features.shape[-1]), features), dim=1)
-            attend = PackedAttention(model, batch.positions, batch.mask, read_context(model, prompts, features))
-            hidden = answer_hidden(model, batch, attend)[batch.rows, batch.columns]
+            gates = GateLoss(model)
+            context_read = read_context(model, prompts, features, gates.look)
+            attend = PackedAttention(model, batch.positions, batch.mask, context_read, taught)
+            hidden = answer_hidden(model, batch, attend, gates.look)[batch.rows, batch.columns]
             logits = model.decoder.logits(hidden).float()
             loss = F.cross_entropy(logits, batch.target, reduction="none")
             loss = (loss * batch.weight).sum() / batch.weight.sum()
-            if done < 0.5:
-                loss = loss + 0.2 * (1 - done / 0.5) * patch_loss(head, shown, views)[0]
+            if done < labelled_until:
+                loss = loss + 0.2 * (1 - done / labelled_until) * patch_loss(head, shown, views)[0]
+            gate_loss = gates.mean()
+            loss = loss + 0.5 * min(1.0, done / 0.1) * gate_loss
         if done < 0.8:
             fade = 0.25 * (1 - done / 0.8)
-            for layer, (rows, columns, cells) in ((NAMED_LAYER, batch.named), (ANSWER_LAYER, batch.answers)):
+            for layer, (rows, columns, cells) in zip(taught, (batch.named, batch.answers), strict=True):
                 targets = torch.zeros(len(rows), batch.mask.shape[-1], dtype=torch.bool)
                 targets[:, context - CELLS : context] = cells
                 loss = loss + fade * attend.alignment(layer, rows, columns, targets)
@@ -161,7 +217,8 @@ def train_decoder(rank: int, scratch: Path, name: str, out: Path, minutes: float
                 rates = {k: tally[k, kinds] for k in scenes.KINDS if (k, kinds) in tally}
                 if rates:
                     detail = " ".join(f"{k} {100 * sum(right) / len(right):.1f}" for k, right in rates.items())
-                    print(f"{what} {trainer.eta()} loss {float(loss.detach()):.3f} {detail}", flush=True)
+                    losses = f"loss {float(loss.detach()):.3f} gate {float(gate_loss.detach()):.4f}"
+                    print(f"{what} {trainer.eta()} {losses} {detail}", flush=True)
             tally.clear()
         if rank == 0 and (time.monotonic() - saved > 180 or trainer.progress >= 1):
             save_atomically(both.state_dict(), scratch / "decoder-partial.pt")

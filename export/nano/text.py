@@ -112,7 +112,10 @@ class Prompts:
 
 
 ROWS, ROW_TOKENS = 3, 64  # question rows per picture and their length
-KIND_WEIGHTS = {"colour": 1, "shape": 1, "size": 1, "exists": 1.8, "where": 1.8, "count": 2.4, "relation": 1.6}
+KIND_WEIGHTS = {
+    "colour": 1, "shape": 1, "size": 1, "exists": 1.8, "where": 1.8, "count": 2.4, "relation": 1.6,
+    "nearer": 3, "chain": 3, "beside": 3,
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -197,7 +200,7 @@ class Packer:
                         told = [j for j, e in enumerate(answer_ends) if low < e <= offset]
                         marks[1].extend((r, first + j, cells == i) for j in told)
                 elif item.answer_objects:
-                    told = [0] if item.kind == "count" else list(range(len(answer)))
+                    told = [0] if item.kind in ("count", "beside") else list(range(len(answer)))
                     marks[1].extend((r, first + j, np.isin(cells, item.answer_objects)) for j in told)
                 kinds.append(item.kind)
         own = (segment[:, :, None] == segment[:, None, :]) & np.tri(ROW_TOKENS, dtype=bool)

@@ -799,6 +799,34 @@ FAULTS = (
         "a part of an answer counts as right",
         ("tests/test_nano.py::test_only_a_whole_answer_is_right",),
     ),
+    Fault(
+        "export/scenes.py",
+        "if distance[a] + NEARER_MARGIN <= distance[b]]",
+        "if distance[b] + NEARER_MARGIN <= distance[a]]",
+        "the farther of two objects is called the nearer",
+        ("tests/test_scenes.py",),
+    ),
+    Fault(
+        "export/scenes.py",
+        "if o == j and k != i]",
+        "if o == i and k != j]",
+        "the second of two steps starts where the first did",
+        ("tests/test_scenes.py",),
+    ),
+    Fault(
+        "export/nano/model.py",
+        "score.abs() - OPEN if index in self._decoder.second_layers else score - SHUT",
+        "score.abs() - OPEN if index in self._decoder.second_layers else SHUT - score",
+        "the gate is taught to be open in the upper layers",
+        ("tests/test_train.py",),
+    ),
+    Fault(
+        "export/nano/publish.py",
+        "for layer in list(model.decoder.layers)[have.num_layers :]:",
+        "for layer in list(model.decoder.layers)[: have.num_layers]:",
+        "the layers of an earlier checkpoint are made small instead of the new ones",
+        ("tests/test_train.py::test_going_on_from_fewer_layers",),
+    ),
     # -- runtimes -----------------------------------------------------------------------------------------------------
     Fault(
         "runtimes/ort.py",

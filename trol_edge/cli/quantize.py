@@ -187,7 +187,9 @@ def mix(
 
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder of a model trained on the rendered scenes.")],
-    number: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of held-out questions to ask.")] = 2000,
+    number: Annotated[
+        int, typer.Option("-n", "--number", min=1, help="Number of held-out scenes to ask about.")
+    ] = 2000,
     scale: Annotated[
         int, typer.Option(min=1, max=8, help="Side of the pictures in units of 112 pixels; 2 gives several tiles.")
     ] = 1,
@@ -214,7 +216,7 @@ def evaluate(
     text = evaluation.side_by_side(scores, str(bundle)) if several else evaluation.markdown(scores[0], str(bundle))
     if report:
         evaluation.update_report(report, text)
-    found = [dataclasses.asdict(score) | {"short_percent": score.short} for score in scores]
+    found = [dataclasses.asdict(score) | {"short_percent": score.short, "hard_percent": score.hard} for score in scores]
     if as_json:
         print_json({"scores": found} if several else found[0])
     else:
