@@ -2,7 +2,7 @@
 
 A traverse runs each layer's engines twice and the mixture after them, one layer after the other in the order of the
 stream; a step runs each once. So weights are on the device once, and all engines take turns with one scratch memory.
-Attention has no weights. Its engine stands between the two of every layer, in both passes, and a step has one of its
+Attention has no weights. Its engine is between the two of every layer, in both passes, and a step has one of its
 own, which reads the filled rows of the cache once. A prompt that is longer than an engine takes passes a layer in parts
 before it enters the next one, so the second pass's keys and values of one layer are no longer needed when the next
 layer begins. Not yet run on a GPU.

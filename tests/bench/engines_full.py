@@ -152,7 +152,7 @@ def measure(
 def kernels_of(folder: Path) -> tuple[int, int]:
     """The distinct kernels of the engines in a folder, which a first start compiles, and all of them.
 
-    Those that TensorRT for RTX generates have a hash in their names. Others are told apart by what they read and write.
+    Those that TensorRT for RTX generates have a hash in their names. Others differ by what they read and write.
     """
     found: Counter[object] = Counter()
     for path in folder.glob("*.engine"):
