@@ -326,6 +326,7 @@ def test_inspect_json(cli: Callable[..., Result], nano_bundle: Path) -> None:
     manifest["spec"].setdefault("more_end_ids", [])  # left out of the file where there are none
     manifest["spec"].setdefault("traversed", None)  # and this where every layer has a second pass
     manifest.setdefault("traversal", None)  # and this where that was not chosen by measurement
+    manifest["plan"].setdefault("embedding", None)  # and this where the table of words is not rounded
     assert {key: data[key] for key in manifest} == manifest
     step = manifest["graphs"]["step"]["weights"]
     assert data["weight_bytes"]["step"] == sum(data["weights"][name]["bytes"] for name in step)

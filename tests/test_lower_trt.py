@@ -229,7 +229,7 @@ def test_what_each_target_keeps(exported: Callable[..., Path]) -> None:
     for name in ("vision", "traverse", "step"):
         model = ir.load(exported(NANO, lowered=False) / f"{name}.onnx")
         canonical = Counter(node.op_type for node in model.graph)
-        assert canonical["Attention"] == (4 if name == "vision" else 10 if name == "traverse" else 5)
+        assert canonical["Attention"] == (4 if name == "vision" else 16 if name == "traverse" else 8)
         for target in (RTX, TRT11):
             kept = lower(model, target)
             operators = Counter(node.op_type for node in kept.graph)

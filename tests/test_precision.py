@@ -88,7 +88,11 @@ def test_choices(shapes: dict[str, tuple[int, ...]]) -> None:
     vision = sum(name.startswith("vision.") and is_linear(name, shape) for name, shape in shapes.items())
     assert plan.linears["decoder.lm_head.weight"] == LinearPlan("fp16")
     assert count["fp32", None] == vision
-    assert count["int4", 64] == 25 and set(count) == {("fp32", None), ("fp16", None), ("int4", 64)}
+    assert count["int4", 64] == 5 * sum(name.endswith("mlp.down.weight") for name in shapes) and set(count) == {
+        ("fp32", None),
+        ("fp16", None),
+        ("int4", 64),
+    }
     assert plan.observer is None
 
 

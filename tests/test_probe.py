@@ -205,4 +205,4 @@ def test_what_is_recorded(copy: Path) -> None:
     assert test.prompt_ids is not None and test.prompt_lengths is not None
     recorded = np.split(test.prompt_ids, np.cumsum(test.prompt_lengths)[:-1])
     assert [ids.tolist() for ids in recorded] == probe.prompt_ids(made, bundle.manifest.prompt)
-    assert (copy / SELFTEST).stat().st_size < 300_000
+    assert (copy / SELFTEST).stat().st_size < 400_000

@@ -19,7 +19,7 @@ def test_figures_of_the_shipped_model(nano_bundle: Path, capsys: pytest.CaptureF
         *("vision", "first", "second", "step", "traverse", "fork_step", "step_behind")
     }
     assert all(value > 0 for value in result["milliseconds"].values())
-    assert kv == {"one_set": 2560 * 2048, "both_sets": 2 * 2560 * 2048, "per_token_and_set": 2560}
+    assert kv == {"one_set": 4096 * 2048, "both_sets": 2 * 4096 * 2048, "per_token_and_set": 4096}
     right = result["right_percent"]
     assert right["asked"] == 6 and right["step"] >= 50  # a describe question or two may be wrong
     text = reuse.lines(result)

@@ -761,7 +761,7 @@ def test_too_little_memory(machine: Machine) -> None:
     machine.cuda.total = machine.cuda.held() + 1000
     cache, pixels = backend(runtime).cache_bytes / 1e6, runtime.preprocess(PICTURE)
     for what, run in (
-        (rf"a session \(both K/V sets for 2048 tokens\) needs {cache:.0f}", lambda: runtime.session()),
+        (rf"a session \(both K/V sets for 2048 tokens\) needs {cache:.1f} MB", lambda: runtime.session()),
         (r"features of 1 picture\(s\) or tile\(s\) needs 0\.0", lambda: runtime.model.backend.encode_image(pixels)),
     ):
         with pytest.raises(BackendError, match=rf"cudaMalloc failed \(cudaErrorMemoryAllocation\): .*{what}") as caught:

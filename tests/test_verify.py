@@ -369,7 +369,7 @@ def test_engines(exported: Callable[..., Path], stand_in: Callable[..., Path], t
     report = verify.verify(stand_in(folder))
     assert report.first_wrong is None
     assert report.runs_on.startswith("TensorRT 10.3.0 on stand-in for Orin, driver 12.6, engines ")
-    assert len([stage for stage in report.stages if "pass2" in stage.name]) == 10  # both sets come down
+    assert len([stage for stage in report.stages if "pass2" in stage.name]) == 16  # both sets come down
 
     shutil.rmtree(folder / "engines")
     report = verify.verify(stand_in(folder, "TensorRT 10.7.0"))
@@ -629,7 +629,7 @@ def test_the_command(copy: Path, replays: list[str], capsys: pytest.CaptureFixtu
     assert cli.main(["verify", str(copy)]) == 0
     text = capsys.readouterr().out
     assert "traverse.layers.4" in text and "stages of the self-test are within the budget of fp32" in text
-    assert len(text.splitlines()) < 30
+    assert len(text.splitlines()) < 40
     assert len(passed.passed_here(Bundle(copy))) == 1
     assert cli.main(["verify", str(copy), "--all"]) == 0
     assert "traverse.layers.4.pass2.values" in capsys.readouterr().out

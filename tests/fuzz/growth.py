@@ -163,7 +163,7 @@ def many(b: Builder, size: int) -> ir.Value:
 def many_in_turn(b: Builder, size: int) -> ir.Value:
     """Tensors of a size that is allowed, each gone before the next in the order of the file, in which none must run."""
     sums, most = [], []
-    for i in range(min(size, 400)):
+    for i in range(min(size, 800)):
         one = b.op("Expand", b.constant(np.float32(i)), b.ints(min(size, 2**20)))
         sums.append(b.op("ReduceSum", one, keepdims=1))
         most.append(b.op("ReduceMax", one, keepdims=1))
