@@ -33,7 +33,7 @@ from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, MIX, WEIGHTS
 from trol_edge.bundle.sizes import cache_bytes, caches_of, cpu_bytes, embedding_bytes
 from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
-from trol_edge.machine.identity import available_memory, share_arenas
+from trol_edge.machine.identity import available_memory, free_pages, share_arenas
 from trol_edge.numeric import is_one_of, shown
 from trol_edge.rope import TABLES, RopeRows
 from trol_edge.runtimes.layered import LayeredState, LayerSessions
@@ -239,6 +239,8 @@ class OrtBackend:
             options.add_session_config_entry("session.force_spinning_stop", "1")
             sessions.append(_call(f"load layer {layer}", open_unkept, model, options, ["CPUExecutionProvider"]))
             self.sessions[f"{LAYERS} {layer}"] = sessions[-1]
+            del model
+            free_pages()  # else holes that its copies leave add up to a third of the weights
         return LayerSessions(tuple(sessions), self.graph(MIX), self.graph(HEAD))
 
     def _constants_of(self, name: str) -> dict[str, NDArray[Any]]:
