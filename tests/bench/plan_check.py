@@ -16,21 +16,21 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.export.quantize.recipes import RecipeOptions
 from trol_edge.export.reference import hub, internlm2
-from trol_edge.export.reference.model import Attend, Decoder, Layer, Probe
+from trol_edge.export.reference.model import Attend, Decoder, GatedMlp, Layer
 from trol_edge.export.unbuilt import Unbuilt
 from trol_edge.machine import devices
 from trol_edge.plan.duration import graph_time
@@ -42,22 +42,20 @@ out = Console(highlight=False, width=150)
 CONTEXT = 1024
 
 
-class OnePass(Decoder):
-    """An ordinary decoder, in which a prompt token passes each layer once."""
+class FourNorms(Layer):
+    """Gemma-2's layer, with norms also after attention and MLP. The same norms serve, because plans ignore values."""
 
-    def traverse(self, x: Tensor, image_mask: Tensor | None, attend: Attend, probe: Probe | None = None) -> Tensor:
-        return self.step(x, attend)
+    def forward(self, x: Tensor, image_mask: Tensor | None, index: int, traversal: int, attend: Attend) -> Tensor:
+        context = attend(self.qkv(self.attention_norm(x), None), index, traversal)
+        x = x + self.attention_norm(self.out(context, None))
+        return x + self.mlp_norm(self.mlp(self.mlp_norm(x), None))
 
 
-class FourNorms(OnePass):
-    """Gemma-2's layers, with norms also after attention and MLP. The same norms serve, because plans ignore values."""
-
-    def step(self, x: Tensor, attend: Attend) -> Tensor:
-        for i, layer in enumerate(cast("list[Layer]", list(self.layers))):
-            context = attend(layer.qkv(layer.attention_norm(x), None), i, 0)
-            x = x + layer.attention_norm(layer.out(context, None))
-            x = x + layer.mlp_norm(layer.mlp(layer.mlp_norm(x), None))
-        return x
+def four_norms(spec: ModelSpec) -> Decoder:
+    """A decoder of such layers."""
+    decoder = Decoder(spec)
+    decoder.layers = nn.ModuleList(FourNorms(spec, GatedMlp) for _ in range(spec.num_layers))
+    return decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Peer:
     vocabulary: int
     options: RecipeOptions
     stored: str  # the assumption, for the table
-    decoder: type[Decoder] = OnePass
+    decoder: Callable[[ModelSpec], Decoder] = Decoder
 
 
 def _mlc(lm_head: str = "int4") -> RecipeOptions:
@@ -85,7 +83,7 @@ PEERS = {
     "Phi-3.5 3.8B": Peer(32, 3072, 8192, 32, 32, 32064, _mlc(), "INT4/32, output layer too"),
     "Llama-3.2 3B": Peer(28, 3072, 8192, 24, 8, 128256, _mlc(), "INT4/32, output layer too"),
     "SmolLM2 1.7B": Peer(24, 2048, 8192, 32, 32, 49152, _mlc(), "INT4/32, output layer too"),
-    "Gemma-2 2B": Peer(26, 2304, 9216, 8, 4, 256000, _mlc(), "INT4/32, output layer too", FourNorms),
+    "Gemma-2 2B": Peer(26, 2304, 9216, 8, 4, 256000, _mlc(), "INT4/32, output layer too", four_norms),
     "Cosmos-Reason2-2B": Peer(
         28, 2048, 6144, 16, 8, 151936, RecipeOptions("int4", 128, lm_head="fp16"), "INT4/128, output layer FP16"
     ),
@@ -131,9 +129,9 @@ def peer_subject(peer: Peer, context: int = CONTEXT) -> Subject:
         "num_key_value_heads": peer.kv_heads,
         "vocab_size": peer.vocabulary,
     }
-    spec: ModelSpec = internlm2.model_spec(config, None, {})
+    spec = dataclasses.replace(internlm2.model_spec(config, None, {}), lora_rank=0)
     family = dataclasses.replace(internlm2.FAMILY, decoder=peer.decoder)
-    return Unbuilt("peer", family, spec, context).subject("jetson-jp6", peer.options)
+    return Unbuilt("peer", family, spec, context).subject("jetson-jp6", peer.options, twice=0)
 
 
 @app.command()
