@@ -372,13 +372,7 @@ class Engine:
         config = self._engine.create_runtime_config()
         if not own_scratch:
             config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if kernels.cache is None:
-            kernels.cache = config.create_runtime_cache()
-            if kernels.stored:
-                kernels.cache.deserialize(
-                    kernels.stored
-                )  # refused (False) if driver or GPU changed; compiled again then
-        config.set_runtime_cache(kernels.cache)
+        config.set_runtime_cache(kernels.shared(config))
         return self._engine.create_execution_context(config)
 
 
@@ -391,11 +385,27 @@ class Kernels:
 
     def __init__(self, stored: bytes | None = None) -> None:
         self.stored = stored
-        self.cache: trt.IRuntimeCache | None = None
+        self.cache: Any = None
+
+    @only(rtx=(1, 7))
+    def shared(self, config: trt.IRuntimeConfig) -> trt.IRuntimeCache:
+        """The library's cache for another context."""
+        if self.cache is None:
+            cache = config.create_runtime_cache()
+            if self.stored:
+                cache.deserialize(self.stored)  # refused (False) if driver or GPU changed; compiled again then
+            self.cache = cache
+        found: trt.IRuntimeCache = self.cache
+        return found
 
     def compiled(self) -> bytes | None:
         """All kernels so far, to be stored."""
-        blob = self.cache.serialize() if self.cache is not None else None
+        return None if self.cache is None else self._serialized()
+
+    @only(rtx=(1, 7))
+    def _serialized(self) -> bytes | None:
+        cache: trt.IRuntimeCache = self.cache
+        blob = cache.serialize()
         return None if blob is None else bytes(blob)
 
 
