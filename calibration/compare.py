@@ -18,6 +18,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,9 @@ class _Answered:
 
 def _answers(bundle: Path, count: int, threads: int | None, progress: Progress) -> Iterator[_Answered]:
     runtime = Runtime(bundle, threads=threads)
-    done = 0
-    for image, kind, question, wanted in rendered.held_out(count, hard=True):
+    asked = partial(progress, f"scenes {bundle.name}")
+    for image, kind, question, wanted in rendered.held_out(count, hard=True, progress=asked):
         yield _Answered(kind, wanted, runtime.generate(question, image, max_new_tokens=96).text)
-        if kind not in rendered.HARD_KINDS:
-            done += 1
-            progress(f"scenes {bundle.name}", done, count)
 
 
 def _compare(

@@ -10,6 +10,7 @@ import dataclasses
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from trol_edge.answering.results import Answer
@@ -87,15 +88,11 @@ def evaluate_each(
     sessions = [runtime.session() for _ in used]
     tallies = [_Tally() for _ in used]
     tiles = 1
-    done = 0
-    for image, kind, question, wanted in scenes.held_out(count, scale, hard=True):
+    for image, kind, question, wanted in scenes.held_out(count, scale, hard=True, progress=partial(progress, "ask")):
         (tiles,) = runtime.count_tiles(image)
         for share, session, tally in zip(used, sessions, tallies, strict=True):
             given = runtime.generate(question, image, max_new_tokens=96, image_tokens=share, session=session)
             tally.add(kind, question, wanted, given)
-        if kind not in scenes.HARD_KINDS:
-            done += 1
-            progress("ask", done, count)
     # Features of a picture are cached, so only the first answer about it has the time of the tower.
     vision = statistics.median(tallies[0].vision_ms)
     return [

@@ -269,11 +269,13 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     return [(item.kind, item.question, item.answer) for item in items if item]
 
 
-def held_out(count: int, scale: int = 1, hard: bool = False) -> Iterator[tuple[NDArray[np.uint8], str, str, str]]:
+def held_out(
+    count: int, scale: int = 1, hard: bool = False, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[tuple[NDArray[np.uint8], str, str, str]]:
     """Yield held-out (image, kind, question, answer), one about each of `count` scenes, with kinds in turn if possible.
 
     hard: about a scene that allows one there is a second question, of HARD_KINDS; the others never are of these.
-    scale: see `render`; the questions are the same at every scale.
+    scale: see `render`; the questions are the same at every scale. progress: called when the next scene is asked for.
     """
     for i in range(count):
         pixels, scene = render(HELD_OUT_SEED + i, scale)
@@ -284,6 +286,7 @@ def held_out(count: int, scale: int = 1, hard: bool = False) -> Iterator[tuple[N
                 wanted = kinds[i % len(kinds)]
                 kind, question, answer = next((q for q in options if q[0] == wanted), options[i % len(options)])
                 yield pixels, kind, question, answer
+        progress(i + 1, count)
 
 
 def an(phrase: str) -> str:

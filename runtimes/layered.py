@@ -112,15 +112,16 @@ class LayeredState:
 
     def _sequence(self, count: int, width: int, both: bool) -> _Sequence:
         made = _Sequence(count, width, self._most)
+        x = [[self._value_of(buffer[:, first:end]) for first, end in made.parts] for buffer in made.buffers]
+        positions = [self._value_of(made.positions[:, first:end]) for first, end in made.parts]
         order = [0, 1, 2]  # of the buffers: what a layer reads, what its first pass writes, and its second
         for layer in range(len(self._sessions.layers)):
             a, b, c = order
-            self._add(made, layer, a, b, self._cache[2 * layer : 2 * layer + 2])
+            self._add(made, layer, positions, x[a], x[b], self._cache[2 * layer : 2 * layer + 2])
             if both and layer in self._second:
-                self._add(made, layer, b, c, self._second[layer])
-                for first, end in made.parts:
-                    mixed, *both_passes = (self._value_of(made.buffers[i][:, first:end]) for i in order)
-                    inputs = dict(zip(("first", "second"), both_passes, strict=True))
+                self._add(made, layer, positions, x[b], x[c], self._second[layer])
+                for mixed, first, second in zip(x[a], x[b], x[c], strict=True):
+                    inputs = {"first": first, "second": second}
                     made.runs.append(
                         (MIX, self._sessions.mix, self._bound(self._sessions.mix, inputs, {"mixed": mixed}))
                     )
@@ -132,13 +133,19 @@ class LayeredState:
         )
         return made
 
-    def _add(self, made: _Sequence, layer: int, x: int, y: int, cache: Sequence[Any]) -> None:
-        """Add a pass of a layer, part by part, which reads buffer x and writes buffer y."""
+    def _add(
+        self,
+        made: _Sequence,
+        layer: int,
+        positions: Sequence[Any],
+        x: Sequence[Any],
+        y: Sequence[Any],
+        cache: Sequence[Any],
+    ) -> None:
+        """Add a pass of a layer, which reads x and writes y. positions, x and y: an OrtValue for each part."""
         session = self._sessions.layers[layer]
-        for part, (first, end) in enumerate(made.parts):
-            read, written = (self._value_of(made.buffers[i][:, first:end]) for i in (x, y))
-            positions = self._value_of(made.positions[:, first:end])
-            inputs = {"inputs_embeds": read, "position_ids": positions, **dict(zip(INPUTS, cache, strict=True))}
+        for part, (at, read, written) in enumerate(zip(positions, x, y, strict=True)):
+            inputs = {"inputs_embeds": read, "position_ids": at, **dict(zip(INPUTS, cache, strict=True))}
             binding = self._bound(session, inputs, dict(zip(OUTPUTS, (written, *cache), strict=True)))
             made.changing.append((part, binding, CHANGING & {port.name for port in session.get_inputs()}))
             made.runs.append((LAYERS, session, binding))

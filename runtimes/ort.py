@@ -30,7 +30,7 @@ from trol_edge.bundle.graph_part import SinglePasses
 from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.bundle.manifest import Bundle, Port
 from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, MIX, WEIGHTS
-from trol_edge.bundle.sizes import cache_bytes, caches_of, cpu_bytes, embedding_bytes
+from trol_edge.bundle.sizes import caches_of, cpu_bytes, embedding_bytes, state_bytes
 from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
 from trol_edge.machine.identity import available_memory, free_pages, share_arenas
@@ -160,9 +160,7 @@ class OrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of one state's KV cache at full context: both sets, or one set and a layer's scratch."""
-        step = self.bundle.manifest.graphs["step"]
-        first, both = (cache_bytes(ports, self.context) for ports in (step.inputs, self.cache_ports))
-        return both if self.prefix_reuse else first + first // self.spec.num_layers
+        return state_bytes(self.bundle.manifest, self.second_layers, self.prefix_reuse)
 
     @property
     def cache_ports(self) -> list[Port]:
@@ -172,11 +170,10 @@ class OrtBackend:
     def _working_bytes(self, tokens: int) -> int:
         """Most bytes of the tensors of a run over this many tokens, or one picture."""
         works = {name: work for name, work in self.bundle.work.items() if name in self._serving}
-        # Layer by layer, longer prompts are computed in parts, and have three hidden states of each token between them.
-        at_once, kept = (
-            (min(tokens, PREFILL_CHUNK), 3 * tokens * self.spec.hidden_size) if self._by_layer else (tokens, 0)
-        )
-        return 4 * (kept + max(work.at(1 if name == "vision" else at_once) for name, work in works.items()))
+        kept = 0
+        if self._by_layer:  # longer prompts are computed in parts, and have three hidden states of each token between
+            kept, tokens = 3 * tokens * self.spec.hidden_size, min(tokens, PREFILL_CHUNK)
+        return 4 * (kept + max(work.at(1 if name == "vision" else tokens) for name, work in works.items()))
 
     def _require_memory(self) -> None:
         if self.memory != "cpu":

@@ -21,6 +21,7 @@ from trol_edge.bundle.targets import TARGETS
 from trol_edge.cli.main import main
 from trol_edge.errors import BundleError, UsageError
 from trol_edge.machine import cpus, devices
+from trol_edge.machine.table import to_json
 from trol_edge.plan import compare, duration, shipped
 from trol_edge.plan import estimate as plan
 from trol_edge.plan import memory as memory_module
@@ -102,7 +103,7 @@ def test_own_processor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         mine.write_text(json.dumps(data | change))
         with pytest.raises(UsageError, match=said):
             cpus.find(str(mine))
-    mine.write_text(devices.to_json(devices.DEVICES["agx-thor"]))
+    mine.write_text(to_json(devices.DEVICES["agx-thor"]))
     assert cpus.find(str(mine)) is None
 
 

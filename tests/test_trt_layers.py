@@ -300,33 +300,40 @@ def test_parts_are_the_whole(exported: Callable[..., Path]) -> None:
             assert steps + head == graphs["step"].operators.get(operator, 0)
 
 
-def test_attention_that_differs_is_refused(exported: Callable[..., Path], tmp_path: Path) -> None:
-    """A layer that scales its scores in another way than the others, in both passes, is not given their engine."""
+def changed(exported: Callable[..., Path], tmp_path: Path, change: Callable[[Any], None]) -> Bundle:
+    """A bundle whose traverse was changed behind the manifest's back."""
     import onnx_ir as ir
 
     folder = tmp_path / "bundle"
     shutil.copytree(exported(NANO, target="rtx"), folder)
     bundle = Bundle(folder)
     model = ir.load(folder / "traverse.onnx")
-    attentions = [node for node in model.graph if node.op_type == "Attention"]
-    for node in attentions[2:4]:
-        node.attributes["scale"] = ir.AttrFloat32("scale", 0.5)
+    change(model.graph)
     (folder / "traverse.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+    return bundle
+
+
+def test_attention_that_differs_is_refused(exported: Callable[..., Path], tmp_path: Path) -> None:
+    """A layer that scales its scores in another way than the others, in both passes, is not given their engine."""
+    import onnx_ir as ir
+
+    def change(graph: Any) -> None:
+        for node in [node for node in graph if node.op_type == "Attention"][2:4]:
+            node.attributes["scale"] = ir.AttrFloat32("scale", 0.5)
+
+    bundle = changed(exported, tmp_path, change)
     with pytest.raises(BundleError, match="its layers do not attend alike"):
         Parts(bundle)
 
 
 def test_passes_that_differ_are_refused(exported: Callable[..., Path], tmp_path: Path) -> None:
     """A second pass with another layer's weight is not taken for the first one."""
-    import onnx_ir as ir
 
-    folder = tmp_path / "bundle"
-    shutil.copytree(exported(NANO, target="rtx"), folder)
-    bundle = Bundle(folder)
-    model = ir.load(folder / "traverse.onnx")
-    products = [node for node in model.graph if node.op_type == "MatMul"]
-    _, second, other, _ = [n for n in products if any(f"layers.{i}.out.weight" in str(n.inputs[1]) for i in (2, 3))]
-    second.replace_input_with(1, other.inputs[1])
-    (folder / "traverse.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+    def change(graph: Any) -> None:
+        products = [node for node in graph if node.op_type == "MatMul"]
+        _, second, other, _ = [n for n in products if any(f"layers.{i}.out.weight" in str(n.inputs[1]) for i in (2, 3))]
+        second.replace_input_with(1, other.inputs[1])
+
+    bundle = changed(exported, tmp_path, change)
     with pytest.raises(BundleError, match="the two passes of layer 2 do not compute alike"):
         Parts(bundle)

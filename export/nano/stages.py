@@ -101,11 +101,12 @@ def train_encoder(rank: int, scratch: Path, name: str, minutes: float) -> None:
 def settle_gate(recipe: Recipe, model: Nano, prompts: Prompts, pool: data.Pool) -> None:
     """Make the gate of an earlier checkpoint one that upper layers can shut, on the same pictures in all processes."""
     packer, context = Packer(prompts, SEED), len(prompts.prefix) + CELLS
+    image = recipe.family.image(recipe.spec)
     for i in range(3):  # what the layers give depends on the gate a little
         views = data.sample_views(pool, 16, np.random.default_rng((SEED, 3, i)))
         batch, gates = packer.pack(views.scenes, context, 0.0), GateSettler(model)
-        squares = data.cut(views.pixels, (1, 1), recipe.family.image(recipe.spec))
-        features = model.vision(data.normalise(squares[:, 0], recipe.family.image(recipe.spec)))
+        squares = data.cut(views.pixels, (1, 1), image)
+        features = model.vision(data.normalise(squares[:, 0], image))
         attend = PackedAttention(model, batch.positions, batch.mask, read_context(model, prompts, features, gates.look))
         answer_hidden(model, batch, attend, gates.look)
         gates.settle()

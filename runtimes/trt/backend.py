@@ -29,7 +29,7 @@ from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
 from trol_edge.bundle.engines import EngineSet, Key, differences, read
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
-from trol_edge.bundle.sizes import cache_bytes, caches_of, shared_weights
+from trol_edge.bundle.sizes import caches_of, shared_weights, state_bytes
 from trol_edge.bundle.targets import target as target_of
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
@@ -203,9 +203,7 @@ class TrtBackend:
     @property
     def cache_bytes(self) -> int:
         """Bytes of one state's K/V cache: both sets, or the first and what is scratch for one layer of the second."""
-        step = self.bundle.manifest.graphs["step"]
-        first, both = (cache_bytes(ports, self.context) for ports in (step.inputs, self.cache_ports))
-        return both if self.prefix_reuse else first + first // self.spec.num_layers
+        return state_bytes(self.bundle.manifest, self.second_layers, self.prefix_reuse)
 
     def _scratch_caches(self) -> dict[str, int]:
         """One pair of buffers for the second pass, under the names of all layers."""

@@ -237,7 +237,7 @@ def graphs_of(bundle: Bundle, names: Iterable[str]) -> dict[str, GraphInfo]:
 
 
 def _caches(layer: int, which: str) -> dict[str, str]:
-    return {f"past_{which}{kind}_{layer}": f"past_{kind}" for kind in ("key", "value")}
+    return {f"past_{which}{kind}_{layer}": f"past_{kind}" for kind in CACHES}
 
 
 def _read(bundle: Bundle, name: str) -> _Graph:

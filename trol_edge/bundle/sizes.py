@@ -10,7 +10,7 @@ import numpy as np
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS
 from trol_edge.bundle.embedding import embedding_names
 from trol_edge.bundle.engines import ENGINES
-from trol_edge.bundle.manifest import Bundle, GraphInfo, Port
+from trol_edge.bundle.manifest import Bundle, GraphInfo, Manifest, Port
 from trol_edge.bundle.weights import FLOATS, TensorInfo
 
 
@@ -92,6 +92,15 @@ def caches_of(traverse: GraphInfo, second_layers: Collection[int]) -> list[Port]
     second = {f"past_second_{kind}_{layer}" for kind in ("key", "value") for layer in second_layers}
     ports = [port for port in traverse.inputs if port.name.startswith("past_")]
     return [port for port in ports if port.name in second or not port.name.startswith("past_second_")]
+
+
+def state_bytes(manifest: Manifest, second_layers: Collection[int], prefix_reuse: bool) -> int:
+    """Bytes of one state's K/V cache at full context: both sets, or the first and one layer's scratch of the second."""
+    graphs = manifest.graphs
+    first = cache_bytes(graphs["step"].inputs, manifest.context)
+    if not prefix_reuse:
+        return first + first // manifest.spec.num_layers
+    return cache_bytes(caches_of(graphs["traverse"], second_layers), manifest.context)
 
 
 def largest_bytes(port: Port, most: Mapping[str, int]) -> int:

@@ -55,14 +55,14 @@ def plan(
     from trol_edge.bundle.manifest import Bundle
     from trol_edge.bundle.targets import is_gpu
     from trol_edge.machine import cpus, devices
+    from trol_edge.machine.table import to_json
     from trol_edge.plan import compare as planning
     from trol_edge.plan.estimate import to_dict
     from trol_edge.plan.rates import platform_of, platform_of_processor
     from trol_edge.plan.subject import FIGURE, Subject, Workload, subject_of
 
     if show_device is not None:
-        processor = cpus.find(show_device)
-        print(cpus.to_json(processor) if processor else devices.to_json(devices.find(show_device)[0]))
+        print(to_json(cpus.find(show_device) or devices.find(show_device)[0]))
         return
     if (bundle is None) == (model is None):
         raise typer.BadParameter("give either a bundle folder or --model")

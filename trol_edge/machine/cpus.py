@@ -8,11 +8,11 @@ fields that no source here states outright.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
+from trol_edge.machine.table import require
 from trol_edge.reading import guard, read_json_value
 
 MIB = 1 << 20
@@ -148,13 +148,5 @@ def find(text: str) -> Processor | None:
     with guard(path, UsageError, advice):
         found = from_dict(Processor, data, str(path), UsageError, advice)
     sizes = ("memory_bytes", "cores", "mhz", "float32_fma", "int8_fma", "gb_per_s")
-    wrong = [f"{name} {getattr(found, name)} is not above 0" for name in sizes if not getattr(found, name) > 0]
-    wrong += [f"{k} {getattr(found, k)} is below 0" for k in ("os_bytes", "desktop_bytes") if getattr(found, k) < 0]
-    if wrong:
-        raise UsageError(f"{path}: {'; '.join(wrong)}. {advice}")
+    require(path, found, {name: getattr(found, name) for name in sizes}, (), advice)
     return found
-
-
-def to_json(processor: Processor) -> str:
-    """Write a processor as JSON that `find` reads back from a file."""
-    return json.dumps(dataclasses.asdict(processor), indent=1)

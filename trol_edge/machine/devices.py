@@ -7,13 +7,13 @@ INT8, and FP8 where there are units for it, reach twice that. "unverified" names
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from trol_edge.bundle.strict import from_dict
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import UsageError
 from trol_edge.machine.cpus import PROCESSORS
+from trol_edge.machine.table import require
 from trol_edge.reading import guard, read_json_value
 
 MIB = 1 << 20
@@ -207,11 +207,6 @@ def find(text: str) -> tuple[Device, Mode]:
     raise UsageError(f"device {device.name} has no mode {mode!r} in the table; there are {names}")
 
 
-def to_json(device: Device) -> str:
-    """Write a device as JSON that `find` reads back from a file."""
-    return json.dumps(dataclasses.asdict(device), indent=1)
-
-
 def _read(path: Path) -> Device:
     advice = "Compare with the output of trol-edge plan --show-device orin-nano-8gb"
     data = read_json_value(path, UsageError, advice)
@@ -221,16 +216,8 @@ def _read(path: Path) -> Device:
         f"mode {m.name}: {k}": v for m in device.modes for k, v in (("gpu_mhz", m.gpu_mhz), ("gb_per_s", m.gb_per_s))
     }
     numbers |= {"memory_bytes": device.memory_bytes, "sms": device.sms, "fp16_fma": device.fp16_fma}
-    wrong = [f"{name} {value} is not above 0" for name, value in numbers.items() if not value > 0]
-    wrong += [
-        f"{k} {v} is below 0"
-        for k, v in (("os_bytes", device.os_bytes), ("desktop_bytes", device.desktop_bytes))
-        if v < 0
-    ]
-    if not device.modes:
-        wrong.append("no modes")
+    wrong = [] if device.modes else ["no modes"]
     if not is_gpu(device.target):
         wrong.append(f"target {device.target!r} is not one of {', '.join(filter(is_gpu, TARGETS))}")
-    if wrong:
-        raise UsageError(f"{path}: {'; '.join(wrong)}. {advice}")
+    require(path, device, numbers, wrong, advice)
     return device

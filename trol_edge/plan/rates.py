@@ -64,29 +64,29 @@ class Platform:
     notes: tuple[str, ...]
 
 
+def _rates(flops: dict[str, float], read: float, start: float, fused: bool) -> Rates:
+    """The same rates at every size. flops: per second, by type; read: bytes per second; start: s of any operator."""
+    return Rates(
+        arithmetic={kind: ((1, rate),) for kind, rate in flops.items()},
+        reads=((1, read),),
+        touches=((1, read),),
+        stored={},
+        operator=start,
+        product=start,
+        attention=start,
+        run=0.0,
+        fused=fused,
+    )
+
+
 def platform_of(device: Device, mode: Mode) -> Platform:
     """Make a platform from a device of the table and the efficiencies above."""
     kinds = [kind for kind in ARITHMETIC if kind != "fp8" or device.fp8]
-    peak = Rates(
-        arithmetic={kind: ((1, device.flops(mode, kind)),) for kind in kinds},
-        reads=((1, mode.gb_per_s * 1e9),),
-        touches=(),
-        stored={},
-        operator=0.0,
-        product=0.0,
-        attention=0.0,
-        run=0.0,
-        fused=True,
-    )
-    reached = dataclasses.replace(
-        peak,
-        arithmetic={kind: ((1, device.flops(mode, kind) * ARITHMETIC[kind]),) for kind in kinds},
-        reads=((1, mode.gb_per_s * 1e9 * BANDWIDTH),),
-        touches=((1, mode.gb_per_s * 1e9 * BANDWIDTH),),
-        operator=OPERATOR_CYCLES / (mode.gpu_mhz * 1e6),
-        product=OPERATOR_CYCLES / (mode.gpu_mhz * 1e6),
-        attention=OPERATOR_CYCLES / (mode.gpu_mhz * 1e6),
-    )
+    flops = {kind: device.flops(mode, kind) for kind in kinds}
+    read = mode.gb_per_s * 1e9
+    peak = dataclasses.replace(_rates(flops, read, 0.0, fused=True), touches=())  # the floor has none
+    shares = {kind: flops[kind] * ARITHMETIC[kind] for kind in kinds}
+    reached = _rates(shares, read * BANDWIDTH, OPERATOR_CYCLES / (mode.gpu_mhz * 1e6), fused=True)
     target = TARGETS[device.target]
     precisions = tuple(p for p in target.precisions if p != "fp32" and (p != "fp8" or device.fp8))
     notes = tuple(f"unverified: {what}" for what in device.unverified)
@@ -109,29 +109,11 @@ def platform_of_processor(processor: Processor) -> Platform:
 
     ONNX Runtime multiplies 4-bit weights as 8-bit ones, by dot products.
     """
-    peaks = {kind: processor.flops("float32" if kind == "float32" else "int8") for kind in CPU_ARITHMETIC}
+    flops = {kind: processor.flops("float32" if kind == "float32" else "int8") for kind in CPU_ARITHMETIC}
     read = processor.gb_per_s * 1e9
-    start = CPU_CYCLES / (processor.mhz * 1e6)
-    peak = Rates(
-        arithmetic={kind: ((1, flops),) for kind, flops in peaks.items()},
-        reads=((1, read),),
-        touches=((1, read),),
-        stored={},
-        operator=0.0,
-        product=0.0,
-        attention=0.0,
-        run=0.0,
-        fused=False,
-    )
-    reached = dataclasses.replace(
-        peak,
-        arithmetic={kind: ((1, flops * CPU_ARITHMETIC[kind]),) for kind, flops in peaks.items()},
-        reads=((1, read * CPU_BANDWIDTH),),
-        touches=((1, read * CPU_BANDWIDTH),),
-        operator=start,
-        product=start,
-        attention=start,
-    )
+    peak = _rates(flops, read, 0.0, fused=False)
+    shares = {kind: flops[kind] * share for kind, share in CPU_ARITHMETIC.items()}
+    reached = _rates(shares, read * CPU_BANDWIDTH, CPU_CYCLES / (processor.mhz * 1e6), fused=False)
     return Platform(
         name=processor.name,
         title=processor.title,
