@@ -479,8 +479,8 @@ FAULTS = (
     # -- trol_edge: verify, command line, measuring -------------------------------------------------------------------
     Fault(
         "trol_edge/verify/replay.py",
-        "if not (bundle.manifest.plan.quantized and report.could_be_rounding):",
-        "if bundle.manifest.plan.quantized and not report.could_be_rounding:",
+        "if not ((plan.quantized or plan.kv) and report.could_be_rounding):",
+        "if (plan.quantized or plan.kv) and not report.could_be_rounding:",
         "wrong numbers are a warning only",
         ("tests/test_verify.py",),
     ),
