@@ -22,7 +22,7 @@ def find_cache_scales(spec: ModelSpec, statistics: Statistics) -> dict[str, Floa
 
     Raises CalibrationError if the statistics do not say what the caches held.
     """
-    found = {}
+    found: dict[str, Float32] = {}
     for second, layers in enumerate(spec.cached_layers):
         for layer in layers:
             peaks = statistics.caches.get(layer)
