@@ -88,7 +88,7 @@ def test_a_contender_that_fails_has_its_error_in_its_row(nano_bundle: Path, tmp_
     assert row["error"] == sample["error"] and not row["prompts"]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_half_of_the_second_passes(tmp_path: Path) -> None:
     """A contender of its own: the same weights, a second pass in the first half of the layers, passes as they are."""
     bundle = bench.prepare(

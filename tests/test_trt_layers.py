@@ -81,7 +81,7 @@ def machine_of(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> M
     return Machine(stand_in, lambda **options: Runtime(folder, **options), folder)
 
 
-@pytest.fixture(params=list(VERSIONS))
+@pytest.fixture(params=["tensorrt", pytest.param("jetson-jp72", marks=pytest.mark.slow), "rtx"])
 def machine(
     request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Machine:
@@ -195,8 +195,15 @@ def test_fewer_second_passes(exported: Callable[..., Path], tmp_path: Path, monk
         assert difference(one, two) <= 1e-5
 
 
-@pytest.mark.parametrize("model", NANOS)
-@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize(
+    ("model", "reuse"),
+    [
+        (NANOS[0], True),
+        (NANOS[1], False),
+        pytest.param(NANOS[0], False, marks=pytest.mark.slow),
+        pytest.param(NANOS[1], True, marks=pytest.mark.slow),
+    ],
+)
 def test_passes_chosen_at_run_time(
     reuse: bool, model: str, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
