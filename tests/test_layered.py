@@ -79,7 +79,7 @@ def test_fewer_second_passes_and_one_scratch_set(exported: Callable[..., Path]) 
     assert np.array_equal(kept.traverse(prompt.copy(), None), scratch.traverse(prompt.copy(), None))
 
 
-@pytest.mark.parametrize("model", NANOS)
+@pytest.mark.parametrize("model", [NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
 def test_passes_chosen_at_run_time(exported: Callable[..., Path], model: str) -> None:
     """As many bits of a bundle that was exported with these passes, with and without its own set of caches."""
     both = exported(CHECKPOINTS / model, recipe=RECIPE)

@@ -87,7 +87,7 @@ KINDS = (
 )
 
 
-@pytest.fixture(scope="module", params=NANOS)
+@pytest.fixture(scope="module", params=[pytest.param(NANOS[0], marks=pytest.mark.slow), NANOS[1]])
 def written(request: pytest.FixtureRequest) -> tuple[str, PromptSpec, int]:
     """tokenizer.json as export writes it, the template, and the vocabulary."""
     source = Checkpoint(CHECKPOINTS / request.param)

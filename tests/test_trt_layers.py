@@ -81,7 +81,7 @@ def machine_of(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> M
     return Machine(stand_in, lambda **options: Runtime(folder, **options), folder)
 
 
-@pytest.fixture(params=["tensorrt", pytest.param("jetson-jp72", marks=pytest.mark.slow), "rtx"])
+@pytest.fixture(params=["tensorrt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jetson-jp72", "rtx"))])
 def machine(
     request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Machine:
@@ -187,6 +187,7 @@ def test_a_prompt_in_parts(reuse: bool, machine: Machine, nano: Runtime, monkeyp
     assert difference(state.step(rows[0], 300), theirs.step(rows[0], 300)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_fewer_second_passes(exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer without a second pass is not mixed."""
     source = exported(NANO, target="tensorrt", traversal="1,3")
@@ -199,9 +200,10 @@ def test_fewer_second_passes(exported: Callable[..., Path], tmp_path: Path, monk
     ("model", "reuse"),
     [
         (NANOS[0], True),
-        (NANOS[1], False),
-        pytest.param(NANOS[0], False, marks=pytest.mark.slow),
-        pytest.param(NANOS[1], True, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((NANOS[0], False), (NANOS[1], False), (NANOS[1], True))
+        ),
     ],
 )
 def test_passes_chosen_at_run_time(

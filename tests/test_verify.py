@@ -390,6 +390,7 @@ def test_engines(exported: Callable[..., Path], stand_in: Callable[..., Path], t
     assert first_wrong(folder) == "vision"
 
 
+@pytest.mark.slow
 def test_an_overflow_in_fp16(
     exported: Callable[..., Path],
     stand_in: Callable[..., Path],
@@ -434,7 +435,7 @@ def test_an_overflow_in_fp16(
 # -- rounded weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=[pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def rounded(
     request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
