@@ -27,7 +27,6 @@ from rich.table import Table
 from tests.bench import speed as bench
 from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.layer_graphs import ATTENTION_STEP, HEAD, layer_of
-from trol_edge.bundle.strict import from_dict
 from trol_edge.cli.programs import STEP
 from trol_edge.errors import TrolEdgeError, UsageError
 from trol_edge.export.quantize.recipes import RecipeOptions
@@ -158,6 +157,15 @@ def measure(
     return dataclasses.replace(built, missed=tuple(misses(case, built)))
 
 
+def rows_of(path: Path) -> list[Built]:
+    """The rows that an earlier run wrote. Raises UsageError for a file that holds none."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [Built(**row | {name: tuple(row[name]) for name in ("missed", "kernels")}) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path}: not the rows of an earlier run ({error}); name another file") from error
+
+
 def kernels_of(folder: Path) -> tuple[int, int]:
     """The distinct kernels of the engines in a folder, which a first start compiles, and all of them.
 
@@ -279,11 +287,9 @@ def main(
     """Build full-size engines by TensorRT for RTX and print time and memory. A missed limit exits with 1."""
     err = Console(stderr=True, highlight=False)
     cases = {case.name: case for case in CASES}
-    results: list[Built] = []
-    if json_file and json_file.is_file():
-        results = [from_dict(Built, row, str(json_file)) for row in json.loads(json_file.read_text(encoding="utf-8"))]
-    done = {FullSize(row.model, row.precision, by_layer=row.by_layer, half=row.half).name for row in results}
     try:
+        results = rows_of(json_file) if json_file and json_file.exists() else []
+        done = {FullSize(row.model, row.precision, by_layer=row.by_layer, half=row.half).name for row in results}
         names = [name for name in only.split(",") if name] or list(cases)
         if unknown := [name for name in names if name not in cases]:
             raise UsageError(f"{', '.join(unknown)}: not among {', '.join(cases)}")
