@@ -26,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 
-.PHONY: help engine test check test-slow test-all test-golden faults fault-catalogue fuzz load browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench bench-peers soak accuracy accuracy-outliers nano wheel docs pictures release-check clean
+.PHONY: help engine test check test-slow test-all test-golden faults fault-catalogue fuzz load browser profile bindings test-rtx engines-full test-gpu gpu-kit gpu-kit-jetson gpu-kit-check test-oldest test-aarch64 test-wheel lint bench bench-peers soak accuracy accuracy-kv accuracy-outliers nano wheel docs pictures release-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -105,6 +105,16 @@ ACCURACY := fp32 fp16 int8-dynamic int4-dynamic int8 int4
 accuracy: $(VENV)/engine.stamp  ## what other precisions lose against fp32 on 2000 held-out questions (MODEL=, CHECKPOINT=, SCENES=)
 	for p in $(ACCURACY); do $(BIN)/trol-edge export $(CHECKPOINT) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; done
 	$(BIN)/trol-edge compare $(foreach p,$(ACCURACY),build/accuracy/$(MODEL)-$(p)) --scenes $(SCENES) --threads 1 -o build/accuracy/$(MODEL)
+
+# Each with 8-bit keys and values and without; and what large channels in the keys, which change nothing in FP32, cost them.
+KV := fp32 int8 int4-dynamic
+accuracy-kv: $(VENV)/engine.stamp  ## what 8-bit keys and values lose against fp32, also with outlier channels in keys (MODEL=, SCENES=)
+	mkdir -p build/accuracy
+	$(BIN)/trol-edge outliers export/checkpoints/$(MODEL) --keys -o build/accuracy/$(MODEL)-loud --force
+	for p in $(KV); do $(BIN)/trol-edge export $(MODEL) --precision $$p -o build/accuracy/$(MODEL)-$$p --model $(MODEL) --force || exit 1; \
+		$(BIN)/trol-edge export $(MODEL) --precision $$p --kv int8 -o build/accuracy/$(MODEL)-$$p-kv --model $(MODEL) --force || exit 1; done
+	$(BIN)/trol-edge export build/accuracy/$(MODEL)-loud --precision fp32 --kv int8 -o build/accuracy/$(MODEL)-loud-kv --force
+	$(BIN)/trol-edge compare $(foreach p,$(KV),build/accuracy/$(MODEL)-$(p)) $(foreach p,$(KV),build/accuracy/$(MODEL)-$(p)-kv) build/accuracy/$(MODEL)-loud-kv --scenes $(SCENES) --threads 1 -o build/accuracy/$(MODEL)-kv
 
 # Outlier channels that change nothing in FP32: what our int8 and what plain INT8 (no rescaling, no clipping) make of them.
 accuracy-outliers: $(VENV)/engine.stamp  ## the same with outlier channels in trol-nano: int8, and plain INT8 beside it

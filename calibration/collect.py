@@ -22,7 +22,7 @@ from trol_edge.export.quantize.stats import (
     ROWS,
     PointStatistics,
 )
-from trol_edge.export.reference.model import LoraLinear
+from trol_edge.export.reference.model import EagerAttention, LoraLinear
 
 HISTOGRAM_ROWS = 256  # rows of one call that the histogram counts
 RESIDUAL_NORMS = ("attention_norm", "mlp_norm", "norm1", "norm2")  # norms whose input is the residual stream
@@ -182,6 +182,22 @@ class _Point:
             histogram_max=self.top,
             output_absmax=self.output_absmax,
         )
+
+
+class CachePeaks:
+    """The largest |keys| and |values| of one layer by pass, head and channel, as a cache holds them: keys rotated."""
+
+    def __init__(self, heads: int, size: int) -> None:
+        self.found = np.zeros((2, 2, heads, size), np.float32)  # keys and values, both passes
+
+    def add(self, attend: EagerAttention) -> None:
+        """Count the rows that attention over a prompt left in its caches, which are of one layer."""
+        for kind, cached in enumerate((attend.keys, attend.values)):
+            for traversal in (0, 1):
+                rows = cached[traversal][0]
+                assert rows is not None
+                peaks = rows[0].float().abs().amax(1).numpy()
+                np.maximum(self.found[kind, traversal], peaks, out=self.found[kind, traversal])
 
 
 class GateCounts:

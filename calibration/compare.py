@@ -73,6 +73,8 @@ class Comparison:
     hard_lost_points: float | None
     passes: str  # the layers, and which of them have a second pass, in words
     reference_passes: str
+    kv_bytes: int  # both K/V sets at full context
+    reference_kv_bytes: int
 
 
 def compare(
@@ -131,6 +133,7 @@ def _compare(
     with probed(reference, keep(0), threads) as a, probed(other, keep(1), threads) as b:
         _require_same_model(reference, a, other, b)
         passes = [runtime.bundle.manifest.passes for runtime in (a, b)]
+        caches = [runtime.model.backend.cache_bytes for runtime in (a, b)]
         ratios: dict[str, list[NDArray[np.float64]]] = {}
         divergences: list[float] = []
         top: list[bool] = []
@@ -186,6 +189,8 @@ def _compare(
         hard_lost_points=None if hard is None or reference_hard is None else reference_hard - hard,
         passes=passes[1],
         reference_passes=passes[0],
+        kv_bytes=caches[1],
+        reference_kv_bytes=caches[0],
     )
 
 
@@ -248,6 +253,9 @@ def summary(comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
         rows.append((f"right hard answers, % (reference {reference})", cells))
     if any(c.passes != first.reference_passes for c in comparisons):
         rows.append((f"passes (reference {first.reference_passes})", [c.passes for c in comparisons]))
+    if any(c.kv_bytes != first.reference_kv_bytes for c in comparisons):
+        reference = f"{first.reference_kv_bytes / 1e6:.2f}"
+        rows.append((f"K/V cache, MB (reference {reference})", [f"{c.kv_bytes / 1e6:.2f}" for c in comparisons]))
     return rows
 
 

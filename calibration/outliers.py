@@ -3,6 +3,9 @@
 Large models grow a few activation channels that are 20 to 100 times larger than the rest; trol-nano is too small for
 that. Here some channels of every norm are scaled up, and the columns of the Linears that read it are scaled down by the
 same power of two. In float32 not a bit changes, but one scale per tensor no longer suits INT8 activations.
+
+Keys have such channels, too. With `keys` it is theirs that grow, after every layer's rotary embedding, and the queries
+that meet them shrink. One scale per head no longer suits 8-bit keys then.
 """
 
 from __future__ import annotations
@@ -36,14 +39,16 @@ def make_outliers(
     *,
     factor: float = 50.0,
     channels: int = 4,
+    keys: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Write a copy of a checkpoint with outlier channels after every norm, in the published layout, streamed.
+    """Write a copy of a checkpoint with outlier channels after every norm, or in all keys, in the published layout.
 
     factor: how much larger the channels get; the nearest power of two is taken, because only that is exact. channels:
-    number per norm, chosen with `seed` for each norm. A tensor whose new values do not fit its stored dtype exactly is
+    number per norm, or pairs (that rotate together) per head of keys, chosen with `seed` for each. It is streamed. A
+    tensor whose new values do not fit its stored dtype exactly is
     stored as float32. Returns {"factor", "norms", "channels", "widened": names of such tensors, "bytes"}.
     Raises UsageError for numbers out of range, CheckpointError and ExportError as export does.
     """
@@ -53,7 +58,8 @@ def make_outliers(
         )
     source = Checkpoint(checkpoint)
     power = 2.0 ** round(math.log2(factor))
-    scales = _scales(source, power, channels, seed)
+    rng = np.random.default_rng(seed)
+    scales = _of_keys(source, power, channels, rng) if keys else _scales(source, power, channels, rng)
     parameters = list(source.parameters)
     dtypes: dict[str, str] = {}
     for i, name in enumerate(parameters):
@@ -87,7 +93,7 @@ def make_outliers(
     return {
         "factor": power,
         "channels": channels,
-        "norms": len(_norms(source.spec, set(source.parameters))),
+        "norms": 0 if keys else len(_norms(source.spec, set(source.parameters))),
         "widened": [name for name in parameters if dtypes[name] != source.dtype(name)],
         "bytes": end,
     }
@@ -112,9 +118,30 @@ def _norms(spec: ModelSpec, parameters: set[str]) -> dict[str, list[str]]:
     }
 
 
-def _scales(source: Checkpoint, power: float, channels: int, seed: int) -> dict[str, Tensor]:
+def _of_keys(source: Checkpoint, power: float, channels: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Factors of the rows of each layer's qkv Linear, as published, [rows, 1]; of its low-rank B, too."""
+    spec, parameters = source.spec, set(source.parameters)
+    half, group = spec.head_dim // 2, spec.num_heads // spec.num_kv_heads
+    if channels > half:
+        raise UsageError(f"{channels} channels asked for, but a head has {half} pairs of them; choose fewer")
+    scales: dict[str, Tensor] = {}
+    for i in range(spec.num_layers):
+        up = torch.ones(spec.num_kv_heads, 2, half)
+        for head in up:
+            head[:, torch.from_numpy(rng.choice(half, channels, replace=False))] = power
+        rows = up.flatten(1)
+        parts = (1 / rows.repeat_interleave(group, 0), rows, torch.ones_like(rows))  # queries, keys, values
+        ours = torch.cat([part.flatten() for part in parts])
+        for name in (f"decoder.layers.{i}.qkv.weight", f"decoder.layers.{i}.qkv.lora_b"):
+            if name in parameters:
+                order = source.parameters[name][0].rows
+                published = ours if order is None else torch.empty_like(ours).index_copy(0, order, ours)
+                scales[name] = published[:, None]
+    return scales
+
+
+def _scales(source: Checkpoint, power: float, channels: int, rng: np.random.Generator) -> dict[str, Tensor]:
     """Factors by which each changed parameter is multiplied along its last axis."""
-    rng = np.random.default_rng(seed)
     parameters = set(source.parameters)
     scales: dict[str, Tensor] = {}
     for norm, linears in _norms(source.spec, parameters).items():
@@ -140,7 +167,8 @@ def _blocks(source: Checkpoint, name: str, scales: dict[str, Tensor]) -> Iterato
         if scale is None:
             yield block
         else:
-            yield block.float() * (scale[start : start + len(block)] if block.dim() == 1 else scale)
+            by_row = block.dim() == 1 or scale.dim() == 2
+            yield block.float() * (scale[start : start + len(block)] if by_row else scale)
 
 
 def _fits(values: Tensor, dtype: torch.dtype) -> bool:

@@ -29,13 +29,14 @@ from torch import Tensor
 from trol_edge.bundle.folder import new_file, writing
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.calibration import samples as sampling
-from trol_edge.calibration.collect import Collector, GateCounts
+from trol_edge.calibration.collect import CachePeaks, Collector, GateCounts
 from trol_edge.calibration.left_out import Runs, alone_and_from_top, causal, lora_mask, losses
 from trol_edge.calibration.prompts import SamplePrompt, kinds_of, model_prompts
 from trol_edge.calibration.samples import Progress, SampleSet
 from trol_edge.errors import CalibrationError, TrolEdgeError, UsageError
 from trol_edge.export.gates import EMBED, LEFT_OUT, SHOWN, read_array
 from trol_edge.export.quantize.stats import (
+    CACHE_PEAKS,
     PARTS,
     ROOM,
     STATE,
@@ -293,7 +294,7 @@ class _Run:
         def stage(collector: Collector) -> None:
             name = f"decoder.layers.{index}"
             shapes = [(len(p.ids), self.spec.hidden_size) for p in self.prompts]
-            gates = GateCounts()
+            gates, caches = GateCounts(), CachePeaks(self.spec.num_kv_heads, self.spec.head_dim)
             with self.model.part(name) as layer, collector.watch(layer, name), self._writer() as write:
                 for i, x in self._each(shapes):
                     prompt = self.prompts[i]
@@ -304,11 +305,13 @@ class _Run:
                         for hidden in passes:
                             collector.peak(f"{name}.residual", hidden)
                         write(passes[2])
+                    caches.add(attend)
                     s = self.model.share(passes[0])[0, :, 0].numpy()
                     gates.add(s, kinds_of(prompt, self.spec))
                     if i < len(self.shown):
                         collector.arrays[f"gate/{i}"] = s
             collector.more["gate"] = gates.finished()
+            collector.arrays[CACHE_PEAKS] = caches.found
 
         return stage
 

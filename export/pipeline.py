@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from trol_edge._version import __version__
+from trol_edge.bundle.cache_scales import OLDEST_ONNXRUNTIME, SCALES
 from trol_edge.bundle.costs import Costs
 from trol_edge.bundle.embedding import embedding_names
 from trol_edge.bundle.folder import new_folder, sha256_of
@@ -31,7 +32,15 @@ from trol_edge.export.lower import cache as lower_cache
 from trol_edge.export.lower import ort as lower_ort
 from trol_edge.export.lower import trt as lower_trt
 from trol_edge.export.quantize import half, qdq
-from trol_edge.export.quantize.recipes import EXPORT_TARGETS, RecipeOptions, is_linear, make_plan, needs_statistics
+from trol_edge.export.quantize.cache import find_cache_scales
+from trol_edge.export.quantize.recipes import (
+    EXPORT_TARGETS,
+    RecipeOptions,
+    calibrates_computation,
+    is_linear,
+    make_plan,
+    needs_statistics,
+)
 from trol_edge.export.quantize.scales import find_scales, scales_of_norms
 from trol_edge.export.quantize.stored import IR_TYPES, Place, StoredWeights, places
 from trol_edge.export.reference import tokenizer
@@ -53,9 +62,10 @@ if TYPE_CHECKING:
 MIN_DEFAULT_CONTEXT = 2048  # smallest default context, in tokens
 ROOM_FOR_TEXT = 768  # tokens of template, question and answer beside one picture with the most tiles
 
-# Rewrites a quantized graph for a target, in place: (name of the graph, model, whether 4-bit weights are held once) ->
-# layouts of tensors that are written beside the parameters. Those that the graph reads stay initializers.
-Lowering = Callable[[str, ir.Model, bool], dict[str, Layout]]
+# Rewrites a quantized graph for a target, in place: (name of the graph, model, whether 4-bit weights are held once,
+# whether caches have 8 bits) -> layouts of tensors that are written beside the parameters. Those that the graph reads
+# stay initializers.
+Lowering = Callable[[str, ir.Model, bool, bool], dict[str, Layout]]
 LOWERINGS: dict[str, Lowering] = {"cpu": lower_ort.lower}
 
 
@@ -88,8 +98,8 @@ def export(
     passes. What that costs, `calibration.traversal.choose` measures, or an evaluation. choice: how it was chosen, for
     the manifest.
     options choose the precision (default: the recipe fp32). All recipes but fp32, int8-dynamic, int4-dynamic, and fp16
-    on a CPU, need statistics of this checkpoint's activations. calibration(checkpoint) loads or gathers them, once all
-    other checks have passed.
+    on a CPU, need statistics of this checkpoint's activations, and so do 8-bit keys and values in any recipe.
+    calibration(checkpoint) loads or gathers them, once all other checks have passed.
     record_selftest: keep what the bundle's arithmetic gives on a small prompt, for `trol_edge.verify.replay`, and how
     far that is from the FP32 reference.
     shared_weights, for TensorRT: traverse and step take the matrices that both read as inputs, so that one buffer on
@@ -111,6 +121,10 @@ def export(
     plan = make_plan(options, {name: source.shape(name) for name in source.names()}, target)
     if shared_weights:
         _require_shareable(plan, target)
+    if plan.kv is not None and not lower_ort.takes_eight_bit_caches(spec.head_dim):
+        raise UsageError(
+            f"8-bit keys and values (--kv {plan.kv}): heads of {spec.head_dim} numbers have no kernel; leave it out"
+        )
     needed = needs_statistics(options, plan)
     if needed and calibration is None:
         raise UsageError(f"precision {plan.recipe} for target {target} needs the statistics of a calibration")
@@ -123,14 +137,15 @@ def export(
                 f"{source.identity()[:12]}); calibrate this one into another folder"
             )
         scales = None
-        if plan.quantized and statistics is not None:
+        if plan.quantized and statistics is not None and calibrates_computation(options, plan):
             scales = find_scales(source, plan, statistics, options.sensitive, progress, is_gpu(target))
             plan = scales.plan
         elif plan.quantized:
             scales = scales_of_norms(source, plan, progress)
         if plan.compute == "fp16" and statistics is not None:
             plan = dataclasses.replace(plan, kept_fp32=half.find_overflows(statistics))
-        stored = StoredWeights(source, context, plan, scales)
+        cache_scales = find_cache_scales(spec, statistics) if plan.kv is not None and statistics is not None else {}
+        stored = StoredWeights(source, context, plan, scales, cache_scales)
         models = _trace(source, context, progress)
         inputs = scales.inputs if scales else {}
         cuts = {name: find_cuts(traced) for name, traced in models.items()}
@@ -180,6 +195,7 @@ def export(
             calibration=CalibrationInfo(statistics.samples, statistics.checkpoint) if statistics else None,
             distance=distance,
             traversal=choice,
+            requires={} if plan.kv is None else {"onnxruntime": OLDEST_ONNXRUNTIME},
         )
         write_manifest(folder, manifest)
     return manifest
@@ -288,7 +304,7 @@ def prepare(
         lower_cache.read_filled(model, give_rows=not in_place)
     elif not in_place and name != "vision":
         lower_cache.give_rows(model)
-    return LOWERINGS[target](name, model, once) if target in LOWERINGS else {}
+    return LOWERINGS[target](name, model, once, plan.kv is not None) if target in LOWERINGS else {}
 
 
 def take_inputs(
@@ -306,7 +322,7 @@ def take_inputs(
     if target == "cpu":
         given = {w for w in weights if w not in lowered}
         if name == LAYERS:  # no other session reads its matrices
-            given = {w for w in given if w in TABLES or w.endswith("norm.weight")}
+            given = {w for w in given if w in TABLES or w.endswith(("norm.weight", *SCALES))}
         as_inputs = canonical.weights_as_inputs(model, given)
     costs = None if name in SINGLE else counts.count(model, weights, scores=not is_gpu(target))
     return weights, as_inputs, costs

@@ -257,6 +257,9 @@ def _bundle(folder: Path, found: list[Gpu] | str, here: Machine, known: dict[str
         checks += _engines(bundle, target, found)
     else:
         checks.append(_memory(bundle, weights, here))
+        installed = _installed("onnxruntime")
+        if installed and (problem := manifest.too_old("onnxruntime", installed)):
+            checks.append(Check("onnxruntime for it", False, f"{problem}; install a newer one", True))
     if SELFTEST not in manifest.files:
         text = "the bundle has none, so its numbers cannot be checked here; export it again"
         return [*checks, Check("self-test", False, text)]
@@ -269,13 +272,22 @@ def _bundle(folder: Path, found: list[Gpu] | str, here: Machine, known: dict[str
     return [*checks, Check("self-test", bool(passed), text)]
 
 
+def _installed(module: str) -> str:
+    """The version of a module; "" if it cannot be imported."""
+    try:
+        return str(importlib.import_module(module).__version__)
+    except Exception:  # another check says why
+        return ""
+
+
 def _memory(bundle: Bundle, weights: WeightsFile, here: Machine) -> Check:
     """Compare loaded weights and a session's cache with the available memory."""
     manifest = bundle.manifest
     size = cpu_bytes(bundle, (name for graph in manifest.graphs.values() for name in graph.weights))
     size += embedding_bytes(bundle)
     cache = cache_bytes(manifest.graphs["traverse"].inputs, manifest.context)
-    text = f"needs about {(size + cache) / 1e9:.1f} GB (weights {size / 1e9:.1f}, both K/V sets {cache / 1e9:.1f})"
+    text = f"needs about {(size + cache) / 1e9:.1f} GB (weights {size / 1e9:.1f}, both K/V sets {cache / 1e9:.1f}"
+    text += ", in 8 bits)" if manifest.plan.kv else ")"
     free = here.available_bytes
     if free and size + cache > free:
         text += f", but {free / 1e9:.1f} are available; close programs, export with a smaller --context or precision"

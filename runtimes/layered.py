@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge.bundle.cache_scales import KINDS, cache_name, scale_name
 from trol_edge.bundle.graph_part import INPUTS, OUTPUTS
 from trol_edge.bundle.names import HEAD, IMAGE_ROWS, LAYERS, MIX
 from trol_edge.rope import TABLES
@@ -53,8 +54,8 @@ class _Sequence:
 class LayeredState:
     """Runs the passes of one state, over its caches.
 
-    cache, second: float32 [1, G, C, E] of every layer's keys and values in turn, of the first pass, and of the second
-    of those layers that have one. logits: float32 [1, V], which every run overwrites.
+    cache, second: float32 or int8 [1, G, C, E] of every layer's keys and values in turn, of the first pass, and of the
+    second of those layers that have one. logits: float32 [1, V], which every run overwrites.
     """
 
     def __init__(
@@ -117,9 +118,9 @@ class LayeredState:
         order = [0, 1, 2]  # of the buffers: what a layer reads, what its first pass writes, and its second
         for layer in range(len(self._sessions.layers)):
             a, b, c = order
-            self._add(made, layer, positions, x[a], x[b], self._cache[2 * layer : 2 * layer + 2])
+            self._add(made, layer, False, positions, x[a], x[b], self._cache[2 * layer : 2 * layer + 2])
             if both and layer in self._second:
-                self._add(made, layer, positions, x[b], x[c], self._second[layer])
+                self._add(made, layer, True, positions, x[b], x[c], self._second[layer])
                 for mixed, first, second in zip(x[a], x[b], x[c], strict=True):
                     inputs = {"first": first, "second": second}
                     made.runs.append(
@@ -137,6 +138,7 @@ class LayeredState:
         self,
         made: _Sequence,
         layer: int,
+        second: bool,
         positions: Sequence[Any],
         x: Sequence[Any],
         y: Sequence[Any],
@@ -144,8 +146,13 @@ class LayeredState:
     ) -> None:
         """Add a pass of a layer, which reads x and writes y. positions, x and y: an OrtValue for each part."""
         session = self._sessions.layers[layer]
+        # The session has one node for both passes, which names the first one's scales.
+        scales = {
+            scale_name(cache_name(kind, layer, False)): self._weights.get(scale_name(cache_name(kind, layer, second)))
+            for kind in KINDS
+        }
         for part, (at, read, written) in enumerate(zip(positions, x, y, strict=True)):
-            inputs = {"inputs_embeds": read, "position_ids": at, **dict(zip(INPUTS, cache, strict=True))}
+            inputs = {"inputs_embeds": read, "position_ids": at, **dict(zip(INPUTS, cache, strict=True)), **scales}
             binding = self._bound(session, inputs, dict(zip(OUTPUTS, (written, *cache), strict=True)))
             made.changing.append((part, binding, CHANGING & {port.name for port in session.get_inputs()}))
             made.runs.append((LAYERS, session, binding))

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from trol_edge.answering.sampling import best_token
 from trol_edge.backend import Backend, Placed
+from trol_edge.bundle.cache_scales import restored, scale_name, scale_names, unusable
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, derive_int8, derived_parameters
 from trol_edge.bundle.embedding import embedding_names
 from trol_edge.bundle.engines import ENGINES
@@ -81,6 +82,8 @@ class OrtBackend:
         if version < OLDEST:
             raise BackendError(f"onnxruntime {ort.__version__} is too old for opset 23; install 1.23.2 or newer")
         manifest = bundle.manifest
+        if problem := manifest.too_old("onnxruntime", ort.__version__):
+            raise BackendError(f"{bundle.folder}: {problem}; install a newer one, or export without --kv")
         _require_provider(bundle, provider)
         self.bundle, self.spec, self.context = bundle, manifest.spec, manifest.context
         self.prefix_reuse, self.provider, self.memory = prefix_reuse, provider, PROVIDERS[provider][1]
@@ -92,6 +95,8 @@ class OrtBackend:
         # In a bundle with graphs of single passes the whole ones serve measurements, and are loaded by them.
         self._serving = {name: g for name, g in manifest.graphs.items() if not (self._by_layer and name in WHOLE)}
         used = {name for graph in self._serving.values() for name in graph.weights}
+        scales = scale_names(self.spec) if manifest.plan.kv else []
+        used |= set(scales)  # graphs of single passes name those of the first pass, and run the second with its own
         constants = {name for graph in self._serving.values() for name in graph.constants}
         inputs = used - constants  # ONNX Runtime finds the constants in the file itself
         derived = derived_parameters(inputs - set(file.tensors))
@@ -129,6 +134,9 @@ class OrtBackend:
         for name in self._constants.keys() - kept - sources:
             del arrays[name]
         derive_int8(arrays, derived, keep=kept)
+        self.cache_scales = {name: arrays[name] for name in scales}
+        if wrong := list(unusable(self.cache_scales)):
+            raise BundleError(f"{file.path}: {wrong[0]}; export the bundle again")
         self.weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
         self._threads = threads or 0
         # Read now, because they may be changed until their first use. They are small: they hold no weights.
@@ -411,8 +419,9 @@ class OrtBackend:
 class OrtState:
     """One KV cache, and the buffers of a step, bound once.
 
-    cache: float32 or float16 [1, G, C, E] per layer, keys and values in turn, of the first pass. second: the same for
-    the second pass, if the back end keeps it. The buffers never change their addresses; on a GPU they are OrtValues.
+    cache: float32, float16 or int8 [1, G, C, E] per layer, keys and values in turn, of the first pass. second: the same
+    for the second pass, if the back end keeps it. The buffers never change their addresses; on a GPU they are
+    OrtValues.
     """
 
     def __init__(self, backend: OrtBackend) -> None:
@@ -422,6 +431,7 @@ class OrtState:
         self._text = "traverse_text" in graphs and backend.bundle.manifest.target == "cpu"
         past = backend.cache_ports
         present = [port.name.replace("past_", "present_", 1) for port in past]
+        self._ports = past
         # Without reuse, every layer of a traverse writes its second pass into the same scratch and reads it at once.
         sets, second = 2 * spec.num_layers, 2 * len(backend.second_layers)
         own = second if backend.prefix_reuse else 2
@@ -576,9 +586,13 @@ class OrtState:
         if which and not self._backend.prefix_reuse:
             return []
         found = []
-        for buffer in (self.cache, self.second)[which]:
+        first = len(self.cache)
+        ports, buffers = ((self._ports[:first], self.cache), (self._ports[first:], self.second))[which]
+        for port, buffer in zip(ports, buffers, strict=True):
             array = buffer if isinstance(buffer, np.ndarray) else buffer.numpy()
-            found.append(array[0][:, positions].swapaxes(0, 1).reshape(len(positions), -1).astype(np.float32))
+            rows, scales = array[0][:, positions], self._backend.cache_scales.get(scale_name(port.name))
+            rows = rows.astype(np.float32) if scales is None else restored(rows, scales)
+            found.append(rows.swapaxes(0, 1).reshape(len(positions), -1))
         return found
 
     def step(self, embedding: Float32, position: int, rotary: int | None = None) -> Float32:

@@ -107,8 +107,9 @@ def exported() -> Iterator[Callable[..., Path]]:
         recipe: str = "fp32",
         selftest: bool | None = None,
         traversal: str = "all",
+        kv: str | None = None,
     ) -> Path:
-        options = RecipeOptions(recipe)
+        options = RecipeOptions(recipe, kv=kv)
         tested = lowered and checkpoint.parent == CHECKPOINTS if selftest is None else selftest
 
         def make(folder: Path) -> None:

@@ -41,7 +41,11 @@ def statistics_of(source: Checkpoint, identity: str | None = None) -> Statistics
         vision(torch.randn(1, 3, spec.vision.image_size, spec.vision.image_size, generator=generator))
     points = {name: _point(torch.cat(rows), largest[name]) for name, rows in inputs.items()}
     peaks = {f"decoder.layers.{i}.residual": float(x.abs().max()) for i in range(spec.num_layers)}
-    return Statistics(points, peaks, CalibrationState(identity or source.identity(), "", 1, ()))
+    caches = {}
+    for i in range(spec.num_layers):
+        rows = [[cached[traversal][i] for traversal in (0, 1)] for cached in (attend.keys, attend.values)]
+        caches[i] = np.array([[t[0].abs().amax(1).numpy() for t in kind if t is not None] for kind in rows])
+    return Statistics(points, peaks, CalibrationState(identity or source.identity(), "", 1, ()), caches)
 
 
 def _note(point: str, x: Tensor, out: Tensor, inputs: dict[str, list[Tensor]], largest: dict[str, float]) -> None:

@@ -82,3 +82,25 @@ def test_bad_numbers_and_places(outliers: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     with pytest.raises(ExportError, match="exists"):
         make_outliers(NANO, outliers)
+
+
+@torch.no_grad()
+def test_keys_grow_and_nothing_else_changes(tmp_path: Path) -> None:
+    """Two pairs in every head of every layer, 32 times as large; bit for bit the same logits."""
+    result = make_outliers(NANO, tmp_path / "keys", factor=32, channels=2, keys=True)
+    assert result["norms"] == 0
+    pixels = torch.from_numpy(scenes.render(7)[0]).permute(2, 0, 1)[None] / 128.0 - 1
+    ids = torch.arange(5, 25)
+    assert torch.equal(logits(NANO, ids, pixels), logits(tmp_path / "keys", ids, pixels))
+    before, after = Checkpoint(NANO), Checkpoint(tmp_path / "keys")
+    spec = before.spec
+    queries = spec.num_heads * spec.head_dim
+    keys = slice(queries, queries + spec.num_kv_heads * spec.head_dim)
+    for i in range(spec.num_layers):
+        for part in ("weight", "lora_b"):
+            old, new = (c.tensor(f"decoder.layers.{i}.qkv.{part}").float() for c in (before, after))
+            grown = (new[keys] == 32 * old[keys]).all(1).view(spec.num_kv_heads, 2, spec.head_dim // 2)
+            assert grown.sum((1, 2)).tolist() == [4] * spec.num_kv_heads and torch.equal(grown[:, 0], grown[:, 1])
+            assert torch.equal(new[keys.stop :], old[keys.stop :])
+    with pytest.raises(UsageError, match="a head has 16 pairs"):
+        make_outliers(NANO, tmp_path / "more", channels=17, keys=True)

@@ -19,7 +19,8 @@ Reasons (figures in docs/decisions.md):
   8-bit ones when the bundle is loaded (`trol_edge.bundle.derived`), which costs memory and doubles the speed.
 - QuantizeLinear is com.microsoft's, because onnxruntime 1.23.2 has no kernel of the standard one at opset 23.
 - GroupQueryAttention writes the cache in place if past and present are bound to one buffer, and reads only the rows
-  that hold tokens.
+  that hold tokens. It reads new rows from an 8-bit cache, too, after it has rounded them, so whether rows were written
+  in this run or before changes nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from trol_edge.bundle.cache_scales import PAST, scale_name
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
 from trol_edge.bundle.names import IMAGE_ROWS
 from trol_edge.errors import ExportError
@@ -40,11 +42,20 @@ from trol_edge.export.storage import Layout, Rows
 MICROSOFT = "com.microsoft"
 OUTPUT_LAYER = "decoder.lm_head.weight"
 ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates heads whose size is a multiple of this
+# Attributes of GroupQueryAttention with a scale for each head and channel of its caches.
+EIGHT_BIT_CACHES: dict[str, Any] = {
+    "k_quant_type": "PER_CHANNEL",
+    "v_quant_type": "PER_CHANNEL",
+    "kv_cache_bit_width": 8,
+}
 EPSILON = 1e-30  # smallest step of a rounded token, so that a token of zeros stays zeros
 
 
-def lower(name: str, model: ir.Model, once: bool = False) -> dict[str, Layout]:
-    """Lower one graph ("vision", "traverse", "step", ...) in place. once: read the packed 4 bits in every graph.
+def lower(name: str, model: ir.Model, once: bool = False, eight_bit_caches: bool = False) -> dict[str, Layout]:
+    """Lower one graph ("vision", "traverse", "step", ...) in place.
+
+    once: read the packed 4 bits in every graph. eight_bit_caches: keep keys and values in 8 bits, whose scales become
+    parameters.
 
     Returns the layouts of tensors to be written beside the parameters. Those that the graph reads stay initializers;
     parameters, and 8-bit weights derived from 4-bit ones on load, are to become inputs. Raises ExportError if the graph
@@ -52,7 +63,10 @@ def lower(name: str, model: ir.Model, once: bool = False) -> dict[str, Layout]:
     """
     ports = _ports(model)
     layouts: dict[str, Layout] = {}
-    group_query_attention(model)
+    fused = group_query_attention(model, eight_bit_caches)
+    cached = any(str(value.name).startswith(PAST) for value in model.graph.inputs)
+    if eight_bit_caches and cached and not fused:
+        raise ExportError(f"{name}: its caches stay in floating point; this is a fault of trol-edge, please report it")
     if once or name == "step":
         nbits_matmul(model, layouts)
     if name == "step":
@@ -80,10 +94,16 @@ def _ports(model: ir.Model) -> list[tuple[str | None, ir.Shape | None]]:
 # -- attention -------------------------------------------------------------------------------------------------
 
 
-def group_query_attention(model: ir.Model) -> bool:
+def takes_eight_bit_caches(head_size: int) -> bool:
+    """Whether attention over heads of this size can read 8-bit caches, which GroupQueryAttention alone does."""
+    return head_size % ROTARY_MULTIPLE == 0
+
+
+def group_query_attention(model: ir.Model, eight_bit_caches: bool = False) -> bool:
     """Fuse split, rotation, cache and attention of each layer and pass into one GroupQueryAttention.
 
-    Returns whether there was any. Heads whose size is not a multiple of 16 stay as they are.
+    With `eight_bit_caches` it rounds new rows and restores the rows that it reads. Returns whether there was any. Heads
+    whose size is not a multiple of 16 stay as they are.
     """
     attentions = [node for node in model.graph if node.op_type == "Attention" and len(_inputs(node)) == 4]
     found = [_Attention(node) for node in attentions]
@@ -91,11 +111,19 @@ def group_query_attention(model: ir.Model) -> bool:
         return False
     shared = _shared_inputs(model, attentions[0])
     for match in found:
-        outputs = [ir.Value(name=v.name, shape=v.shape, type=v.type) for v in (match.context, *match.present)]
+        scales = [_rounded(model, cache) for cache in match.past] if eight_bit_caches else []
+        types = [match.context.type, *(cache.type for cache in match.past)]
+        outputs = [
+            ir.Value(name=v.name, shape=v.shape, type=t)
+            for v, t in zip((match.context, *match.present), types, strict=True)
+        ]
+        # Between the tables and the scales are positions, a bias and a sink, which are left out.
+        more: list[ir.Value | None] = [None, None, None, *scales] if scales else []
         fused = ir.node(
             "GroupQueryAttention",
-            [match.qkv, None, None, *match.past, *shared],
-            {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "do_rotary": 1},
+            [match.qkv, None, None, *match.past, *shared, *more],
+            {"num_heads": match.heads, "kv_num_heads": match.kv_heads, "do_rotary": 1}
+            | (EIGHT_BIT_CACHES if scales else {}),
             domain=MICROSOFT,
             outputs=outputs,
             name=f"{match.context.name}.gqa",
@@ -112,6 +140,14 @@ def group_query_attention(model: ir.Model) -> bool:
     if left:
         raise ExportError(f"{', '.join(sorted(left))} left beside GroupQueryAttention; please report this")
     return True
+
+
+def _rounded(model: ir.Model, cache: ir.Value) -> ir.Value:
+    """Make a cache [1, G, C, E] one of 8 bits; returns its scales, a parameter [1, G, 1, E]."""
+    assert cache.name and cache.shape is not None
+    cache.type = ir.TensorType(ir.DataType.INT8)
+    _, heads, _, size = cache.shape.numpy()
+    return _initializer(model, scale_name(cache.name), ir.DataType.FLOAT, (1, int(heads), 1, int(size)))
 
 
 class _Attention:

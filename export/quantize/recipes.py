@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from trol_edge.bundle import targets
+from trol_edge.bundle.cache_scales import EIGHT_BITS
 from trol_edge.bundle.precision import BLOCKS, DYNAMIC, PRECISIONS, QUANTIZED, RECIPES, LinearPlan, PrecisionPlan
 from trol_edge.bundle.strict import from_dict
 from trol_edge.errors import UsageError
@@ -52,6 +53,7 @@ class RecipeOptions:
     scaling: bool = True  # rescale channels where that cancels: SmoothQuant for int8 and fp8, AWQ for int4
     clipping: bool = True  # search weight scales of least error
     sensitive: float | None = 0.02  # int4: Linears with a larger output error (share of its energy) get int8
+    kv: str | None = None  # "int8": keep keys and values in 8 bits, on a CPU
     linears: dict[str, LinearPlan] = dataclasses.field(default_factory=dict)  # pattern -> treatment; the last wins
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class RecipeOptions:
             "vision": (self.vision, (None, *PRECISIONS)),
             "lora": (self.lora, (None, *PRECISIONS)),
             "observer": (self.observer, OBSERVERS),
+            "kv": (self.kv, (None, EIGHT_BITS)),
         }
         wrong = [
             f"{name} {value!r} is not one of {', '.join(str(c) for c in choices if c is not None)}"
@@ -112,6 +115,11 @@ def default_recipe(target: str, parameters: int) -> str:
 
 def needs_statistics(options: RecipeOptions, plan: PrecisionPlan) -> bool:
     """Whether the plan that these options give needs calibration statistics."""
+    return plan.kv is not None or calibrates_computation(options, plan)
+
+
+def calibrates_computation(options: RecipeOptions, plan: PrecisionPlan) -> bool:
+    """Whether it needs them for something else than keys and values: for Linears, or for what FP16 cannot hold."""
     if plan.compute == "fp16" or any(linear.activations for linear in plan.linears.values()):
         return True
     return plan.quantized and options.recipe not in DYNAMIC
@@ -157,6 +165,11 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
             f"precision {options.recipe}: only the target cpu rounds inputs while it runs; choose "
             f"{DYNAMIC[options.recipe]}"
         )
+    if options.kv is not None and target != "cpu":
+        raise UsageError(
+            f"8-bit keys and values (--kv {options.kv}): only the target cpu has kernels for them; leave the option "
+            "out (docs/quantization.md says what TensorRT makes of them)"
+        )
     compute = "fp16" if target != "cpu" and options.recipe != "fp32" else "fp32"
     quantized = [linear for linear in linears.values() if linear.precision in QUANTIZED]
     return PrecisionPlan(
@@ -168,6 +181,7 @@ def make_plan(options: RecipeOptions, shapes: Mapping[str, tuple[int, ...]], tar
         # With a scale per channel and nothing known of the inputs, the largest weight is the best guess.
         clipping=options.clipping and bool(quantized) and options.recipe != "int8-dynamic",
         embedding="int8" if options.recipe in DYNAMIC else None,
+        kv=options.kv,
     )
 
 

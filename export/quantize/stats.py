@@ -8,7 +8,9 @@ parts/<stage>.npz   one per finished stage: the arrays of its points, and "meta"
 
 A "point" is the input of one Linear, named by its parameter without ".weight": "decoder.layers.3.qkv",
 "vision.proj1"; the low-rank middle of a partial LoRA is "decoder.layers.3.qkv.lora_b". Both passes of the traversal
-count into one point, because they share the weights.
+count into one point, because they share the weights. What K/V caches hold is another matter: each pass has its own, and
+the part of a decoder layer has "cache_absmax", float32 [2, 2, G, E], the largest |keys| and |values| of both passes by
+head and channel. Folders that earlier versions wrote do not have it.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ FORMAT = "trol-edge-statistics"
 FORMAT_VERSION = 1
 STATE = "state.json"
 PARTS = "parts"
+CACHE_PEAKS = "cache_absmax"
 BINS = 2048
 ROWS = 64  # size of the reservoir
 # The smallest threshold, so that a tensor of zeros does not get a scale of zero. It is far below what any Linear of
@@ -94,13 +97,18 @@ class Statistics:
 
     points: PointStatistics by name, read from disk on access. peaks: largest |value| of tensors that are neither input
     nor output of a Linear: "decoder.layers.<i>.residual" and ".scores" (of attention, before the softmax),
-    "vision.layers.<i>.residual" and ".scores".
+    "vision.layers.<i>.residual" and ".scores". caches: [2, 2, G, E] by decoder layer, see above; empty if an earlier
+    version gathered them.
     """
 
     def __init__(
-        self, points: Mapping[str, PointStatistics], peaks: Mapping[str, float], state: CalibrationState
+        self,
+        points: Mapping[str, PointStatistics],
+        peaks: Mapping[str, float],
+        state: CalibrationState,
+        caches: Mapping[int, Float32] | None = None,
     ) -> None:
-        self.points, self.peaks, self.state = points, peaks, state
+        self.points, self.peaks, self.state, self.caches = points, peaks, state, caches or {}
 
     @property
     def checkpoint(self) -> str:
@@ -128,7 +136,21 @@ class Statistics:
             meta = read_meta(part)
             points |= dict.fromkeys(meta["points"], part)
             peaks |= meta["peaks"]
-        return cls(_Points(points), peaks, state)
+        decoder = [stage for stage in state.stages if stage.startswith("decoder.layers.")]
+        read = ((int(stage.rsplit(".", 1)[1]), _cache_peaks(part_path(path, stage))) for stage in decoder)
+        caches = {layer: found for layer, found in read if found is not None}
+        return cls(_Points(points), peaks, state, caches)
+
+
+def _cache_peaks(part: Path) -> Float32 | None:
+    """What a layer's caches held; None in parts of earlier versions."""
+    with open_part(part) as file:
+        if CACHE_PEAKS not in file:
+            return None
+        found: Float32 = file[CACHE_PEAKS]
+        if found.dtype != np.float32 or found.ndim != 4 or found.shape[:2] != (2, 2) or not np.isfinite(found).all():
+            raise ValueError(f"{CACHE_PEAKS} is {found.dtype} {list(found.shape)}, or has NaN or infinite values")
+        return found
 
 
 class _Points(Mapping[str, PointStatistics]):

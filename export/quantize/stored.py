@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
@@ -54,17 +55,25 @@ class StoredWeights:
     Raises CheckpointError after the last row if a value was NaN or infinite, and ExportError if FP16 cannot hold one.
     """
 
-    def __init__(self, source: Checkpoint, context: int, plan: PrecisionPlan, scales: Scales | None) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        context: int,
+        plan: PrecisionPlan,
+        scales: Scales | None,
+        cache_scales: Mapping[str, NDArray[np.float32]],
+    ) -> None:
         self._source, self._plan, self._scales = source, plan, scales
         self._half = plan.compute == "fp16"
-        self._rope = dict(zip(TABLES, graph_rope_tables(source.spec, context), strict=True))
+        # Tensors that no checkpoint has, whole, in float32.
+        self._made = {n: t.numpy() for n, t in zip(TABLES, graph_rope_tables(source.spec, context), strict=True)}
+        self._made |= cache_scales
         self.bad: list[str] = []
         self.layouts: dict[str, Layout] = {}
         for name in source.names():
             self.layouts |= self._layouts(name)
-        for name, table in self._rope.items():
-            shape = tuple(table.shape)
-            self.layouts[name] = Layout(name, "F32", shape, shape[0], lambda rows: rows.values)
+        for name, array in self._made.items():
+            self.layouts[name] = Layout(name, "F32", array.shape, len(array), lambda rows: rows.values)
 
     def dtype(self, name: str) -> str:
         """The stored dtype of a parameter that is not quantized."""
@@ -117,9 +126,9 @@ class StoredWeights:
         return rows.scale.T.astype("float16" if self._half else "float32")
 
     def read(self, name: str) -> Iterator[Rows]:
-        """Yield rows of a parameter (or a rope table) as they are stored."""
-        if name in self._rope:
-            yield Rows(0, self._rope[name].numpy())
+        """Yield rows of a parameter (or a rope table, or scales of a cache) as they are stored."""
+        if name in self._made:
+            yield Rows(0, self._made[name])
             return
         linear = self._plan.linears.get(name)
         if name == EMBEDDING and self._plan.embedding:

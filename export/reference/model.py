@@ -171,7 +171,8 @@ class EagerAttention:
 
     `keys[traversal][layer]` and `values[...]` are [B, G, T, E]. Set `positions` [S] (or [B, S]) and `mask`
     before each call of traverse or step. mask is boolean [S, T] or [B, 1, S, T] with True where a token may attend,
-    or None for plain causal order after everything cached.
+    or None for plain causal order after everything cached. rounding: what a cache makes of new keys and values
+    [B, G, S, E] of a pass (0 or 1); None keeps them as they are.
     """
 
     def __init__(self, spec: ModelSpec, cos: Tensor, sin: Tensor) -> None:
@@ -180,6 +181,7 @@ class EagerAttention:
         self.values: list[list[Tensor | None]] = [[None] * spec.num_layers for _ in range(2)]
         self.positions: Tensor = torch.empty(0, dtype=torch.int64)
         self.mask: Tensor | None = None
+        self.rounding: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
 
     @property
     def length(self) -> int:
@@ -197,6 +199,8 @@ class EagerAttention:
         if cos.dim() == 3:
             cos, sin = cos[:, None], sin[:, None]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.rounding is not None:
+            k, v = self.rounding(k, v, traversal)
         past_k, past_v = self.keys[traversal][layer], self.values[traversal][layer]
         if past_k is not None and past_v is not None:
             k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)

@@ -202,7 +202,7 @@ class _Forced:
     def __init__(self, graph: str, emulation: Emulation, spec: ModelSpec, tokens: int) -> None:
         self.graph, self._emulation, self.tokens = graph, emulation, tokens
         self.seen, self.step_seen = Seen(), Seen()
-        self._attend = EagerAttention(spec, *rope_of(spec, tokens + 1, False))
+        self.attend = EagerAttention(spec, *rope_of(spec, tokens + 1, False))
         mask = graph == "traverse" and spec.lora_rank
         self._mask = (torch.arange(tokens) < (tokens + 1) // 2).float()[None, :, None] if mask else None
         self.x = self.step = torch.empty(0)
@@ -212,13 +212,13 @@ class _Forced:
     def start(self, scale: float) -> None:
         """Begin with an input of this size."""
         self.scale = np.float32(scale)
-        width = self._attend.spec.hidden_size
+        width = self.attend.spec.hidden_size
         rows = probes.pattern("inputs_embeds", width)[np.arange(self.tokens + 1) % probes.ROWS] * self.scale
         self.x, self.step = torch.from_numpy(rows[None, :-1]), torch.from_numpy(rows[None, -1:])
 
     def through(self, model: Layerwise, layer: Any, twice: bool) -> None:
         """Run one decoder layer, its passes over the prompt and then one token after it. twice: see Layerwise."""
-        attend, rows = self._attend, list[Any]()
+        attend, rows = self.attend, list[Any]()
         self._emulation.begin(self.graph, self.seen)
         attend.positions = torch.arange(self.tokens)
         self.x = model.traverse(layer, 0, self.x, self._mask, attend, twice)[2]
@@ -341,6 +341,9 @@ class _Run:
                 one.start(scale)
         for i in range(spec.num_layers):
             name, twice = f"decoder.layers.{i}", i in spec.second_layers
+            rounding = self._weights.rounding(i) if isinstance(self._weights, Written) else None
+            for attend in (*(s.attend for s in sequences.values()), *(one.attend for one in made_up)):
+                attend.rounding = rounding
             with self._part(name) as layer:
                 for sequence in sequences.values():
                     sequence.through(self._model, layer, name, twice)

@@ -5,7 +5,7 @@ The file is mapped, and a part of it is converted at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trol_edge.bundle.cache_scales import scale_names
 from trol_edge.bundle.derived import NBITS, NBITS_SCALE, int8_from_nbits
 from trol_edge.bundle.names import EMBEDDING, EMBEDDING_SCALE
 from trol_edge.bundle.precision import QUANTIZED, PrecisionPlan
 from trol_edge.bundle.weights import FLOATS, STORED, WeightsFile, to_float32
+from trol_edge.export.quantize.cache import rounding_of
 from trol_edge.export.quantize.qdq import scale_name
 from trol_edge.export.quantize.recipes import is_linear
 from trol_edge.export.reference.checkpoint import Checkpoint
@@ -31,6 +33,13 @@ class Written:
     def __init__(self, path: Path, source: Checkpoint, plan: PrecisionPlan) -> None:
         self.spec, self.family = source.spec, source.family
         self._file, self._source, self._plan = WeightsFile(path), source, plan
+
+    def rounding(self, layer: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None:
+        """What the caches of a layer make of new keys and values; None if they keep them as they are."""
+        if self._plan.kv is None:
+            return None
+        names = [name for name in scale_names(self.spec) if name.startswith(f"decoder.layers.{layer}.")]
+        return rounding_of(layer, {name: torch.from_numpy(np.array(self._array(name))) for name in names})
 
     def tensor(self, name: str) -> Tensor:
         """A parameter, [out, in] if it is a Linear, with its scales applied."""

@@ -20,9 +20,11 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from trol_edge.bundle.cache_scales import EIGHT_BITS, scale_name, scale_names, scale_shape
 from trol_edge.bundle.costs import Costs, wrong_counts
 from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE
 from trol_edge.bundle.folder import digest_of, sha256_of, taken_back
@@ -131,6 +133,16 @@ class Manifest:
     # equal best tokens); None without a self-test, or in bundles that recorded the FP32 reference itself.
     distance: dict[str, float] | None = None
     traversal: TraversalChoice | None = None  # how spec.traversed was chosen; None: it was given
+    # The oldest version, such as "1.27", of a library that runs the graphs, if it is newer than what this version needs
+    # at all.
+    requires: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def too_old(self, library: str, version: str) -> str:
+        """Why a version of a library cannot run the graphs, in words; "" if nothing is known against it."""
+        oldest = self.requires.get(library, "0")
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) >= tuple(map(int, oldest.split("."))):
+            return ""
+        return f"needs {library} {oldest} or newer (for 8-bit keys and values), and {version} is installed"
 
     @property
     def passes(self) -> str:
@@ -276,6 +288,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         del data["spec"]["traversed"]  # the same for versions that pass every layer twice
     if data["plan"]["embedding"] is None:
         del data["plan"]["embedding"]  # and for those that round no table
+    if data["plan"]["kv"] is None:
+        del data["plan"]["kv"]  # and for those whose caches have no scales
+    if not data["requires"]:
+        del data["requires"]
     if data["traversal"] is None:
         del data["traversal"]  # and for those that do not choose
     data = json.loads(json.dumps(data))  # tuples become lists before hashing, as a reader gets them
@@ -336,6 +352,15 @@ def _wrong_numbers(manifest: Manifest) -> Iterator[str]:
     yield from wrong_sizes(manifest.image, "image.")
     if manifest.plan.compute not in ("fp32", "fp16"):
         yield f"plan.compute {manifest.plan.compute!r:.80} is neither fp32 nor fp16"
+    if manifest.plan.kv not in (None, EIGHT_BITS):
+        yield f"plan.kv {manifest.plan.kv!r:.80} is not {EIGHT_BITS}"
+    if manifest.plan.kv and manifest.target != "cpu":
+        yield f"plan.kv {manifest.plan.kv} is for target cpu, not for {printable(manifest.target)[:80]}"
+    if manifest.plan.kv and "onnxruntime" not in manifest.requires:
+        yield "requires no version of onnxruntime, which 8-bit keys and values do"
+    for library, version in manifest.requires.items():
+        if library != "onnxruntime" or not re.fullmatch(r"\d{1,4}\.\d{1,4}", version):
+            yield f"requires {printable(library)[:80]} {printable(version)[:80]}, which names no version that is known"
     for name, linear in manifest.plan.linears.items():
         yield from (f"plan of {printable(name)[:80]}: {problem:.200}" for problem in linear.problems())
     if spec.long_rope is not None:
@@ -404,6 +429,10 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
     for table in TABLES:
         if table in tensors and tensors[table].shape != (rows, spec.head_dim // 2):
             yield f"its {table} is {list(tensors[table].shape)} instead of [{rows}, {spec.head_dim // 2}]"
+    for name in scale_names(spec) if manifest.plan.kv else ():
+        info = tensors.get(name)
+        if info is None or (info.dtype, info.shape) != ("F32", scale_shape(spec)):
+            yield f"it has no {name}, float32 {list(scale_shape(spec))}, for 8-bit keys and values"
     tower = spec.vision
     patches = (tower.image_size // tower.patch_size) ** 2
     for name, rows in {
@@ -434,6 +463,14 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
         past = sum(port.name.startswith("past_") for port in info.inputs)
         if past != (2 * passes if name in ("step", "traverse", "traverse_text", LAYERS) else 0):
             yield f"graph {name} has {past} inputs for the cache of {spec.num_layers} layers, {layers} of keys"
+        if manifest.plan.kv:
+            odd = [port for port in info.inputs if port.name.startswith("past_") and port.dtype != EIGHT_BITS]
+            lacking = {scale_name(port.name) for port in info.inputs if port.name.startswith("past_")}
+            lacking -= set(info.weights)
+            if odd or lacking:
+                yield f"graph {name} does not keep keys and values in 8 bits with their scales, as its plan says"
+        elif any(port.dtype == EIGHT_BITS for port in info.inputs):
+            yield f"graph {name} has inputs in 8 bits, which its plan does not say"
         caches, new = _caches(info.inputs, "past_"), _caches(info.outputs, "new_")
         if _caches(info.outputs, "present_") != caches:
             yield f"graph {name} does not have an output present_* for each input past_*, of its name and type"

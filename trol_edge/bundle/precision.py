@@ -52,6 +52,7 @@ class PrecisionPlan:
     clipping: bool = False  # weight scales minimise the error instead of covering the largest weight
     kept_fp32: tuple[str, ...] = ()  # with compute "fp16": tensors that overflow and stay in float32
     embedding: str | None = None  # "int8": the table has 8 bits, and a scale per row; None: as the checkpoint has it
+    kv: str | None = None  # "int8": keys and values are kept in 8 bits, see cache_scales.py; None: as they are computed
 
     @property
     def quantized(self) -> bool:

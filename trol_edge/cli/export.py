@@ -75,6 +75,13 @@ def export(
             "--traversal auto may take half of it, and without this option 1e-4."
         ),
     ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            help="int8 keeps keys and values in 8 bits, with scales from the calibration: a quarter of the K/V cache's "
+            "bytes. For the target cpu; the robot needs onnxruntime 1.27.  [default: as they are computed]"
+        ),
+    ] = None,
     selftest: Annotated[
         bool,
         typer.Option(
@@ -106,7 +113,7 @@ def export(
     if precision is None:
         precision = _default_precision(folder, target, quiet=as_json)
     options = recipes.read_options(
-        precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling
+        precision, block=block, observer=observer, lm_head=lm_head, vision=vision, scaling=scaling, kv=kv
     )
     model = model or known
     start = time.perf_counter()
@@ -203,7 +210,10 @@ def outliers(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Checkpoint folder to write.")],
     factor: Annotated[float, typer.Option(help="Factor of the channels; rounded to the nearest power of two.")] = 50.0,
-    channels: Annotated[int, typer.Option(help="Channels per norm.")] = 4,
+    channels: Annotated[int, typer.Option(help="Channels per norm; with --keys, pairs per head.")] = 4,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Make them in the keys of attention instead of after the norms.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the choice of channels.")] = 0,
     force: Force = False,
     as_json: Json = False,
@@ -217,6 +227,7 @@ def outliers(
             output,
             factor=factor,
             channels=channels,
+            keys=keys,
             seed=seed,
             overwrite=force,
             progress=progress,
@@ -224,7 +235,8 @@ def outliers(
     if as_json:
         print_json(result | {"checkpoint": str(output), "peak_bytes": peak_memory()})
         return
+    where = "pairs of channels in every head of keys" if keys else f"channels of {result['norms']} norms"
     out.print(
-        f"{channels} channels of {result['norms']} norms x {result['factor']:g} in {output}, "
+        f"{channels} {where} x {result['factor']:g} in {output}, "
         f"{result['bytes'] / 1e6:.1f} MB ({len(result['widened'])} tensors stored as float32 to stay exact)"
     )

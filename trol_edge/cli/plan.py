@@ -31,6 +31,7 @@ def plan(
         list[str] | None,
         typer.Option(help="Precision as for export; repeatable.  [default: all that the device supports]"),
     ] = None,
+    kv: Annotated[str | None, typer.Option(help="int8: keys and values in 8 bits, as for export.")] = None,
     engines: Annotated[
         Form | None, typer.Option(help="Engines as for build.  [default: the bundle's own, or whole]")
     ] = None,
@@ -66,8 +67,8 @@ def plan(
         return
     if (bundle is None) == (model is None):
         raise typer.BadParameter("give either a bundle folder or --model")
-    if bundle is not None and (precision or context):
-        raise typer.BadParameter("a bundle's precision and context are fixed; use --model to choose them")
+    if bundle is not None and (precision or context or kv):
+        raise typer.BadParameter("a bundle's precision, K/V and context are fixed; use --model to choose them")
     layered = engines is Form.LAYERS
     fixed = None if bundle is None else subject_of(Bundle(bundle))
     if fixed is not None and engines is not None and fixed.by_layer != layered:
@@ -94,7 +95,7 @@ def plan(
         shape = unbuilt.published(model, context)
 
         def made(target: str, recipe: str, twice: int | None = None) -> Subject:
-            found = shape.subject(target, read_options(recipe), twice)
+            found = shape.subject(target, read_options(recipe, kv=kv), twice)
             return found.in_layers() if layered and is_gpu(target) else found
 
         subject = functools.cache(made)

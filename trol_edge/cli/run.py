@@ -200,6 +200,8 @@ def inspect(
         f"{sum(math.prod(t.shape) for t in tensors.values()):,} numbers in {len(tensors)} tensors, each stored once, "
         f"{sum(t.nbytes for t in tensors.values()) / 1e6:.1f} MB; tokenizer: {'tokenizer.json' in manifest.files}"
     )
+    for library, version in manifest.requires.items():
+        out.print(f"needs {library} {version} or newer")
     for note in manifest.notes:
         out.print(f"note: {note}")
     out.print(_precision(manifest), style="italic")
@@ -286,6 +288,7 @@ def _precision(manifest: Any) -> str:
     """Describe the recipe of a bundle in one line."""
     plan = manifest.plan
     text = f"precision {plan.recipe}, the rest computes in {plan.compute}"
+    text += f", keys and values kept in {plan.kv}" if plan.kv else ""
     if plan.observer:
         text += f", activation scales by {plan.observer}"
     if manifest.calibration:

@@ -23,6 +23,7 @@ from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST
+from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.machine import sensors
@@ -116,6 +117,8 @@ def bundle_id(bundle: Bundle) -> BundleId:
         manifest_sha256=sha256_of(bundle.folder / MANIFEST),
         created_by=manifest.created_by,
         traversed=manifest.spec.traversed,
+        kv=manifest.plan.kv,
+        cache_bytes=cache_bytes(manifest.graphs["traverse"].inputs, manifest.context),
     )
 
 

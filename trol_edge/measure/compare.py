@@ -158,7 +158,7 @@ def _same_machine(old: Profile, new: Profile) -> None:
 
 def _key(measured: BundleProfile) -> tuple[object, ...]:
     bundle = measured.bundle
-    return bundle.model, bundle.target, bundle.precision, bundle.context, bundle.traversed
+    return bundle.model, bundle.target, bundle.precision, bundle.kv, bundle.context, bundle.traversed
 
 
 def _asked(run: Run) -> tuple[object, ...]:

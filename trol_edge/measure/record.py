@@ -43,13 +43,14 @@ class BundleId:
     manifest_sha256: str  # of bundle.json, whose hashes cover everything in the bundle
     created_by: str
     traversed: tuple[int, ...] | None = None  # the layers with a second pass; None: all
+    kv: str | None = None  # "int8": keys and values in 8 bits
+    cache_bytes: int | None = None  # both K/V sets at full context; None: measured by an earlier version
 
     @property
     def kind(self) -> str:
-        """The recipe, and where second passes were left out how many layers have one."""
-        if self.traversed is None:
-            return self.precision
-        return f"{self.precision}, second pass in {len(self.traversed)} layer(s)"
+        """The recipe, keys and values if they are rounded, and where second passes were left out how many there are."""
+        name = self.precision if self.kv is None else f"{self.precision}, K/V {self.kv}"
+        return name if self.traversed is None else f"{name}, second pass in {len(self.traversed)} layer(s)"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,8 @@ def forced_stages(model: Model, test: SelfTest, pixels: NDArray[np.float32]) -> 
         found = backend.run_cut(graph, [value for value, _, _ in cuts], feeds, state)
         if found is None:
             return
-        yield from _compare(graph, record, found, state, tokens, spec)
+        rounded = graph != "vision" and model.bundle.manifest.plan.kv is not None
+        yield from _compare(graph, record, found, state, tokens, spec, rounded)
 
 
 def _inputs(record: ForcedGraph, width: int, tokens: int, graph: str, masked: bool) -> dict[str, NDArray[Any]]:
@@ -91,9 +92,17 @@ def _inputs(record: ForcedGraph, width: int, tokens: int, graph: str, masked: bo
 
 
 def _compare(
-    graph: str, record: ForcedGraph, found: dict[str, NDArray[Any]], state: Any, tokens: int, spec: ModelSpec
+    graph: str,
+    record: ForcedGraph,
+    found: dict[str, NDArray[Any]],
+    state: Any,
+    tokens: int,
+    spec: ModelSpec,
+    rounded: bool,
 ) -> Iterator[Stage]:
+    """Compare a graph. rounded: whether its caches have 8 bits."""
     budget = ALWAYS["arithmetic"]
+    of_rows = ALWAYS["rounded"] if rounded else budget  # of keys, values, and what attention makes of them
     kept: list[Any] = [[], []]
     if record.cache.size:
         rows = np.array([tokens], np.int32) if graph == "step" else probes.seen(tokens).astype(np.int32)
@@ -105,7 +114,7 @@ def _compare(
                 place = spec.cached_layers[which].index(layer)
                 here = probes.summary(kept[which][2 * place + kind])
                 title = f"arithmetic.{graph}.layers.{layer}{_pass(graph, which)}.{name}"
-                yield compared(title, here, record.cache[which, layer, kind], budget)
+                yield compared(title, here, record.cache[which, layer, kind], of_rows)
 
     for i, (value, weight, use) in enumerate(record.cuts()):
         qkv = re.fullmatch(r"decoder\.layers\.(\d+)\.out\.weight", weight)
@@ -113,7 +122,8 @@ def _compare(
             yield from cached(int(qkv[1]), use)
         computed = found[f"{value}.computed"]
         here = probes.summary(computed.reshape(-1, computed.shape[-1]))
-        yield compared(f"arithmetic.{_maker(graph, weight, use, spec)}", here, record.seen[i, : len(here)], budget)
+        allowed = of_rows if qkv else budget
+        yield compared(f"arithmetic.{_maker(graph, weight, use, spec)}", here, record.seen[i, : len(here)], allowed)
     (output,) = [array for name, array in found.items() if not name.endswith(".computed")]
     if graph == "vision":
         here = probes.summary(output[0][probes.seen(len(output[0]))])

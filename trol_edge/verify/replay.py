@@ -110,7 +110,8 @@ def first_load(model: Model) -> None:
         return
     text = f"{bundle.folder}: {report.verdict}. `trol-edge verify` shows all stages; "
     turn_off = f"Runtime(..., selftest=False), or {SWITCH}=0 in the environment"
-    if not (bundle.manifest.plan.quantized and report.could_be_rounding):
+    plan = bundle.manifest.plan
+    if not ((plan.quantized or plan.kv) and report.could_be_rounding):
         raise VerifyError(f"{text}to load it anyway, use {turn_off}")
     log.warning("%sif `trol-edge compare` finds the answers good enough, use %s", text, turn_off)
 

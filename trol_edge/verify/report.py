@@ -22,11 +22,13 @@ ALWAYS = {
     "preprocess": 5e-3,
     "rope": 1e-6,
     "arithmetic": 2e-5,
+    "rounded": 5e-3,
     "stored": 1e-12,
     "tokens": 0.0,
     "tokenizer": 0.0,
     "prompt": 0.0,
-}  # budgets that no precision changes
+}  # budgets that no precision changes; "rounded": of 8-bit keys and values, and of what attention makes of them, where
+# another order of sums moves a few numbers to the next step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +221,8 @@ def budget_of(manifest: Manifest, prefix: str) -> Budget:
     if far is None:
         return loosest
     exact = BUDGETS["fp32" if manifest.target == "cpu" else "fp16"]
-    if not used & set(QUANTIZED):
+    # The tower has no cache.
+    if not used & set(QUANTIZED) and (plan.kv is None or prefix == "vision."):
         return dataclasses.replace(exact, embedding=BUDGETS["fp32"].embedding)
     kinds = {
         kind: min(max(APART * far[kind], getattr(exact, kind)), 0.9 * UNRELATED)
