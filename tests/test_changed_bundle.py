@@ -47,7 +47,8 @@ def replace(path: Path) -> None:
     path.with_suffix(".new").replace(path)
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
 def test_constants_live_until_a_session_has_them(recipe: str, exported: Callable[..., Path]) -> None:
     """With an allocator that gives memory back at once, as it does for a large bundle: reading it then is a crash."""
     program = "import sys; from trol_edge import Runtime; rt = Runtime(sys.argv[1], selftest=False); "

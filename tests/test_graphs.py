@@ -433,13 +433,9 @@ def test_view_of_the_logits_is_overwritten(runtime: Callable[[str], Runtime]) ->
     assert np.array_equal(copied, again)
 
 
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        (NANOS[0], "step"),
-        *(pytest.param(m, n, marks=pytest.mark.slow) for m in NANOS for n in TRACED if (m, n) != (NANOS[0], "step")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", NANOS)
+@pytest.mark.parametrize("name", TRACED)
 def test_kept_traces_are_true(model: str, name: str, traces: Callable[..., Any]) -> None:
     """The suite traces a layer of each architecture once; fresh, without what the key leaves out, it is the same."""
     import onnx_ir

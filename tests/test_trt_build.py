@@ -606,6 +606,7 @@ def test_what_is_not_of_this_build_is_built_again(
         assert verified(bundle, done.engines, name)
 
 
+@pytest.mark.slow
 def test_layers_have_no_use_for_shared_weights(traces: dict[Any, Any], tmp_path: Path) -> None:
     """Each engine holds its own weights once."""
     library: Any = MadeUpLibrary(version=(1, 7, 1), rtx=True)

@@ -435,7 +435,7 @@ def test_an_overflow_in_fp16(
 # -- rounded weights ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.fixture(scope="module", params=["int8", "int4"])
 def rounded(
     request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -445,6 +445,7 @@ def rounded(
     return folder
 
 
+@pytest.mark.slow
 def test_rounded_weights(rounded: Path, tmp_path: Path) -> None:
     """Within the budget; and faults that rounding cannot explain are out of it."""
     assert first_wrong(rounded) == "nothing"
@@ -537,6 +538,7 @@ def test_a_wrong_bundle_is_not_loaded(copy: Path, replays: list[str]) -> None:
         assert runtime.generate("What is this?", max_new_tokens=1).token_ids
 
 
+@pytest.mark.slow
 def test_worse_rounding_is_a_warning(
     rounded: Path, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
