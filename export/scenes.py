@@ -11,7 +11,7 @@ What makes an answer unambiguous, by construction (pixels of the 112 x 112 pictu
   above or below X), and every other object is at most `RELATION_SLACK` on that side; "what is above the object left of
   X" when that holds for both steps
 - "which is nearer to X" is asked about two objects whose distances to X differ by `NEARER_MARGIN` or more; "what is
-  farthest from" wants the same difference between the two greatest distances
+  farthest from" wants `FARTHEST_MARGIN` between the two greatest distances
 - "how many red objects are above X" is asked when every other object is more than `RELATION_SLACK` above or below X
 
 The three kinds in `HARD_KINDS` are not learnt completely, so a loss of accuracy shows in them first. They come last in
@@ -62,7 +62,8 @@ NEAR_EDGE = 37.0  # left/top third: centre below this; right/bottom: above PIXEL
 MIDDLE = 9.0  # middle: centre within this of the picture's centre
 RELATION_MARGIN = 12.0
 RELATION_SLACK = 4.0
-NEARER_MARGIN = 4.0
+NEARER_MARGIN = 28.0
+FARTHEST_MARGIN = 4.0
 
 # Table colours: muted, so that every object colour is distinct on each of them.
 _TABLES = (
@@ -451,7 +452,7 @@ def _chain(scene: Scene, rng: random.Random) -> Item | None:
     for i, side, j in steps:
         options += [(i, side, rng.choice(_SIDES[then][0]), k) for o, then, k in steps if o == j and k != i]
         *_, (second, _), (most, k) = sorted((_distance(scene, j, k), k) for k in range(len(scene.objects)))
-        if k != i and most >= second + NEARER_MARGIN:
+        if k != i and most >= second + FARTHEST_MARGIN:
             options.append((i, side, "farthest from", k))
     if not options:
         return None

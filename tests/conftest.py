@@ -26,6 +26,9 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "export" / "checkpoints"
 os.environ["TROL_EDGE_SELFTEST"] = "0"
 # One thread each: in models as small as these a second one waits, spinning, and other tests run beside.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Servers here speak no TLS, and certificates would be read again for each request.
+os.environ["SSL_CERT_DIR"] = os.devnull
+os.environ.pop("SSL_CERT_FILE", None)
 # Wide enough that no message breaks where the length of a temporary folder's name says.
 os.environ["COLUMNS"] = "200"
 NANOS = ("trol-nano", "trol-nano-phi3")  # the shipped models, one per family
@@ -70,16 +73,17 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def traces() -> Iterator[Callable[..., Any]]:
-    """Trace each architecture once and keep it (tests/traces.py): the suite's largest cost. Yields the real trace."""
+    """Trace a layer of each architecture once and keep it (tests/traces.py): the suite's largest cost. Yields the real
+    `trace_one`."""
     if importlib.util.find_spec("torch") is None:  # the environment of a robot
         yield lambda *_: None
         return
     from tests.traces import remember
     from trol_edge.export.graphs import canonical as graphs
 
-    real = graphs.trace
+    real = graphs.trace_one
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "trace", remember(real))
+        patch.setattr(graphs, "trace_one", remember(real))
         yield real
 
 

@@ -167,8 +167,18 @@ def keys(name: str) -> set[str]:
     return {key.split("/")[1] for key in np.load(GOLDEN / case / "expected.npz") if key.startswith(f"{run_name}/")}
 
 
-@pytest.mark.parametrize("name", GOLDEN_BEAMS)
-@pytest.mark.parametrize("reuse", [True, False])
+# One of each family with both K/V sets or one; the others are slow.
+QUICK_BEAMS = {("internlm2-text/main/0", True), ("phi3-tile1/main/0", False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "reuse"),
+    [
+        pytest.param(name, reuse, marks=() if (name, reuse) in QUICK_BEAMS else pytest.mark.slow)
+        for name in GOLDEN_BEAMS
+        for reuse in (True, False)
+    ],
+)
 def test_golden_beams(name: str, reuse: bool, load: Prompts) -> None:
     """The authors' benchmark setting, five beams; with one K/V set too. The session holds the prompt again after it."""
     prompt = load(name)

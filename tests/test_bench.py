@@ -38,6 +38,7 @@ def positive(spread: dict[str, float]) -> bool:
     return set(spread) == SPREAD and 0 < spread["min"] <= spread["median"] <= spread["max"]
 
 
+@pytest.mark.slow
 def test_the_machine_is_described(result: dict[str, Any]) -> None:
     machine = result["machine"]
     assert set(machine) == {"cpu", "system", "cores", "ram_bytes", "read_gb_per_s", "others_cpus", "versions"}
@@ -45,6 +46,7 @@ def test_the_machine_is_described(result: dict[str, Any]) -> None:
     assert {"python", "trol-edge", "onnxruntime", "torch"} <= set(machine["versions"])
 
 
+@pytest.mark.slow
 def test_bundle_and_reference_stand_side_by_side(result: dict[str, Any]) -> None:
     (shape,) = result["shapes"]
     assert (shape["shape"], shape["model"], shape["weights"]) == ("nano", "trol-nano", "trained")
@@ -62,12 +64,14 @@ def test_bundle_and_reference_stand_side_by_side(result: dict[str, Any]) -> None
             assert positive(numbers["vision_ms"]) if prompt == "picture" else numbers["vision_ms"] is None
 
 
+@pytest.mark.slow
 def test_the_runtimes_own_cost_is_what_the_inference_call_leaves(result: dict[str, Any]) -> None:
     own = result["shapes"][0]["own_cost"]
     assert all(positive(own[name]) for name in ("step_ms", "inference_ms", "own_ms"))
     assert own["inference_ms"]["median"] < own["step_ms"]["median"]
 
 
+@pytest.mark.slow
 def test_numbers_are_json_and_print(result: dict[str, Any]) -> None:
     again = json.loads(json.dumps(result))
     again["shapes"][0]["contenders"].append(bench.row_of("Q4_0", "not installed ('gguf')"))
@@ -88,7 +92,7 @@ def test_a_contender_that_fails_has_its_error_in_its_row(nano_bundle: Path, tmp_
     assert row["error"] == sample["error"] and not row["prompts"]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_half_of_the_second_passes(tmp_path: Path) -> None:
     """A contender of its own: the same weights, a second pass in the first half of the layers, passes as they are."""
     bundle = bench.prepare(

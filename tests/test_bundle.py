@@ -536,7 +536,7 @@ def test_export_is_reproducible(place: Path, each_bundle: Path) -> None:
         assert (place / name).read_bytes() == (each_bundle / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("stage", ["weights", "trace", "hash"])
+@pytest.mark.parametrize("stage", ["weights", pytest.param("trace", marks=pytest.mark.slow), "hash"])
 def test_interrupted_export(export: Callable[..., Manifest], place: Path, stage: str) -> None:
     """Ctrl-C at any stage leaves nothing at the target nor beside it, and a second try works."""
 

@@ -47,6 +47,7 @@ def replace(path: Path) -> None:
     path.with_suffix(".new").replace(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["int8", "int4"])
 def test_constants_live_until_a_session_has_them(recipe: str, exported: Callable[..., Path]) -> None:
     """With an allocator that gives memory back at once, as it does for a large bundle: reading it then is a crash."""
@@ -73,7 +74,7 @@ print(rt.generate("Is there a star?").text)
 """
 
 
-@pytest.mark.parametrize("change", [shorten, scramble, replace])
+@pytest.mark.parametrize("change", [shorten, pytest.param(scramble, marks=pytest.mark.slow), replace])
 def test_a_bundle_changed_under_a_runtime(
     change: Callable[[Path], None], nano_bundle: Path, nano: Runtime, tmp_path: Path
 ) -> None:
@@ -86,7 +87,7 @@ def test_a_bundle_changed_under_a_runtime(
     assert done.stdout.splitlines() == [nano.generate(QUESTION, SCENE).text, nano.generate("Is there a star?").text]
 
 
-@pytest.mark.parametrize("change", [shorten, scramble])
+@pytest.mark.parametrize("change", [shorten, pytest.param(scramble, marks=pytest.mark.slow)])
 def test_a_bundle_for_a_gpu_changed_under_a_provider(
     change: Callable[[Path], None], exported: Callable[..., Path], nano: Runtime, tmp_path: Path
 ) -> None:

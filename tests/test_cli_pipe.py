@@ -244,6 +244,7 @@ def test_standard_input(
         assert "give - once" in cli("run", nano_bundle, *twice)[2]
 
 
+@pytest.mark.slow
 def test_standard_input_of_a_shell(nano: Runtime, nano_bundle: Path) -> None:
     """Redirected, piped, and a pipe that the shell makes."""
     right = f"{nano.generate(QUESTION, SCENE)}\n".encode()

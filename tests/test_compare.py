@@ -63,6 +63,7 @@ def test_a_bundle_agrees_with_itself(nano_bundle: Path, samples: sampling.Sample
     assert found.answers == 4 + 8 + hard and found.forced_tokens >= 4
 
 
+@pytest.mark.slow
 def test_a_bundle_that_is_run_by_layers(
     nano_bundle: Path, exported: Callable[..., Path], samples: sampling.SampleSet
 ) -> None:

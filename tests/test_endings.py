@@ -40,6 +40,7 @@ for _ in range(3):
 inside.wait()
 time.sleep(0.05 * int(sys.argv[2]))
 """
+QUICK = ("generate", "load")  # the others are slow
 
 
 def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -48,7 +49,10 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("call", DAEMONS.values(), ids=DAEMONS)
+@pytest.mark.parametrize(
+    "call",
+    [pytest.param(call, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, call in DAEMONS.items()],
+)
 def test_a_program_ends_while_daemon_threads_are_inside_calls(call: str, nano_bundle: Path) -> None:
     """At once and a while later; with exit status 0 and nothing said."""
     for moment in (0, 2):
@@ -166,7 +170,7 @@ OWN = """
 """
 
 
-@pytest.mark.parametrize("beside", ["alone", "beside a thread"])
+@pytest.mark.parametrize("beside", [pytest.param("alone", marks=pytest.mark.slow), "beside a thread"])
 @pytest.mark.parametrize("child", [REFUSED, DROPPED, OWN, "\n"], ids=["uses", "drops", "makes its own", "ends"])
 def test_the_child_of_a_fork(child: str, beside: str, nano_bundle: Path) -> None:
     """It is refused, or drops what it inherited, and ends with its own exit status; the parent goes on."""

@@ -103,7 +103,7 @@ with folder.new_folder(sys.argv[1], overwrite=True, ours=("*",)) as part:
 """
 
 
-@pytest.mark.parametrize("how", ["at once", "two renames"])
+@pytest.mark.parametrize("how", ["at once", pytest.param("two renames", marks=pytest.mark.slow)])
 def test_a_kill_at_any_place_loses_no_folder(tmp_path: Path, how: str) -> None:
     """After a kill before each call that changes a folder: the old one or the new one, whole, and nothing else."""
     place = tmp_path / "place" / "bundle"

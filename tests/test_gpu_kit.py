@@ -146,6 +146,7 @@ def test_a_stage_that_fails_hides_no_other(kit: Path) -> None:
     assert (site / "made_up.py").is_file() and (site.parent / "bundles" / "one" / "bundle.json").is_file()
 
 
+@pytest.mark.slow  # it waits
 def test_the_budget_ends_a_stage_and_those_after_it(kit: Path) -> None:
     """Cut off in the middle: said so, what was learnt stays, and what did not begin says why."""
     code, result, _ = run(kit, "a hang 100;b good 10", budget=24)

@@ -84,11 +84,8 @@ CALLS: dict[str, Callable[[ScriptedRuntime], Any]] = {
 }
 
 
-# One kind of call is part of `make test`; the others take the same ways, at hundreds of places each.
-KINDS = [name if i == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(CALLS)]
-
-
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.slow  # hundreds of places each
+@pytest.mark.parametrize("name", CALLS)
 def test_calls(name: str) -> None:
     """Of every kind, with a picture that is not yet in the cache."""
     rt = runtime()

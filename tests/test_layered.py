@@ -57,7 +57,7 @@ def whole(backend: OrtBackend) -> OrtBackend:
     return backend
 
 
-@pytest.mark.parametrize("model", NANOS)
+@pytest.mark.parametrize("model", [NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
 def test_layer_by_layer_is_what_the_whole_graphs_compute(exported: Callable[..., Path], model: str) -> None:
     """With image tokens (and their low-rank terms), with moved rope tables, and after a prefix."""
     bundle = Bundle(exported(CHECKPOINTS / model, recipe=RECIPE))
@@ -69,6 +69,7 @@ def test_layer_by_layer_is_what_the_whole_graphs_compute(exported: Callable[...,
         assert len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs))
 
 
+@pytest.mark.slow
 def test_fewer_second_passes_and_one_scratch_set(exported: Callable[..., Path]) -> None:
     bundle = Bundle(exported(NANO, recipe=RECIPE, traversal="1-3", selftest=False))
     mine = computed(OrtBackend(bundle, prefix_reuse=True))
@@ -79,7 +80,7 @@ def test_fewer_second_passes_and_one_scratch_set(exported: Callable[..., Path]) 
     assert np.array_equal(kept.traverse(prompt.copy(), None), scratch.traverse(prompt.copy(), None))
 
 
-@pytest.mark.parametrize("model", NANOS)
+@pytest.mark.parametrize("model", [NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
 def test_passes_chosen_at_run_time(exported: Callable[..., Path], model: str) -> None:
     """As many bits of a bundle that was exported with these passes, with and without its own set of caches."""
     both = exported(CHECKPOINTS / model, recipe=RECIPE)

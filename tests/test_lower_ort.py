@@ -158,8 +158,15 @@ def operators(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-@pytest.mark.parametrize("name", ["traverse", "step"])
-@pytest.mark.parametrize("family", ["internlm2", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("internlm2", "traverse"),
+        ("phi3", "step"),
+        pytest.param("internlm2", "step", marks=pytest.mark.slow),
+        pytest.param("phi3", "traverse", marks=pytest.mark.slow),
+    ],
+)
 def test_group_query_attention_equals_the_standard_operators(name: str, family: str) -> None:
     """In FP32, from an empty cache, after a prefix, and for one token; with both sets of rope factors."""
     chosen, spec = (internlm2.FAMILY, SPEC) if family == "internlm2" else (phi3.FAMILY, PHI3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,14 @@ def test_this_machine() -> None:
     """Whatever it is, it has memory and a kernel."""
     here = machine.read()
     assert here.memory_bytes > 0 and here.cores > 0 and here.kernel
+
+
+def test_the_peak_of_a_process_is_its_own() -> None:
+    """Not that of the one that started it."""
+    child = "from trol_edge.machine.identity import peak_memory; print(peak_memory())"
+    parent = (
+        f"import subprocess, sys; b = bytes(400_000_000); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 10_000_000 < int(done.stdout) < 200_000_000
+    assert machine.peak_memory() > 10_000_000

@@ -16,7 +16,7 @@ from trol_edge.calibration.evaluate import Score, evaluate, heading, markdown, u
 from trol_edge.export import scenes
 from trol_edge.runtime import Runtime
 
-QUESTIONS = 240
+QUESTIONS = 96
 PHI3 = "trol-nano-phi3"
 
 
@@ -33,8 +33,7 @@ def test_short_questions_are_answered_right(each_nano: Runtime) -> None:
     score = evaluate(each_nano, QUESTIONS)
     check(score, QUESTIONS)
     assert (score.scale, score.tiles) == (1, 1)
-    if each_nano.bundle.manifest.model == "trol-nano":
-        assert 70 < score.hard < 90  # a loss can show
+    assert 70 < score.hard < 92  # a loss can show
 
 
 def test_only_a_whole_answer_is_right() -> None:
@@ -73,7 +72,10 @@ def test_pictures_of_several_tiles_are_answered_right(phi3: Runtime) -> None:
 
 @pytest.mark.parametrize(
     ("width", "height", "tiles"),
-    [(230, 110, 3), (120, 340, 4), (150, 150, 1), pytest.param(640, 480, 7, marks=pytest.mark.slow)],
+    [
+        (150, 150, 1),
+        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((120, 340, 4), (230, 110, 3), (640, 480, 7))),
+    ],
 )
 def test_pictures_of_any_shape_are_answered_right(phi3: Runtime, width: int, height: int, tiles: int) -> None:
     """Stretched, so that the tiles cut other parts out of it; the thumbnail shows the whole."""

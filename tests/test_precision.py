@@ -321,6 +321,7 @@ def test_fp16_graphs_answer(quantized: Callable[..., Path], nano: Runtime) -> No
     assert state.cache[0].dtype == np.float16
 
 
+@pytest.mark.slow
 def test_statistics_of_another_checkpoint(traces: dict[Any, Any], tmp_path: Path) -> None:
     """Refused; and asked for only when all else is in order, before anything is written."""
     other = dataclasses.replace(statistics_of(Checkpoint(NANO)).state, checkpoint="0" * 64)

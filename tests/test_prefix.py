@@ -32,8 +32,9 @@ NANO = "trol-nano/scene/0"
 pytestmark = pytest.mark.usefixtures("no_gradients")
 # Long, and by all that a prefix is made of like the rows of other cases: a picture, a text before it, one after it.
 ALIKE = {"internlm2-leftpad-batch/images/0", "internlm2-leftpad-batch/images/1", "internlm2-leftpad-batch/mixed/1"}
+LONG = {"internlm2-two-images/main/0"}  # two thousand tokens; phi3-tiles has several pictures, too
 every_prompt = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in NAMES]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE | LONG else n for n in NAMES]
 )
 
 

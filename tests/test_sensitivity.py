@@ -56,6 +56,7 @@ def test_a_plan_keeps_its_limit_with_few_raised(
     assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["linears"]
 
 
+@pytest.mark.slow
 def test_rounding_is_undone(statistics: Statistics, samples: sampling.SampleSet) -> None:
     """One Linear rounded changes the logits; afterwards they are what they were, and folding never changed them."""
     source = Checkpoint(NANO)

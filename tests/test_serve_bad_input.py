@@ -493,6 +493,7 @@ def test_a_body_that_is_no_http_ends_its_request(served: Served) -> None:
     assert not [line for line in served.log[start:] if line["level"] == "error"]
 
 
+@pytest.mark.slow
 def test_slow_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """One who reads nothing blocks nobody, and is cut off."""
     monkeypatch.setattr(door, "READER_S", 0.3)

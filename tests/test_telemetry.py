@@ -72,6 +72,7 @@ def test_a_runtime_looks_no_name_up_and_writes_nothing_elsewhere(nano_bundle: Pa
 
 
 @needs_sandbox
+@pytest.mark.slow
 def test_what_the_trace_would_show(nano_bundle: Path, tmp_path: Path) -> None:
     """The control: onnxruntime imported first and without the variable writes into the home folder, and doctor says so.
 

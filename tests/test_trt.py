@@ -102,7 +102,7 @@ class Machine:
         return folder_of(Bundle(self.folder), Bundle(self.folder).manifest.target)
 
 
-@pytest.fixture(params=["10.3.0", "10.16.1", "rtx"])
+@pytest.fixture(params=["10.3.0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("10.16.1", "rtx"))])
 def machine(
     request: pytest.FixtureRequest, plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Machine:
@@ -260,6 +260,7 @@ def sharing_bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     return folders[0], folders[1]
 
 
+@pytest.mark.slow
 def test_engines_that_share_their_weights(
     sharing_bundles: tuple[Path, Path], nano: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -451,6 +451,18 @@ def test_limits_of_full_size_builds() -> None:
     assert "peak memory" in engines_full.misses(engines_full.FullSize("trol-3.8b", "int8"), machine)[0]
 
 
+def test_rows_of_full_size_builds(tmp_path: Path) -> None:
+    """A run goes on from those that an earlier one wrote; another file is refused."""
+    path, engine = tmp_path / "rows.json", {"step": {"bytes": 1030, "weight_bytes": 1000}}
+    row = engines_full.Built("trol-1.8b", "int8", "", 1.0, 2.0, 3, engine, {}, ("late",), kernels=(1, 2), half=True)
+    path.write_text(json.dumps([dataclasses.asdict(row)]))
+    assert engines_full.rows_of(path) == [row]
+    for other in ("{", "3", '[{"model": "trol-1.8b"}]'):
+        path.write_text(other)
+        with pytest.raises(UsageError, match=r"rows\.json: not the rows of an earlier run"):
+            engines_full.rows_of(path)
+
+
 def test_shared_weights_that_are_refused(tmp_path: Path) -> None:
     """Where no TensorRT would take them."""
     with pytest.raises(UsageError, match="shared weights are for TensorRT, and target cpu holds them once anyway"):
@@ -594,6 +606,7 @@ def test_what_is_not_of_this_build_is_built_again(
         assert verified(bundle, done.engines, name)
 
 
+@pytest.mark.slow
 def test_layers_have_no_use_for_shared_weights(traces: dict[Any, Any], tmp_path: Path) -> None:
     """Each engine holds its own weights once."""
     library: Any = MadeUpLibrary(version=(1, 7, 1), rtx=True)

@@ -81,7 +81,7 @@ def machine_of(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> M
     return Machine(stand_in, lambda **options: Runtime(folder, **options), folder)
 
 
-@pytest.fixture(params=list(VERSIONS))
+@pytest.fixture(params=["tensorrt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jetson-jp72", "rtx"))])
 def machine(
     request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Machine:
@@ -187,6 +187,7 @@ def test_a_prompt_in_parts(reuse: bool, machine: Machine, nano: Runtime, monkeyp
     assert difference(state.step(rows[0], 300), theirs.step(rows[0], 300)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_fewer_second_passes(exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer without a second pass is not mixed."""
     source = exported(NANO, target="tensorrt", traversal="1,3")
@@ -195,8 +196,16 @@ def test_fewer_second_passes(exported: Callable[..., Path], tmp_path: Path, monk
         assert difference(one, two) <= 1e-5
 
 
-@pytest.mark.parametrize("model", NANOS)
-@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize(
+    ("model", "reuse"),
+    [
+        (NANOS[0], True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((NANOS[0], False), (NANOS[1], False), (NANOS[1], True))
+        ),
+    ],
+)
 def test_passes_chosen_at_run_time(
     reuse: bool, model: str, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,7 +186,6 @@ def test_one_set_of_keys_and_values(nano_bundle: Path) -> None:
 
 def test_short_contexts(nano_bundle: Path, tmp_path: Path) -> None:
     """A prompt that is cut to fit; and a context too short for any, which export then notes."""
-    from tests.traces import remember
     from trol_edge.bundle.weights import WeightsFile
     from trol_edge.export.graphs import canonical
     from trol_edge.export.reference.checkpoint import Checkpoint
@@ -195,8 +194,7 @@ def test_short_contexts(nano_bundle: Path, tmp_path: Path) -> None:
 
     source, path, plan = Checkpoint(NANO), tmp_path / SELFTEST, Bundle(nano_bundle).manifest.plan
     (tmp_path / WEIGHTS).symlink_to(nano_bundle / WEIGHTS)
-    trace = remember(canonical.trace)
-    traced = {name: trace(name, source.family, source.spec, 2048) for name in canonical.TRACED}
+    traced = {name: canonical.trace(name, source.family, source.spec, 2048) for name in canonical.TRACED}
     traced["traverse_text"] = canonical.without_lora(traced["traverse"])
     cuts = {name: find_cuts(model) for name, model in traced.items()}
 
@@ -392,6 +390,7 @@ def test_engines(exported: Callable[..., Path], stand_in: Callable[..., Path], t
     assert first_wrong(folder) == "vision"
 
 
+@pytest.mark.slow
 def test_an_overflow_in_fp16(
     exported: Callable[..., Path],
     stand_in: Callable[..., Path],
@@ -446,6 +445,7 @@ def rounded(
     return folder
 
 
+@pytest.mark.slow
 def test_rounded_weights(rounded: Path, tmp_path: Path) -> None:
     """Within the budget; and faults that rounding cannot explain are out of it."""
     assert first_wrong(rounded) == "nothing"
@@ -538,6 +538,7 @@ def test_a_wrong_bundle_is_not_loaded(copy: Path, replays: list[str]) -> None:
         assert runtime.generate("What is this?", max_new_tokens=1).token_ids
 
 
+@pytest.mark.slow
 def test_worse_rounding_is_a_warning(
     rounded: Path, replays: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

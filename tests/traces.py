@@ -1,4 +1,4 @@
-"""Traces that are kept between runs: a trace holds no weights, so checkpoints of one architecture share it."""
+"""Traced layers that are kept between runs: they hold no weights, so checkpoints of one architecture share them."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ NOT_IN_VISION: dict[str, Any] = {
 }
 
 
-def remember(trace: Trace) -> Trace:
+def remember(trace_one: Trace) -> Trace:
     """A trace that is made once per architecture, for all processes and for later runs with the same sources."""
     versions = installed()
     memo: dict[str, ir.Model] = {}
 
-    def once(name: str, family: Any, spec: Any, capacity: int) -> ir.Model:
+    def once(name: str, family: Any, one: ModelSpec, capacity: int) -> ir.Model:
         made_by = family.vision if name == "vision" else family.decoder
         key = kept.digest(
             sorted({*kept.sources(graphs.__name__), *kept.sources(made_by.__module__), Path(__file__)}),
-            *(versions, name, family.name, made_by.__module__, made_by.__qualname__, reduced(name, spec, capacity)),
-            None if name == "vision" else capacity,
+            *(versions, name, family.name, made_by.__module__, made_by.__qualname__, reduced(name, one, capacity)),
+            capacity,
         )
         if key not in memo:
             memo[key] = load(
-                kept.folder("traces", key, lambda folder: save(trace(name, family, spec, capacity), folder))
+                kept.folder("traces", key, lambda folder: save(trace_one(name, family, one, capacity), folder))
             )
-        return memo[key].clone()
+        return memo[key]
 
     return once
 

@@ -170,14 +170,24 @@ def trace(name: str, family: Family, spec: ModelSpec, capacity: int) -> ir.Model
     loops over layers and passes put copies of its pieces together, so that 32 layers take as long as one.
     """
     assembly = Assembly()
+    vision = dataclasses.replace(spec.vision, num_layers=1)
+    one = dataclasses.replace(spec, num_layers=1, traversed=None, vision=vision)
     if name == "vision":
-        tower = dataclasses.replace(spec.vision, num_layers=1)
-        pieces = _trace_tower(family, dataclasses.replace(spec, vision=tower))
-        outputs = _vision_graph(assembly, pieces, spec.vision.num_layers)
+        outputs = _vision_graph(assembly, _tower(family, one), spec.vision.num_layers)
     else:
-        outputs = _decoder_graph(assembly, family, spec, name, capacity)
+        pieces = _decoder(family, one, capacity, name in ("step", HEAD))
+        outputs = _decoder_graph(assembly, pieces, spec, name)
     graph = assembly.graph(outputs, OPSET)
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="trol-edge", producer_version=__version__)
+
+
+def trace_one(name: str, family: Family, one: ModelSpec, capacity: int) -> ir.Model:
+    """Trace a vision, traverse or step graph of one layer, with outputs at the seams of its pieces.
+
+    All of the time that `trace` takes goes by here.
+    """
+    graph = _export_tower(family, one) if name == "vision" else _export_decoder(family, one, capacity, name == "step")
+    return ir.Model(graph, ir_version=IR_VERSION)
 
 
 def _vision_graph(assembly: Assembly, pieces: _Tower, layers: int) -> dict[str, ir.Value]:
@@ -187,11 +197,7 @@ def _vision_graph(assembly: Assembly, pieces: _Tower, layers: int) -> dict[str, 
     return {"image_features": assembly.add(pieces.features, (x,))[0]}
 
 
-def _decoder_graph(
-    assembly: Assembly, family: Family, spec: ModelSpec, name: str, capacity: int
-) -> dict[str, ir.Value]:
-    one = dataclasses.replace(spec, num_layers=1, traversed=None)
-    pieces = _trace_decoder(family, one, capacity, name in ("step", HEAD))
+def _decoder_graph(assembly: Assembly, pieces: _Decoder, spec: ModelSpec, name: str) -> dict[str, ir.Value]:
     if name == HEAD:
         return {"logits": assembly.add(pieces.head, assembly.inputs_for(pieces.head, EMBEDS))[0]}
     if name == MIX:
@@ -255,8 +261,19 @@ class _Tower(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _trace_decoder(family: Family, one: ModelSpec, capacity: int, step: bool) -> _Decoder:
+def _decoder(family: Family, one: ModelSpec, capacity: int, step: bool) -> _Decoder:
     """The pieces for any number of tokens, or for one token of a step, which needs neither `slots` nor LoRA nor mix."""
+    name = "step" if step else "traverse"
+    graph = trace_one(name, family, one, capacity).graph
+    inputs = {value.name: value for value in graph.inputs}
+    hidden, key, value, *mixed, logits = graph.outputs
+    given = [inputs[EMBEDS], *(inputs[f"past_{kind}"] for kind in _KINDS)]
+    one_pass = Piece(name, "pass", graph, given, [hidden, key, value])
+    mix = Piece(name, "mix", graph, [hidden, *(inputs["second"] for _ in mixed)], mixed)
+    return _Decoder(one_pass, mix, Piece(name, "head", graph, mixed or [hidden], [logits]))
+
+
+def _export_decoder(family: Family, one: ModelSpec, capacity: int, step: bool) -> ir.Graph:
     length = 1 if step else 8  # the trace works with any length above one
     tokens: dict[int, Any] = {} if step else {1: _dim("tokens")}
     extra: dict[str, Tensor] = {}
@@ -288,26 +305,25 @@ def _trace_decoder(family: Family, one: ModelSpec, capacity: int, step: bool) ->
                 # S, which the positions have, too. Read there, the places of new rows are computed once for all passes.
                 assert [node.attributes[bound].as_int() for bound in ("start", "end")] == [1, 2]
                 node.replace_input_with(at, inputs["position_ids"])
-    hidden, key, value, *mixed, logits = graph.outputs
-    trace = "step" if step else "traverse"
-    given = [inputs[EMBEDS], *(inputs[f"past_{kind}"] for kind in _KINDS)]
-    one_pass = Piece(trace, "pass", graph, given, [hidden, key, value])
-    mix = Piece(trace, "mix", graph, [hidden, *(inputs["second"] for _ in second)], mixed)
-    return _Decoder(one_pass, mix, Piece(trace, "head", graph, mixed or [hidden], [logits]))
+    return graph
 
 
 @functools.lru_cache(maxsize=8)
-def _trace_tower(family: Family, one: ModelSpec) -> _Tower:
-    with FakeTensorMode():
-        pixels = torch.empty(2, 3, one.vision.image_size, one.vision.image_size)
-        module = _VisionGraph(family.vision(one))
-        graph = _export(module, (pixels,), ({0: _dim("images")},), [_PIXELS], ["before", "after", "features"])
+def _tower(family: Family, one: ModelSpec) -> _Tower:
+    graph = trace_one("vision", family, one, 0).graph
     before, after, features = graph.outputs
     return _Tower(
         Piece("vision", "embed", graph, graph.inputs, [before]),
         Piece("vision", "layer", graph, [before], [after]),
         Piece("vision", "features", graph, [after], [features]),
     )
+
+
+def _export_tower(family: Family, one: ModelSpec) -> ir.Graph:
+    with FakeTensorMode():
+        pixels = torch.empty(2, 3, one.vision.image_size, one.vision.image_size)
+        module = _VisionGraph(family.vision(one))
+        return _export(module, (pixels,), ({0: _dim("images")},), [_PIXELS], ["before", "after", "features"])
 
 
 def _dim(name: str) -> Any:

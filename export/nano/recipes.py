@@ -207,7 +207,6 @@ def _phi3_spec() -> ModelSpec:
     return dataclasses.replace(
         _nano_spec(),
         family="phi3",
-        num_layers=5,  # those of trol-nano when this model was trained
         vocab_size=PIECES + len(PHI3_TOKENS),
         embedding_rows=PIECES + len(PHI3_TOKENS),
         lora_rank=0,
@@ -444,7 +443,6 @@ RECIPES = {
             configs=_phi3_configs,
             unused_tensors=lambda spec: {},
             teacher="trol-nano",
-            open_layers=5,
             encoder_batch=24,
             minutes=58,
             encoder_share=0.26,

@@ -12,8 +12,8 @@ Stages, each skipped if its result is already in the scratch folder:
 5. report     held-out scenes, generated tokens fed back, cached and uncached semantics
 
 With --start an earlier checkpoint takes the place of random values and of stages 2 and 3: its encoder stays, and at
-first its lower layers. The shipped trol-nano of eight layers was made so from one of five. From random values, the
-recipe of eight has not been run.
+first its lower layers. The shipped models of eight layers were made so from ones of five. From random values, the
+recipes of eight have not been run.
 
 `recipes.py` has what differs between the models. Schedules follow the clock, not a step count, so that a shared
 machine changes the result a little but never the duration.

@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.sizes import cpu_bytes
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import BackendError, TrolEdgeError
+from trol_edge.machine import identity
 from trol_edge.prompt.images import load_rgb, preprocess
 from trol_edge.prompt.template import PromptSpec
 from trol_edge.prompt.tokenizer import Tokenizer
@@ -358,7 +358,7 @@ def measure(job: Task) -> dict[str, Any]:
                 times[name]["step_s"] += steps
     result = {
         "load_s": load_s,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": identity.peak_memory(),
         "step_bytes": contender.step_bytes,
         "weight_bytes": contender.weight_bytes,
         "times": times,
@@ -429,16 +429,6 @@ def _pixels(job: Task) -> Float32:
 
 def _in_a_step(parameter: str) -> bool:
     return parameter.startswith("decoder.") and "lora" not in parameter and "gate." not in parameter[:13]
-
-
-def _peak_bytes() -> int:
-    """The peak resident set of this process, in bytes."""
-    try:
-        # On Linux ru_maxrss starts at the peak of the parent process; VmHWM does not.
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # -- the llama.cpp model ---------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from rich.table import Table
 from tests.bench import speed as bench
 from trol_edge.bundle.folder import new_file
 from trol_edge.bundle.layer_graphs import ATTENTION_STEP, HEAD, layer_of
-from trol_edge.bundle.strict import from_dict
 from trol_edge.cli.programs import STEP
 from trol_edge.errors import TrolEdgeError, UsageError
 from trol_edge.export.quantize.recipes import RecipeOptions
@@ -51,16 +50,23 @@ class FullSize:
     seconds: float | None = None
     peak_bytes: float | None = None
     by_layer: bool = False
+    half: bool = False  # a second pass in the lower half of the layers only
+
+    @property
+    def bundle(self) -> str:
+        """The name of the bundle, which a build as a whole and one by layer share."""
+        return f"{self.model}-{self.precision}{'-half' * self.half}"
 
     @property
     def name(self) -> str:
         """What the build is called on the command line."""
-        return f"{self.model}-{self.precision}{'-layers' if self.by_layer else ''}"
+        return f"{self.bundle}{'-layers' * self.by_layer}"
 
 
 CASES = (
     FullSize("trol-1.8b", "fp16", seconds=240, peak_bytes=14e9),
     FullSize("trol-1.8b", "int8", peak_bytes=8e9),
+    FullSize("trol-1.8b", "int8", peak_bytes=8e9, half=True),
     FullSize("trol-1.8b", "int4", peak_bytes=5e9),
     FullSize("trol-3.8b", "int8"),
     FullSize("trol-3.8b", "int4"),
@@ -91,6 +97,7 @@ class Built:
     missed: tuple[str, ...]
     by_layer: bool = False
     kernels: tuple[int, int] = (0, 0)
+    half: bool = False
 
     @property
     def step(self) -> dict[str, Any]:
@@ -119,12 +126,12 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
         checkpoint = bench.random_checkpoint(case.model, folder, report)
-    bundle = (folder / f"{case.model}-{case.precision}").resolve()
+    bundle = (folder / case.bundle).resolve()
     exported = 0.0
     if not (bundle / "bundle.json").is_file():
         report(f"{case.name}: export ...")
         start = time.perf_counter()
-        told = json.dumps([str(checkpoint), str(bundle), case.model, case.precision])
+        told = json.dumps([str(checkpoint), str(bundle), case.model, case.precision, case.half])
         bench.run_python("-c", "from tests.bench.engines_full import prepare; prepare()", stdin=told)
         exported = time.perf_counter() - start
     report(f"{case.name}: build ...")
@@ -144,9 +151,19 @@ def measure(
         missed=(),
         by_layer=case.by_layer,
         kernels=kernels_of(Path(said["folder"])),
+        half=case.half,
     )
     shutil.rmtree(said["folder"])
     return dataclasses.replace(built, missed=tuple(misses(case, built)))
+
+
+def rows_of(path: Path) -> list[Built]:
+    """The rows that an earlier run wrote. Raises UsageError for a file that holds none."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [Built(**row | {name: tuple(row[name]) for name in ("missed", "kernels")}) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path}: not the rows of an earlier run ({error}); name another file") from error
 
 
 def kernels_of(folder: Path) -> tuple[int, int]:
@@ -167,11 +184,15 @@ def kernels_of(folder: Path) -> tuple[int, int]:
 
 
 def prepare() -> None:
-    """Entry point of a process that exports; it reads [checkpoint, bundle, model, recipe] as JSON from stdin."""
+    """Entry point of a process that exports; it reads [checkpoint, bundle, model, recipe, half] as JSON from stdin.
+
+    half: whether only the lower half of the layers gets a second pass.
+    """
     from trol_edge.export.pipeline import export
     from trol_edge.export.quantize.made_up import made_up_statistics
+    from trol_edge.export.reference.checkpoint import Checkpoint
 
-    checkpoint, bundle, model, recipe = json.load(sys.stdin)
+    checkpoint, bundle, model, recipe, half = json.load(sys.stdin)
     # No searches, because they mean nothing for random weights.
     options = RecipeOptions(recipe=recipe, scaling=False, clipping=False, sensitive=None, observer="minmax")
     export(
@@ -179,6 +200,7 @@ def prepare() -> None:
         bundle,
         model=model,
         target="rtx",
+        traversal=str(Checkpoint(checkpoint).spec.num_layers // 2) if half else "all",
         options=options,
         calibration=made_up_statistics,
         record_selftest=False,
@@ -236,10 +258,11 @@ def show(results: Sequence[Built], console: Console) -> None:
     for column in (*columns, *more):
         table.add_column(column, justify="left" if column in ("model", "precision") else "right")
     for built in results:
+        model = f"{built.model}{', second pass in half' * built.half}"
         row = (f"{built.export_seconds:.0f}", f"{built.seconds:.0f}", f"{built.peak_bytes / 1e9:.2f}", sizes_of(built))
         step = built.step
         moves = f"{step['moved'] / 1e9:.3f} ({step['ratio']:.2f})" if "ratio" in step else "unknown"
-        table.add_row(built.model, built.precision, *row, moves, " of ".join(map(str, built.kernels)))
+        table.add_row(model, built.precision, *row, moves, " of ".join(map(str, built.kernels)))
     console.print(table)
     for built in results:
         for miss in built.missed:
@@ -264,11 +287,9 @@ def main(
     """Build full-size engines by TensorRT for RTX and print time and memory. A missed limit exits with 1."""
     err = Console(stderr=True, highlight=False)
     cases = {case.name: case for case in CASES}
-    results: list[Built] = []
-    if json_file and json_file.is_file():
-        results = [from_dict(Built, row, str(json_file)) for row in json.loads(json_file.read_text(encoding="utf-8"))]
-    done = {FullSize(row.model, row.precision, by_layer=row.by_layer).name for row in results}
     try:
+        results = rows_of(json_file) if json_file and json_file.exists() else []
+        done = {FullSize(row.model, row.precision, by_layer=row.by_layer, half=row.half).name for row in results}
         names = [name for name in only.split(",") if name] or list(cases)
         if unknown := [name for name in names if name not in cases]:
             raise UsageError(f"{', '.join(unknown)}: not among {', '.join(cases)}")
@@ -281,8 +302,8 @@ def main(
                 rows = json.dumps([dataclasses.asdict(built) for built in results], indent=1)
                 with new_file(json_file) as part:
                     part.write_text(rows, encoding="utf-8")
-            if not any((case.model, case.precision) == (other.model, other.precision) for other in left[at + 1 :]):
-                shutil.rmtree(folder / f"{case.model}-{case.precision}")
+            if not any(case.bundle == other.bundle for other in left[at + 1 :]):
+                shutil.rmtree(folder / case.bundle)
     except TrolEdgeError as error:
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error

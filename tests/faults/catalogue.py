@@ -1152,6 +1152,7 @@ FAULTS = (
         "order = [a, b, c]",
         "a layer that is passed once is left out",
         ("tests/test_layered.py::test_fewer_second_passes_and_one_scratch_set",),
+        "test-all",
     ),
     Fault(
         "runtimes/layered.py",

@@ -28,7 +28,7 @@ def remember_traces() -> None:
     """Let exports of this process take traces that were made before."""
     from trol_edge.export.graphs import canonical
 
-    canonical.trace = remember(canonical.trace)
+    canonical.trace_one = remember(canonical.trace_one)
 
 
 def bundle(model: str = NANOS[0]) -> Path:

@@ -78,7 +78,7 @@ def export_all(precisions: Iterable[str], keep: bool) -> dict[tuple[str, str, st
     from trol_edge.export.quantize.stats import Statistics
     from trol_edge.export.reference.checkpoint import Checkpoint
 
-    canonical.trace = remember(canonical.trace)
+    canonical.trace_one = remember(canonical.trace_one)
 
     def calibrated(source: Checkpoint) -> Statistics:
         folder = BUNDLES / f"statistics-{source.folder.name}"

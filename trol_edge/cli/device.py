@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from trol_edge.cli.show import Form, Json, err, out, peak_bytes, phases, print_json
+from trol_edge.cli.show import Form, Json, err, out, phases, print_json
+from trol_edge.machine.identity import peak_memory
 
 
 def targets(
@@ -90,7 +91,7 @@ def build(
             by_layer=None if engines is None else engines is Form.LAYERS,
             progress=progress,
         )
-    seconds, peak = time.perf_counter() - start, peak_bytes()
+    seconds, peak = time.perf_counter() - start, peak_memory()
     if as_json:
         data = dataclasses.asdict(done.engines) | {"built": done.built, "reason": done.reason, "form": done.form}
         print_json(data | {"folder": str(done.folder), "seconds": seconds, "peak_bytes": peak})

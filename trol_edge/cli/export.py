@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from trol_edge.cli.checkpoints import CHECKPOINTS, SENSITIVITY_SAMPLES, calibration_of, checkpoint_of, statistics_of
-from trol_edge.cli.show import Force, Json, err, extra, out, peak_bytes, print_json, progress_bars
+from trol_edge.cli.show import Force, Json, err, extra, out, print_json, progress_bars
 from trol_edge.errors import UsageError
+from trol_edge.machine.identity import peak_memory
 
 
 def export(
@@ -150,7 +151,7 @@ def export(
             progress=progress,
         )
     size = sum(info.bytes for info in manifest.files.values())
-    seconds, peak = time.perf_counter() - start, peak_bytes()
+    seconds, peak = time.perf_counter() - start, peak_memory()
     if as_json:
         made = {"traversal": None if choice is None else dataclasses.asdict(choice), "passes": manifest.passes}
         print_json({"bundle": str(output), "bytes": size, "seconds": seconds, "peak_bytes": peak} | made)
@@ -195,7 +196,7 @@ def synth(
     start = time.perf_counter()
     with progress_bars(quiet=as_json) as progress:
         result = write(model, output, seed=seed, overwrite=force, progress=progress)
-    result |= {"checkpoint": str(output), "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+    result |= {"checkpoint": str(output), "seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
     if as_json:
         print_json(result)
         return
@@ -232,7 +233,7 @@ def outliers(
             progress=progress,
         )
     if as_json:
-        print_json(result | {"checkpoint": str(output), "peak_bytes": peak_bytes()})
+        print_json(result | {"checkpoint": str(output), "peak_bytes": peak_memory()})
         return
     where = "pairs of channels in every head of keys" if keys else f"channels of {result['norms']} norms"
     out.print(

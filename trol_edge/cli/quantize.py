@@ -12,8 +12,9 @@ import typer
 from rich.table import Table
 
 from trol_edge.cli.checkpoints import SENSITIVITY_SAMPLES, calibration_of, checkpoint_of, statistics_of
-from trol_edge.cli.show import Json, Threads, err, extra, out, peak_bytes, print_json, progress_bars
+from trol_edge.cli.show import Json, Threads, err, extra, out, print_json, progress_bars
 from trol_edge.errors import UsageError
+from trol_edge.machine.identity import peak_memory
 
 
 def calibrate(
@@ -56,7 +57,7 @@ def calibrate(
             overwrite=force,
             progress=progress,
         )
-    seconds, peak = time.perf_counter() - start, peak_bytes()
+    seconds, peak = time.perf_counter() - start, peak_memory()
     if as_json:
         result = {"statistics": str(output), "samples": found.samples, "skipped": found.state.skipped}
         result["left_out"] = found.state.left_out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import json
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,11 +100,6 @@ def standard_input(limit: int) -> bytes:
     if len(data) > limit:
         raise UsageError(f"standard input has more than {limit} bytes; give less")
     return data
-
-
-def peak_bytes() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 @contextmanager

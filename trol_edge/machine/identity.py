@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import os
 import re
+import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +113,18 @@ def available_memory(swap: bool = False) -> int | None:
 def _meminfo(text: str) -> dict[str, int]:
     """The entries of /proc/meminfo, in bytes."""
     return {name: 1024 * int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+
+
+def peak_memory() -> int:
+    """The largest resident size that this process has had, in bytes.
+
+    Not ru_maxrss, where the system says it otherwise: on Linux that begins at the peak of the process's parent.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_pages() -> None:

@@ -10,8 +10,6 @@ import dataclasses
 import gc
 import os
 import random
-import resource
-import sys
 import threading
 import time
 import weakref
@@ -159,7 +157,7 @@ def resident_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return identity.peak_memory()
 
 
 def left_behind(runtime: Runtime) -> list[str]:
