@@ -19,8 +19,8 @@ EIGHT_BITS = "int8"  # the one kind of rounded cache
 KINDS = ("key", "value")
 PAST, SECOND = "past_", "second_"
 SCALES = ("key_scale", "value_scale")  # how the names of these tensors end
-# The first version of ONNX Runtime whose GroupQueryAttention runs on 8-bit caches on a CPU: 1.26.0 loads the graph and
-# fails when it runs; 1.27.0 to 1.32.0 compute the same numbers.
+# The first version of ONNX Runtime whose GroupQueryAttention runs on 8-bit caches on a CPU. 1.26.0 loads the graph and
+# fails when it runs.
 OLDEST_ONNXRUNTIME = "1.27"
 
 
