@@ -430,8 +430,8 @@ def _wrong_weights(manifest: Manifest, tensors: dict[str, TensorInfo]) -> Iterat
         if table in tensors and tensors[table].shape != (rows, spec.head_dim // 2):
             yield f"its {table} is {list(tensors[table].shape)} instead of [{rows}, {spec.head_dim // 2}]"
     for name in scale_names(spec) if manifest.plan.kv else ():
-        info = tensors.get(name)
-        if info is None or (info.dtype, info.shape) != ("F32", scale_shape(spec)):
+        scales = tensors.get(name)
+        if scales is None or (scales.dtype, scales.shape) != ("F32", scale_shape(spec)):
             yield f"it has no {name}, float32 {list(scale_shape(spec))}, for 8-bit keys and values"
     tower = spec.vision
     patches = (tower.image_size // tower.patch_size) ** 2

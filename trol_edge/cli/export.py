@@ -78,7 +78,7 @@ def export(
     kv: Annotated[
         str | None,
         typer.Option(
-            help="int8 keeps keys and values in 8 bits, with scales from the calibration: a quarter of the K/V cache's "
+            help="Type of kept keys and values: int8, with scales from the calibration, takes a quarter of the cache's "
             "bytes. For the target cpu; the robot needs onnxruntime 1.27.  [default: as they are computed]"
         ),
     ] = None,

@@ -31,7 +31,7 @@ def plan(
         list[str] | None,
         typer.Option(help="Precision as for export; repeatable.  [default: all that the device supports]"),
     ] = None,
-    kv: Annotated[str | None, typer.Option(help="int8: keys and values in 8 bits, as for export.")] = None,
+    kv: Annotated[str | None, typer.Option(help="Type of kept keys and values, as for export: int8.")] = None,
     engines: Annotated[
         Form | None, typer.Option(help="Engines as for build.  [default: the bundle's own, or whole]")
     ] = None,
