@@ -327,6 +327,8 @@ def test_inspect_json(cli: Callable[..., Result], nano_bundle: Path) -> None:
     manifest["spec"].setdefault("traversed", None)  # and this where every layer has a second pass
     manifest.setdefault("traversal", None)  # and this where that was not chosen by measurement
     manifest["plan"].setdefault("embedding", None)  # and this where the table of words is not rounded
+    manifest["plan"].setdefault("kv", None)  # and these where keys and values are kept as they are computed
+    manifest.setdefault("requires", {})
     assert {key: data[key] for key in manifest} == manifest
     step = manifest["graphs"]["step"]["weights"]
     assert data["weight_bytes"]["step"] == sum(data["weights"][name]["bytes"] for name in step)
