@@ -906,6 +906,7 @@ FAULTS = (
         "sha256 = None",
         "altered weights are uploaded to a GPU",
         ("tests/test_trt.py",),
+        "test-all",
     ),
     Fault(
         "runtimes/trt/build.py",
