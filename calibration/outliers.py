@@ -46,10 +46,10 @@ def make_outliers(
 ) -> dict[str, Any]:
     """Write a copy of a checkpoint with outlier channels after every norm, or in all keys, in the published layout.
 
-    factor: how much larger the channels get; the nearest power of two is taken, because only that is exact. channels:
-    number per norm, or pairs (that rotate together) per head of keys, chosen with `seed` for each. It is streamed. A
-    tensor whose new values do not fit its stored dtype exactly is
-    stored as float32. Returns {"factor", "norms", "channels", "widened": names of such tensors, "bytes"}.
+    It is streamed. factor: how much larger the channels get; the nearest power of two is taken, because only that is
+    exact. channels: number per norm, or pairs (that rotate together) per head of keys, chosen with `seed` for each. A
+    tensor whose new values do not fit its stored dtype exactly is stored as float32.
+    Returns {"factor", "norms", "channels", "widened": names of such tensors, "bytes"}.
     Raises UsageError for numbers out of range, CheckpointError and ExportError as export does.
     """
     if not 2 <= factor <= 1024 or channels < 1:

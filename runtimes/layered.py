@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trol_edge.bundle.cache_scales import KINDS, cache_name, scale_name
+from trol_edge.bundle.cache_scales import scale_of
 from trol_edge.bundle.graph_part import INPUTS, OUTPUTS
-from trol_edge.bundle.names import HEAD, IMAGE_ROWS, LAYERS, MIX
+from trol_edge.bundle.names import HEAD, IMAGE_ROWS, KINDS, LAYERS, MIX
 from trol_edge.rope import TABLES
 
 Float32 = NDArray[np.float32]
@@ -147,10 +147,7 @@ class LayeredState:
         """Add a pass of a layer, which reads x and writes y. positions, x and y: an OrtValue for each part."""
         session = self._sessions.layers[layer]
         # The session has one node for both passes, which names the first one's scales.
-        scales = {
-            scale_name(cache_name(kind, layer, False)): self._weights.get(scale_name(cache_name(kind, layer, second)))
-            for kind in KINDS
-        }
+        scales = {scale_of(kind, layer, 0): self._weights.get(scale_of(kind, layer, second)) for kind in KINDS}
         for part, (at, read, written) in enumerate(zip(positions, x, y, strict=True)):
             inputs = {"inputs_embeds": read, "position_ids": at, **dict(zip(INPUTS, cache, strict=True)), **scales}
             binding = self._bound(session, inputs, dict(zip(OUTPUTS, (written, *cache), strict=True)))

@@ -15,9 +15,9 @@ import torch
 
 from tests.conftest import NANO
 from tests.statistics import statistics_of
-from trol_edge.bundle.cache_scales import OLDEST_ONNXRUNTIME, cache_name, scale_name, scale_names, unusable
+from trol_edge.bundle.cache_scales import OLDEST_ONNXRUNTIME, scale_name, scale_names, scale_of, unusable
 from trol_edge.bundle.manifest import Bundle, write_manifest
-from trol_edge.bundle.names import MANIFEST, WEIGHTS
+from trol_edge.bundle.names import KINDS, MANIFEST, WEIGHTS
 from trol_edge.calibration.collect import CachePeaks
 from trol_edge.errors import BackendError, BundleError, CalibrationError, UsageError
 from trol_edge.export import pipeline
@@ -105,7 +105,7 @@ def test_rows_are_what_the_reference_rounds(runtime: Runtime, prompt: tuple[Any,
             assert array.dtype == np.int8
             layer, kind = divmod(place, 2)
             layer = runtime.bundle.manifest.spec.cached_layers[which][layer]
-            scale = backend.cache_scales[scale_name(cache_name(("key", "value")[kind], layer, bool(which)))]
+            scale = backend.cache_scales[scale_of(KINDS[kind], layer, which)]
             wanted = array[0][:, : len(prompt[0])].astype(np.float32) * scale[0]
             assert np.array_equal(numbers, wanted.swapaxes(0, 1).reshape(len(numbers), -1))
             assert np.abs(array.astype(int)).max() > 60 and not array[:, :, len(prompt[0]) :].any()
@@ -172,7 +172,8 @@ def test_other_recipes(recipe: str, exported: Callable[..., Path], tmp_path: Pat
     for reuse in (True, False):
         with Runtime(folder, prefix_reuse=reuse) as opened:
             assert opened.generate(QUESTION, SCENE).text == "cyan ring"
-            assert {array.dtype for array in opened.model.backend.new_state().cache} == {np.dtype(np.int8)}  # type: ignore[attr-defined]
+            state: Any = opened.model.backend.new_state()
+            assert {array.dtype for array in state.cache} == {np.dtype(np.int8)}
 
 
 # -- scales ------------------------------------------------------------------------------------------------------------

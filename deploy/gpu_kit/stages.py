@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -642,10 +641,11 @@ def prepare(record: Record, model: str, precision: str) -> None:
     from trol_edge.export.pipeline import export
     from trol_edge.export.quantize.made_up import made_up_statistics
     from trol_edge.export.quantize.recipes import RecipeOptions
+    from trol_edge.machine.identity import peak_memory
 
     bundle = large(record, model, precision)
     checkpoint = checkpoint_of(record, model)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     options = RecipeOptions(recipe=precision, scaling=False, clipping=False, sensitive=None, observer="minmax")
     phases: dict[str, float] = {}
@@ -668,8 +668,8 @@ def prepare(record: Record, model: str, precision: str) -> None:
         progress=progress,
     )
     record["export, s"] = round(time.perf_counter() - start, 1)
-    record["export, peak memory, GB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
-    record["before it, GB"] = round(before / 1e6, 2)
+    record["export, peak memory, GB"] = round(peak_memory() / 1e9, 2)
+    record["before it, GB"] = round(before / 1e9, 2)
     record["bundle, GB"] = round(sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) / 1e9, 2)
     record.check("a bundle was written", (bundle / "bundle.json").is_file())
 

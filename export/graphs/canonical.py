@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trol_edge._version import __version__
-from trol_edge.bundle.names import HEAD, LAYERS, MIX
+from trol_edge.bundle.names import HEAD, KINDS, LAYERS, MIX, cache_name
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import ExportError
 from trol_edge.export.graphs.assembly import Assembly, Piece
@@ -60,7 +60,6 @@ OPSET = 23
 IR_VERSION = 11
 TRACED = ("vision", "traverse", "step")  # traverse_text is derived from traverse
 EMBEDS, _PIXELS = "inputs_embeds", "pixel_values"
-_KINDS = ("key", "value")
 
 
 class _CachedAttention:
@@ -213,14 +212,16 @@ def _unroll(assembly: Assembly, pieces: _Decoder, spec: ModelSpec, name: str) ->
     sets = spec.cached_layers if name == "traverse" else spec.cached_layers[:1]
     caches = [(i, second) for second, layers in enumerate(sets) for i in layers]
     past = {
-        (i, second): [assembly.input(v, _cache("past", kind, i, second)) for kind, v in zip(_KINDS, pasts, strict=True)]
+        (i, second): [
+            assembly.input(v, cache_name("past", kind, i, second)) for kind, v in zip(KINDS, pasts, strict=True)
+        ]
         for i, second in caches
     }
     present: dict[str, ir.Value] = {}
 
     def run(x: ir.Value, i: int, second: int) -> ir.Value:
         x, *new = assembly.add(pieces.one_pass, (x, *past[i, second]), i, ("first", "second")[second])
-        present.update(zip((_cache("present", kind, i, second) for kind in _KINDS), new, strict=True))
+        present.update(zip((cache_name("present", kind, i, second) for kind in KINDS), new, strict=True))
         return x
 
     outputs: dict[str, ir.Value] = {}
@@ -234,12 +235,8 @@ def _unroll(assembly: Assembly, pieces: _Decoder, spec: ModelSpec, name: str) ->
             x = first
     if name != LAYERS:
         (outputs["logits"],) = assembly.add(pieces.head, (x,))
-    names = [_cache("present", kind, i, second) for i, second in caches for kind in _KINDS]
+    names = [cache_name("present", kind, i, second) for i, second in caches for kind in KINDS]
     return outputs | {each: present[each] for each in names}
-
-
-def _cache(prefix: str, kind: str, layer: int, second: int) -> str:
-    return f"{prefix}{'_second' * second}_{kind}_{layer}"
 
 
 class _Decoder(NamedTuple):
@@ -267,7 +264,7 @@ def _decoder(family: Family, one: ModelSpec, capacity: int, step: bool) -> _Deco
     graph = trace_one(name, family, one, capacity).graph
     inputs = {value.name: value for value in graph.inputs}
     hidden, key, value, *mixed, logits = graph.outputs
-    given = [inputs[EMBEDS], *(inputs[f"past_{kind}"] for kind in _KINDS)]
+    given = [inputs[EMBEDS], *(inputs[f"past_{kind}"] for kind in KINDS)]
     one_pass = Piece(name, "pass", graph, given, [hidden, key, value])
     mix = Piece(name, "mix", graph, [hidden, *(inputs["second"] for _ in mixed)], mixed)
     return _Decoder(one_pass, mix, Piece(name, "head", graph, mixed or [hidden], [logits]))
@@ -281,7 +278,7 @@ def _export_decoder(family: Family, one: ModelSpec, capacity: int, step: bool) -
     with FakeTensorMode():
         decoder = family.decoder(one)
         assert isinstance(decoder, Decoder)
-        past = [torch.empty(1, one.num_kv_heads, capacity, one.head_dim) for _ in _KINDS]
+        past = [torch.empty(1, one.num_kv_heads, capacity, one.head_dim) for _ in KINDS]
         if not step:
             extra["slots"], shapes["slots"] = torch.zeros(length + 3, dtype=torch.int64), {0: _dim("slots")}
         if one.long_rope:
@@ -295,8 +292,8 @@ def _export_decoder(family: Family, one: ModelSpec, capacity: int, step: bool) -
             _DecoderGraph(one, decoder, capacity),
             args,
             (tokens, tokens, shapes, [{} for _ in past], [tokens for _ in second]),
-            [EMBEDS, "position_ids", *extra, *(f"past_{kind}" for kind in _KINDS), *("second" for _ in second)],
-            ["hidden", *(f"present_{kind}" for kind in _KINDS), *("mixed" for _ in second), "logits"],
+            [EMBEDS, "position_ids", *extra, *(f"past_{kind}" for kind in KINDS), *("second" for _ in second)],
+            ["hidden", *(f"present_{kind}" for kind in KINDS), *("mixed" for _ in second), "logits"],
         )
     inputs = {value.name: value for value in graph.inputs}
     for value in graph.inputs:

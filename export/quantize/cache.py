@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trol_edge.bundle.cache_scales import KINDS, cache_name, scale_name, scale_shape
+from trol_edge.bundle.cache_scales import scale_of, scale_shape
+from trol_edge.bundle.names import KINDS
 from trol_edge.bundle.spec import ModelSpec
 from trol_edge.errors import CalibrationError
 from trol_edge.export.quantize.stats import SMALLEST, Statistics
@@ -33,7 +34,7 @@ def find_cache_scales(spec: ModelSpec, statistics: Statistics) -> dict[str, Floa
                 )
             for kind, name in enumerate(KINDS):
                 scales = np.maximum(peaks[kind, second], SMALLEST) / np.float32(STEPS)
-                tensor = scale_name(cache_name(name, layer, bool(second)))
+                tensor = scale_of(name, layer, second)
                 found[tensor] = scales.astype(np.float32).reshape(scale_shape(spec))
     return found
 
@@ -43,8 +44,7 @@ def rounding_of(layer: int, scales: Mapping[str, Tensor]) -> Callable[[Tensor, T
 
     def rounded(keys: Tensor, values: Tensor, traversal: int) -> tuple[Tensor, Tensor]:
         key, value = (
-            _rounded(x, scales[scale_name(cache_name(kind, layer, bool(traversal)))])
-            for kind, x in zip(KINDS, (keys, values), strict=True)
+            _rounded(x, scales[scale_of(kind, layer, traversal)]) for kind, x in zip(KINDS, (keys, values), strict=True)
         )
         return key, value
 

@@ -131,26 +131,24 @@ class Statistics:
         state = finished_state(path, checkpoint_identity)
         points: dict[str, Path] = {}
         peaks: dict[str, float] = {}
+        caches: dict[int, Float32] = {}
         for stage in state.stages:
             part = part_path(path, stage)
-            meta = read_meta(part)
+            with open_part(part) as file:
+                meta = _meta(file)
+                if CACHE_PEAKS in file:
+                    caches[int(stage.rsplit(".", 1)[1])] = _cache_peaks(file)
             points |= dict.fromkeys(meta["points"], part)
             peaks |= meta["peaks"]
-        decoder = [stage for stage in state.stages if stage.startswith("decoder.layers.")]
-        read = ((int(stage.rsplit(".", 1)[1]), _cache_peaks(part_path(path, stage))) for stage in decoder)
-        caches = {layer: found for layer, found in read if found is not None}
         return cls(_Points(points), peaks, state, caches)
 
 
-def _cache_peaks(part: Path) -> Float32 | None:
-    """What a layer's caches held; None in parts of earlier versions."""
-    with open_part(part) as file:
-        if CACHE_PEAKS not in file:
-            return None
-        found: Float32 = file[CACHE_PEAKS]
-        if found.dtype != np.float32 or found.ndim != 4 or found.shape[:2] != (2, 2) or not np.isfinite(found).all():
-            raise ValueError(f"{CACHE_PEAKS} is {found.dtype} {list(found.shape)}, or has NaN or infinite values")
-        return found
+def _cache_peaks(file: Any) -> Float32:
+    """What a layer's caches held, from its part."""
+    found: Float32 = file[CACHE_PEAKS]
+    if found.dtype != np.float32 or found.ndim != 4 or found.shape[:2] != (2, 2) or not np.isfinite(found).all():
+        raise ValueError(f"{CACHE_PEAKS} is {found.dtype} {list(found.shape)}, or has NaN or infinite values")
+    return found
 
 
 class _Points(Mapping[str, PointStatistics]):
@@ -262,12 +260,16 @@ def read_point(path: Path, name: str) -> PointStatistics:
 def read_meta(path: Path) -> dict[str, Any]:
     """The JSON of a part. Raises CalibrationError if the file is damaged."""
     with open_part(path) as file:
-        meta = parse_json(str(file["meta"]))
-        return {
-            **meta,
-            "points": dict(meta["points"]),
-            "peaks": {k: float(v) for k, v in meta["peaks"].items()},
-        }
+        return _meta(file)
+
+
+def _meta(file: Any) -> dict[str, Any]:
+    meta = parse_json(str(file["meta"]))
+    return {
+        **meta,
+        "points": dict(meta["points"]),
+        "peaks": {k: float(v) for k, v in meta["peaks"].items()},
+    }
 
 
 @contextlib.contextmanager

@@ -672,8 +672,8 @@ FAULTS = (
     ),
     Fault(
         "export/quantize/cache.py",
-        "scale_name(cache_name(kind, layer, bool(traversal)))",
-        "scale_name(cache_name(kind, max(0, layer - 1), bool(traversal)))",
+        "scale_of(kind, layer, traversal)",
+        "scale_of(kind, max(0, layer - 1), traversal)",
         "the self-test is recorded with the scales of the layer before",
         ("tests/test_eight_bit_cache.py::test_rounding_of_the_reference",),
     ),
@@ -686,8 +686,8 @@ FAULTS = (
     ),
     Fault(
         "runtimes/layered.py",
-        "scale_name(cache_name(kind, layer, second)))",
-        "scale_name(cache_name(kind, layer, False)))",
+        "self._weights.get(scale_of(kind, layer, second))",
+        "self._weights.get(scale_of(kind, layer, 0))",
         "layer by layer, second passes have the first pass's scales",
         ("tests/test_eight_bit_cache.py::test_other_recipes",),
         "test-all",

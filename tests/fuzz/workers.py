@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from trol_edge.errors import TrolEdgeError
+from trol_edge.machine.identity import peak_memory, reset_peak_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 CAMPAIGNS = ("bundles", "pictures", "checkpoints", "signals", "kills", "calls", "http")
@@ -83,22 +84,14 @@ def work(name: str, place: Path) -> None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(used.ru_utime + used.ru_stime) + 1 + CPU_S
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-        before = peak_bytes(anew=True)
+        reset_peak_memory()
+        before = peak_memory()
         end, detail = _one(campaign, Random(f"{name} {seed} {number}"))
         resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        grown = peak_bytes() - before
+        grown = peak_memory() - before
         if grown > MEMORY_BYTES:
             end, detail = "memory", f"{grown / 1e6:.0f} MB more than before; it ended with {end} {detail}"
         print(json.dumps({"end": end, "detail": detail}), file=answers, flush=True)
-
-
-def peak_bytes(anew: bool = False) -> int:
-    """The most memory that this process has had; anew: from now on. (What getrusage says includes its parent's.)"""
-    if anew:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def _one(campaign: Campaign, rng: Random) -> tuple[str, str]:

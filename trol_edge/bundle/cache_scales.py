@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trol_edge.bundle.names import KINDS, cache_name
 from trol_edge.bundle.spec import ModelSpec
 
 EIGHT_BITS = "int8"  # the one kind of rounded cache
-KINDS = ("key", "value")
-PAST, SECOND = "past_", "second_"
+PAST = "past_"
 SCALES = ("key_scale", "value_scale")  # how the names of these tensors end
 # The first version of ONNX Runtime whose GroupQueryAttention runs on 8-bit caches on a CPU. 1.26.0 loads the graph and
 # fails when it runs.
@@ -30,15 +30,15 @@ def scale_name(cache: str) -> str:
     return f"decoder.layers.{layer}.{kind}_scale"
 
 
-def cache_name(kind: str, layer: int, second: bool) -> str:
-    """The input of a cache by its kind ("key" or "value"), layer and pass."""
-    return f"{PAST}{SECOND if second else ''}{kind}_{layer}"
+def scale_of(kind: str, layer: int, second: int) -> str:
+    """The tensor with the scales of a layer's keys or values. second: the pass, 0 or 1."""
+    return scale_name(cache_name("past", kind, layer, second))
 
 
 def scale_names(spec: ModelSpec) -> list[str]:
     """The tensors of all scales: of the first set, then of the second."""
     return [
-        scale_name(cache_name(kind, layer, bool(second)))
+        scale_of(kind, layer, second)
         for second, layers in enumerate(spec.cached_layers)
         for layer in layers
         for kind in KINDS

@@ -34,12 +34,14 @@ from trol_edge.bundle.names import (
     EMBEDDING,
     EMBEDDING_SCALE,
     HEAD,
+    KINDS,
     LAYERS,
     LISTED_FILES,
     MANIFEST,
     MIX,
     SINGLE,
     WEIGHTS,
+    cache_name,
 )
 from trol_edge.bundle.precision import CalibrationInfo, Part, PrecisionPlan
 from trol_edge.bundle.signature import PublicKey, bundle_statement, public_keys, require
@@ -488,8 +490,8 @@ def _wrong_passes(manifest: Manifest) -> Iterator[str]:
     layers = range(manifest.spec.num_layers)
     inputs = {HEAD: {"inputs_embeds"}, MIX: {"first", "second"}, LAYERS: {"inputs_embeds", "position_ids", "slots"}}
     outputs = {HEAD: {"logits"}, MIX: {"mixed"}, LAYERS: {f"hidden_{i}" for i in layers}}
-    inputs[LAYERS] |= {f"past_{kind}_{i}" for kind in ("key", "value") for i in layers}
-    outputs[LAYERS] |= {f"present_{kind}_{i}" for kind in ("key", "value") for i in layers}
+    inputs[LAYERS] |= {cache_name("past", kind, i, 0) for kind in KINDS for i in layers}
+    outputs[LAYERS] |= {cache_name("present", kind, i, 0) for kind in KINDS for i in layers}
     for name, info in manifest.graphs.items():
         for wanted, ports in ((inputs, info.inputs), (outputs, info.outputs)):
             if lacking := wanted.get(name, set()) - {port.name for port in ports}:

@@ -11,6 +11,7 @@ from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS
 from trol_edge.bundle.embedding import embedding_names
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.manifest import Bundle, GraphInfo, Manifest, Port
+from trol_edge.bundle.names import KINDS, cache_name
 from trol_edge.bundle.weights import FLOATS, TensorInfo
 
 
@@ -89,7 +90,7 @@ def cache_bytes(ports: Iterable[Port], context: int) -> int:
 
 def caches_of(traverse: GraphInfo, second_layers: Collection[int]) -> list[Port]:
     """The K/V caches that a traverse takes: those of the first pass, then those of the second in these layers."""
-    second = {f"past_second_{kind}_{layer}" for kind in ("key", "value") for layer in second_layers}
+    second = {cache_name("past", kind, layer, 1) for kind in KINDS for layer in second_layers}
     ports = [port for port in traverse.inputs if port.name.startswith("past_")]
     return [port for port in ports if port.name in second or not port.name.startswith("past_second_")]
 

@@ -6,9 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +25,7 @@ from trol_edge.bundle.sizes import cache_bytes
 from trol_edge.bundle.targets import TARGETS, is_gpu
 from trol_edge.errors import ContextError, UsageError
 from trol_edge.machine import sensors
+from trol_edge.machine.identity import reset_peak_memory
 from trol_edge.measure.process import Job, Progress, errors_as_json, print_json, sampled, told_job
 from trol_edge.measure.record import (
     BundleId,
@@ -155,7 +154,7 @@ class Bench:
         """Measure one case: `warmup` unmeasured pairs of a first and a second question, then `runs` measured ones."""
         prompts = self.prompts(picture, length)
         with self._session:
-            _reset_peak()
+            reset_peak_memory()
             for_warmth = [self._pair(prompts, picture)[0] for _ in range(warmup)]
             start = time.monotonic() - self._zero
             pairs = [self._pair(prompts, picture) for _ in range(runs)]
@@ -274,12 +273,6 @@ class Bench:
                 f"a prompt of {length} tokens is too short: template, picture and question take {least}; "
                 "give more --prompt-tokens, or --size none"
             )
-
-
-def _reset_peak() -> None:
-    """Let the kernel count this process's peak memory from here on, where it can."""
-    with suppress(OSError):  # without it the peak covers all cases so far
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def work(bundle: Bundle, ids: Sequence[int], tokens: int) -> dict[str, Work] | None:
