@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trol_edge.measure.soak import soak
+from trol_edge.measure.soak import HANGS_S, soak
 
 ROOT = Path(__file__).resolve().parents[1]
 START = """
@@ -126,6 +127,22 @@ def test_ctrl_c_in_soak_ends_its_threads(nano_bundle: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         soak(nano_bundle, 60, interrupt)
+    assert threading.active_count() == before
+
+
+def test_ctrl_c_in_soak_while_threads_come_to_rest(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that rest already are let go."""
+    before, wait_for = threading.active_count(), threading.Condition.wait_for
+
+    def interrupted(self: threading.Condition, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        if threading.current_thread() is threading.main_thread() and timeout == HANGS_S:
+            self.wait(HANGS_S)  # for the first thread that rests
+            raise KeyboardInterrupt
+        return wait_for(self, predicate, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        soak(nano_bundle, 60, lambda *_: None)
     assert threading.active_count() == before
 
 

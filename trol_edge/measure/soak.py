@@ -244,6 +244,7 @@ class _Crew:
         """End the threads after Ctrl-C: stop their calls as soon as they begin, and wait for them."""
         self.over.set()
         self._all_here.abort()
+        self._go_on()
         last = time.monotonic() + HANGS_S
         while (alive := [w for w in workers if w.is_alive()]) and time.monotonic() < last:
             self.runtime.stop()
@@ -252,16 +253,20 @@ class _Crew:
     @contextmanager
     def resting(self) -> Iterator[None]:
         """Make all threads wait, so that no call is running inside the block."""
-        with self._changed:
-            self._pause = True
-            if not self._changed.wait_for(lambda: self._rest == THREADS, HANGS_S):
-                self._note(f"{THREADS - self._rest} threads hang")
         try:
+            with self._changed:
+                self._pause = True
+                if not self._changed.wait_for(lambda: self._rest == THREADS, HANGS_S):
+                    self._note(f"{THREADS - self._rest} threads hang")
             yield
         finally:
-            with self._changed:
-                self._pause = False
-                self._changed.notify_all()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Let threads that rest make calls again."""
+        with self._changed:
+            self._pause = False
+            self._changed.notify_all()
 
     def _maybe_rest(self) -> None:
         with self._changed:
