@@ -35,6 +35,11 @@ NANOS = ("trol-nano", "trol-nano-phi3")  # the shipped models, one per family
 NANO = CHECKPOINTS / NANOS[0]
 
 
+def slow(*values: Any) -> list[Any]:
+    """Values of a parameter that only `make test-slow` takes."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
+
+
 def context_of(case: str) -> int:
     """Tokens: room for the longest prompt of a golden case, in one family two pictures. It is a part of the trace."""
     return 1024 if case.startswith("phi3") else 2560

@@ -135,6 +135,7 @@ def test_who_gets_what(checkpoint: Path) -> None:
             choose(checkpoint, "nowhere", limit)
 
 
+@pytest.mark.slow
 def test_the_search_for_precision_counts_it(checkpoint: Path, calibration: Path) -> None:
     """With an open layer's second pass left out, that loss is in every loss, and no precision makes up for it."""
     statistics = Statistics.load(calibration, None)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import CHECKPOINTS, NANO
+from tests.conftest import CHECKPOINTS, NANO, NANOS, slow
 from trol_edge.bundle import folder as folder_module
 from trol_edge.bundle import manifest as bundle_module
 from trol_edge.bundle.folder import new_folder
@@ -527,6 +527,7 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+@pytest.mark.parametrize("each_bundle", [NANOS[1], *slow(NANOS[0])], indirect=True)
 def test_export_is_reproducible(place: Path, each_bundle: Path) -> None:
     """Same checkpoint, same bytes, whatever the folder is called."""
     model = Bundle(each_bundle).manifest.model
@@ -536,7 +537,7 @@ def test_export_is_reproducible(place: Path, each_bundle: Path) -> None:
         assert (place / name).read_bytes() == (each_bundle / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("stage", ["weights", pytest.param("trace", marks=pytest.mark.slow), "hash"])
+@pytest.mark.parametrize("stage", ["weights", *slow("trace", "hash")])
 def test_interrupted_export(export: Callable[..., Manifest], place: Path, stage: str) -> None:
     """Ctrl-C at any stage leaves nothing at the target nor beside it, and a second try works."""
 

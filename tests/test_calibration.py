@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.conftest import NANO
+from tests.conftest import NANO, slow
 from trol_edge.calibration import prompts as prompts_module
 from trol_edge.calibration import run
 from trol_edge.calibration import samples as sampling
@@ -122,6 +122,7 @@ def test_statistics_equal_the_whole_model(statistics: Statistics) -> None:
     assert both_passes
 
 
+@pytest.mark.slow
 def test_every_observer_gives_a_usable_threshold(statistics: Statistics) -> None:
     for name, point in statistics.points.items():
         for observer in ("minmax", "percentile", "entropy", "mse"):
@@ -346,7 +347,7 @@ def test_rows_that_are_none(tmp_path: Path, line: str, message: str) -> None:
         sampling.load(tmp_path / "data.jsonl", None)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, *slow(errno.EIO)])
 @pytest.mark.parametrize("where", ["savez", "fsync", "hidden"])
 def test_a_disk_that_fails_in_the_middle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
@@ -481,7 +482,7 @@ def clipped_divergence(histogram: Any, stop: int) -> float:
     return float((p * np.log(p / q)).sum())
 
 
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", ["outliers", *slow(*DISTRIBUTIONS.keys() - {"outliers"})])
 def test_observers_against_onnxruntime_and_brute_force(name: str) -> None:
     """Percentile and entropy beside onnxruntime's own, the squared error beside a search over the values."""
     from onnxruntime.quantization.calibrate import HistogramCollector

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import NANO
+from tests.conftest import NANO, slow
 from trol_edge import Runtime
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import SELFTEST, TOKENIZER
@@ -74,7 +74,7 @@ print(rt.generate("Is there a star?").text)
 """
 
 
-@pytest.mark.parametrize("change", [shorten, pytest.param(scramble, marks=pytest.mark.slow), replace])
+@pytest.mark.parametrize("change", [shorten, *slow(scramble, replace)])
 def test_a_bundle_changed_under_a_runtime(
     change: Callable[[Path], None], nano_bundle: Path, nano: Runtime, tmp_path: Path
 ) -> None:
@@ -87,6 +87,7 @@ def test_a_bundle_changed_under_a_runtime(
     assert done.stdout.splitlines() == [nano.generate(QUESTION, SCENE).text, nano.generate("Is there a star?").text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [shorten, pytest.param(scramble, marks=pytest.mark.slow)])
 def test_a_bundle_for_a_gpu_changed_under_a_provider(
     change: Callable[[Path], None], exported: Callable[..., Path], nano: Runtime, tmp_path: Path

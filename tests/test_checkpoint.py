@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tests import cases
 from tests.cases import TOLERANCE, difference
-from tests.conftest import NANO, context_of
+from tests.conftest import NANO, context_of, slow
 from tests.golden import GOLDEN
 from tests.reference import Reference
 from trol_edge.bundle.weights import WeightsFile
@@ -175,6 +175,7 @@ def test_blocks_make_up_the_tensor(monkeypatch: pytest.MonkeyPatch, folder: Path
         assert several > 20
 
 
+@pytest.mark.slow
 def test_weights_file_does_not_depend_on_the_blocks(
     monkeypatch: pytest.MonkeyPatch, bundle: Callable[[Path], Path], folder: Path
 ) -> None:
@@ -187,7 +188,7 @@ def test_weights_file_does_not_depend_on_the_blocks(
     assert (bundle(folder) / "weights.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None, *slow(torch.float32, torch.float16)])
 def test_dtypes(folder: Path, state: State, bundle: Callable[[Path], Path], dtype: torch.dtype | None) -> None:
     """Stored as they are, computed in FP32; None: a different one for every other tensor."""
     kinds = [torch.float32, torch.bfloat16, torch.float16]
@@ -916,6 +917,7 @@ def test_synth(tiny: str, tmp_path: Path, bundle: Callable[[Path], Path], state:
     assert difference(logits, expected[1]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_synth_is_reproducible(tiny: str, tmp_path: Path) -> None:
     """By seed; and it overwrites nothing but what it wrote."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

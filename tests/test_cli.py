@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import trol_edge
-from tests.conftest import CHECKPOINTS, NANO, NANOS
+from tests.conftest import CHECKPOINTS, NANO, NANOS, slow
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import MANIFEST
 from trol_edge.calibration.evaluate import heading
@@ -160,7 +160,7 @@ def test_interrupt(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.bundle
-@pytest.mark.parametrize("name", NANOS)
+@pytest.mark.parametrize("name", [NANOS[1], *slow(NANOS[0])])
 def test_export(cli: Callable[..., Result], tmp_path: Path, name: str) -> None:
     """A folder or a name; what exists is refused or replaced; the bundle runs."""
     out = tmp_path / "out"
@@ -221,8 +221,10 @@ sys.exit(main(sys.argv[1:]))
     [
         ("torch", "export", ["export", "trol-nano", "-o", "build/never"]),
         ("torch", "export", ["synth", "--model", "trol-1.8b", "-o", "build/never"]),
-        ("torch", "export", ["demo", "build/never"]),
-        ("onnx_ir", "export", ["export", "trol-nano", "-o", "build/never"]),
+        *slow(
+            ("torch", "export", ["demo", "build/never"]),
+            ("onnx_ir", "export", ["export", "trol-nano", "-o", "build/never"]),
+        ),
     ],
 )
 def test_missing_extra_is_named(library: str, extra: str, arguments: list[str]) -> None:
@@ -363,6 +365,7 @@ def test_synth(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.M
     cli("synth", "--model", "trol-13b", "-o", tmp_path / "no").failed(1, "no model 'trol-13b'; choose one of")
 
 
+@pytest.mark.parametrize("each_bundle", [NANOS[1], *slow(NANOS[0])], indirect=True)
 def test_evaluate(cli: Callable[..., Result], each_bundle: Path, tmp_path: Path) -> None:
     """A table, or JSON; and a report's section of each picture size written once."""
     report = tmp_path / "REPORT.md"
@@ -403,6 +406,7 @@ def test_inspect_of_fewer_second_passes(cli: Callable[..., Result], exported: Ca
     cli("export", CHECKPOINTS / "trol-nano", "-o", "nowhere", "--traversal", "9").failed(1, "this model has 8 layers")
 
 
+@pytest.mark.parametrize("each_bundle", [NANOS[1], *slow(NANOS[0])], indirect=True)
 def test_demo(cli: Callable[..., Result], each_nano: Runtime) -> None:
     """What `make engine` ends with: picture, question, answer, bundle, and what to type next."""
     bundle = each_nano.bundle.folder

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import NANO
+from tests.conftest import NANO, slow
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.manifest import Bundle, FileInfo, write_manifest
 from trol_edge.bundle.names import WEIGHTS
@@ -78,8 +78,10 @@ def test_a_bundle_that_is_run_by_layers(
     ("parameter", "before", "wrong"),
     [
         ("decoder.layers.2.mlp.down.weight", "decoder.layers.1", "decoder.layers.2"),
-        ("vision.layers.1.fc2.weight", "vision.layers.0", "vision.layers.1"),
-        ("vision.proj1.weight", "vision.layers.2", "vision.features"),
+        *slow(
+            ("vision.layers.1.fc2.weight", "vision.layers.0", "vision.layers.1"),
+            ("vision.proj1.weight", "vision.layers.2", "vision.features"),
+        ),
     ],
 )
 def test_the_damaged_layer_is_named(

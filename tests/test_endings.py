@@ -188,7 +188,15 @@ OWN = """
 
 
 @pytest.mark.parametrize("beside", [pytest.param("alone", marks=pytest.mark.slow), "beside a thread"])
-@pytest.mark.parametrize("child", [REFUSED, DROPPED, OWN, "\n"], ids=["uses", "drops", "makes its own", "ends"])
+@pytest.mark.parametrize(
+    "child",
+    [
+        pytest.param(REFUSED, id="uses"),
+        pytest.param(DROPPED, id="drops", marks=pytest.mark.slow),
+        pytest.param(OWN, id="makes its own"),
+        pytest.param("\n", id="ends", marks=pytest.mark.slow),
+    ],
+)
 def test_the_child_of_a_fork(child: str, beside: str, nano_bundle: Path) -> None:
     """It is refused, or drops what it inherited, and ends with its own exit status; the parent goes on."""
     done = run(START + FORK.format(child=child), nano_bundle, beside)

@@ -162,6 +162,7 @@ def test_earlier_folders_are_read(folder: Path, tmp_path: Path) -> None:
         load(old, None)
 
 
+@pytest.mark.slow
 def test_more_serves_less_and_less_is_made_again(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     """A folder with second passes left out is as good for who needs none of it."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))

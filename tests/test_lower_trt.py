@@ -16,7 +16,7 @@ import pytest
 
 from tests import cases, test_phi3
 from tests.cases import TOLERANCE, Array, difference
-from tests.conftest import CHECKPOINTS, NANOS, context_of
+from tests.conftest import CHECKPOINTS, NANOS, context_of, slow
 from tests.golden import GOLDEN
 from trol_edge.bundle.engines import left_out
 from trol_edge.bundle.folder import sha256_of
@@ -92,8 +92,8 @@ def _golden(expected: dict[str, Array], row: int, padding: int) -> Array | None:
     return expected["cached_logits"][row][0] if "cached_logits" in expected and not padding else None
 
 
-# What the others differ in from these (more pictures, padding on the left) is not in a graph.
-QUICK = {"internlm2-gqa-image", "internlm2-text", "phi3-tile1", "phi3-tiles"}
+# What the others differ in from these (pictures, padding on the left, fewer heads of keys) is hardly in a graph.
+QUICK = {"internlm2-text", "phi3-tile1"}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_lowered_graphs_equal_the_canonical_ones(
     assert seen
 
 
-@pytest.mark.parametrize("model", NANOS)
+@pytest.mark.parametrize("model", [NANOS[1], *slow(NANOS[0])])
 def test_nanos_lowered_give_the_same_answer(
     model: str, bundle_of: Callable[[str], Path], exported: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -185,7 +185,7 @@ def test_only_the_update_reads_a_cache(exported: Callable[..., Path]) -> None:
             assert node.outputs[0].is_graph_output() and past.shape is not None and len(past.shape) == 4
 
 
-@pytest.mark.parametrize(("name", "count"), [("step", 1), ("traverse", 4)])
+@pytest.mark.parametrize(("name", "count"), [("step", 1), *slow(("traverse", 4))])
 def test_graphs_that_give_their_rows(name: str, count: int, exported: Callable[..., Path], tmp_path: Path) -> None:
     """Without TensorScatter: new rows are those of the written caches, and the tokens' own rows of a past are not read.
 

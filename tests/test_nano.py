@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import NANOS, slow
 from trol_edge.calibration.evaluate import Score, evaluate, heading, markdown, update_report
 from trol_edge.export import scenes
 from trol_edge.runtime import Runtime
@@ -73,8 +74,7 @@ def test_pictures_of_several_tiles_are_answered_right(phi3: Runtime) -> None:
 @pytest.mark.parametrize(
     ("width", "height", "tiles"),
     [
-        (150, 150, 1),
-        *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((120, 340, 4), (230, 110, 3), (640, 480, 7))),
+        *slow((150, 150, 1), (120, 340, 4), (230, 110, 3), (640, 480, 7)),
     ],
 )
 def test_pictures_of_any_shape_are_answered_right(phi3: Runtime, width: int, height: int, tiles: int) -> None:
@@ -97,6 +97,7 @@ def test_the_long_factors_answer_right(phi3: Runtime) -> None:
     assert sum(right) >= 36
 
 
+@pytest.mark.parametrize("each_bundle", [NANOS[1], *slow(NANOS[0])], indirect=True)
 def test_the_picture_matters(each_nano: Runtime) -> None:
     """Questions about one scene, asked about a blank table: a model that ignores the picture would not notice."""
     blank = Image.new("RGB", (scenes.PIXELS, scenes.PIXELS), (110, 110, 110))
@@ -123,6 +124,7 @@ def test_a_larger_picture_shows_the_same_scene() -> None:
         assert np.abs(shrunk - small[:, ::-1]).mean() > 5
 
 
+@pytest.mark.parametrize("each_bundle", [NANOS[1], *slow(NANOS[0])], indirect=True)
 def test_report_section_is_rewritten_not_repeated(each_nano: Runtime, tmp_path: Path) -> None:
     """Each picture size has a section; a section of another title stays."""
     report = tmp_path / "REPORT.md"

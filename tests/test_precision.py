@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import NANO
+from tests.conftest import NANO, slow
 from tests.statistics import statistics_of
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
@@ -146,6 +146,7 @@ def test_the_default_is_what_a_laptop_can_hold() -> None:
     assert default_recipe("cpu", SMALL + 1) == "int4-dynamic"
 
 
+@pytest.mark.slow
 def test_a_large_checkpoint_is_rounded_and_the_user_is_told(
     tmp_path: Path, traces: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,8 +226,8 @@ def test_plan_files(tmp_path: Path) -> None:
 
 SEARCHED = pytest.mark.slow  # scales are searched anew for these two
 PRECISIONS = [
-    *(("cpu", recipe) for recipe in ("fp16", "int8", "int4")),
-    ("onnx", "fp16"),
+    *(("cpu", recipe) for recipe in ("int8", "int4")),
+    *slow(("cpu", "fp16"), ("onnx", "fp16")),
     pytest.param("onnx", "int8", marks=SEARCHED),
     pytest.param("onnx", "int4", marks=SEARCHED),
 ]

@@ -16,6 +16,7 @@ import pytest
 from tests import cases, prompts
 from tests.cases import Array
 from tests.conftest import NANO as NANO_FOLDER
+from tests.conftest import slow
 from tests.prompts import STEPS, Prompt, Prompts
 from tests.test_phi3 import CONTEXT, ORIGINAL
 from trol_edge.errors import ContextError, UsageError
@@ -32,7 +33,12 @@ NANO = "trol-nano/scene/0"
 pytestmark = pytest.mark.usefixtures("no_gradients")
 # Long, and by all that a prefix is made of like the rows of other cases: a picture, a text before it, one after it.
 ALIKE = {"internlm2-leftpad-batch/images/0", "internlm2-leftpad-batch/images/1", "internlm2-leftpad-batch/mixed/1"}
-LONG = {"internlm2-two-images/main/0"}  # two thousand tokens; phi3-tiles has several pictures, too
+LONG = {
+    "phi3-leftpad-batch/images/1",
+    "internlm2-two-images/main/0",
+    "internlm2-gqa-image/main/0",
+    "phi3-tiles/main/0",
+}  # of others' kind, too
 every_prompt = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE | LONG else n for n in NAMES]
 )
@@ -116,7 +122,7 @@ def test_every_split_of_a_prompt(name: str, load: Prompts) -> None:
 
 
 @every_prompt
-@pytest.mark.parametrize("chunk", [1, 7, 64, 256])
+@pytest.mark.parametrize("chunk", [7, 256, *slow(1, 64)])
 def test_chunks(name: str, chunk: int, load: Prompts) -> None:
     """prefill_chunk changes nothing but the number of traverses."""
     prompt = load(name)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import CHECKPOINTS, NANOS
+from tests.conftest import CHECKPOINTS, NANOS, slow
 from tests.test_verify import rehash
 from trol_edge.bundle import selftest
 from trol_edge.bundle.manifest import Bundle
@@ -103,6 +103,7 @@ def said_by(text: str, template: PromptSpec, vocabulary: int) -> tuple[bytes, li
     return probe.token_digests(made, text, vocabulary).tobytes(), probe.prompt_ids(made, template)
 
 
+@pytest.mark.slow
 def test_edited_tokenizers_are_found(written: tuple[str, PromptSpec, int]) -> None:
     """All of hundreds, by kind; one that is written in another way is the same."""
     text, template, vocabulary = written
@@ -156,7 +157,7 @@ def edit_tokenizer(folder: Path, change: Callable[[Any, random.Random], None]) -
     rehash(folder)
 
 
-@pytest.mark.parametrize("change", [_swapped_pieces, _lost_merge, _swapped_merges])
+@pytest.mark.parametrize("change", [_lost_merge, *slow(_swapped_pieces, _swapped_merges)])
 def test_verify_names_the_tokenizer(copy: Path, change: Callable[[Any, random.Random], None]) -> None:
     """At its stage; and a first load refuses the bundle."""
     edit_tokenizer(copy, change)
@@ -168,6 +169,7 @@ def test_verify_names_the_tokenizer(copy: Path, change: Callable[[Any, random.Ra
         Runtime(copy, selftest=True)
 
 
+@pytest.mark.slow
 def test_verify_names_the_template(copy: Path) -> None:
     """Another system text, marks in another order, another end."""
     template = Bundle(copy).manifest.prompt

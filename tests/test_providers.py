@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import NANO, NANOS
+from tests.conftest import NANO, NANOS, slow
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.errors import BackendError, BundleError, UsageError
 from trol_edge.runtime import Runtime
@@ -35,7 +35,7 @@ def gpu_bundle(exported: Callable[..., Path]) -> Path:
     return exported(NANO, target="tensorrt")
 
 
-@pytest.mark.parametrize("name", NANOS)
+@pytest.mark.parametrize("name", [NANOS[1], *slow(NANOS[0])])
 def test_the_same_answers_as_a_cpu_bundle(
     name: str, exported: Callable[..., Path], bundle_of: Callable[..., Path]
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import cases
-from tests.conftest import CHECKPOINTS, NANO, NANOS
+from tests.conftest import CHECKPOINTS, NANO, NANOS, slow
 from tests.test_prefix import EXACT, answer, off
 from trol_edge.errors import ContextError, RequestError, UsageError
 from trol_edge.export import scenes
@@ -137,7 +137,7 @@ def test_all_tokens_are_the_default(asked: Asked) -> None:
 
 
 @pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("before", "after"), [(1.0, PRUNED), (PRUNED, 1.0), (0.75, PRUNED), (PRUNED, PRUNED)])
+@pytest.mark.parametrize(("before", "after"), [(1.0, PRUNED), (0.75, PRUNED), *slow((PRUNED, 1.0), (PRUNED, PRUNED))])
 def test_reuse_after_every_split(asked: Asked, before: float, after: float, every: int) -> None:
     """Pruned and whole questions about one picture in one session, cut anywhere: as a fresh prefill, token by token."""
     fresh, session = asked.runtime.session(), asked.runtime.session()

@@ -315,6 +315,7 @@ def test_sensitive_linears_get_more_bits(statistics: Statistics) -> None:
     assert all(found.plan.linears[n] == LinearPlan("int8") and found.errors[n] < blocked[n] for n in raised)
 
 
+@pytest.mark.slow
 def test_odd_activations_give_usable_scales(statistics: Statistics) -> None:
     """A point that was zero throughout, and one number in one channel: every scale stays finite and above zero."""
     source = Checkpoint(NANO)

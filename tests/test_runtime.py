@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import trol_edge
-from tests.conftest import NANO
+from tests.conftest import NANO, NANOS, slow
 from trol_edge import IMAGE, Answer, Piece, Runtime, Timings
 from trol_edge.errors import BackendError, ContextError, ImageError, TrolEdgeError, UsageError
 
@@ -186,6 +186,7 @@ def filler(nano: Runtime, tokens: int) -> str:
     return text
 
 
+@pytest.mark.parametrize("each_bundle", [NANOS[1], *slow(NANOS[0])], indirect=True)
 def test_context_ends_the_answer(nano: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt and answer fill the context to the last slot."""
     context = nano.bundle.manifest.context
@@ -196,6 +197,7 @@ def test_context_ends_the_answer(nano: Runtime, monkeypatch: pytest.MonkeyPatch)
     assert nano.generate(filler(nano, context - 3), max_new_tokens=2).finish_reason == "length"
 
 
+@pytest.mark.parametrize("each_bundle", [NANOS[1], *slow(NANOS[0])], indirect=True)
 def test_prompt_longer_than_the_context(nano: Runtime) -> None:
     """Named numbers, before anything is computed; the session level takes a prompt that just fits."""
     context = nano.bundle.manifest.context

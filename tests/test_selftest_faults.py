@@ -37,6 +37,7 @@ def missed(pristine: Path, work: Path, chosen: list[Fault], ready: Callable[[Pat
     return [(o.fault.kind, o.fault.what, o.stage) for o in outcomes if not o.named]
 
 
+@pytest.mark.slow
 def test_faults_in_int8(exported: Callable[..., Path], tmp_path: Path) -> None:
     """One of each kind, where rounding hid 30 of 30."""
     folder = exported(NANO, recipe="int8")
@@ -44,8 +45,16 @@ def test_faults_in_int8(exported: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", NANOS)
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4", "int8-dynamic", "int4-dynamic"])
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        (NANOS[0], "fp32"),
+        (NANOS[0], "int8"),
+        (NANOS[0], "int4-dynamic"),
+        (NANOS[1], "int4"),
+        (NANOS[1], "int8-dynamic"),
+    ],
+)
 def test_faults_on_a_cpu(model: str, recipe: str, exported: Callable[..., Path], tmp_path: Path) -> None:
     """Nothing is wrong in any healthy variant, and a sample of the faults is found and named."""
     folder = exported(CHECKPOINTS / model, recipe=recipe)
@@ -57,8 +66,9 @@ def test_faults_on_a_cpu(model: str, recipe: str, exported: Callable[..., Path],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", NANOS)
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    ("model", "recipe"), [(NANOS[0], "int8"), (NANOS[0], "fp8"), (NANOS[1], "fp16"), (NANOS[1], "int4")]
+)
 def test_faults_on_the_stand_in(model: str, recipe: str, exported: Callable[..., Path], tmp_path: Path) -> None:
     """The same with engines, stale ones among the faults."""
     folder = folder_copy(exported(CHECKPOINTS / model, target=stand_in.TARGET, recipe=recipe), tmp_path / "pristine")
@@ -155,6 +165,7 @@ def test_a_self_test_of_an_earlier_version(nano_bundle: Path, tmp_path: Path) ->
     assert report.verdict.endswith("export the bundle again to have its own arithmetic checked")
 
 
+@pytest.mark.slow
 def test_a_processor_that_clips(exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is named, and what it computes may be rounding; a fault elsewhere may not."""
     copy = folder_copy(exported(NANO, recipe="int8"), tmp_path / "bundle")

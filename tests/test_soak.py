@@ -65,6 +65,7 @@ def test_the_verdict_needs_all_three() -> None:
     assert not passed(("ask: other tokens",), flat)
 
 
+@pytest.mark.slow
 def test_wrong_answers_fail_it(nano_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """A Runtime that answers differently under load than alone: found, said, and exit code 1."""
     generate, seen = Runtime.generate, []  # type: Any, list[int]

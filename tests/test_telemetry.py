@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import slow
 from trol_edge import telemetry
 from trol_edge.runtimes import doctor
 
@@ -103,13 +104,12 @@ sys.meta_path.insert(0, Watch())
     "arguments",
     [
         ["-m", "trol_edge", "run", "BUNDLE", "--image", "SCENE", "--prompt", "What is this?"],
-        ["-m", "trol_edge", "doctor", "BUNDLE"],
-        ["-m", "trol_edge", "verify", "BUNDLE"],
-        pytest.param(
-            ["-m", "trol_edge", "profile", "BUNDLE", "--size", "none", "--runs", "1", "--warmup", "0", "-o", "OUT"],
-            marks=pytest.mark.slow,
-        ),
         ["-m", "trol_edge.examples.asyncio_loop", "BUNDLE", "SCENE"],
+        *slow(
+            ["-m", "trol_edge", "doctor", "BUNDLE"],
+            ["-m", "trol_edge", "verify", "BUNDLE"],
+            ["-m", "trol_edge", "profile", "BUNDLE", "--size", "none", "--runs", "1", "--warmup", "0", "-o", "OUT"],
+        ),
         ["-c", "import trol_edge.runtimes.rates"],
         ["-c", "import trol_edge.examples.camera, trol_edge.examples.ros2_node, onnxruntime"],
         ["tests/replay_lowered.py", "OUT"],

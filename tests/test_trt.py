@@ -20,7 +20,7 @@ import pytest
 
 from tests import bindings, trt_standin
 from tests.cases import difference
-from tests.conftest import NANO
+from tests.conftest import NANO, slow
 from tests.test_trt_api import RTX, described
 from tests.trt_standin import CudaRuntime, IRuntimeCache
 from trol_edge.bundle.engines import (
@@ -175,6 +175,7 @@ def test_a_picture_in_several_chunks(machine: Machine, nano: Runtime) -> None:
     assert difference(chunked, nano.session().prefill(ids, pixels)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_fewer_image_tokens(machine: Machine, nano: Runtime) -> None:
     """Tables of each session's own, on the device: chunks, steps, forks and whole prompts after pruned ones."""
 
@@ -343,7 +344,7 @@ def test_a_step_reads_filled_rows(machine: Machine, nano: Runtime, monkeypatch: 
 
 
 @pytest.mark.parametrize("machine", ["10.3.0"], indirect=True)
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [False, *slow(True)])
 def test_new_rows_are_copied_into_the_caches(
     packed: bool, machine: Machine, nano: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +437,7 @@ def test_an_alias_of_another_tensor(machine: Machine, monkeypatch: pytest.Monkey
         machine.open()
 
 
+@pytest.mark.slow
 def test_without_cuda_graphs(machine: Machine, nano: Runtime, plain_bundle: Path) -> None:
     """The switch: every step is enqueued call by call, with the same logits."""
     bundle = Bundle(machine.folder)

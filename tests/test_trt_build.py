@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.bench import engines_full
-from tests.conftest import CHECKPOINTS, NANO, NANOS
+from tests.conftest import CHECKPOINTS, NANO, NANOS, slow
 from trol_edge.bundle.engines import ENGINES, Key, left_out, names_of, read, verified
 from trol_edge.bundle.folder import sha256_of
 from trol_edge.bundle.layer_graphs import ATTENTION, ATTENTION_STEP, layer_of
@@ -571,10 +571,8 @@ def test_a_killed_build_goes_on(plain_bundle: Path, tmp_path: Path) -> None:
         ("an engine", ["enter_0"]),
         ("a note", ["enter_0"]),
         ("swapped", ["enter_0", "leave_0"]),
-        ("another library", BEGUN),
-        ("other settings", BEGUN),
         ("touched weights", BEGUN),
-        ("force", BEGUN),
+        *slow(("another library", BEGUN), ("other settings", BEGUN), ("force", BEGUN)),
     ],
 )
 def test_what_is_not_of_this_build_is_built_again(

@@ -14,7 +14,7 @@ import pytest
 
 from tests import trt_standin
 from tests.cases import difference
-from tests.conftest import CHECKPOINTS, NANO, NANOS
+from tests.conftest import CHECKPOINTS, NANO, NANOS, slow
 from tests.test_trt import GPU, PICTURE, QUESTION, Machine, backend, stand_in_engine
 from tests.test_trt_api import RTX
 from tests.trt_standin import CudaRuntime
@@ -118,6 +118,7 @@ def test_sessions_as_on_a_cpu(machine: Machine, nano: Runtime) -> None:
     assert machine.cuda.calls.count("launch") >= 4
 
 
+@pytest.mark.slow
 def test_fewer_image_tokens(machine: Machine, nano: Runtime) -> None:
     """Rope tables of a session's own reach every layer."""
     asked = [r.generate(QUESTION, PICTURE, image_tokens=0.5).token_ids for r in (machine.open(), nano)]
@@ -165,7 +166,7 @@ def test_one_pair_for_the_second_pass(machine: Machine, nano_bundle: Path) -> No
 
 
 @pytest.mark.parametrize("machine", ["tensorrt", "rtx"], indirect=True)
-@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("reuse", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_prompt_in_parts(reuse: bool, machine: Machine, nano: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt that is longer than an engine takes goes through a layer in parts, before it enters the next."""
     monkeypatch.setattr(trt_build, "GIVEN", 128)
@@ -198,13 +199,7 @@ def test_fewer_second_passes(exported: Callable[..., Path], tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("model", "reuse"),
-    [
-        (NANOS[0], True),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((NANOS[0], False), (NANOS[1], False), (NANOS[1], True))
-        ),
-    ],
+    [(NANOS[1], True), *slow((NANOS[0], True), (NANOS[0], False), (NANOS[1], False))],
 )
 def test_passes_chosen_at_run_time(
     reuse: bool, model: str, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
