@@ -2,7 +2,7 @@
 
 In bundles of target cpu, weights are buffers that all sessions read (float32, or 8 bits if quantized), because the
 graphs take them as inputs, and inputs are bound, not copied. 4-bit weights of a step are constants, which ONNX Runtime
-reads from the file and packs. Graphs of all other targets contain their weights. Any provider can run them, and each
+reads from the file and packs; on processors with AMX 8-bit ones, too. Graphs of all other targets contain their weights. Any provider can run them, and each
 session has its own copy.
 The KV cache is bound as past and as present, so it is written in place and nothing is copied per token.
 
@@ -27,14 +27,14 @@ from trol_edge.bundle.derived import INT8, INT8_SCALE, NBITS, NBITS_SCALE, deriv
 from trol_edge.bundle.embedding import embedding_names
 from trol_edge.bundle.engines import ENGINES
 from trol_edge.bundle.graph_cut import cut, eight_bit_product
-from trol_edge.bundle.graph_part import SinglePasses
+from trol_edge.bundle.graph_part import SinglePasses, with_constants
 from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.bundle.manifest import Bundle, Port
 from trol_edge.bundle.names import EMBEDDING, HEAD, LAYERS, MIX, WEIGHTS
 from trol_edge.bundle.sizes import caches_of, cpu_bytes, embedding_bytes, state_bytes
 from trol_edge.errors import BackendError, BundleError, UnfinishedError, UsageError
 from trol_edge.lifetime import end_calls_at_exit, keep_in_forks, native
-from trol_edge.machine.identity import available_memory, free_pages, share_arenas
+from trol_edge.machine.identity import available_memory, free_pages, has_amx, share_arenas
 from trol_edge.numeric import is_one_of, shown
 from trol_edge.rope import TABLES, RopeRows
 from trol_edge.runtimes.layered import LayeredState, LayerSessions
@@ -114,6 +114,8 @@ class OrtBackend:
         else:
             self.weight_bytes = sum(file.tensors[name].nbytes for names in held for name in names)
         self._require_memory()
+        self._packed = self._worth_packing()
+        self.weight_bytes += sum(self._tensors[name].nbytes for name in self._packed)
         self._roomy = PREFILL_CHUNK  # tokens of a run for which there was memory
         share_arenas()
         table = embedding_names(file.tensors) - kept
@@ -197,6 +199,21 @@ class OrtBackend:
                 + (", or open it with prefix_reuse=False" if self.prefix_reuse else "")
             )
 
+    def _worth_packing(self) -> tuple[str, ...]:
+        """The 8-bit weights that steps should have as constants, which ONNX Runtime packs: one more copy of them.
+
+        On a processor with AMX it lacks the kernel that reads them unpacked for one token, packs them in every step,
+        and a step takes four times as long (docs/decisions.md). They stay as they are where memory is scarce.
+        """
+        step = self._serving.get("step")
+        if step is None or self.memory != "cpu" or not has_amx():
+            return ()
+        inputs = {name: self._tensors[name] for name in step.weights if name in self._tensors.keys() - step.constants}
+        found = {name: info for name, info in inputs.items() if info.dtype == "I8" and len(info.shape) == 2}
+        needed = self.weight_bytes + self.cache_bytes + self._working_bytes(PREFILL_CHUNK)
+        needed, free = needed + sum(info.nbytes for info in found.values()), available_memory()
+        return tuple(found) if free is None or needed <= free else ()
+
     def require_room(self, tokens: int) -> None:
         """Raise BackendError if a run over this many tokens may take more memory than is free."""
         if tokens <= self._roomy or self.memory != "cpu":
@@ -220,6 +237,9 @@ class OrtBackend:
                 self._read_inputs(name)
                 arrays = self._constants_of(name) if name not in self._serving else self._constants
                 model: str | bytes = self._models[name]
+                if packed := self._packed if name == "step" else ():
+                    model = with_constants(self._models[name], {weight: self._tensors[weight] for weight in packed})
+                    options.add_external_initializers(list(packed), [self.weights[weight] for weight in packed])
                 given: Any = None  # what the options point to
                 if graph.constants and (arrays or self._image is not None):
                     given = self._give_constants(options, graph.constants, arrays)
@@ -337,11 +357,12 @@ class OrtBackend:
 
     def bind(self, name: str, values: Mapping[str, Any]) -> Any:
         """Make an IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
-        return self._bound(self.graph(name), name, values)
+        return self._bound(self.graph(name), name, values, self._packed if name == "step" else ())
 
-    def _bound(self, session: Any, name: str, values: Mapping[str, Any]) -> Any:
+    def _bound(self, session: Any, name: str, values: Mapping[str, Any], packed: Collection[str] = ()) -> Any:
         binding, graph = session.io_binding(), self.bundle.manifest.graphs[name]
-        given = {weight: self.weights[weight] for weight in graph.weights if weight not in graph.constants}
+        constants = {*graph.constants, *packed}
+        given = {weight: self.weights[weight] for weight in graph.weights if weight not in constants}
         for key, value in (given | dict(values)).items():
             binding.bind_ortvalue_input(key, value)
         return binding

@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import NANO, slow
 from tests.statistics import statistics_of
+from trol_edge.bundle.graph_sizes import PREFILL_CHUNK
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.precision import BLOCKS, LinearPlan, tensor_bytes
@@ -35,6 +36,7 @@ from trol_edge.export.quantize.recipes import (
 from trol_edge.export.quantize.stats import Statistics
 from trol_edge.export.reference.checkpoint import Checkpoint
 from trol_edge.runtime import Runtime
+from trol_edge.runtimes import ort
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +299,38 @@ def test_quantized_bundles_answer(quantized: Callable[..., Path], nano: Runtime,
     exact, rounded = nano.session().prefill(ids, pixels).copy(), runtime.session().prefill(ids, pixels)
     error = np.abs(exact - rounded).max() / np.abs(exact).max()
     assert 1e-4 < error < 0.25
+
+
+@pytest.mark.parametrize("recipe", ["int8", *slow("int8-dynamic")])
+def test_a_processor_with_amx(quantized: Callable[..., Path], recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps have one more copy of their 8-bit weights, where there is memory for it, and compute the same bits."""
+    folder = quantized(recipe, "cpu")
+    step = Bundle(folder).manifest.graphs["step"]
+    assert not {port.name for port in step.inputs} & set(step.weights)
+
+    def ask(amx: bool, free: int = 1 << 40) -> tuple[list[Any], int, int]:
+        monkeypatch.setattr(ort, "has_amx", lambda: amx)
+        monkeypatch.setattr(ort, "available_memory", lambda: free)
+        runtime = Runtime(folder)
+        backend = runtime.model.backend
+        assert isinstance(backend, ort.OrtBackend)
+        session = runtime.session()
+        session.prefill(runtime.tokenize("What is left of the red circle?"))
+        logits = [session.step(token).copy() for token in (5, 300, 77)]
+        inputs = {port.name for port in backend.graph("step").get_inputs()}
+        return logits, backend.weight_bytes, len(inputs & set(step.weights))
+
+    as_stored, once, free_inputs = ask(False)
+    packed, twice, left = ask(True)
+    assert all(np.array_equal(a, b) for a, b in zip(as_stored, packed, strict=True))
+    eight_bits = sum(
+        t.nbytes for n, t in Bundle(folder).weights().tensors.items() if n in step.weights and t.dtype == "I8"
+    )
+    assert 0 < eight_bits == twice - once and left < free_inputs
+    backend = Runtime(folder).model.backend
+    assert isinstance(backend, ort.OrtBackend)
+    scarce = twice + backend.cache_bytes + backend._working_bytes(PREFILL_CHUNK) - 1
+    assert ask(True, scarce)[1:] == (once, free_inputs)
 
 
 def test_fp16_graphs_answer(quantized: Callable[..., Path], nano: Runtime) -> None:

@@ -1,4 +1,4 @@
-"""Takes the graph of one layer out of a file that has one for each, without ONNX, and puts its weights into it.
+"""Takes the graph of one layer out of a file that has one for each, without ONNX, and gives graphs their weights.
 
 In the file (export/graphs/layers.py) layer i reads past_key_<i> and past_value_<i>, and writes hidden_<i>,
 present_key_<i> and present_value_<i>. In the part that is taken these names have no numbers.
@@ -11,14 +11,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from trol_edge.bundle.names import WEIGHTS
 from trol_edge.bundle.protobuf import by_number, protobuf_field, protobuf_fields, renamed
+from trol_edge.bundle.weights import TensorInfo
 from trol_edge.errors import BundleError
 
 # Numbers of fields in ONNX's messages.
 _GRAPH = 7  # of a model
 _NODE, _NAME, _INITIALIZER, _INPUT, _OUTPUT = 1, 2, 5, 11, 12  # of a graph
 _READS, _MAKES = 1, 2  # of a node
-_TENSOR_NAME, _RAW, _ELSEWHERE = 8, 9, (13, 14)  # of a tensor
+_DIMENSION, _TYPE, _TENSOR_NAME, _RAW, _ELSEWHERE = 1, 2, 8, 9, (13, 14)  # of a tensor
+_INT8 = 3  # a type
 _PORT_NAME = 1
 INPUTS = ("past_key", "past_value")
 OUTPUTS = ("hidden", "present_key", "present_value")
@@ -74,6 +77,38 @@ class SinglePasses:
                 found.add(node)
                 left += [self._makers[name] for name in self._reads[node] if name in self._makers]
         return sorted(found)
+
+
+def with_constants(model: bytes, tensors: Mapping[str, TensorInfo]) -> bytes:
+    """The model with these int8 inputs as initializers, which lie in the weights file."""
+    out = []
+    for number, content in protobuf_fields(memoryview(model)):
+        if number == _GRAPH:
+            fields = [
+                protobuf_field(key, value)
+                for key, value in protobuf_fields(content)
+                if key != _INPUT or _name(value, _PORT_NAME) not in tensors
+            ]
+            fields += [protobuf_field(_INITIALIZER, _elsewhere(name, info)) for name, info in tensors.items()]
+            content = b"".join(fields)
+        out.append(protobuf_field(number, content))
+    return b"".join(out)
+
+
+def _elsewhere(name: str, info: TensorInfo) -> bytes:
+    """An initializer in the weights file."""
+    where = {"location": WEIGHTS, "offset": str(info.offset), "length": str(info.nbytes)}
+    entries = [protobuf_field(1, key.encode()) + protobuf_field(2, value.encode()) for key, value in where.items()]
+    place, kind = _ELSEWHERE
+    return b"".join(
+        (
+            *(protobuf_field(_DIMENSION, size) for size in info.shape),
+            protobuf_field(_TYPE, _INT8),
+            protobuf_field(_TENSOR_NAME, name.encode()),
+            *(protobuf_field(place, entry) for entry in entries),
+            protobuf_field(kind, 1),  # EXTERNAL
+        )
+    )
 
 
 def _held(tensor: Any, array: NDArray[Any]) -> bytes:

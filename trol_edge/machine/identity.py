@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -97,6 +98,16 @@ def read(root: str | os.PathLike[str] = "/") -> Machine:
         jetson=_jetson(text),
         fingerprint=hashlib.sha256(f"{identity}\n{core}".encode()).hexdigest(),
     )
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the processor multiplies matrices of 8 bits (AMX)."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and "amx_int8" in flags[1].split()
 
 
 def available_memory(swap: bool = False) -> int | None:
