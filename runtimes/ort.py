@@ -2,8 +2,8 @@
 
 In bundles of target cpu, weights are buffers that all sessions read (float32, or 8 bits if quantized), because the
 graphs take them as inputs, and inputs are bound, not copied. 4-bit weights of a step are constants, which ONNX Runtime
-reads from the file and packs; on processors with AMX 8-bit ones, too. Graphs of all other targets contain their weights. Any provider can run them, and each
-session has its own copy.
+reads from the file and packs; on processors with AMX 8-bit ones are, too. Graphs of all other targets contain their
+weights. Any provider can run them, and each session has its own copy.
 The KV cache is bound as past and as present, so it is written in place and nothing is copied per token.
 
 "cuda" ran on an H200 (docs/gpu.md); "tensorrt" is not yet run on a GPU.

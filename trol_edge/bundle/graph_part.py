@@ -80,7 +80,7 @@ class SinglePasses:
 
 
 def with_constants(model: bytes, tensors: Mapping[str, TensorInfo]) -> bytes:
-    """The model with these int8 inputs as initializers, which lie in the weights file."""
+    """The model with these int8 inputs as initializers, which are in the weights file."""
     out = []
     for number, content in protobuf_fields(memoryview(model)):
         if number == _GRAPH:
