@@ -556,6 +556,13 @@ FAULTS = (
         "a Runtime is used in a fork of its process",
         ("tests/test_robot.py", "tests/test_runtime.py"),
     ),
+    Fault(
+        "trol_edge/measure/soak.py",
+        "            yield\n        finally:\n            self._go_on()",
+        "            yield\n            self._go_on()\n        finally:\n            pass",
+        "Ctrl-C while a soak's threads come to rest leaves them there",
+        ("tests/test_endings.py::test_ctrl_c_in_soak_while_threads_come_to_rest",),
+    ),
     # -- export: the model --------------------------------------------------------------------------------------------
     Fault(
         "export/reference/model.py",
@@ -892,6 +899,13 @@ FAULTS = (
         "            pass\n",
         "a fork steps with the short rope factors behind a prompt with the long ones",
         ("tests/test_prefix.py::test_a_fork_keeps_the_rope_set",),
+    ),
+    Fault(
+        "runtimes/ort.py",
+        "tuple(found) if free is None or needed <= free else ()",
+        "tuple(found)",
+        "8-bit weights are packed for steps although there is no memory for a second copy",
+        ("tests/test_precision.py::test_a_processor_with_amx",),
     ),
     Fault(
         "runtimes/ort.py",
