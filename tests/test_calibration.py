@@ -97,6 +97,8 @@ def test_statistics_equal_the_whole_model(statistics: Statistics) -> None:
     assert {name for name in statistics.points if not name.endswith(".lora_b")} == linears
     lora = {name for name in statistics.points if name.endswith(".lora_b")}
     assert len(lora) == 5 * plain.spec.num_layers
+    for name in lora:  # of image tokens, not of text
+        assert statistics.points[name].count < statistics.points[name.removesuffix(".lora_b")].count
     for name in linears:
         rows = torch.cat(plain.inputs[name])
         point = statistics.points[name]

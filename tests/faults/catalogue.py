@@ -168,7 +168,7 @@ FAULTS = (
         "if i in self.second_layers:",
         "if i + 1 in self.second_layers:",
         "the second pass is in the layer before",
-        ("tests/test_traversal.py",),
+        ("tests/test_traversal.py::test_a_reference_with_the_same_passes",),
     ),
     Fault(
         "trol_edge/bundle/manifest.py",
@@ -197,6 +197,7 @@ FAULTS = (
         "        pass\n",
         "--max-loss does not count the second passes that are left out",
         ("tests/test_auto_traversal.py::test_the_search_for_precision_counts_it",),
+        "test-all",
     ),
     Fault(
         "export/graphs/counts.py",
@@ -558,8 +559,8 @@ FAULTS = (
     ),
     Fault(
         "trol_edge/measure/soak.py",
-        "            yield\n        finally:\n            self._go_on()",
-        "            yield\n            self._go_on()\n        finally:\n            pass",
+        "        self._all_here.abort()\n        self._go_on()\n",
+        "        self._all_here.abort()\n",
         "Ctrl-C while a soak's threads come to rest leaves them there",
         ("tests/test_endings.py::test_ctrl_c_in_soak_while_threads_come_to_rest",),
     ),
@@ -667,7 +668,8 @@ FAULTS = (
         "            return (x / step).round().clamp(-128, 127) * step",
         "            return (x / step).floor().clamp(-128, 127) * step",
         "the record of a rounded bundle rounds down",
-        ("tests/test_selftest_faults.py::test_faults_in_int8",),
+        ("tests/test_selftest_faults.py::test_faults_on_a_cpu",),
+        "test-all",
     ),
     # -- keys and values in 8 bits ------------------------------------------------------------------------------------
     Fault(
@@ -726,6 +728,7 @@ FAULTS = (
         "    budget = 1.0\n",
         "the arithmetic of cut graphs has any budget",
         ("tests/test_selftest_faults.py::test_faults_in_int8",),
+        "test-all",
     ),
     # -- export: writing and rounding ---------------------------------------------------------------------------------
     Fault(
@@ -741,6 +744,7 @@ FAULTS = (
         "if statistics is not None and not source.identity():",
         "statistics of another checkpoint are taken",
         ("tests/test_precision.py",),
+        "test-all",
     ),
     Fault(
         "export/pipeline.py",
@@ -804,7 +808,7 @@ FAULTS = (
         "F.linear(args[0][mask[..., 0] > 0], module.lora_a)",
         "F.linear(args[0].flatten(0, -2), module.lora_a)",
         "statistics of LoRA are those of text, too",
-        ("tests/test_calibration.py",),
+        ("tests/test_calibration.py::test_statistics_equal_the_whole_model",),
     ),
     Fault(
         "calibration/run.py",
@@ -1007,6 +1011,7 @@ FAULTS = (
         "result = rows",
         "a prompt attends to what the cache held before it",
         ("tests/test_lower_trt.py::test_graphs_that_give_their_rows",),
+        "test-all",
     ),
     Fault(
         "runtimes/trt/backend.py",
@@ -1045,6 +1050,7 @@ FAULTS = (
         "self._image = None if manifest",
         "ONNX Runtime maps the weights of a bundle for a GPU itself",
         ("tests/test_changed_bundle.py::test_a_bundle_for_a_gpu_changed_under_a_provider",),
+        "test-all",
     ),
     Fault(
         "trol_edge/prompt/tokenizer.py",

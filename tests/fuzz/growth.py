@@ -128,9 +128,9 @@ def gathered(b: Builder, size: int) -> ir.Value:
 
 
 def padded(b: Builder, size: int) -> ir.Value:
-    """A convolution of a picture that is mostly padding."""
+    """A convolution of a picture that is mostly padding, with gaps between its places."""
     picture = b.op("Reshape", b.column(), b.ints(1, 1, 1, -1))
-    return b.op("Conv", picture, b.constant(np.ones((1, 1, 1, 1), np.float32)), pads=[0, 0, size, size])
+    return b.op("Conv", picture, b.constant(np.ones((1, 1, 1, 1), np.float32)), pads=[0, 0, size, size], strides=[1, 3])
 
 
 def blocks(b: Builder, size: int) -> ir.Value:

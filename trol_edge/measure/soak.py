@@ -253,11 +253,11 @@ class _Crew:
     @contextmanager
     def resting(self) -> Iterator[None]:
         """Make all threads wait, so that no call is running inside the block."""
+        with self._changed:
+            self._pause = True
+            if not self._changed.wait_for(lambda: self._rest == THREADS, HANGS_S):
+                self._note(f"{THREADS - self._rest} threads hang")
         try:
-            with self._changed:
-                self._pause = True
-                if not self._changed.wait_for(lambda: self._rest == THREADS, HANGS_S):
-                    self._note(f"{THREADS - self._rest} threads hang")
             yield
         finally:
             self._go_on()
