@@ -211,6 +211,22 @@ def test_short_contexts(nano_bundle: Path, tmp_path: Path) -> None:
         assert shapes["features"][0] == (context - 8) // 2
 
 
+def test_inputs_are_rounded_as_by_their_graph() -> None:
+    """To the nearest step, half to even, as QuantizeLinear does; beyond the last step to that."""
+    import torch
+
+    from trol_edge.bundle.precision import LinearPlan, PrecisionPlan
+    from trol_edge.export.selftest.emulation import Cut, Emulation
+
+    linear = LinearPlan("int8", activations=True)
+    plan = PrecisionPlan("int8", "fp32", {"w": linear})
+    emulation = Emulation(plan, "cpu", {"w": 0.5}, {"traverse": {("w", 0): Cut("x", "w", 0)}})
+    emulation.begin("traverse")
+    numbers = torch.tensor([[0.2, 0.25, 0.3, 0.74, 0.75, 0.76, -0.3, 70.0, -70.0]])
+    rounded = [0.0, 0.0, 0.5, 0.5, 1.0, 1.0, -0.5, 63.5, -64.0]
+    assert emulation.input("w", numbers)[0].tolist() == rounded
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
