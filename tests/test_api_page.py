@@ -267,10 +267,10 @@ def test_the_readme_is_short_and_its_figures_are_those_of_the_results() -> None:
     assert len(readme.splitlines()) <= 120
     profile = re.findall(r"^\| (trol-nano\S*) (fp32|int8|int4) \|(.*)\|$", results, re.M)
     cells = {(model, precision): [c.strip() for c in rest.split("|")] for model, precision, rest in profile}
-    accuracy: dict[tuple[str, str], str] = {}
+    accuracy: dict[tuple[str, str], list[str]] = {}
     section = results[results.index("## What precision costs") : results.index("## Speed in FP32")]
     model = ""
-    for first, precision, right in re.findall(r"^\| ([^|]*)\| ([^|]+) \| ([\d.]+) \|", section, re.M):
+    for first, precision, *right in re.findall(r"^\| ([^|]*)\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \|", section, re.M):
         model = first.strip() or model
         accuracy.setdefault((model, precision.split(",")[0]), right)
     rows = re.findall(r"^\| (\S*) ?\| (fp32|int8|int4) \|(.*)\|$", readme, re.M)
@@ -278,7 +278,7 @@ def test_the_readme_is_short_and_its_figures_are_those_of_the_results() -> None:
     model = ""
     for first, precision, rest in rows:
         model = first or model
-        token, step, peak, right = (c.strip() for c in rest.split("|"))
+        token, step, peak, *right = (c.strip() for c in rest.split("|"))
         row = cells[model, precision]
         assert (token, step, peak) == (row[4], row[5].split(" / ")[0], row[8]), (model, precision)
         assert right == accuracy[model, precision], (model, precision)
