@@ -114,8 +114,8 @@ class OrtBackend:
         else:
             self.weight_bytes = sum(file.tensors[name].nbytes for names in held for name in names)
         self._require_memory()
-        self._packed = self._worth_packing()
-        self.weight_bytes += sum(self._tensors[name].nbytes for name in self._packed)
+        self._packed = {"step": self._worth_packing()}  # constants of a graph beside those that the manifest names
+        self.weight_bytes += sum(self._tensors[name].nbytes for names in self._packed.values() for name in names)
         self._roomy = PREFILL_CHUNK  # tokens of a run for which there was memory
         share_arenas()
         table = embedding_names(file.tensors) - kept
@@ -185,12 +185,16 @@ class OrtBackend:
             kept, tokens = 3 * tokens * self.spec.hidden_size, min(tokens, PREFILL_CHUNK)
         return 4 * (kept + max(work.at(1 if name == "vision" else tokens) for name, work in works.items()))
 
+    def _needed_bytes(self) -> int:
+        """Bytes of the weights, one KV cache and a run over one chunk of a prompt."""
+        return self.weight_bytes + self.cache_bytes + self._working_bytes(PREFILL_CHUNK)
+
     def _require_memory(self) -> None:
         if self.memory != "cpu":
             return  # the provider itself reports a lack of memory
-        working = self._working_bytes(PREFILL_CHUNK)
-        needed, free = self.weight_bytes + self.cache_bytes + working, available_memory()
+        needed, free = self._needed_bytes(), available_memory()
         if free is not None and needed > free:
+            working = self._working_bytes(PREFILL_CHUNK)
             raise BackendError(
                 f"{self.bundle.folder}: needs {needed / 1e9:.1f} GB (weights {self.weight_bytes / 1e9:.1f}, "
                 f"KV cache {self.cache_bytes / 1e9:.1f}, a run {working / 1e9:.1f}), but {free / 1e9:.1f} GB are free; "
@@ -208,10 +212,10 @@ class OrtBackend:
         step = self._serving.get("step")
         if step is None or self.memory != "cpu" or not has_amx():
             return ()
-        inputs = {name: self._tensors[name] for name in step.weights if name in self._tensors.keys() - step.constants}
-        found = {name: info for name, info in inputs.items() if info.dtype == "I8" and len(info.shape) == 2}
-        needed = self.weight_bytes + self.cache_bytes + self._working_bytes(PREFILL_CHUNK)
-        needed, free = needed + sum(info.nbytes for info in found.values()), available_memory()
+        inputs = [name for name in step.weights if name in self._tensors and name not in step.constants]
+        found = [name for name in inputs if self._tensors[name].dtype == "I8" and len(self._tensors[name].shape) == 2]
+        needed = self._needed_bytes() + sum(self._tensors[name].nbytes for name in found)
+        free = available_memory()
         return tuple(found) if free is None or needed <= free else ()
 
     def require_room(self, tokens: int) -> None:
@@ -237,7 +241,7 @@ class OrtBackend:
                 self._read_inputs(name)
                 arrays = self._constants_of(name) if name not in self._serving else self._constants
                 model: str | bytes = self._models[name]
-                if packed := self._packed if name == "step" else ():
+                if packed := self._packed.get(name):
                     model = with_constants(self._models[name], {weight: self._tensors[weight] for weight in packed})
                     options.add_external_initializers(list(packed), [self.weights[weight] for weight in packed])
                 given: Any = None  # what the options point to
@@ -357,7 +361,7 @@ class OrtBackend:
 
     def bind(self, name: str, values: Mapping[str, Any]) -> Any:
         """Make an IOBinding of a graph with its weights and `values` (OrtValue by input name) bound."""
-        return self._bound(self.graph(name), name, values, self._packed if name == "step" else ())
+        return self._bound(self.graph(name), name, values, self._packed.get(name, ()))
 
     def _bound(self, session: Any, name: str, values: Mapping[str, Any], packed: Collection[str] = ()) -> Any:
         binding, graph = session.io_binding(), self.bundle.manifest.graphs[name]

@@ -124,8 +124,8 @@ def measure(
     eight = weights["w0"]
     many = {f"w{i}": eight.copy() for i in range(32)}  # 134 MB
     nodes = [("", "MatMulInteger", ["x", name], f"y{i}", {}) for i, name in enumerate(many)]
-    token, packs = {"x": integers["x"][:1]}, has_amx()  # as OrtBackend holds the weights of steps
-    given, constants = (token, many) if packs else (token | many, {})
+    token = {"x": integers["x"][:1]}
+    given, constants = (token, many) if has_amx() else (token | many, {})  # as OrtBackend holds the weights of steps
     stored = {"int8": 32 * eight.nbytes / _seconds(nodes, given, constants, threads)}
     next_step()
     nodes, given = _packed(rng, WIDTH, WIDTH, 32)

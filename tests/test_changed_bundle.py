@@ -88,7 +88,7 @@ def test_a_bundle_changed_under_a_runtime(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [shorten, pytest.param(scramble, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("change", [shorten, scramble])
 def test_a_bundle_for_a_gpu_changed_under_a_provider(
     change: Callable[[Path], None], exported: Callable[..., Path], nano: Runtime, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import trol_edge
-from tests.conftest import NANO
+from tests.conftest import NANO, slow
 from trol_edge.cli.main import VERBS, main
 from trol_edge.cli.show import err, out
 from trol_edge.runtime import Runtime
@@ -197,12 +197,13 @@ def test_every_number_is_in_that_list() -> None:
 # -- what people expect ------------------------------------------------------------------------------------------------
 
 
-def test_version_and_short_help(cli: Callable[..., tuple[int, str, str]]) -> None:
-    """As options, too; of verbs."""
+@pytest.mark.parametrize("every", [7, *slow(1)])
+def test_version_and_short_help(cli: Callable[..., tuple[int, str, str]], every: int) -> None:
+    """As options, too; of every verb, or every seventh."""
     assert cli("--version") == cli("version") == (0, f"{trol_edge.__version__}\n", "")
     assert cli("-h") == cli("--help") == cli()
     assert cli("-h")[0] == 0 and "Usage" in cli("-h")[1]
-    for verb, _ in VERBS[::7]:
+    for verb, _ in VERBS[::every]:
         assert cli(verb.__name__, "-h") == cli(verb.__name__, "--help")
 
 

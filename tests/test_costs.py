@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from tests.conftest import CHECKPOINTS, NANOS
+from tests.conftest import CHECKPOINTS, NANOS, slow
 from trol_edge.bundle.costs import Cost, Costs, Operation
 from trol_edge.bundle.manifest import Bundle
 from trol_edge.bundle.spec import ModelSpec
@@ -170,7 +170,7 @@ def test_vision_by_hand(counted: Any, images: int) -> None:
     assert kinds["norm"].flops == 7 * (2 * v.num_layers * n * w + extra)
 
 
-@pytest.mark.parametrize("name", [NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [NANOS[0], *slow(NANOS[1])])
 def test_bundle_and_model_agree(name: str, bundle_of: Callable[[str], Path]) -> None:
     """Two traced layers stand for all: every count, the peaks and the bytes are those of the whole export."""
     whole = subject_of(Bundle(bundle_of(name)))
@@ -178,7 +178,7 @@ def test_bundle_and_model_agree(name: str, bundle_of: Callable[[str], Path]) -> 
     assert numbers(quick) == numbers(whole)
 
 
-@pytest.mark.parametrize("name", [NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [NANOS[0], *slow(NANOS[1])])
 def test_bundle_and_model_agree_on_fewer_second_passes(name: str, exported: Callable[..., Path]) -> None:
     """A layer without one is counted apart: every count is that of the export with a second pass in these layers."""
     folder = exported(CHECKPOINTS / name, traversal={"trol-nano": "1,3", "trol-nano-phi3": "2"}[name])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import slow
 from trol_edge.measure.soak import HANGS_S, soak
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,7 +188,7 @@ OWN = """
 """
 
 
-@pytest.mark.parametrize("beside", [pytest.param("alone", marks=pytest.mark.slow), "beside a thread"])
+@pytest.mark.parametrize("beside", [*slow("alone"), "beside a thread"])
 @pytest.mark.parametrize(
     "child",
     [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import slow
 from trol_edge.bundle.folder import digest_of, new_file, new_folder, taken_back, write_text, writing
 from trol_edge.errors import ExportError, UsageError
 
@@ -103,7 +104,7 @@ with folder.new_folder(sys.argv[1], overwrite=True, ours=("*",)) as part:
 """
 
 
-@pytest.mark.parametrize("how", ["at once", pytest.param("two renames", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["at once", *slow("two renames")])
 def test_a_kill_at_any_place_loses_no_folder(tmp_path: Path, how: str) -> None:
     """After a kill before each call that changes a folder: the old one or the new one, whole, and nothing else."""
     place = tmp_path / "place" / "bundle"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.conftest import CHECKPOINTS, NANO, NANOS
+from tests.conftest import CHECKPOINTS, NANO, NANOS, slow
 from trol_edge import Runtime
 from trol_edge.bundle.embedding import Embeddings
 from trol_edge.bundle.graph_part import SinglePasses
@@ -57,7 +57,7 @@ def whole(backend: OrtBackend) -> OrtBackend:
     return backend
 
 
-@pytest.mark.parametrize("model", [NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", [NANOS[0], *slow(NANOS[1])])
 def test_layer_by_layer_is_what_the_whole_graphs_compute(exported: Callable[..., Path], model: str) -> None:
     """With image tokens (and their low-rank terms), with moved rope tables, and after a prefix."""
     bundle = Bundle(exported(CHECKPOINTS / model, recipe=RECIPE))
@@ -80,7 +80,7 @@ def test_fewer_second_passes_and_one_scratch_set(exported: Callable[..., Path]) 
     assert np.array_equal(kept.traverse(prompt.copy(), None), scratch.traverse(prompt.copy(), None))
 
 
-@pytest.mark.parametrize("model", [NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", [NANOS[0], *slow(NANOS[1])])
 def test_passes_chosen_at_run_time(exported: Callable[..., Path], model: str) -> None:
     """As many bits of a bundle that was exported with these passes, with and without its own set of caches."""
     both = exported(CHECKPOINTS / model, recipe=RECIPE)

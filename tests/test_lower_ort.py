@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from tests.conftest import slow
 from trol_edge.bundle.derived import (
     INT8,
     INT8_SCALE,
@@ -163,8 +164,7 @@ def operators(model: ir.Model) -> Counter[str]:
     [
         ("internlm2", "traverse"),
         ("phi3", "step"),
-        pytest.param("internlm2", "step", marks=pytest.mark.slow),
-        pytest.param("phi3", "traverse", marks=pytest.mark.slow),
+        *slow(("internlm2", "step"), ("phi3", "traverse")),
     ],
 )
 def test_group_query_attention_equals_the_standard_operators(name: str, family: str) -> None:

@@ -149,7 +149,7 @@ def newest_or_skip() -> None:
         pytest.skip(f"onnxruntime {onnxruntime.__version__} has no TensorScatter: {error}")
 
 
-@pytest.mark.parametrize("target", ["rtx", pytest.param("jetson-jp72", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", ["rtx", *slow("jetson-jp72")])
 @pytest.mark.parametrize("case", ["internlm2-gqa-image", "phi3-text"])
 def test_caches_in_place_equal_the_canonical_ones(
     case: str, target: str, exported: Callable[..., Path], phi3_checkpoint: Callable[..., Path], tmp_path: Path

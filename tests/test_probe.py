@@ -87,7 +87,7 @@ KINDS = (
 )
 
 
-@pytest.fixture(scope="module", params=[NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[NANOS[0], *slow(NANOS[1])])
 def written(request: pytest.FixtureRequest) -> tuple[str, PromptSpec, int]:
     """tokenizer.json as export writes it, the template, and the vocabulary."""
     source = Checkpoint(CHECKPOINTS / request.param)

@@ -136,7 +136,7 @@ def test_all_tokens_are_the_default(asked: Asked) -> None:
 # --- reuse -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [29, *slow(1)])
 @pytest.mark.parametrize(("before", "after"), [(1.0, PRUNED), (0.75, PRUNED), *slow((PRUNED, 1.0), (PRUNED, PRUNED))])
 def test_reuse_after_every_split(asked: Asked, before: float, after: float, every: int) -> None:
     """Pruned and whole questions about one picture in one session, cut anywhere: as a fresh prefill, token by token."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import cases
-from tests.conftest import CHECKPOINTS, NANO, NANOS
+from tests.conftest import CHECKPOINTS, NANO, NANOS, slow
 from tests.test_prefix import EXACT, answer, off
 from tests.test_pruning import PRUNED, Asked, question
 from trol_edge.bundle.folder import digest_of
@@ -34,7 +34,7 @@ CHOSEN = {"trol-nano": (1, 3), "trol-nano-phi3": (0, 1)}  # layers, of 8 each
 TEXT = {"trol-nano": "1,3", "trol-nano-phi3": "2"}
 
 
-@pytest.fixture(scope="session", params=[NANOS[0], pytest.param(NANOS[1], marks=pytest.mark.slow)])
+@pytest.fixture(scope="session", params=[NANOS[0], *slow(NANOS[1])])
 def chosen_bundle(request: pytest.FixtureRequest, exported: Callable[..., Path]) -> Path:
     """Bundle of each shipped model with a second pass in two layers."""
     return exported(CHECKPOINTS / request.param, traversal=TEXT[request.param])
@@ -122,7 +122,7 @@ def test_no_second_pass_elsewhere(asked: Asked) -> None:
     )
 
 
-@pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [31, *slow(1)])
 @pytest.mark.parametrize("share", [1.0, PRUNED])
 def test_every_split(asked: Asked, share: float, every: int) -> None:
     """What goes on from a prefix equals a fresh prefill of the same passes."""

@@ -102,7 +102,7 @@ class Machine:
         return folder_of(Bundle(self.folder), Bundle(self.folder).manifest.target)
 
 
-@pytest.fixture(params=["10.3.0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("10.16.1", "rtx"))])
+@pytest.fixture(params=["10.3.0", *slow("10.16.1", "rtx")])
 def machine(
     request: pytest.FixtureRequest, plain_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Machine:

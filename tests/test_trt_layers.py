@@ -81,7 +81,7 @@ def machine_of(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> M
     return Machine(stand_in, lambda **options: Runtime(folder, **options), folder)
 
 
-@pytest.fixture(params=["tensorrt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jetson-jp72", "rtx"))])
+@pytest.fixture(params=["tensorrt", *slow("jetson-jp72", "rtx")])
 def machine(
     request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Machine:
@@ -166,7 +166,7 @@ def test_one_pair_for_the_second_pass(machine: Machine, nano_bundle: Path) -> No
 
 
 @pytest.mark.parametrize("machine", ["tensorrt", "rtx"], indirect=True)
-@pytest.mark.parametrize("reuse", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("reuse", [*slow(True), False])
 def test_a_prompt_in_parts(reuse: bool, machine: Machine, nano: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt that is longer than an engine takes goes through a layer in parts, before it enters the next."""
     monkeypatch.setattr(trt_build, "GIVEN", 128)

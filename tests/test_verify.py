@@ -168,7 +168,7 @@ def test_what_is_recorded_is_the_reference(each_bundle: Path, no_gradients: None
                         assert np.allclose(rows[-1], case.step_cache[layer, kind], atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["internlm2-text", pytest.param("phi3-text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["internlm2-text", *slow("phi3-text")])
 def test_without_a_tokenizer(case: str, golden_bundle: Callable[..., Path], tmp_path: Path) -> None:
     """Random weights and random tokens: a bundle for the token level."""
     shutil.copytree(golden_bundle(case, selftest=True), tmp_path / "bundle")
